@@ -1,0 +1,79 @@
+"""KVCache: the keys and values of committed tokens.
+
+Letters: B batch, K key-value heads, S rows, H head dim, T new tokens.
+
+Rows at and past a sequence's length hold anything: attention masks them by `length`, and the next commit
+overwrites them. So rejected tree nodes need no cleaning up, and a finished row needs no care.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eagle_jax.models.config import LlamaConfig
+
+Rows = Sequence[tuple[jax.Array, jax.Array]]  # new keys and values, a [B, K, T, H] pair a layer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """k, v: one [B, K, S, H] array a layer (a list, not a stack: no slicing copies); length [B] int32."""
+
+    k: list[jax.Array]
+    v: list[jax.Array]
+    length: jax.Array
+
+    @classmethod
+    def zeros(cls, config: LlamaConfig, batch: int, rows: int, dtype: Any) -> KVCache:
+        """An empty cache of `rows` rows for each of `batch` sequences."""
+        shape = (batch, config.num_kv_heads, rows, config.head_dim)
+        return cls(
+            k=[jnp.zeros(shape, dtype) for _ in range(config.num_layers)],
+            v=[jnp.zeros(shape, dtype) for _ in range(config.num_layers)],
+            length=jnp.zeros(batch, jnp.int32),
+        )
+
+    @property
+    def rows(self) -> int:
+        """S, the rows a sequence can hold."""
+        return self.k[0].shape[2]
+
+    def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
+        return self.k[index], self.v[index]
+
+    def with_length(self, length: jax.Array) -> KVCache:
+        return dataclasses.replace(self, length=length)
+
+    def write(self, rows: Rows, start: jax.Array) -> KVCache:
+        """The cache with new rows at `start`, one offset [] for the whole batch or one a sequence [B].
+
+        `length` stays. The caller leaves room: past the last row, `dynamic_update_slice` would clamp and
+        overwrite committed rows.
+        """
+        return dataclasses.replace(
+            self,
+            k=[_write(cache, new, start) for cache, (new, _) in zip(self.k, rows, strict=True)],
+            v=[_write(cache, new, start) for cache, (_, new) in zip(self.v, rows, strict=True)],
+        )
+
+
+def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    new = new.astype(cache.dtype)
+    if start.ndim == 0:
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, start, 0))
+    # One slice a sequence: a batched update would become a scatter, which TPUs answer with copies.
+    for row in range(cache.shape[0]):
+        cache = jax.lax.dynamic_update_slice(cache, new[row : row + 1], (row, 0, start[row], 0))
+    return cache
+
+
+def take_rows(rows: Rows, index: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """Rows [B, K, T, H] at index [B, R] -> [B, K, R, H], for every layer."""
+    gather = jax.vmap(lambda array, i: array[:, i])
+    return [(gather(k, index), gather(v, index)) for k, v in rows]

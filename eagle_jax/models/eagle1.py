@@ -1,0 +1,87 @@
+"""Eagle1Draft: the EAGLE-1 and EAGLE-2 head (arXiv 2401.15077, section 4; 2406.16858 changes the tree only).
+
+Letters: B batch, T new pairs, D hidden size of head and target, V vocabulary.
+
+The feature is the target's hidden state after its final norm; the head predicts the next one, and the
+target's own `lm_head` turns it into draft logits. See eagle3.py for what a pair is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from eagle_jax.models.config import ConfigError, DraftConfig
+from eagle_jax.models.layers import Attend, dot, normal, rope_angles, zeros
+from eagle_jax.models.llama import DecoderLayer, Llama, LlamaOutput
+
+
+class Eagle1Draft(nnx.Module):
+    """The head's weights, and the functions that the decoder asks of a draft."""
+
+    def __init__(self, config: DraftConfig, key: jax.Array, dtype: Any = jnp.float32):
+        """Random weights."""
+        keys = jax.random.split(key, 3)
+        d = config.hidden_size
+        self.config = config
+        self.embed = normal(keys[0], (config.vocab_size, d), dtype) if config.own_embedding else None
+        self.fc = normal(keys[1], (d, 2 * d), dtype)
+        self.fc_bias = zeros((d,), dtype) if config.fc_bias else None
+        self.layer = DecoderLayer(config, keys[2], dtype, input_norm=False, qkv_bias=config.qkv_bias)
+
+    # Draft ids are target ids.
+    target_ids = None
+
+    @property
+    def dtype(self) -> Any:
+        return self.fc.dtype
+
+    def taps(self, target: Llama) -> tuple[int, ...]:
+        """No layer is tapped: the feature is the final hidden state."""
+        return ()
+
+    def features(self, output: LlamaOutput) -> jax.Array:
+        """What this head reads of a target pass: [B, T, D]."""
+        return output.hidden
+
+    def feature_size(self, target: Llama) -> int:
+        return target.config.hidden_size
+
+    def check_fits(self, target: Llama) -> None:
+        """Raises ConfigError, naming both numbers, if the head was not made for a target of this shape."""
+        for field in ("vocab_size", "hidden_size"):
+            ours, theirs = getattr(self.config, field), getattr(target.config, field)
+            if ours != theirs:
+                raise ConfigError(f"the draft does not fit the target: {field} is {ours} in the draft, {theirs} in the target")
+
+    def fuse(self, features: jax.Array) -> jax.Array:
+        """Target features [B, T, D] are hidden states already."""
+        return features.astype(self.dtype)
+
+    def __call__(
+        self,
+        target: Llama,
+        hidden: jax.Array,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        *,
+        prompt_lengths: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """One step over T pairs: hidden [B, T, D] with tokens [B, T] at positions [B, T].
+
+        Returns:
+          hidden [B, T, D], and what `attend` keeps.
+        """
+        embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
+        x = dot("btf,df->btd", jnp.concatenate([embedding, hidden], axis=-1), self.fc[...])
+        x = x if self.fc_bias is None else x + self.fc_bias[...]
+        rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
+        return self.layer(x, rotation, attend)
+
+    def logits(self, target: Llama, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> logits [..., V], float32, by the target's lm_head."""
+        return target.logits(hidden.astype(target.dtype))

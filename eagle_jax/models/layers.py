@@ -1,0 +1,218 @@
+"""The parts of a decoder layer: pure functions, and the two modules that hold its weights.
+
+Letters: B batch, T new tokens, M rows of new keys, S cache rows, D model width, F MLP width, N query heads,
+K key-value heads, G = N / K, H head dim.
+
+Weights keep PyTorch's order, output dimension first, with heads split out: q [N, H, D], o [D, N, H],
+gate [F, D]. So conversion is a reshape, and XLA:CPU runs these products fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from eagle_jax.models.config import LlamaConfig, RopeConfig
+
+# attend(q [B, T, N, H], k [B, K, T, H], v [B, K, T, H]) -> ([B, T, N, H], whatever the caller keeps of k, v).
+# The layer does not know where older keys live; the caller's closure does.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+# Queries attended at a time: bounds the scores to [B, N, QUERY_BLOCK, S] however long the prompt chunk is.
+QUERY_BLOCK = 64
+
+
+def dot(equation: str, x: jax.Array, weight: jax.Array, out_dtype: Any = None) -> jax.Array:
+    """`einsum` in the operands' own precision: float32 stays float32 on GPUs and TPUs too."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=out_dtype or x.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis, computed in float32, scaled in x's dtype (as the reference does)."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype) * weight
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Inverse frequencies [H / 2] in float32, with linear or llama3 scaling applied.
+
+    Dynamic scaling depends on the length of the text and is applied in `rope_angles`.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (np.float32(1.0) / np.float32(rope.theta) ** exponent).astype(np.float32)
+    if rope.kind == "linear":
+        return frequencies / np.float32(rope.factor)
+    if rope.kind != "llama3":
+        return frequencies
+    # Long wavelengths are divided by `factor`, short ones kept, those between interpolated.
+    wavelength = 2 * np.pi / frequencies
+    blend = (rope.original_length / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blend = np.clip(blend, 0.0, 1.0)
+    return ((1 - blend) * frequencies / rope.factor + blend * frequencies).astype(np.float32)
+
+
+def rope_angles(
+    rope: RopeConfig, head_dim: int, positions: jax.Array, prompt_lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, 1, H / 2], float32, of the rotation at each position.
+
+    Args:
+      positions: [B, T].
+      prompt_lengths: [B], read by dynamic scaling only. A prompt is rotated as one text of its own length, and
+        every later token as the text that ends with it: what step-by-step decoding computes, so that a pass
+        over a tree and single steps agree.
+    """
+    frequencies = jnp.asarray(rope_frequencies(rope, head_dim))
+    positions = positions[:, :, None, None]
+    if rope.kind == "dynamic":
+        text_length = jnp.maximum(positions + 1, prompt_lengths[:, None, None, None]).astype(jnp.float32)
+        text_length = jnp.maximum(text_length, rope.original_length)
+        stretch = rope.factor * text_length / rope.original_length - (rope.factor - 1)
+        base = rope.theta * stretch ** (head_dim / (head_dim - 2))
+        exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+        frequencies = 1.0 / base ** exponent[None, None, None, :]
+    else:
+        frequencies = frequencies[None, None, None, :]
+    angles = positions.astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of x [B, T, heads, H]: the first half of H pairs with the second. In float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    cache: tuple[jax.Array, jax.Array] | None = None,
+    length: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention over the rows of a cache and over new rows, as one softmax in two parts.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, K, M, H] new rows.
+      mask: [B, T, M], True where a query sees a new row. Every query must see at least one.
+      cache: k and v [B, K, S, H]; every query sees the rows below `length` [B].
+    Returns:
+      [B, T, N, H].
+    """
+    tokens = q.shape[1]
+    if tokens <= QUERY_BLOCK:
+        return _attention_block(q, k, v, mask, cache, length)
+    blocks = -(-tokens // QUERY_BLOCK)
+    padding = blocks * QUERY_BLOCK - tokens
+
+    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, B, QUERY_BLOCK, ...]
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode="edge")
+        return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+    out = jax.lax.map(lambda block: _attention_block(block[0], k, v, block[1], cache, length), (split(q), split(mask)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :tokens]
+
+
+def _attention_block(q, k, v, mask, cache, length):
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    scale = head_dim**-0.5
+
+    def scores(keys, seen):  # [B, K, G, T, rows], float32
+        product = dot("btkgh,bksh->bkgts", q, keys, jnp.float32) * scale
+        return jnp.where(seen, product, -jnp.inf)
+
+    def values(weights, rows):
+        return dot("bkgts,bksh->btkgh", weights.astype(rows.dtype), rows, jnp.float32)
+
+    new = scores(k, mask[:, None, None])
+    if cache is None:
+        weights = jax.nn.softmax(new, axis=-1)
+        return values(weights, v).reshape(batch, tokens, heads, head_dim).astype(q.dtype)
+    cache_k, cache_v = cache
+    seen = jnp.arange(cache_k.shape[2])[None, :] < length[:, None]  # [B, S]
+    old = scores(cache_k, seen[:, None, None, None])
+    top = jnp.maximum(new.max(-1, keepdims=True), old.max(-1, keepdims=True))
+    new, old = jnp.exp(new - top), jnp.exp(old - top)
+    total = new.sum(-1) + old.sum(-1)  # [B, K, G, T]
+    out = (values(new, v) + values(old, cache_v)) / jnp.moveaxis(total, 3, 1)[..., None]
+    return out.reshape(batch, tokens, heads, head_dim).astype(q.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention; `input_size` is 2 D in an EAGLE-3 head."""
+
+    def __init__(self, config: LlamaConfig, input_size: int, key: jax.Array, dtype: Any, *, qkv_bias: bool, o_bias: bool):
+        n, k, h, d = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
+        keys = jax.random.split(key, 4)
+        self.config = config
+        self.q = normal(keys[0], (n, h, input_size), dtype)
+        self.k = normal(keys[1], (k, h, input_size), dtype)
+        self.v = normal(keys[2], (k, h, input_size), dtype)
+        self.o = normal(keys[3], (d, n, h), dtype)
+        self.q_bias = zeros((n, h), dtype) if qkv_bias else None
+        self.k_bias = zeros((k, h), dtype) if qkv_bias else None
+        self.v_bias = zeros((k, h), dtype) if qkv_bias else None
+        self.o_bias = zeros((d,), dtype) if o_bias else None
+
+    def __call__(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, input_size] -> ([B, T, D], what `attend` keeps). Keys are rotated before `attend` sees them."""
+        q = self._project(x, self.q, self.q_bias)
+        k = self._project(x, self.k, self.k_bias)
+        v = self._project(x, self.v, self.v_bias)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        mixed, kept = attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+        out = dot("btnh,dnh->btd", mixed, self.o[...])
+        return out if self.o_bias is None else out + self.o_bias[...], kept
+
+    def _project(self, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+        out = dot("btd,nhd->btnh", x, weight[...])
+        return out if bias is None else out + bias[...]
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig, key: jax.Array, dtype: Any):
+        d, f = config.hidden_size, config.intermediate_size
+        keys = jax.random.split(key, 3)
+        self.gate = normal(keys[0], (f, d), dtype)
+        self.up = normal(keys[1], (f, d), dtype)
+        self.down = normal(keys[2], (d, f), dtype)
+        self.gate_bias = zeros((f,), dtype) if config.mlp_bias else None
+        self.up_bias = zeros((f,), dtype) if config.mlp_bias else None
+        self.down_bias = zeros((d,), dtype) if config.mlp_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = dot("btd,fd->btf", x, self.gate[...]), dot("btd,fd->btf", x, self.up[...])
+        if self.gate_bias is not None:
+            gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
+        out = dot("btf,df->btd", jax.nn.silu(gate) * up, self.down[...])
+        return out if self.down_bias is None else out + self.down_bias[...]
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> nnx.Param:
+    """A weight drawn from N(0, 0.02^2), Llama's initialisation."""
+    return nnx.Param(0.02 * jax.random.normal(key, shape, dtype))
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, dtype))
+
+
+def ones(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
+    return nnx.Param(jnp.ones(shape, dtype))

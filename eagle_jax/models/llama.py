@@ -1,0 +1,107 @@
+"""Llama: the target model.
+
+Letters: B batch, T new tokens, D hidden size, V vocabulary, F width of the features that a draft reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from eagle_jax.models.cache import KVCache
+from eagle_jax.models.config import LlamaConfig
+from eagle_jax.models.layers import MLP, Attend, Attention, attention, dot, normal, ones, rms_norm, rope_angles
+
+
+class LlamaOutput(NamedTuple):
+    """hidden [B, T, D] after the final norm; taps [B, T, len(taps) * D]; rows: new keys and values, a layer each."""
+
+    hidden: jax.Array
+    taps: jax.Array | None
+    rows: list[tuple[jax.Array, jax.Array]]
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each with its residual. The layer of an EAGLE-1 head has no input norm."""
+
+    def __init__(
+        self, config: LlamaConfig, key: jax.Array, dtype: Any, *, input_norm: bool = True, qkv_bias: bool = False
+    ):
+        keys = jax.random.split(key)
+        bias = config.attention_bias
+        self.config = config
+        self.input_norm = ones((config.hidden_size,), dtype) if input_norm else None
+        self.attention = Attention(config, config.hidden_size, keys[0], dtype, qkv_bias=bias or qkv_bias, o_bias=bias)
+        self.post_attention_norm = ones((config.hidden_size,), dtype)
+        self.mlp = MLP(config, keys[1], dtype)
+
+    def __call__(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> ([B, T, D], what `attend` keeps)."""
+        eps = self.config.rms_norm_eps
+        normed = x if self.input_norm is None else rms_norm(x, self.input_norm[...], eps)
+        mixed, kept = self.attention(normed, rotation, attend)
+        x = x + mixed
+        return x + self.mlp(rms_norm(x, self.post_attention_norm[...], eps)), kept
+
+
+class Llama(nnx.Module):
+    """A Llama-architecture language model: a stateless pytree of weights and its config."""
+
+    def __init__(self, config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32):
+        """Random weights; `params.load` fills in real ones."""
+        keys = jax.random.split(key, config.num_layers + 2)
+        self.config = config
+        self.embed = normal(keys[0], (config.vocab_size, config.hidden_size), dtype)
+        self.layers = nnx.List([DecoderLayer(config, layer_key, dtype) for layer_key in keys[2:]])
+        self.norm = ones((config.hidden_size,), dtype)
+        self.lm_head = (
+            None if config.tie_word_embeddings else normal(keys[1], (config.vocab_size, config.hidden_size), dtype)
+        )
+
+    @property
+    def dtype(self) -> Any:
+        return self.embed.dtype
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        *,
+        prompt_lengths: jax.Array,
+        cache: KVCache | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> LlamaOutput:
+        """One pass over T new tokens: a prompt, a chunk of it, a tree, or a single step.
+
+        Args:
+          tokens, positions: [B, T] int32.
+          mask: [B, T, T] bool, which new tokens each new token attends to (itself included). All rows of
+            `cache` below its length are attended to as well.
+          prompt_lengths: [B], see `rope_angles`.
+          taps: layers whose input is returned; index n is the output of the last layer.
+        """
+        x = self.embed[tokens]
+        rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
+        stream, rows = [x], []
+        for index, layer in enumerate(self.layers):
+
+            def attend(q, k, v, index=index):
+                old, length = (None, None) if cache is None else (cache.layer(index), cache.length)
+                return attention(q, k, v, mask, old, length), (k, v)
+
+            x, kept = layer(x, rotation, attend)
+            stream.append(x)
+            rows.append(kept)
+        tapped = jnp.concatenate([stream[tap] for tap in taps], axis=-1) if taps else None
+        return LlamaOutput(rms_norm(x, self.norm[...], self.config.rms_norm_eps), tapped, rows)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] after the final norm -> logits [..., V] in float32."""
+        weight = self.embed if self.lm_head is None else self.lm_head
+        return dot("...d,vd->...v", hidden, weight[...], jnp.float32)
