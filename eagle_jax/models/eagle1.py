@@ -78,7 +78,7 @@ class Eagle1Draft(nnx.Module):
         """
         embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
         x = dot("btf,df->btd", jnp.concatenate([embedding, hidden], axis=-1), self.fc[...])
-        x = x if self.fc_bias is None else x + self.fc_bias[...]
+        x = x if self.fc_bias is None else x + self.fc_bias[None, None]
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         return self.layer(x, rotation, attend)
 

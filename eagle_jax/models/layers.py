@@ -37,7 +37,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """RMSNorm over the last axis, computed in float32, scaled in x's dtype (as the reference does)."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale).astype(x.dtype) * weight
+    return (x32 * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -177,11 +177,11 @@ class Attention(nnx.Module):
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         mixed, kept = attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
         out = dot("btnh,dnh->btd", mixed, self.o[...])
-        return out if self.o_bias is None else out + self.o_bias[...], kept
+        return out if self.o_bias is None else out + self.o_bias[None, None], kept
 
     def _project(self, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
         out = dot("btd,nhd->btnh", x, weight[...])
-        return out if bias is None else out + bias[...]
+        return out if bias is None else out + bias[None, None]
 
 
 class MLP(nnx.Module):
@@ -200,9 +200,9 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = dot("btd,fd->btf", x, self.gate[...]), dot("btd,fd->btf", x, self.up[...])
         if self.gate_bias is not None:
-            gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
+            gate, up = gate + self.gate_bias[None, None], up + self.up_bias[None, None]
         out = dot("btf,df->btd", jax.nn.silu(gate) * up, self.down[...])
-        return out if self.down_bias is None else out + self.down_bias[...]
+        return out if self.down_bias is None else out + self.down_bias[None, None]
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> nnx.Param:

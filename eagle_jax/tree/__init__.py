@@ -1,1 +1,18 @@
 """Draft trees: the data, growth, and acceptance. Imports jax only; the draft comes in as a function."""
+
+from eagle_jax.tree.grow import DraftFn, DraftStep, grow
+from eagle_jax.tree.tree import NO_PARENT, Tree, TreeConfig
+from eagle_jax.tree.verify import AcceptFn, Acceptance, accept_greedy, path_to
+
+__all__ = [
+    "NO_PARENT",
+    "AcceptFn",
+    "Acceptance",
+    "DraftFn",
+    "DraftStep",
+    "Tree",
+    "TreeConfig",
+    "accept_greedy",
+    "grow",
+    "path_to",
+]
