@@ -127,27 +127,30 @@ def attention(
 def _attention_block(q, k, v, mask, cache, length):
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
-    q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    # Query heads that share a key-value head become more queries of it: [B, K, G * T, H], a plain batched product.
+    q = jnp.moveaxis(q.reshape(batch, tokens, kv_heads, -1, head_dim), 1, 3).reshape(batch, kv_heads, -1, head_dim)
     scale = head_dim**-0.5
 
-    def scores(keys, seen):  # [B, K, G, T, rows], float32
-        product = dot("btkgh,bksh->bkgts", q, keys, jnp.float32) * scale
-        return jnp.where(seen, product, -jnp.inf)
+    def scores(keys, seen):  # seen [B, 1, 1, T or 1, rows] -> [B, K, G, T, rows] float32
+        product = dot("bkqh,bksh->bkqs", q, keys, jnp.float32) * scale
+        return jnp.where(seen, product.reshape(batch, kv_heads, -1, tokens, keys.shape[2]), -jnp.inf)
 
-    def values(weights, rows):
-        return dot("bkgts,bksh->btkgh", weights.astype(rows.dtype), rows, jnp.float32)
+    def values(weights, rows):  # -> [B, K, G * T, H] float32
+        weights = weights.astype(rows.dtype).reshape(batch, kv_heads, -1, rows.shape[2])
+        return dot("bkqs,bksh->bkqh", weights, rows, jnp.float32)
 
     new = scores(k, mask[:, None, None])
     if cache is None:
-        weights = jax.nn.softmax(new, axis=-1)
-        return values(weights, v).reshape(batch, tokens, heads, head_dim).astype(q.dtype)
-    cache_k, cache_v = cache
-    seen = jnp.arange(cache_k.shape[2])[None, :] < length[:, None]  # [B, S]
-    old = scores(cache_k, seen[:, None, None, None])
-    top = jnp.maximum(new.max(-1, keepdims=True), old.max(-1, keepdims=True))
-    new, old = jnp.exp(new - top), jnp.exp(old - top)
-    total = new.sum(-1) + old.sum(-1)  # [B, K, G, T]
-    out = (values(new, v) + values(old, cache_v)) / jnp.moveaxis(total, 3, 1)[..., None]
+        out = values(jax.nn.softmax(new, axis=-1), v)
+    else:
+        cache_k, cache_v = cache
+        seen = jnp.arange(cache_k.shape[2])[None, :] < length[:, None]  # [B, S]
+        old = scores(cache_k, seen[:, None, None, None])
+        top = jnp.maximum(new.max(-1, keepdims=True), old.max(-1, keepdims=True))
+        new, old = jnp.exp(new - top), jnp.exp(old - top)
+        total = (new.sum(-1) + old.sum(-1)).reshape(batch, kv_heads, -1, 1)
+        out = (values(new, v) + values(old, cache_v)) / total
+    out = jnp.moveaxis(out.reshape(batch, kv_heads, -1, tokens, head_dim), 3, 1)  # [B, T, K, G, H]
     return out.reshape(batch, tokens, heads, head_dim).astype(q.dtype)
 
 
