@@ -1,0 +1,68 @@
+"""python -m eagle_jax.convert --target DIR_OR_ID --draft DIR_OR_ID --out DIR [--dtype bfloat16] [--overwrite]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.match import PARAMETER_DTYPES
+from eagle_jax.convert.read import read_json
+from eagle_jax.convert.write import convert
+from eagle_jax.models.config import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a conversion to a parser."""
+    parser.add_argument("--target", required=True, metavar="DIR_OR_ID", help="the target model: a folder or a hub id")
+    parser.add_argument("--draft", metavar="DIR_OR_ID", help="its EAGLE head; without one, only the target")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--dtype", choices=PARAMETER_DTYPES, help="dtype of the parameters (default: the target's own)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not a conversion")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts with a progress bar on stderr and a summary on stdout.
+
+    Returns:
+      The exit code: 0, or 1 after an error, which is one line on stderr.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("converting", total=None)
+            out = convert(
+                args.target,
+                args.draft,
+                args.out,
+                dtype=args.dtype,
+                overwrite=args.overwrite,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except (CheckpointError, ConfigError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    manifest = read_json(out / "manifest.json")
+    print(f"Converted to {out} ({manifest['dtype']})")
+    for role in ("target", "draft"):
+        if manifest[role] is not None:
+            kind, source, parts = (manifest[role][field] for field in ("kind", "source", "parts"))
+            print(f"  {role}: {kind} from {source}, {len(parts)} parts")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (argparse itself exits with 2)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eagle_jax.convert", description="Convert a target model and its EAGLE head for eagle_jax."
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Models from a converted folder (`load`) or straight from official checkpoints (`from_pretrained`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from eagle_jax.convert import parts
+from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.match import Match, build, match_pair, parameter_dtype
+from eagle_jax.convert.read import read_json
+from eagle_jax.models import params
+from eagle_jax.models.eagle1 import Eagle1Draft
+from eagle_jax.models.eagle3 import Eagle3Draft
+from eagle_jax.models.llama import Llama
+
+Models = tuple[Llama, Eagle3Draft | Eagle1Draft | None]
+
+
+def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Models:
+    """Loads a folder that `convert` wrote.
+
+    Args:
+      dtype: of both models; None means the dtype they were converted to.
+      mesh: every array is read straight into its sharding on this mesh (axes "data", "tensor"); None: one device.
+    Returns:
+      The target, and the draft or None.
+    Raises:
+      CheckpointError: if the folder is no conversion, not a whole one, or was changed since.
+    """
+    folder = Path(path)
+    dtype = None if dtype is None else parameter_dtype(dtype)
+    entries = _entries(folder)
+    target = _load_model(folder / parts.TARGET, entries[parts.TARGET], dtype, mesh)
+    if parts.DRAFT not in entries:
+        return target, None
+    draft = _load_model(folder / parts.DRAFT, entries[parts.DRAFT], dtype, mesh)
+    draft.check_fits(target)
+    return target, draft
+
+
+def from_pretrained(
+    target: str | Path, draft: str | Path | None = None, *, dtype: Any = None, mesh: Mesh | None = None
+) -> Models:
+    """Loads official checkpoints without writing anything.
+
+    Args:
+      target, draft: Hugging Face folders or hub ids; draft may be None.
+      dtype: of both models; None means the target's own.
+      mesh: as in `load`.
+    Raises:
+      CheckpointError, ConfigError: as `convert`.
+    """
+    target_match, draft_match = match_pair(target, draft, dtype)
+    return _fill(target_match, mesh), None if draft_match is None else _fill(draft_match, mesh)
+
+
+def tokenizer(path: str | Path) -> Any:
+    """The transformers tokenizer of a converted folder, or of a Hugging Face folder or hub id.
+
+    Raises:
+      CheckpointError: if there are no tokenizer files, or damaged ones.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    source = folder / parts.TARGET if (folder / parts.MANIFEST).is_file() else path
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except Exception as error:  # the tokenizer libraries raise bare Exceptions for damaged files
+        raise CheckpointError(f"{source}: no usable tokenizer files (tokenizer.json, ...): {error}") from error
+
+
+_AGAIN = "convert again (python -m eagle_jax.convert)"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """What a manifest says about one model. arrays: {path: shape and dtype}; checksums: {part: sha256}."""
+
+    kind: str
+    own_embedding: bool
+    dtype: str
+    config_sha256: str
+    arrays: dict[str, dict[str, Any]]
+    checksums: dict[str, str]
+
+
+def _entries(folder: Path) -> dict[str, _Entry]:
+    """The models that a folder's manifest lists, by role."""
+    path = folder / parts.MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: not a converted folder (it has no {parts.MANIFEST}); write one with "
+            "python -m eagle_jax.convert, or load official checkpoints with from_pretrained"
+        )
+    manifest = read_json(path)
+    if manifest.get("format") != parts.FORMAT:
+        raise CheckpointError(f"{path}: not the manifest of a converted folder")
+    if manifest.get("version") != parts.VERSION:
+        raise CheckpointError(
+            f"{path}: format version {manifest.get('version')!r}, this version of eagle_jax reads {parts.VERSION}; "
+            f"upgrade eagle_jax or {_AGAIN}"
+        )
+    roles = [parts.TARGET] if manifest.get(parts.DRAFT) is None else [parts.TARGET, parts.DRAFT]
+    try:
+        return {role: _entry(manifest[role], manifest["dtype"]) for role in roles}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: an entry is missing or malformed ({error}); {_AGAIN}") from error
+
+
+def _entry(model: dict[str, Any], dtype: str) -> _Entry:
+    return _Entry(
+        kind=model["kind"],
+        own_embedding=model["own_embedding"],
+        dtype=dtype,
+        config_sha256=model["config_sha256"],
+        arrays={path: array for part in model["parts"].values() for path, array in part["arrays"].items()},
+        checksums={name: part["sha256"] for name, part in model["parts"].items()},
+    )
+
+
+def _load_model(folder: Path, entry: _Entry, dtype: np.dtype | None, mesh: Mesh | None) -> Any:
+    config_path = folder / "config.json"
+    if parts.file_sha256(config_path) != entry.config_sha256:
+        raise CheckpointError(f"{config_path}: was changed after the conversion; {_AGAIN}")
+    hf, stored_dtype = read_json(config_path), parameter_dtype(entry.dtype)
+    model = build(entry.kind, hf, str(config_path), entry.own_embedding, stored_dtype)
+    leaves = params.flatten(model)
+    expected = {path: parts.describe(leaf) for path, leaf in leaves.items()}
+    if entry.arrays != expected:
+        differing = sorted(path for path in entry.arrays | expected if entry.arrays.get(path) != expected.get(path))
+        raise CheckpointError(f"{folder}: the manifest and config.json disagree on {', '.join(differing)}; {_AGAIN}")
+    arrays: dict[str, jax.Array] = {}
+    for part, paths in parts.parts_of(leaves).items():
+        part_folder = folder / parts.PARAMETERS / part
+        if not part_folder.is_dir():
+            raise CheckpointError(f"{part_folder}: this part is missing; {_AGAIN}")
+        if parts.folder_sha256(part_folder) != entry.checksums.get(part):
+            raise CheckpointError(f"{part_folder}: damaged or changed after the conversion; {_AGAIN}")
+        restored = parts.restore_part(part_folder, {path: _placed(path, leaves[path], mesh) for path in paths})
+        arrays |= {path: _cast(restored.pop(path), dtype, f"{part_folder}: {path}") for path in paths}
+    return params.load(model, arrays)
+
+
+def _fill(match: Match, mesh: Mesh | None) -> Any:
+    arrays = {}
+    for path, leaf in params.flatten(match.model).items():
+        values = match.read(path)
+        if mesh is None:
+            # may_alias: an array must not change or vanish with the file it was read from.
+            arrays[path] = jax.device_put(values, may_alias=False)
+        else:
+            arrays[path] = _shard(values, params.sharding(path, leaf.shape, mesh))
+    return params.load(match.model, arrays)
+
+
+def _shard(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Each device gets a copy of its own part; the rest of a mapped file is not read."""
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index].copy())
+
+
+def _placed(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else params.sharding(path, leaf.shape, mesh)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _cast(array: jax.Array, dtype: np.dtype | None, where: str) -> jax.Array:
+    if dtype is None or array.dtype == dtype or not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    cast = array.astype(dtype)
+    if not bool(jnp.isfinite(cast).all()):
+        raise CheckpointError(f"{where} holds values too large for {dtype.name}; choose bfloat16 or float32")
+    return cast

@@ -1,0 +1,115 @@
+"""Official tensor names and our parameter paths: tables, and the few functions that read them.
+
+Letters: N query heads, K key-value heads, H head dim, D hidden size, V vocabulary, Vd draft vocabulary.
+
+Both sides keep PyTorch's order, output dimension first. The only difference in shape is that attention
+weights have their heads split out here: q is [N, H, D] for the official (N * H, D), o is [D, N, H] for the
+official (D, N * H), a bias [N, H] for (N * H,). So every conversion is a reshape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+from eagle_jax.convert.error import CheckpointError
+
+# One decoder layer, relative to its prefix: our path -> official name.
+LAYER: dict[str, str] = {
+    "input_norm": "input_layernorm.weight",
+    "post_attention_norm": "post_attention_layernorm.weight",
+    "attention.q": "self_attn.q_proj.weight",
+    "attention.k": "self_attn.k_proj.weight",
+    "attention.v": "self_attn.v_proj.weight",
+    "attention.o": "self_attn.o_proj.weight",
+    "attention.q_bias": "self_attn.q_proj.bias",
+    "attention.k_bias": "self_attn.k_proj.bias",
+    "attention.v_bias": "self_attn.v_proj.bias",
+    "attention.o_bias": "self_attn.o_proj.bias",
+    "mlp.gate": "mlp.gate_proj.weight",
+    "mlp.up": "mlp.up_proj.weight",
+    "mlp.down": "mlp.down_proj.weight",
+    "mlp.gate_bias": "mlp.gate_proj.bias",
+    "mlp.up_bias": "mlp.up_proj.bias",
+    "mlp.down_bias": "mlp.down_proj.bias",
+}
+
+# The whole of each kind of model; {i} stands for a layer's index.
+LLAMA: dict[str, str] = {
+    "embed": "model.embed_tokens.weight",
+    **{f"layers.{{i}}.{path}": f"model.layers.{{i}}.{name}" for path, name in LAYER.items()},
+    "norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+}
+EAGLE3: dict[str, str] = {
+    "embed": "embed_tokens.weight",
+    "fc": "fc.weight",
+    **{f"layer.{path}": f"midlayer.{name}" for path, name in LAYER.items()},
+    "layer.hidden_norm": "midlayer.hidden_norm.weight",
+    "norm": "norm.weight",
+    "lm_head": "lm_head.weight",
+    "target_ids": "d2t",
+}
+# Newer exports of EAGLE-3 heads.
+EAGLE3_LAYERS: dict[str, str] = {path: name.replace("midlayer.", "layers.0.") for path, name in EAGLE3.items()}
+EAGLE1: dict[str, str] = {
+    "embed": "embed_tokens.weight",
+    "fc": "fc.weight",
+    "fc_bias": "fc.bias",
+    **{f"layer.{path}": f"layers.0.{name}" for path, name in LAYER.items()},
+}
+
+# Vocabulary tables of an EAGLE-3 head: no weights, so read and written apart from them.
+DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
+
+# Tensors of no meaning, which old exporters wrote.
+IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+
+# Paths whose dimensions `axis` and `axis + 1` (heads and head dim) are one dimension of the official tensor.
+HEAD_AXIS: dict[str, int] = {
+    "attention.q": 0,
+    "attention.k": 0,
+    "attention.v": 0,
+    "attention.o": 1,
+    "attention.q_bias": 0,
+    "attention.k_bias": 0,
+    "attention.v_bias": 0,
+}
+
+
+def official_name(table: Mapping[str, str], path: str) -> str:
+    """ "layers.3.attention.q" -> "model.layers.3.self_attn.q_proj.weight", by the table LLAMA."""
+    index = re.search(r"\d+", path)
+    if index is None:
+        return table[path]
+    return table[path.replace(index[0], "{i}", 1)].replace("{i}", index[0], 1)
+
+
+def official_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """("layer.attention.o", (D, N, H)) -> (D, N * H)."""
+    axis = HEAD_AXIS.get(".".join(path.split(".")[-2:]))
+    if axis is None:
+        return tuple(shape)
+    return (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+
+
+def head_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str, str]]:
+    """The kind of an EAGLE head, "eagle3" or "eagle1", and its table, from its tensor names.
+
+    Args:
+      where: the checkpoint's name, for messages.
+    Raises:
+      CheckpointError: if these are not the names of a head.
+    """
+    if any(name.startswith("midlayer.") for name in tensor_names):
+        return "eagle3", EAGLE3
+    if "layers.0.hidden_norm.weight" in tensor_names:
+        return "eagle3", EAGLE3_LAYERS
+    if "fc.weight" in tensor_names and any(name.startswith("layers.0.") for name in tensor_names):
+        return "eagle1", EAGLE1
+    if any(name.startswith("model.layers.") for name in tensor_names):
+        raise CheckpointError(f"{where}: holds a whole language model, not an EAGLE head; is it the target?")
+    raise CheckpointError(
+        f"{where}: not an EAGLE head: it has neither midlayer.* nor layers.0.* with fc.weight; "
+        f"its tensors are {', '.join(sorted(tensor_names)[:5]) or 'none'}, ..."
+    )

@@ -1,0 +1,102 @@
+"""The parts of a converted folder: what they are called, how they are written, checked and restored.
+
+A part is an orbax item holding a flat {path: array} dictionary: a layer, an embedding, an lm_head, or the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eagle_jax.convert.error import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "eagle_jax converted model", 1
+TARGET, DRAFT, PARAMETERS = "target", "draft", "parameters"  # folders
+
+CHUNK_BYTES = 32 << 20  # of a stored file; bounds what a write or a read buffers
+
+
+class _Frozen(np.ndarray):
+    """An array that orbax need not copy before it writes: nothing changes it meanwhile."""
+
+    def __deepcopy__(self, memo: dict[int, Any] | None) -> _Frozen:
+        return self
+
+
+def part_of(path: str) -> str:
+    """ "layers.3.attention.q" -> "layers.3"; "embed" and "lm_head" stand alone; anything else -> "rest"."""
+    layer = re.match(r"layers\.\d+", path)
+    if layer:
+        return layer[0]
+    return path if path in ("embed", "lm_head") else "rest"
+
+
+def parts_of(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
+    """{part: its paths}, in the order of `leaves`."""
+    parts: dict[str, list[str]] = {}
+    for path in leaves:
+        parts.setdefault(part_of(path), []).append(path)
+    return parts
+
+
+def describe(array: Any) -> dict[str, Any]:
+    """Shape and dtype of an array, as a manifest states them."""
+    return {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name}
+
+
+def save_part(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a part. Chunked and without orbax's OCDBT, which would hold the whole part in memory twice."""
+    import orbax.checkpoint as ocp
+
+    state = {path: array.view(_Frozen) for path, array in arrays.items()}
+    chunked = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in arrays}
+    with _quiet_orbax(), ocp.StandardCheckpointer(use_ocdbt=False) as checkpointer:
+        checkpointer.save(folder.absolute(), state, save_args=chunked)
+        checkpointer.wait_until_finished()
+
+
+def restore_part(folder: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a part into arrays with the shapes, dtypes and shardings of `abstract`."""
+    import orbax.checkpoint as ocp
+
+    with _quiet_orbax(), ocp.StandardCheckpointer(use_ocdbt=False) as checkpointer:
+        return checkpointer.restore(folder.absolute(), dict(abstract))
+
+
+def folder_sha256(folder: Path) -> str:
+    """A checksum of the names, sizes and bytes of all files below a folder."""
+    total = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        total.update(f"{file.relative_to(folder).as_posix()} {file_sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Drops orbax's remark, once a part, that there are no OCDBT files to merge."""
+
+    def relevant(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(relevant)
+    try:
+        yield
+    finally:
+        logger.removeFilter(relevant)
