@@ -1,0 +1,41 @@
+"""What every test runs under: the CPU (unless JAX_PLATFORMS says otherwise), strict ranks, fixed threads.
+
+Warnings are errors by `filterwarnings` in pyproject.toml. GPU tests: `JAX_PLATFORMS=cuda pytest -m gpu`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One thread a worker: results do not depend on the machine's size, and xdist workers do not fight over its cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import jax
+import pytest
+
+from tests import aot
+
+aot.find_compilers()
+jax.config.update("jax_numpy_rank_promotion", "raise")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_num_cpu_devices", 4)  # enough for a mesh of two axes
+
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of tensors that the PyTorch reference computed; its README says how."""
+    return Path(__file__).parent / "golden"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs a CUDA device: JAX_PLATFORMS=cuda pytest -m gpu")
