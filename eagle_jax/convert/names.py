@@ -70,7 +70,6 @@ HEAD_AXIS: dict[str, int] = {
     "attention.q": 0,
     "attention.k": 0,
     "attention.v": 0,
-    "attention.o": 1,
     "attention.q_bias": 0,
     "attention.k_bias": 0,
     "attention.v_bias": 0,
@@ -86,7 +85,7 @@ def official_name(table: Mapping[str, str], path: str) -> str:
 
 
 def official_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """("layer.attention.o", (D, N, H)) -> (D, N * H)."""
+    """("layer.attention.q", (N, H, D)) -> (N * H, D)."""
     axis = HEAD_AXIS.get(".".join(path.split(".")[-2:]))
     if axis is None:
         return tuple(shape)

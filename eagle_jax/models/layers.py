@@ -3,8 +3,8 @@
 Letters: B batch, T new tokens, M rows of new keys, S cache rows, D model width, F MLP width, N query heads,
 K key-value heads, G = N / K, H head dim.
 
-Weights keep PyTorch's order, output dimension first, with heads split out: q [N, H, D], o [D, N, H],
-gate [F, D]. So conversion is a reshape, and XLA:CPU runs these products fastest.
+Weights keep PyTorch's order, output dimension first: o [D, N * H], gate [F, D], and q [N, H, D] with the heads
+split out (on TPUs neither q in two dimensions nor o in three goes without a copy). So conversion is a reshape, and XLA:CPU runs these products fastest.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from eagle_jax.models.config import LlamaConfig, RopeConfig
 # The layer does not know where older keys live; the caller's closure does.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
-# Queries attended at a time: bounds the scores to [B, N, QUERY_BLOCK, S] however long the prompt chunk is.
-QUERY_BLOCK = 64
+# Up to this many queries (a tree, a step) attend to the whole cache at once. More (a chunk of a prompt) go through
+# it in blocks, and only as far as it is filled, so that the scores stay small beside the cache.
+WHOLE_CACHE_QUERIES = 128
+CACHE_BLOCK = 512
 
 
 def dot(equation: str, x: jax.Array, weight: jax.Array, out_dtype: Any = None) -> jax.Array:
@@ -100,7 +102,7 @@ def attention(
     cache: tuple[jax.Array, jax.Array] | None = None,
     length: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention over the rows of a cache and over new rows, as one softmax in two parts.
+    """Softmax attention over the rows of a cache and over new rows: one softmax, computed in parts and merged.
 
     Args:
       q: [B, T, N, H].
@@ -110,48 +112,56 @@ def attention(
     Returns:
       [B, T, N, H].
     """
-    tokens = q.shape[1]
-    if tokens <= QUERY_BLOCK:
-        return _attention_block(q, k, v, mask, cache, length)
-    blocks = -(-tokens // QUERY_BLOCK)
-    padding = blocks * QUERY_BLOCK - tokens
-
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, B, QUERY_BLOCK, ...]
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode="edge")
-        return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
-
-    out = jax.lax.map(lambda block: _attention_block(block[0], k, v, block[1], cache, length), (split(q), split(mask)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :tokens]
-
-
-def _attention_block(q, k, v, mask, cache, length):
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
-    # Query heads that share a key-value head become more queries of it: [B, K, G * T, H], a plain batched product.
-    q = jnp.moveaxis(q.reshape(batch, tokens, kv_heads, -1, head_dim), 1, 3).reshape(batch, kv_heads, -1, head_dim)
-    scale = head_dim**-0.5
+    # Query heads that share a key-value head become more queries of it, [B, K, G * T, H]: a plain batched product.
+    grouped = jnp.moveaxis(q.reshape(batch, tokens, kv_heads, -1, head_dim), 1, 3)
+    grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
 
-    def scores(keys, seen):  # seen [B, 1, 1, T or 1, rows] -> [B, K, G, T, rows] float32
-        product = dot("bkqh,bksh->bkqs", q, keys, jnp.float32) * scale
-        return jnp.where(seen, product.reshape(batch, kv_heads, -1, tokens, keys.shape[2]), -jnp.inf)
+    def part(keys, values, seen):  # seen [B, T or 1, rows]
+        return _softmax_part(grouped, keys, values, seen, tokens)
 
-    def values(weights, rows):  # -> [B, K, G * T, H] float32
-        weights = weights.astype(rows.dtype).reshape(batch, kv_heads, -1, rows.shape[2])
-        return dot("bkqs,bksh->bkqh", weights, rows, jnp.float32)
+    result = part(k, v, mask)
+    if cache is not None and tokens <= WHOLE_CACHE_QUERIES:
+        seen = jnp.arange(cache[0].shape[2])[None] < length[:, None]
+        result = _merge(result, part(*cache, seen[:, None]))
+    elif cache is not None:
+        rows = min(CACHE_BLOCK, cache[0].shape[2])
 
-    new = scores(k, mask[:, None, None])
-    if cache is None:
-        out = values(jax.nn.softmax(new, axis=-1), v)
-    else:
-        cache_k, cache_v = cache
-        seen = jnp.arange(cache_k.shape[2])[None, :] < length[:, None]  # [B, S]
-        old = scores(cache_k, seen[:, None, None, None])
-        top = jnp.maximum(new.max(-1, keepdims=True), old.max(-1, keepdims=True))
-        new, old = jnp.exp(new - top), jnp.exp(old - top)
-        total = (new.sum(-1) + old.sum(-1)).reshape(batch, kv_heads, -1, 1)
-        out = (values(new, v) + values(old, cache_v)) / total
-    out = jnp.moveaxis(out.reshape(batch, kv_heads, -1, tokens, head_dim), 3, 1)  # [B, T, K, G, H]
-    return out.reshape(batch, tokens, heads, head_dim).astype(q.dtype)
+        def add_block(index, result):
+            start = jnp.minimum(index * rows, cache[0].shape[2] - rows)  # the last block may overlap the one before
+            block = [jax.lax.dynamic_slice_in_dim(array, start, rows, axis=2) for array in cache]
+            row = start + jnp.arange(rows)[None]
+            return _merge(result, part(*block, ((row >= index * rows) & (row < length[:, None]))[:, None]))
+
+        result = jax.lax.fori_loop(0, -(-jnp.max(length) // rows), add_block, result)
+    total, out = result[1:]
+    out = (out / total).reshape(batch, kv_heads, -1, tokens, head_dim)
+    return jnp.moveaxis(out, 3, 1).reshape(batch, tokens, heads, head_dim).astype(q.dtype)
+
+
+def _softmax_part(q, keys, values, seen, tokens):
+    """Attention of q [B, K, G * T, H] over some of the rows, before normalisation.
+
+    Returns:
+      The largest score and the sum of exponentials [B, K, G * T, 1], and the weighted values [B, K, G * T, H]; float32.
+    """
+    batch, kv_heads, queries, head_dim = q.shape
+    scores = dot("bkqh,bksh->bkqs", q, keys, jnp.float32) * head_dim**-0.5
+    scores = scores.reshape(batch, kv_heads, -1, tokens, keys.shape[2])
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(batch, kv_heads, queries, keys.shape[2])
+    # A part of which a query sees nothing has no largest score; any finite number serves.
+    top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - top)
+    out = dot("bkqs,bksh->bkqh", weights.astype(values.dtype), values, jnp.float32)
+    return top, weights.sum(axis=-1, keepdims=True), out
+
+
+def _merge(a, b):
+    """Two parts of one softmax as one."""
+    top = jnp.maximum(a[0], b[0])
+    scale_a, scale_b = jnp.exp(a[0] - top), jnp.exp(b[0] - top)
+    return top, a[1] * scale_a + b[1] * scale_b, a[2] * scale_a + b[2] * scale_b
 
 
 class Attention(nnx.Module):
@@ -164,7 +174,7 @@ class Attention(nnx.Module):
         self.q = normal(keys[0], (n, h, input_size), dtype)
         self.k = normal(keys[1], (k, h, input_size), dtype)
         self.v = normal(keys[2], (k, h, input_size), dtype)
-        self.o = normal(keys[3], (d, n, h), dtype)
+        self.o = normal(keys[3], (d, n * h), dtype)
         self.q_bias = zeros((n, h), dtype) if qkv_bias else None
         self.k_bias = zeros((k, h), dtype) if qkv_bias else None
         self.v_bias = zeros((k, h), dtype) if qkv_bias else None
@@ -179,7 +189,7 @@ class Attention(nnx.Module):
         v = self._project(x, self.v, self.v_bias)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         mixed, kept = attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-        out = dot("btnh,dnh->btd", mixed, self.o[...])
+        out = dot("btf,df->btd", mixed.reshape(*mixed.shape[:2], -1), self.o[...])
         return out if self.o_bias is None else out + self.o_bias[None, None], kept
 
     def _project(self, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:

@@ -22,7 +22,7 @@ PARTITION_RULES: dict[str, tuple[str | None, ...]] = {
     "attention.q": (TENSOR, None, None),
     "attention.k": (TENSOR, None, None),
     "attention.v": (TENSOR, None, None),
-    "attention.o": (None, TENSOR, None),
+    "attention.o": (None, TENSOR),
     "attention.q_bias": (TENSOR, None),
     "attention.k_bias": (TENSOR, None),
     "attention.v_bias": (TENSOR, None),
