@@ -23,6 +23,10 @@ from tests import aot
 
 aot.find_compilers()
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling is most of the time: workers share programs, and so does the next run. The size limit turns on the lock.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+jax.config.update("jax_compilation_cache_max_size", 2**30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 4)  # enough for a mesh of two axes
 

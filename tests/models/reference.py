@@ -5,7 +5,7 @@ The name map is written out here rather than taken from `eagle_jax.convert`: an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ SMALL = dict(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=48,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=4,
     max_position_embeddings=64,
@@ -51,36 +51,33 @@ def our_model(model: transformers.LlamaForCausalLM, hf: Mapping[str, Any] | None
 
 def load_target(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> Llama:
     """A target of `config` with the tensors of a Hugging Face folder."""
-    arrays = {}
-    for name, tensor in tensors.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        arrays[our_path(name.removeprefix("model."))] = split_heads(name, tensor, config)
-    return params.load(params.abstract(lambda key: Llama(config, key)), arrays)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return fill(lambda key: Llama(config, key), {name: tensors[name] for name in set(tensors) - tied})
+
+
+def fill(build: Callable[[jax.Array], Any], tensors: Mapping[str, np.ndarray]) -> Any:
+    """The model of `build` with PyTorch's tensors: split into heads or not, it is always a reshape."""
+    model = params.abstract(build)
+    shapes = {path: leaf.shape for path, leaf in params.flatten(model).items()}
+    arrays = {our_path(name): tensor for name, tensor in tensors.items()}
+    return params.load(model, {path: jnp.asarray(array.reshape(shapes[path])) for path, array in arrays.items()})
 
 
 def our_path(name: str) -> str:
-    """ "layers.3.self_attn.q_proj.bias" -> "layers.3.attention.q_bias"."""
+    """ "model.layers.3.self_attn.q_proj.bias" -> "layers.3.attention.q_bias"."""
     for theirs, ours in (
+        ("model.", ""),
         ("self_attn", "attention"),
         ("post_attention_layernorm", "post_attention_norm"),
         ("input_layernorm", "input_norm"),
         ("embed_tokens", "embed"),
         ("_proj", ""),
+        ("midlayer", "layer"),
         (".weight", ""),
         (".bias", "_bias"),
     ):
         name = name.replace(theirs, ours)
     return name
-
-
-def split_heads(name: str, tensor: np.ndarray, config: LlamaConfig) -> jax.Array:
-    """Projections of attention get an axis of heads: q [N H, D] -> [N, H, D], o [D, N H] -> [D, N, H]."""
-    if any(f"{part}_proj" in name for part in "qkv"):
-        tensor = tensor.reshape(-1, config.head_dim, *tensor.shape[1:])
-    elif "o_proj.weight" in name:
-        tensor = tensor.reshape(tensor.shape[0], -1, config.head_dim)
-    return jnp.asarray(tensor)
 
 
 def causal(batch: int, tokens: int) -> jax.Array:
