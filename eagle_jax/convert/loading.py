@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(path)
-    source = folder / parts.TARGET if (folder / parts.MANIFEST).is_file() else path
+    source = folder / parts.TARGET if parts.is_conversion(folder) else path
     try:
         return AutoTokenizer.from_pretrained(str(source))
     except Exception as error:  # the tokenizer libraries raise bare Exceptions for damaged files
@@ -145,7 +146,7 @@ def _load_model(folder: Path, entry: _Entry, dtype: np.dtype | None, mesh: Mesh 
         if parts.folder_sha256(part_folder) != entry.checksums.get(part):
             raise CheckpointError(f"{part_folder}: damaged or changed after the conversion; {_AGAIN}")
         restored = parts.restore_part(part_folder, {path: _placed(path, leaves[path], mesh) for path in paths})
-        arrays |= {path: _cast(restored.pop(path), dtype, f"{part_folder}: {path}") for path in paths}
+        arrays |= restored if dtype in (None, stored_dtype) else _cast(restored, dtype, part_folder)
     return params.load(model, arrays)
 
 
@@ -154,8 +155,8 @@ def _fill(match: Match, mesh: Mesh | None) -> Any:
     for path, leaf in params.flatten(match.model).items():
         values = match.read(path)
         if mesh is None:
-            # may_alias: an array must not change or vanish with the file it was read from.
-            arrays[path] = jax.device_put(values, may_alias=False)
+            # A copy: where memory is aligned, JAX would go on using that of the file.
+            arrays[path] = jax.device_put(values.copy())
         else:
             arrays[path] = _shard(values, params.sharding(path, leaf.shape, mesh))
     return params.load(match.model, arrays)
@@ -171,10 +172,17 @@ def _placed(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.Sha
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _cast(array: jax.Array, dtype: np.dtype | None, where: str) -> jax.Array:
-    if dtype is None or array.dtype == dtype or not jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    cast = array.astype(dtype)
-    if not bool(jnp.isfinite(cast).all()):
-        raise CheckpointError(f"{where} holds values too large for {dtype.name}; choose bfloat16 or float32")
-    return cast
+def _cast(arrays: dict[str, jax.Array], dtype: np.dtype, where: Path) -> dict[str, jax.Array]:
+    """A part with its floating-point arrays in another dtype, each in its sharding still."""
+    cast, finite = _cast_all(list(arrays.values()), dtype)
+    too_large = [path for path, fits in zip(arrays, finite, strict=True) if not fits]
+    if too_large:
+        raise CheckpointError(f"{where}: {too_large[0]} is too large for {dtype.name}; choose bfloat16 or float32")
+    return {path: jax.device_put(new, old.sharding) for (path, old), new in zip(arrays.items(), cast, strict=True)}
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast_all(arrays: list[jax.Array], dtype: np.dtype) -> tuple[list[jax.Array], list[jax.Array]]:
+    """A list, and one function: so that all layers share a program, whatever their paths."""
+    cast = [array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array for array in arrays]
+    return cast, [jnp.isfinite(array).all() for array in cast]

@@ -88,11 +88,14 @@ def build(kind: str, hf: Mapping[str, Any], where: str, own_embedding: bool, dty
     """The abstract model of a kind and a Hugging Face config.
 
     Raises:
+      CheckpointError: an unknown kind.
       ConfigError: a config that is not implemented; `where` is its name in the message.
     """
     if kind == "llama":
         config = LlamaConfig.from_hf(hf, where)
         return params.abstract(lambda key: Llama(config, key, dtype))
+    if kind not in ("eagle1", "eagle3"):
+        raise CheckpointError(f"{where}: unknown kind of model {kind!r}")
     head = DraftConfig.from_hf(hf, where, own_embedding)
     if kind == "eagle1":
         return params.abstract(lambda key: Eagle1Draft(head, key, dtype))

@@ -2,9 +2,9 @@
 
 Letters: N query heads, K key-value heads, H head dim, D hidden size, V vocabulary, Vd draft vocabulary.
 
-Both sides keep PyTorch's order, output dimension first. The only difference in shape is that attention
-weights have their heads split out here: q is [N, H, D] for the official (N * H, D), o is [D, N, H] for the
-official (D, N * H), a bias [N, H] for (N * H,). So every conversion is a reshape.
+Both sides keep PyTorch's order, output dimension first. The only difference in shape is that queries, keys
+and values have their heads split out here: q is [N, H, D] for the official (N * H, D), its bias [N, H] for
+(N * H,). So every conversion is a reshape.
 """
 
 from __future__ import annotations

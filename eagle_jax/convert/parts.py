@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.read import read_json
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "eagle_jax converted model", 1
@@ -29,6 +30,14 @@ class _Frozen(np.ndarray):
 
     def __deepcopy__(self, memo: dict[int, Any] | None) -> _Frozen:
         return self
+
+
+def is_conversion(folder: Path) -> bool:
+    """Whether a folder has the manifest of a converted folder, of whatever version."""
+    try:
+        return read_json(folder / MANIFEST).get("format") == FORMAT
+    except CheckpointError:
+        return False
 
 
 def part_of(path: str) -> str:

@@ -107,7 +107,7 @@ def _check_place(out: Path, overwrite: bool, sources: list[Path]) -> None:
         return
     if not out.is_dir():
         raise CheckpointError(f"{out}: is a file; choose another output folder")
-    if any(out.iterdir()) and not overwrite and not (out / parts.MANIFEST).is_file():
+    if any(out.iterdir()) and not overwrite and not parts.is_conversion(out):
         raise CheckpointError(
             f"{out}: is not empty and not a converted folder; choose another, or replace it with --overwrite"
         )

@@ -1,0 +1,133 @@
+"""load, from_pretrained and tokenizer: dtypes, meshes, independence of the source files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eagle_jax
+from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official, tokenizer
+from eagle_jax.models import params
+from tests.convert import folders
+from tests.convert.folders import CONFIG, HEAD_CONFIG, assert_same
+
+PAIR = Path(eagle_jax.__file__).parent / "pair"
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    target = folders.write_safetensors(tmp_path / "target", CONFIG, folders.llama_arrays())
+    return target, folders.write_bin(tmp_path / "head", HEAD_CONFIG, folders.eagle3_arrays())
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", jnp.float16])
+def test_load_casts_as_from_pretrained_does(pair: tuple[Path, Path], tmp_path: Path, dtype: object):
+    out = convert(*pair, tmp_path / "out")
+    for ours, theirs in zip(load(out, dtype=dtype), from_pretrained(*pair, dtype=dtype), strict=True):
+        assert ours.dtype == theirs.dtype == (dtype or "float32")
+        assert_same(to_official(ours), to_official(theirs))
+
+
+def test_load_refuses_values_too_large_for_a_dtype(tmp_path: Path):
+    arrays = folders.llama_arrays()
+    arrays["lm_head.weight"].flat[0] = 1e6
+    out = convert(folders.write_safetensors(tmp_path / "target", CONFIG, arrays), None, tmp_path / "out")
+    load(out, dtype="bfloat16")
+    with pytest.raises(CheckpointError, match="lm_head is too large for float16"):
+        load(out, dtype="float16")
+
+
+def test_target_ids_are_read(pair: tuple[Path, Path], tmp_path: Path):
+    for draft in (from_pretrained(*pair)[1], load(convert(*pair, tmp_path / "out"), dtype="bfloat16")[1]):
+        assert draft.target_ids.dtype == jnp.int32
+        np.testing.assert_array_equal(draft.target_ids[...], folders.DRAFT_IDS)
+
+
+@pytest.mark.parametrize("write", [folders.write_safetensors, folders.write_bin])
+def test_models_do_not_share_memory_with_files(tmp_path: Path, write):
+    arrays = folders.llama_arrays()
+    folder = write(tmp_path, CONFIG, arrays)
+    model, _ = from_pretrained(folder)
+    (file,) = (file for file in folder.iterdir() if file.name != "config.json")
+    with file.open("r+b") as opened:
+        opened.write(b"\1" * file.stat().st_size)
+    assert_same(to_official(model), arrays)
+
+
+MESH = """
+import json, sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from eagle_jax.convert import from_pretrained, load
+from eagle_jax.models import params
+
+target, draft, out = sys.argv[1:]
+mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+report = {}
+pairs = {"load": load(out, mesh=mesh), "from_pretrained": from_pretrained(target, draft, mesh=mesh)}
+pairs["cast"] = load(out, mesh=mesh, dtype="bfloat16")
+plain, plain_cast = from_pretrained(target, draft), from_pretrained(target, draft, dtype="bfloat16")
+for name, models in pairs.items():
+    for model, whole in zip(models, plain_cast if name == "cast" else plain):
+        expected = params.flatten(whole)
+        for path, array in params.flatten(model).items():
+            assert array.sharding == params.sharding(path, array.shape, mesh), (name, path, array.sharding)
+            assert np.asarray(array).tobytes() == np.asarray(expected[path]).tobytes(), (name, path)
+            local = list(array.addressable_shards[0].data.shape)
+            report[f"{type(model).__name__} {path}"] = [list(array.sharding.spec), local]
+print(json.dumps(report))
+"""
+
+
+def test_every_array_goes_to_its_sharding_on_eight_devices(pair: tuple[Path, Path], tmp_path: Path):
+    out = convert(*pair, tmp_path / "out")
+    command = [sys.executable, "-W", "error", "-c", MESH, *map(str, (*pair, out))]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["Llama layers.0.attention.q"] == [["tensor", None, None], [1, 6, 8]]
+    assert report["Llama layers.0.attention.k"] == [[None, None, None], [1, 6, 8]]  # one head does not divide into 2
+    assert report["Llama layers.1.mlp.down"] == [[None, "tensor"], [8, 6]]
+    assert report["Eagle3Draft layer.attention.o"] == [[None, "tensor"], [8, 6]]
+    assert report["Eagle3Draft target_ids"] == [[], [5]]
+
+
+def test_one_device_arrays_are_plain(golden: Path):
+    model, _ = from_pretrained(golden / "weights" / "t2_target")
+    assert all(len(array.devices()) == 1 for array in params.flatten(model).values())
+
+
+def test_tokenizer_of_source_and_conversion(tmp_path: Path):
+    out = convert(PAIR / "target", None, tmp_path / "out")
+    text = "def add(a, b): return a + b"
+    ids = [tokenizer(path)(text)["input_ids"] for path in (PAIR / "target", out, str(out))]
+    assert ids[0] == ids[1] == ids[2] and len(ids[0]) > 1
+
+
+@pytest.mark.parametrize("contents", [None, "{", '{"version": "1.0"}'])
+def test_tokenizer_absent_or_damaged(tmp_path: Path, contents: str | None):
+    folder = folders.write_safetensors(tmp_path, CONFIG, folders.llama_arrays())
+    if contents is not None:
+        (folder / "tokenizer.json").write_text(contents)
+    with pytest.raises(CheckpointError, match=f"{folder}: no usable tokenizer files"):
+        tokenizer(folder)
+
+
+def test_importing_is_cheap():
+    code = """
+import sys
+import flax.nnx, jax
+before = set(sys.modules)
+import eagle_jax.convert
+heavy = {"torch", "transformers", "orbax", "safetensors", "huggingface_hub", "rich", "tensorstore"}
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before} & heavy))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,257 @@
+"""Opening folders: every layout gives the same tensors, every damage an error that names the file."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.read import open_checkpoint
+from tests.convert import folders
+from tests.convert.folders import CONFIG, assert_same, llama_arrays, read_arrays, write_bin, write_safetensors
+
+INDEX = "model.safetensors.index.json"
+SHARDS = folders.shard_names("model", "safetensors", 3)
+
+
+def edit_json(path: Path, edit: Callable[[dict], object]) -> None:
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_layout_holds_the_same_bits(tmp_path: Path, dtype: str):
+    arrays = {name: array.astype(dtype) for name, array in llama_arrays().items()}
+    arrays |= {"scalar": np.array(3.0, np.float32), "table": np.arange(3), "marks": np.array([True, False])}
+    layouts = [
+        write_safetensors(tmp_path / "single", CONFIG, arrays),
+        write_safetensors(tmp_path / "single_index", CONFIG, arrays, index=True),
+        write_safetensors(tmp_path / "sharded", CONFIG, arrays, shards=3),
+        write_safetensors(tmp_path / "no_index", CONFIG, arrays, shards=3, index=False),
+        write_bin(tmp_path / "bin", CONFIG, arrays),
+        write_bin(tmp_path / "bin_sharded", CONFIG, arrays, shards=3),
+        write_bin(tmp_path / "bin_old", CONFIG, arrays, zipped=False),
+    ]
+    for folder in layouts:
+        assert_same(read_arrays(folder), arrays)
+
+
+def test_parity_folder_reads_the_same_from_both_formats(golden: Path, tmp_path: Path):
+    source = golden / "weights" / "t1_target"
+    assert [file.name for file in open_checkpoint(source).files] == ["model.safetensors"]
+    for name in ("config.json", "pytorch_model.bin"):
+        shutil.copy(source / name, tmp_path)
+    assert_same(read_arrays(tmp_path), read_arrays(source))
+
+
+def test_tensors_are_views_of_the_file(tmp_path: Path):
+    arrays = llama_arrays() | {"odd": np.zeros(3, np.uint8), "wide": np.ones(4, np.float32)}
+    for tensor in open_checkpoint(write_safetensors(tmp_path, CONFIG, arrays)).tensors.values():
+        assert not tensor.load().flags.writeable
+
+
+def test_strided_and_shared_bin_tensors(tmp_path: Path):
+    write_bin(tmp_path, CONFIG, {})
+    base = torch.arange(12.0).reshape(3, 4)
+    state = {"view": base.T, "row": base[1], "parameter": torch.nn.Parameter(base.bfloat16())}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    arrays = read_arrays(tmp_path)
+    np.testing.assert_array_equal(arrays["view"], base.T.numpy())
+    np.testing.assert_array_equal(arrays["row"], base[1].numpy())
+    assert arrays["parameter"].dtype == ml_dtypes.bfloat16
+
+
+def test_safetensors_wins_over_bin(tmp_path: Path):
+    write_bin(tmp_path, CONFIG, {"a": np.zeros(2, np.float32)})
+    write_safetensors(tmp_path, CONFIG, {"a": np.ones(2, np.float32)})
+    assert_same(read_arrays(tmp_path), {"a": np.ones(2, np.float32)})
+
+
+def test_leftover_index_does_not_hide_an_intact_file(tmp_path: Path):
+    arrays = llama_arrays()
+    write_safetensors(tmp_path / "sharded", CONFIG, arrays, shards=3)
+    single = write_safetensors(tmp_path / "single", CONFIG, arrays)
+    shutil.copy(tmp_path / "sharded" / INDEX, single)
+    assert_same(read_arrays(single), arrays)
+    only_bin = write_bin(tmp_path / "bin", CONFIG, arrays)
+    shutil.copy(tmp_path / "sharded" / INDEX, only_bin)
+    assert_same(read_arrays(only_bin), arrays)
+
+
+def test_index_need_not_list_everything_and_settles_duplicates(tmp_path: Path):
+    arrays = llama_arrays()
+    write_safetensors(tmp_path, CONFIG, arrays, shards=3)
+    edit_json(tmp_path / INDEX, lambda index: index["weight_map"].pop("model.norm.weight"))
+    assert_same(read_arrays(tmp_path), arrays)
+    other = {"model.norm.weight": np.zeros(8, np.float32)}
+    folders.save_file(other, tmp_path / "model-extra.safetensors")
+    assert_same(read_arrays(tmp_path), arrays)  # a shard that the index does not name is not read
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' is also in"):
+        read_arrays(tmp_path)
+
+
+def set_shard(name: str) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / INDEX, lambda v: v["weight_map"].update({"lm_head.weight": name}))
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / name, size if size >= 0 else (folder / name).stat().st_size + size)
+
+
+def header(text: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / SHARDS[0]).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+
+    return write
+
+
+SHARD_DAMAGE = {
+    "shard missing": (lambda f: (f / SHARDS[1]).unlink(), f"{SHARDS[1]}.*missing"),
+    "all shards missing": (lambda f: [(f / s).unlink() for s in SHARDS], f"{SHARDS[0]}.*missing"),
+    "shard missing, no index": (lambda f: [(f / n).unlink() for n in (INDEX, SHARDS[2])], f"{SHARDS[2]}.*missing"),
+    "no weights": (lambda f: [(f / n).unlink() for n in (INDEX, *SHARDS)], "holds no weights"),
+    "index names a tensor its shard lacks": (set_shard(SHARDS[2]), f"{SHARDS[2]}.*'lm_head.weight'"),
+    "index names an unknown shard": (set_shard("other.safetensors"), "other.safetensors.*missing"),
+    "index escapes": (set_shard("../model.safetensors"), f"{INDEX}.*'lm_head.weight'.*outside"),
+    "index is absolute": (set_shard("/tmp/model.safetensors"), f"{INDEX}.*'lm_head.weight'.*outside"),
+    "index escapes by backslash": (set_shard("..\\model.safetensors"), f"{INDEX}.*outside"),
+    "index names another kind of file": (set_shard("config.json"), f"{INDEX}.*'lm_head.weight'.*no weight file"),
+    "index names no file": (set_shard(None), f"{INDEX}.*'lm_head.weight'.*no weight file"),  # type: ignore[arg-type]
+    "index without a map": (lambda f: (f / INDEX).write_text("{}"), f"{INDEX}.*weight_map"),
+    "index truncated": (cut(INDEX, 100), f"{INDEX}.*not valid JSON"),
+    "index is a list": (lambda f: (f / INDEX).write_text("[]"), f"{INDEX}.*JSON object"),
+    "config missing": (lambda f: (f / "config.json").unlink(), "config.json.*cannot be read"),
+    "config truncated": (cut("config.json", 20), "config.json.*not valid JSON"),
+    "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json.*not valid JSON"),
+    "config nested": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json.*not valid JSON"),
+    "shard empty": (cut(SHARDS[0], 0), f"{SHARDS[0]}.*header is cut off"),
+    "shard truncated in header": (cut(SHARDS[0], 60), f"{SHARDS[0]}.*header is cut off"),
+    "shard truncated in values": (cut(SHARDS[0], -5), f"{SHARDS[0]}.*damaged or incomplete"),
+    "shard longer": (lambda f: (f / SHARDS[0]).open("ab").close() or cut(SHARDS[0], 99_999)(f), "header describes"),
+    "header not JSON": (header(b"{nonsense"), f"{SHARDS[0]}.*not valid JSON"),
+    "header nested": (header(b"[" * 100_000), f"{SHARDS[0]}.*not valid JSON"),
+    "header a list": (header(b"[1, 2]"), f"{SHARDS[0]}.*not a JSON object"),
+    "entry malformed": (header(b'{"a": {"dtype": "F32", "shape": [2]}}'), "'a' has a malformed"),
+    "entry negative": (
+        header(b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}'),
+        "'a' has a malformed",
+    ),
+    "entry past the end": (header(b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'), "'a' ends at"),
+    "entry of other size": (
+        header(b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}'),
+        "'a' has 8 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", SHARD_DAMAGE)
+def test_damaged_shards(tmp_path: Path, damage: str):
+    write_safetensors(tmp_path, CONFIG, llama_arrays(), shards=3)
+    open_checkpoint(tmp_path)
+    inflict, message = SHARD_DAMAGE[damage]
+    inflict(tmp_path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_checkpoint(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+class Hostile:
+    """Its pickle makes a folder when it is loaded by an ordinary reader."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+BIN = "pytorch_model.bin"
+BIN_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (cut(BIN, -200), "weights-only reader refuses"),
+    "cut short": (cut(BIN, 3), "weights-only reader refuses"),
+    "empty": (cut(BIN, 0), "weights-only reader refuses"),
+    "not pickle": (lambda f: (f / BIN).write_bytes(b"<html>404</html>"), "weights-only reader refuses"),
+    "hostile zip": (lambda f: torch.save({"a": Hostile(f / "ran")}, f / BIN), "weights-only reader refuses"),
+    "hostile pickle": (
+        lambda f: (f / BIN).write_bytes(pickle.dumps(Hostile(f / "ran"))),
+        "weights-only reader refuses",
+    ),
+    "a list": (lambda f: torch.save([torch.zeros(2)], f / BIN), "holds a list"),
+    "nested": (lambda f: torch.save({"state_dict": {"a": torch.zeros(2)}}, f / BIN), "'state_dict' is a dict"),
+    "sparse": (lambda f: torch.save({"a": torch.eye(2).to_sparse()}, f / BIN), "'a' is not a plain dense tensor"),
+}
+
+
+@pytest.mark.parametrize("damage", BIN_DAMAGE)
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.filterwarnings("ignore:.*sparse.*:UserWarning")
+def test_damaged_bin(tmp_path: Path, damage: str, zipped: bool):
+    write_bin(tmp_path, CONFIG, llama_arrays(), zipped=zipped)
+    open_checkpoint(tmp_path)
+    inflict, message = BIN_DAMAGE[damage]
+    inflict(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{BIN}.*{message}"):
+        open_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_bin_without_torch_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_bin(tmp_path, CONFIG, llama_arrays())
+    importer = builtins.__import__
+
+    def without_torch(name: str, *args, **kwargs):
+        if name == "torch":
+            raise ImportError(name)
+        return importer(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    with pytest.raises(CheckpointError, match=r"pip install eagle-jax\[torch\]"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "folder", "./a", "/a/b", "../x", Path("a/b")])
+def test_absent_folders(source: str | Path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_checkpoint(source)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_hub_downloads_one_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str):
+    arrays = llama_arrays()
+    (write_safetensors if suffix == "safetensors" else write_bin)(tmp_path / "repository", CONFIG, arrays)
+    (tmp_path / "snapshot").mkdir()
+    calls = []
+
+    def download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        calls.append(repo_id)
+        names = [file.name for file in (tmp_path / "repository").iterdir()]
+        for name in huggingface_hub.utils.filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            shutil.copy(tmp_path / "repository" / name, tmp_path / "snapshot")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    checkpoint = open_checkpoint("owner/some-model")
+    assert set(calls) == {"owner/some-model"}
+    assert len(calls) == (1 if suffix == "safetensors" else 2)
+    assert (checkpoint.source, [file.suffix for file in checkpoint.files]) == ("owner/some-model", [f".{suffix}"])
+    assert checkpoint.tensors.keys() == arrays.keys()
+
+
+def test_hub_failure_is_one_error():
+    with pytest.raises(CheckpointError, match=r"owner/absent: no such folder, and downloading .* failed"):
+        open_checkpoint("owner/absent")  # conftest sets HF_HUB_OFFLINE

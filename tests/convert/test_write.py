@@ -1,0 +1,330 @@
+"""convert: what the folder holds, where it may go, and that nothing half-written or changed loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eagle_jax
+from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, parts, to_official
+from eagle_jax.models.config import ConfigError
+from tests.convert import folders
+from tests.convert.folders import CONFIG, HEAD_CONFIG, assert_same, read_arrays
+
+PAIR = Path(eagle_jax.__file__).parent / "pair"
+GOLDEN = Path(__file__).parents[1] / "golden" / "weights"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("sources")
+    target = folders.write_safetensors(root / "target", CONFIG, folders.llama_arrays(), shards=2)
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "README.md",
+    ):
+        (target / name).write_text(f"contents of {name}")
+    return target, folders.write_bin(root / "head", HEAD_CONFIG, folders.eagle3_arrays())
+
+
+@pytest.fixture(scope="module")
+def pristine(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(*sources, tmp_path_factory.mktemp("pristine") / "out")
+
+
+@pytest.fixture
+def converted(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "out"))
+
+
+def assert_loads(folder: Path, sources: tuple[Path, Path]) -> None:
+    for model, source in zip(load(folder), sources, strict=True):
+        assert_same(to_official(model), read_arrays(source))
+
+
+def test_contents(pristine: Path, sources: tuple[Path, Path]):
+    assert_loads(pristine, sources)
+    target, head = sources
+    assert sorted(file.name for file in (pristine / "target").iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "parameters",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (pristine / "target" / "config.json").read_bytes() == (target / "config.json").read_bytes()
+    assert (pristine / "draft" / "config.json").read_bytes() == (head / "config.json").read_bytes()
+    manifest = json.loads((pristine / "manifest.json").read_text())
+    assert (manifest["version"], manifest["dtype"]) == (1, "float32")
+    assert (manifest["target"]["kind"], manifest["draft"]["kind"]) == ("llama", "eagle3")
+    assert manifest["draft"]["source"] == str(head) and manifest["draft"]["own_embedding"] is False
+    assert manifest["target"]["files"] == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(target.glob("*.safetensors"))
+    }
+    assert sorted(manifest["target"]["parts"]) == ["embed", "layers.0", "layers.1", "lm_head", "rest"]
+    assert manifest["draft"]["parts"]["rest"]["arrays"]["target_ids"] == {"shape": [5], "dtype": "int32"}
+
+
+def test_nothing_is_left_beside_it(pristine: Path):
+    assert list(pristine.parent.iterdir()) == [pristine]
+
+
+def test_target_alone(sources: tuple[Path, Path], tmp_path: Path):
+    target, draft = load(convert(sources[0], None, tmp_path / "out"))
+    assert draft is None
+    assert_same(to_official(target), read_arrays(sources[0]))
+
+
+@pytest.mark.parametrize(
+    ("target", "head"),
+    [(PAIR / "target", PAIR / "head"), (GOLDEN / "t2_target", GOLDEN / "t2_eagle1_nobias")],
+)
+def test_real_checkpoints(tmp_path: Path, target: Path, head: Path):
+    models = load(convert(target, head, tmp_path / "out"))
+    for model, source in zip(models, (target, head), strict=True):
+        assert_same(to_official(model), read_arrays(source))
+
+
+def test_dtype_is_cast_once(sources: tuple[Path, Path], tmp_path: Path):
+    out = convert(*sources, tmp_path / "out", dtype="bfloat16")
+    for ours, theirs in zip(load(out), from_pretrained(*sources, dtype="bfloat16"), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert_same(to_official(ours), to_official(theirs))
+
+
+def test_arrays_larger_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parts, "CHUNK_BYTES", 64)
+    source = folders.write_safetensors(tmp_path / "target", CONFIG, folders.llama_arrays())
+    out = convert(source, None, tmp_path / "out")
+    assert_same(to_official(load(out)[0]), read_arrays(source))
+
+
+def test_progress_reaches_its_total(sources: tuple[Path, Path], tmp_path: Path):
+    calls: list[tuple[int, int]] = []
+    convert(*sources, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert calls[-1][0] == calls[-1][1] and len({total for _, total in calls}) == 1
+
+
+# Where it may go.
+
+
+def test_a_previous_conversion_is_replaced(converted: Path, sources: tuple[Path, Path]):
+    convert(sources[0], None, converted)
+    assert load(converted)[1] is None and not (converted / "draft").exists()
+    assert list(converted.parent.iterdir()) == [converted]
+
+
+def test_an_empty_folder_is_used(sources: tuple[Path, Path], tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    assert_loads(convert(*sources, tmp_path / "out"), sources)
+
+
+def test_other_folders_are_kept_unless_overwritten(sources: tuple[Path, Path], tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match=f"{out}: is not empty and not a converted folder.*--overwrite"):
+        convert(*sources, out)
+    assert (out / "thesis.tex").read_text() == "years of work"
+    convert(*sources, out, overwrite=True)
+    assert_loads(out, sources)
+    assert not (out / "thesis.tex").exists()
+
+
+def test_a_manifest_of_another_tool_is_not_a_conversion(sources: tuple[Path, Path], tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for text in ('{"name": "a web app"}', "[]", "not json"):
+        (out / "manifest.json").write_text(text)
+        with pytest.raises(CheckpointError, match="not a converted folder"):
+            convert(*sources, out)
+
+
+def test_sources_and_files_are_never_replaced(sources: tuple[Path, Path], tmp_path: Path):
+    for out in (sources[0], sources[1], sources[0].parent):
+        with pytest.raises(CheckpointError, match="is or contains the source"):
+            convert(*sources, out, overwrite=True)
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(CheckpointError, match="is a file"):
+        convert(*sources, tmp_path / "file", overwrite=True)
+    assert_same(read_arrays(sources[0]), folders.llama_arrays())
+
+
+def test_full_disk_is_noticed_before_writing(
+    sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: .* GB are needed"):
+        convert(*sources, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draft_that_does_not_fit_is_refused_before_writing(sources: tuple[Path, Path], golden: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="vocab_size is 256 in the draft, 16 in the target"):
+        convert(sources[0], golden / "weights" / "t1_eagle3_dv96", tmp_path / "deep" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Interrupted conversions.
+
+
+def test_an_error_while_writing_leaves_nothing(tmp_path: Path, sources: tuple[Path, Path]):
+    arrays = folders.llama_arrays()
+    arrays["model.norm.weight"][0] = np.nan  # found after the embedding and the layers are written
+    damaged = folders.write_safetensors(tmp_path / "target", CONFIG, arrays)
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match=r"model.norm.weight' holds NaN"):
+        convert(damaged, None, out)
+    assert list(tmp_path.iterdir()) == [damaged]
+    assert_loads(convert(*sources, out), sources)
+
+
+KILLED = """
+import os, signal, sys
+from eagle_jax.convert import convert, parts
+write = parts.save_part
+
+def save_part(folder, arrays):
+    write(folder, arrays)
+    if folder.name == "layers.1":
+        print("half done", flush=True)
+        signal.pause()
+
+parts.save_part = save_part
+convert(sys.argv[1], sys.argv[2], sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("previous", [False, True])
+def test_a_killed_conversion_leaves_nothing_that_loads(
+    tmp_path: Path, sources: tuple[Path, Path], pristine: Path, previous: bool
+):
+    out = tmp_path / "out"
+    if previous:
+        shutil.copytree(pristine, out)
+    command = [sys.executable, "-c", KILLED, *map(str, sources), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "half done\n"
+        process.send_signal(signal.SIGKILL)
+    (partial,) = (path for path in tmp_path.iterdir() if path != out)
+    with pytest.raises(CheckpointError, match="not a converted folder"):
+        load(partial)
+    if previous:
+        assert_loads(out, sources)
+    else:
+        assert not out.exists()
+    assert_loads(convert(*sources, out), sources)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_killed_between_the_two_renames(converted: Path, sources: tuple[Path, Path]):
+    converted.rename(converted.with_name(".out.old"))
+    assert_loads(convert(*sources, converted), sources)
+    assert list(converted.parent.iterdir()) == [converted]
+
+
+# Folders that were changed after the conversion.
+
+
+def part(role: str, name: str) -> Callable[[Path], Path]:
+    return lambda folder: folder / role / "parameters" / name
+
+
+def largest(folder: Path) -> Path:
+    return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def edit_manifest(*keys: str | int, value: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "manifest.json"
+        manifest = entry = json.loads(path.read_text())
+        for key in keys[:-1]:
+            entry = entry[key]
+        entry[keys[-1]] = value
+        path.write_text(json.dumps(manifest))
+
+    return edit
+
+
+embed, head_rest = part("target", "embed"), part("draft", "rest")
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped bit in the values": (lambda f: flip(largest(embed(f)), -1), "embed: damaged or changed"),
+    "flipped bit in the middle": (lambda f: flip(largest(head_rest(f)), 100), "draft.*rest: damaged or changed"),
+    "truncated values": (lambda f: os.truncate(largest(embed(f)), 50), "embed: damaged or changed"),
+    "values missing": (lambda f: largest(embed(f)).unlink(), "embed: damaged or changed"),
+    "extra file in a part": (lambda f: (embed(f) / "more").write_text("x"), "embed: damaged or changed"),
+    "part missing": (lambda f: shutil.rmtree(embed(f)), "embed: this part is missing"),
+    "parts swapped": (
+        lambda f: [
+            shutil.rmtree(part("target", "lm_head")(f)),
+            shutil.copytree(embed(f), part("target", "lm_head")(f)),
+        ],
+        "lm_head: damaged or changed",
+    ),
+    "config edited": (
+        lambda f: (f / "target/config.json").write_text(json.dumps(CONFIG | {"rope_theta": 5e5})),
+        "changed",
+    ),
+    "config missing": (lambda f: (f / "draft/config.json").unlink(), "draft/config.json: cannot be read"),
+    "draft missing": (lambda f: shutil.rmtree(f / "draft"), "draft/config.json: cannot be read"),
+    "manifest missing": (lambda f: (f / "manifest.json").unlink(), "not a converted folder.*manifest.json"),
+    "manifest truncated": (lambda f: os.truncate(f / "manifest.json", 700), "manifest.json: not valid JSON"),
+    "manifest empty": (lambda f: os.truncate(f / "manifest.json", 0), "manifest.json: not valid JSON"),
+    "manifest of another tool": (lambda f: (f / "manifest.json").write_text("{}"), "not the manifest of a converted"),
+    "newer format": (edit_manifest("version", value=2), "format version 2, this version of eagle_jax reads 1; upgrade"),
+    "no target": (edit_manifest("target", value=None), "an entry is missing or malformed"),
+    "no parts": (edit_manifest("target", "parts", value=[]), "an entry is missing or malformed"),
+    "a part less": (edit_manifest("target", "parts", "embed", value={"sha256": "", "arrays": {}}), "disagree on embed"),
+    "other shape": (
+        edit_manifest("target", "parts", "embed", "arrays", "embed", "shape", 0, value=17),
+        "disagree on embed",
+    ),
+    "other dtype": (edit_manifest("dtype", value="bfloat16"), "disagree on embed"),
+    "no dtype": (edit_manifest("dtype", value="int8"), "dtype int8 is not one of"),
+    "other kind": (edit_manifest("draft", "kind", value="eagle1"), "disagree on"),
+    "unknown kind": (edit_manifest("draft", "kind", value="medusa"), "medusa"),
+    "own embedding": (edit_manifest("draft", "own_embedding", value=True), "disagree on embed"),
+    "checksum": (edit_manifest("target", "parts", "embed", "sha256", value="0" * 64), "embed: damaged or changed"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_changed_folders_do_not_load(converted: Path, damage: str):
+    inflict, message = DAMAGE[damage]
+    inflict(converted)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(converted)
+    assert str(converted) in str(error.value) or damage == "no dtype"
+
+
+def test_other_folders_do_not_load(sources: tuple[Path, Path], tmp_path: Path):
+    for folder in (sources[0], tmp_path, tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match=f"{folder}: not a converted folder.*from_pretrained"):
+            load(folder)
+
+
+def test_a_moved_folder_loads(converted: Path, sources: tuple[Path, Path]):
+    assert_loads(converted.rename(converted.with_name("elsewhere")), sources)
