@@ -1,0 +1,61 @@
+"""The `eagle-jax` command: one module a subcommand, each with `add_arguments(parser)` and `run(args)`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from eagle_jax.cli import bench, demo, generate
+from eagle_jax.convert import __main__ as convert
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+CONVERT_EXAMPLES = """\
+examples:
+  eagle-jax convert --target meta-llama/Llama-3.1-8B-Instruct \\
+      --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --out llama-8b/
+  eagle-jax convert --target vicuna/ --draft EAGLE-Vicuna/ --out vicuna-jax/ --dtype bfloat16
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 1 (ran, but the result is bad), 2 (wrong input), 130 (Ctrl-C).
+
+    argparse itself exits with 2 for arguments that it refuses.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as in `eagle-jax generate ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
+        return 1
+    except (ValueError, OSError) as error:  # ConfigError and CheckpointError are ValueErrors
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="eagle-jax", description="EAGLE speculative decoding in JAX.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, module, help: str, examples: str) -> None:
+        command: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        run: Callable[[argparse.Namespace], int] = module.run
+        command.set_defaults(run=run)
+
+    add("convert", convert, "convert official checkpoints to a folder for --model", CONVERT_EXAMPLES)
+    add("generate", generate, "continue a prompt and show the text as it comes", generate.EXAMPLES)
+    add("bench", bench, "measure plain against speculative decoding on the same prompts", bench.EXAMPLES)
+    add("demo", demo, "convert the embedded pair, generate both ways, compare", demo.EXAMPLES)
+    return parser

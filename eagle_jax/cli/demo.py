@@ -1,0 +1,108 @@
+"""eagle-jax demo: the embedded pair, from its official files to a comparison."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.resources
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from eagle_jax.tree import TreeConfig
+
+EXAMPLES = """\
+examples:
+  eagle-jax demo
+  eagle-jax demo --out pair/        keeps the converted folder, for: eagle-jax generate --model pair/ --prompt "import "
+"""
+
+# The pair was trained on the source of Python's standard library: it continues code, and knows no chat.
+PROMPTS = (
+    "def __init__(self",
+    "class Error(Exception):",
+    "    for key, value in self.items():",
+    'if __name__ == "__main__":',
+)
+TREE = TreeConfig(depth=4, top_k=4, num_nodes=8)
+MAX_NEW_TOKENS = 96
+REPEATS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
+    parser.add_argument("--out", metavar="DIR", help="keep the converted folder here (default: a temporary one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 1 if speculative decoding gave other tokens than plain decoding, near-ties apart."""
+    with contextlib.ExitStack() as stack:
+        out = args.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="eagle-jax-demo-"))
+        return _demo(Path(out))
+
+
+def _demo(out: Path) -> int:
+    import jax
+    from rich.console import Console
+
+    import eagle_jax
+    from eagle_jax import convert
+    from eagle_jax.cli import measure, models, prompts, text
+
+    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
+    with notes.status("converting and loading"), _pair() as (target_folder, head_folder):
+        convert.convert(target_folder, head_folder, out)
+        loaded = models.Models(*convert.load(out, dtype="float32"), out / convert.parts.TARGET)
+        tokenizer = convert.tokenizer(out)
+    stops = models.stop_tokens(loaded)
+    console.print(
+        f"The embedded pair, converted to {out}. Prompts are bold; what the draft proposed and the target accepted is "
+        f"{text.DRAFTED}; the rest is the target's own.",
+        soft_wrap=True,
+    )
+
+    token_lists = [prompts.encode(tokenizer, prompt, raw=True) for prompt in PROMPTS]
+    options = {"tree": TREE, "max_new_tokens": MAX_NEW_TOKENS, "stop_tokens": stops}
+    streamed = []
+    for prompt, tokens in zip(PROMPTS, token_lists, strict=True):
+        start = functools.partial(
+            eagle_jax.stream, loaded.target, loaded.draft, *prompts.pad([tokens]), **options, cycles_per_chunk=1
+        )
+        with notes.status("compiling"):
+            jax.block_until_ready(list(itertools.islice(start(), 2)))
+        console.rule(style="dim")
+        console.out(prompt, style="bold", end="", highlight=False)
+        streamed.append(text.show(start(), tokenizer, console).tokens)
+    console.rule(style="dim")
+
+    with notes.status("compiling and measuring"):
+        comparison = measure.compare(loaded.target, loaded.draft, token_lists, **options, repeats=REPEATS)
+    setting = measure.setting(loaded.target, TREE)
+    title = (
+        f"{setting['device']}, jax {setting['jax']}, {setting['dtype']}, tree: depth {TREE.depth}, top_k {TREE.top_k}, "
+        f"{TREE.num_nodes} nodes; {setting['date']}"
+    )
+    console.print(measure.table(comparison, title))
+    console.print(measure.verdict(comparison), soft_wrap=True)
+    if streamed != comparison.speculative.tokens:
+        console.print("ERROR: the streamed tokens are not those of generate.", style="red")
+        return 1
+    if comparison.differences and all(difference.near_tie for difference in comparison.differences):
+        console.print(
+            f"Each difference is a near-tie: logits within {measure.NEAR_TIE:g}, which a pass of one token and a pass "
+            "of many round differently.",
+            soft_wrap=True,
+        )
+    elif comparison.differences:
+        console.print("ERROR: speculative decoding changed the text.", style="red")
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _pair() -> Iterator[tuple[Path, Path]]:
+    """The folders of the embedded target and head, as files even if the package is imported from an archive."""
+    with importlib.resources.as_file(importlib.resources.files("eagle_jax") / "pair") as folder:
+        yield folder / "target", folder / "head"

@@ -1,0 +1,243 @@
+"""Plain and speculative decoding in turn on the same prompts: timing, comparison and the table of both.
+
+Letters: B batch, P padded prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import eagle_jax
+from eagle_jax.cli import models, prompts
+from eagle_jax.models.llama import Llama
+from eagle_jax.tree import TreeConfig
+
+NEAR_TIE = 1e-4  # logits this close may change places between a pass of one token and one of many, in float32
+
+NOTES = (
+    "Target passes: after the prompt's pass, summed over prompts. Tokens a pass: the mean accepted length, bonus token "
+    "counted, without the first token, which comes from the prompt's pass. Ms a pass and tok/s: of whole calls, where "
+    "the prompt's pass counts as one; medians, without compilation."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One way of decoding over all prompts.
+
+    tokens: the new tokens of each row, in order. cycles: target passes after the prefill, summed over rows.
+    accepted: how many cycles accepted 0, 1, ... draft tokens. steps: passes that the device ran, the prefills too; less
+    than cycles in a batch, where one pass serves every row. seconds: of all the calls.
+    """
+
+    tokens: list[list[int]]
+    cycles: int
+    accepted: list[int]
+    steps: int
+    seconds: float
+    failed: int
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def tokens_a_pass(self) -> float:
+        return (self.new_tokens - len(self.tokens)) / max(self.cycles, 1)
+
+    @property
+    def ms_a_pass(self) -> float:
+        return 1000 * self.seconds / self.steps
+
+    @property
+    def rate(self) -> float:
+        """New tokens a second."""
+        return self.new_tokens / self.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Where two decodings of a row part: at its new token `index` (from 0). A row that ended there has None.
+
+    gap: by how much the target's logit of the lesser token falls short of the best one; None where a row ended.
+    """
+
+    row: int
+    index: int
+    plain: int | None
+    speculative: int | None
+    gap: float | None
+
+    @property
+    def near_tie(self) -> bool:
+        return self.gap is not None and self.gap < NEAR_TIE
+
+    def __str__(self) -> str:
+        gap = "" if self.gap is None else f"; the lesser logit is {self.gap:.2g} below the best"
+        place = f"prompt {self.row + 1}, new token {self.index + 1}"
+        return f"{place}: plain {self.plain}, speculative {self.speculative}{gap}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Both decodings of the same prompts, and where each differing row first differs."""
+
+    plain: Result
+    speculative: Result
+    differences: list[Difference]
+
+    @property
+    def ratio(self) -> float:
+        return self.speculative.rate / self.plain.rate
+
+    @property
+    def identical(self) -> int:
+        """Rows that are equal token for token."""
+        return len(self.plain.tokens) - len(self.differences)
+
+
+def compare(
+    target: Llama,
+    draft: Any,
+    token_lists: Sequence[Sequence[int]],
+    *,
+    tree: TreeConfig,
+    max_new_tokens: int,
+    stop_tokens: tuple[int, ...],
+    batch: int = 1,
+    repeats: int = 1,
+    progress: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Decodes the prompts in batches, plain and speculative in turn, and takes each batch's median times.
+
+    Args:
+      batch: rows a call; the last call is filled up with the first prompts.
+      progress: called after every call of `generate`, 2 * (repeats + 1) times a batch; the first two compile.
+    """
+    count = -(-len(token_lists) // batch) * batch
+    rows = [token_lists[i % len(token_lists)] for i in range(count)]
+    parts: dict[str, list[Result]] = {"plain": [], "speculative": []}
+    for start in range(0, count, batch):
+        tokens, lengths = prompts.pad(rows[start : start + batch])
+        runs = {
+            name: functools.partial(
+                eagle_jax.generate,
+                target,
+                head,
+                tokens,
+                lengths,
+                tree=tree,
+                max_new_tokens=max_new_tokens,
+                stop_tokens=stop_tokens,
+                capacity=models.capacity(target, int(lengths.max()), tokens.shape[1], max_new_tokens),
+            )
+            for name, head in (("plain", None), ("speculative", draft))
+        }
+        outputs, seconds = {}, {name: [] for name in runs}
+        for name, run in runs.items():
+            outputs[name] = jax.device_get(run())
+            progress()
+        for _ in range(repeats):
+            for name, run in runs.items():
+                began = time.perf_counter()
+                jax.block_until_ready(run())
+                seconds[name].append(time.perf_counter() - began)
+                progress()
+        for name, output in outputs.items():
+            parts[name].append(_result(output, lengths, statistics.median(seconds[name])))
+    plain, speculative = _sum(parts["plain"]), _sum(parts["speculative"])
+    return Comparison(plain, speculative, _differences(target, rows, plain.tokens, speculative.tokens))
+
+
+def _result(output: eagle_jax.Output, prompt_lengths: np.ndarray, seconds: float) -> Result:
+    rows = zip(output.tokens, prompt_lengths, output.lengths, strict=True)
+    return Result(
+        tokens=[row[start:end].tolist() for row, start, end in rows],
+        cycles=int(output.cycles.sum()),
+        accepted=output.accepted.sum(0).tolist(),
+        steps=1 + int(output.cycles.max()),
+        seconds=seconds,
+        failed=int(output.failed.sum()),
+    )
+
+
+def _sum(results: list[Result]) -> Result:
+    return Result(
+        tokens=[row for result in results for row in result.tokens],
+        cycles=sum(result.cycles for result in results),
+        accepted=np.sum([result.accepted for result in results], axis=0).tolist(),
+        steps=sum(result.steps for result in results),
+        seconds=sum(result.seconds for result in results),
+        failed=sum(result.failed for result in results),
+    )
+
+
+def _differences(
+    target: Llama, rows: list[Sequence[int]], plain: list[list[int]], speculative: list[list[int]]
+) -> list[Difference]:
+    found = []
+    for row, (one, two) in enumerate(zip(plain, speculative, strict=True)):
+        if one == two:
+            continue
+        index = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+        pair = [tokens[index] if index < len(tokens) else None for tokens in (one, two)]
+        gap = None if None in pair else _gap(target, [*rows[row], *one[:index]], pair)
+        found.append(Difference(row, index, *pair, gap))
+    return found
+
+
+def _gap(target: Llama, before: list[int], pair: list[int]) -> float:
+    """How far the lesser of two tokens' logits falls short of the best logit after the tokens `before`."""
+    logits, _ = eagle_jax.forward(target, *prompts.pad([before]))
+    last = np.asarray(logits[0, len(before) - 1])
+    return float(last.max() - last[pair].min())
+
+
+def setting(target: Llama, tree: TreeConfig) -> dict[str, Any]:
+    """What a figure depends on beside the models: versions, device, dtype, tree, date."""
+    device = jax.devices()[0]
+    kind = f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+    return {
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "device": kind,
+        "dtype": np.dtype(target.dtype).name,
+        "tree": dataclasses.asdict(tree),
+    }
+
+
+def table(comparison: Comparison, title: str) -> Any:
+    """The rich table of a comparison."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption=NOTES, caption_justify="left")
+    table.add_column("decoding", no_wrap=True)
+    for name in ("tokens", "target passes", "tokens a pass", "ms a pass", "tok/s", "ratio"):
+        table.add_column(name, justify="right")
+    for name, result, ratio in (
+        ("plain", comparison.plain, 1.0),
+        ("speculative", comparison.speculative, comparison.ratio),
+    ):
+        figures = f"{result.tokens_a_pass:.2f}", f"{result.ms_a_pass:.2f}", f"{result.rate:.1f}", f"{ratio:.2f}"
+        table.add_row(name, str(result.new_tokens), str(result.cycles), *figures)
+    return table
+
+
+def verdict(comparison: Comparison) -> str:
+    """Whether the tokens were identical, in words."""
+    rows = len(comparison.plain.tokens)
+    text = f"Identical tokens: {comparison.identical} of {rows} rows."
+    if comparison.differences:
+        text += f" First difference: {comparison.differences[0]}."
+    failed = comparison.plain.failed + comparison.speculative.failed
+    return text + (f" {failed} rows ended in NaN or infinite logits!" if failed else "")

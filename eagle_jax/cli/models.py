@@ -1,0 +1,116 @@
+"""What the commands share: options and loading of models, and the limits they set."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from eagle_jax.convert import from_pretrained, load, parts
+from eagle_jax.convert.match import PARAMETER_DTYPES
+from eagle_jax.convert.read import read_json, resolve
+from eagle_jax.models.llama import Llama
+from eagle_jax.tree import TreeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """A target, its draft or None, and the folder of the target's small files (config.json, tokenizer.json)."""
+
+    target: Llama
+    draft: Any
+    folder: Path
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --model, or --target and --draft, and --dtype."""
+    group = parser.add_argument_group("models", "a converted folder, or official checkpoints as they are")
+    group.add_argument("--model", metavar="DIR", help="a folder that `eagle-jax convert` wrote")
+    group.add_argument("--target", metavar="DIR_OR_ID", help="instead: the target, a Hugging Face folder or hub id")
+    group.add_argument("--draft", metavar="DIR_OR_ID", help="and its EAGLE head")
+    group.add_argument("--dtype", choices=PARAMETER_DTYPES, help="dtype of both models (default: their own)")
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Adds --tree, --max-new-tokens and --raw."""
+    default = TreeConfig()
+    parser.add_argument(
+        "--tree",
+        type=parse_tree,
+        default=default,
+        metavar="D,K,N",
+        help="the draft tree: depth (draft tokens on the longest path), children a node, and nodes in all with the "
+        f"root (default: {default.depth},{default.top_k},{default.num_nodes})",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=max_new_tokens,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
+
+
+def parse_tree(text: str) -> TreeConfig:
+    """A tree from "8,10,60"; the type of an argparse option."""
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"a tree is depth,top_k,num_nodes, such as 8,10,60; got {text!r}")
+    try:
+        return TreeConfig(*sizes)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def positive(text: str) -> int:
+    """A positive integer; the type of an argparse option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def load_models(args: argparse.Namespace) -> Models:
+    """The models that --model, or --target and --draft, name.
+
+    Raises:
+      ValueError: for options that do not go together; CheckpointError, ConfigError: as `load` and `from_pretrained`.
+    """
+    if (args.model is None) == (args.target is None):
+        raise ValueError("name the models with either --model, or --target and --draft")
+    if args.model is not None:
+        if args.draft is not None:
+            raise ValueError("--draft goes with --target; a converted folder holds its own head")
+        return Models(*load(args.model, dtype=args.dtype), Path(args.model) / parts.TARGET)
+    target, draft = from_pretrained(args.target, args.draft, dtype=args.dtype)
+    return Models(target, draft, resolve(args.target))
+
+
+def stop_tokens(models: Models) -> tuple[int, ...]:
+    """The ids that end a text: eos_token_id of config.json and of generation_config.json, each one id or a list."""
+    ids: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = models.folder / name
+        eos = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+    # Some configs hold -1 or an id of another vocabulary: no model ever chooses those.
+    return tuple(sorted(id for id in ids if 0 <= id < models.target.config.vocab_size))
+
+
+def capacity(target: Llama, longest: int, width: int, max_new_tokens: int) -> int | None:
+    """The `capacity` for prompts of at most `longest` tokens, padded to `width`: what the target was trained for.
+
+    Raises:
+      ValueError: if a prompt leaves no place for a new token.
+    """
+    limit = target.config.max_position_embeddings
+    if longest >= limit:
+        raise ValueError(
+            f"a prompt has {longest} tokens, this model takes at most {limit - 1} and one new token "
+            f"(max_position_embeddings is {limit})"
+        )
+    return limit if width + max_new_tokens > limit else None
