@@ -35,6 +35,9 @@ PREFILL_CHUNK = 256
 # `prefill(tree=...)` to know of it.
 MIN_SCRATCH = 32
 
+# Cache rows come in whole tiles of the accelerators' matrix products; else XLA pads, that is copies, the cache.
+ROW_TILE = 128
+
 
 class Draft(Protocol):
     """What the decoder asks of a draft head: Eagle3Draft and Eagle1Draft."""
@@ -123,7 +126,7 @@ def prefill(
     chunks = -(-width // PREFILL_CHUNK)
     chunk = -(-width // chunks)
     padded = jnp.pad(tokens, [(0, 0), (0, chunks * chunk + 1 - width)])
-    rows = max(capacity + scratch, chunks * chunk)
+    rows = -(-max(capacity + scratch, chunks * chunk) // ROW_TILE) * ROW_TILE
     last = jnp.clip(lengths - 1, 0, width - 1)  # position of each row's last prompt token
 
     cache = KVCache.zeros(target.config, batch, rows, target.dtype)

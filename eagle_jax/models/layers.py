@@ -122,6 +122,8 @@ def attention(
         return _softmax_part(grouped, keys, values, seen, tokens)
 
     result = part(k, v, mask)
+    # XLA would merge the two products of the queries into one, with a copy of the cache behind the new rows.
+    grouped = jax.lax.optimization_barrier(grouped)
     if cache is not None and tokens <= WHOLE_CACHE_QUERIES:
         seen = jnp.arange(cache[0].shape[2])[None] < length[:, None]
         result = _merge(result, part(*cache, seen[:, None]))
@@ -188,7 +190,9 @@ class Attention(nnx.Module):
         k = self._project(x, self.k, self.k_bias)
         v = self._project(x, self.v, self.v_bias)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        mixed, kept = attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+        # What is kept until the commit is k and v themselves, not the larger partial sums they are made of.
+        k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
+        mixed, kept = attend(q, k, v)
         out = dot("btf,df->btd", mixed.reshape(*mixed.shape[:2], -1), self.o[...])
         return out if self.o_bias is None else out + self.o_bias[None, None], kept
 

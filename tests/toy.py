@@ -1,0 +1,89 @@
+"""Small models with random weights, the golden pairs, and greedy comparison: what the decoding tests share."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import eagle_jax
+from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig
+from eagle_jax.convert import from_pretrained
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# Below this gap between the two largest logits, float32 rounding may decide the argmax.
+NEAR_TIE = 1e-4
+
+TARGET = LlamaConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+)
+
+
+def draft_config(**changes: Any) -> DraftConfig:
+    fields = {**TARGET.__dict__, "num_layers": 1, "draft_vocab_size": 41, "target_hidden_size": 32, "fc_bias": True}
+    return DraftConfig(**fields | changes)
+
+
+def scaled(model: Any, scale: float) -> Any:
+    """The model with every matrix scaled up: random logits then differ by far more than rounding."""
+    return jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, model)
+
+
+def random_target(seed: int, scale: float = 12.0) -> Llama:
+    return scaled(Llama(TARGET, jax.random.key(seed)), scale)
+
+
+def random_eagle3(seed: int, scale: float = 12.0) -> Eagle3Draft:
+    return scaled(Eagle3Draft(draft_config(), 3, jax.random.key(seed)), scale)
+
+
+def random_eagle1(seed: int, scale: float = 12.0) -> Eagle1Draft:
+    return scaled(Eagle1Draft(draft_config(draft_vocab_size=97), jax.random.key(seed)), scale)
+
+
+@functools.cache
+def golden_pair(draft: str = "t1_eagle3_dv96", target: str = "t1_target") -> tuple[Llama, Any]:
+    """A pair of the PyTorch reference's parity weights, in float32."""
+    weights = GOLDEN / "weights"
+    return from_pretrained(weights / target, weights / draft, dtype=jnp.float32)
+
+
+def random_prompts(seed: int, batch: int, width: int, vocab: int = 97) -> tuple[jax.Array, jax.Array]:
+    """Right-padded prompts [batch, width] of different lengths, the padding filled with noise."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab, (batch, width), dtype=np.int32)
+    return jnp.asarray(tokens), jnp.asarray(rng.integers(1, width + 1, batch, dtype=np.int32))
+
+
+def rows_of(out: eagle_jax.Output) -> list[list[int]]:
+    """Each row's tokens, prompt included."""
+    tokens, lengths = jax.device_get((out.tokens, out.lengths))
+    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+
+
+def near_ties(target: Llama, ours: list[list[int]], theirs: list[list[int]], where: str = "") -> int:
+    """How many rows part. Fails unless each parts where the target's two largest logits are within NEAR_TIE."""
+    parted = 0
+    for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a == b:
+            continue
+        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        prefix = np.zeros((1, 256), np.int32)
+        prefix[0, :at] = a[:at]
+        logits, _ = eagle_jax.forward(target, jnp.asarray(prefix), jnp.array([at]))
+        second, first = np.sort(np.asarray(logits[0, at - 1]))[-2:]
+        assert first - second < NEAR_TIE, f"{where} row {row} parts at {at} by a margin of {first - second}: {a} {b}"
+        parted += 1
+    return parted
