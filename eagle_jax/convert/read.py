@@ -180,7 +180,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise CheckpointError(f"{path}: the header is cut off; {damaged}")
             header = json.loads(file.read(length))
-        data = np.memmap(path, np.uint8, "r")[8 + length :]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -188,7 +187,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object; {damaged}")
     header.pop("__metadata__", None)
-    tensors, used = {}, 0
+    tensors, used, available = {}, 0, size - 8 - length
     for name, entry in header.items():
         where = f"{path}: tensor {name!r}"
         try:
@@ -198,19 +197,22 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             valid = False
         if not valid:
             raise CheckpointError(f"{where} has a malformed header entry; {damaged}")
-        if end > len(data):
-            raise CheckpointError(f"{where} ends at byte {end} of {len(data)}; {damaged}")
+        if end > available:
+            raise CheckpointError(f"{where} ends at byte {end} of {available}; {damaged}")
         dtype = DTYPES.get(kind)
         if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(f"{where} has {end - start} bytes for shape {shape} of {dtype.name}; {damaged}")
         used += end - start
 
-        def load(start=start, end=end, dtype=dtype, shape=shape) -> np.ndarray:
-            return np.require(data[start:end].view(dtype).reshape(shape), requirements="A")
+        def load(offset=8 + length + start, dtype=dtype, shape=shape) -> np.ndarray:
+            if not math.prod(shape):  # nothing cannot be mapped
+                return np.empty(shape, dtype)
+            # A map of its own, so that its pages go when the tensor does.
+            return np.require(np.memmap(path, dtype, "r", offset, shape), requirements="A")
 
         tensors[name] = Tensor(name, path, shape, dtype.name if dtype is not None else kind, load)
-    if used != len(data):
-        raise CheckpointError(f"{path}: holds {len(data)} bytes of values, its header describes {used}; {damaged}")
+    if used != available:
+        raise CheckpointError(f"{path}: holds {available} bytes of values, its header describes {used}; {damaged}")
     return tensors
 
 

@@ -34,7 +34,12 @@ def edit_json(path: Path, edit: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_layout_holds_the_same_bits(tmp_path: Path, dtype: str):
     arrays = {name: array.astype(dtype) for name, array in llama_arrays().items()}
-    arrays |= {"scalar": np.array(3.0, np.float32), "table": np.arange(3), "marks": np.array([True, False])}
+    arrays |= {
+        "scalar": np.array(3.0, np.float32),
+        "table": np.arange(3),
+        "marks": np.array([True, False]),
+        "none": np.zeros((0, 3), np.float32),
+    }
     layouts = [
         write_safetensors(tmp_path / "single", CONFIG, arrays),
         write_safetensors(tmp_path / "single_index", CONFIG, arrays, index=True),
