@@ -26,7 +26,7 @@ PROMPTS = (
     "    for key, value in self.items():",
     'if __name__ == "__main__":',
 )
-TREE = TreeConfig(depth=4, top_k=4, num_nodes=8)
+TREE = TreeConfig(depth=5, top_k=1, num_nodes=6)  # a chain: on a CPU each further node costs real time
 MAX_NEW_TOKENS = 96
 REPEATS = 3
 

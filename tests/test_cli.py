@@ -1,0 +1,305 @@
+"""The command line, called in process. One pair, one tree and one prompt width, so that each program compiles once."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+import eagle_jax
+from eagle_jax import TreeConfig, convert
+from eagle_jax.cli import demo, generate, main, measure, models, prompts
+from eagle_jax.cli.text import Detokenizer
+
+PROMPT = "def __len__(self):\n"
+OPTIONS = ["--tree", "3,2,5", "--max-new-tokens", "24"]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Token id = byte: the vocabulary of the golden models. A character may take several tokens."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = dict(zip(printable, printable, strict=True)) | {byte: 256 + i for i, byte in enumerate(others)}
+    tokenizer = Tokenizer(BPE({chr(characters[byte]): byte for byte in range(256)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folder(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden pair with a tokenizer, converted by the command."""
+    root = tmp_path_factory.mktemp("cli")
+    target = shutil.copytree(golden / "weights/t1_target", root / "target")
+    byte_tokenizer().save_pretrained(target)
+    head = str(golden / "weights/t1_eagle3_dv96")
+    assert main(["convert", "--target", str(target), "--draft", head, "--out", str(root / "converted")]) == 0
+    return root / "converted"
+
+
+def library_text(folder: Path, draft: bool) -> str:
+    target, head = convert.load(folder)
+    tokens, lengths = prompts.pad([list(PROMPT.encode())])
+    out = eagle_jax.generate(
+        target,
+        head if draft else None,
+        tokens,
+        lengths,
+        tree=TreeConfig(3, 2, 5),
+        max_new_tokens=24,
+        stop_tokens=(129,),
+    )
+    new = np.asarray(out.tokens[0, lengths[0] : out.lengths[0]])
+    return bytes(new.tolist()).decode("utf-8", "replace")
+
+
+def test_generate_prints_what_the_library_generates(folder, capsys):
+    assert main(["generate", "--model", str(folder), "--prompt", PROMPT, *OPTIONS]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == library_text(folder, draft=True) + "\n"
+    new, cycles, tokens_a_cycle = re.match(
+        r"(\d+) new tokens, (\d+) cycles, ([\d.]+) tokens a cycle, [\d.]+ tok/s", captured.err
+    ).groups()
+    assert int(new) == 24
+    assert float(tokens_a_cycle) == pytest.approx(23 / int(cycles), abs=0.005)
+
+
+def test_baseline_prints_the_same_text(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(read=lambda: PROMPT))
+    assert main(["generate", "--model", str(folder), "--prompt", "-", "--baseline", *OPTIONS]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == library_text(folder, draft=False) + "\n" == library_text(folder, draft=True) + "\n"
+    assert "24 new tokens, 23 cycles, 1.00 tokens a cycle" in captured.err
+
+
+def test_bench_reports_both_ways(folder, golden, tmp_path, capsys):
+    tokens = tmp_path / "prompts.jsonl"
+    tokens.write_text(json.dumps({"tokens": list(PROMPT.encode())}) + "\n" + json.dumps({"prompt": "import os"}) + "\n")
+    report = tmp_path / "out.json"
+    arguments = ["--model", str(folder), "--prompts", str(tokens), "--repeats", "1", "--json", str(report)]
+    assert main(["bench", *arguments, *OPTIONS]) == 0
+    result = json.loads(report.read_text())
+    assert result["tree"] == {"depth": 3, "top_k": 2, "num_nodes": 5}
+    assert (result["dtype"], result["rows"], result["identical_rows"]) == ("float32", 2, 2)
+    assert result["differences"] == []
+    plain, speculative = result["plain"], result["speculative"]
+    assert plain["new_tokens"] == speculative["new_tokens"] == 48
+    assert (plain["target_passes"], plain["tokens_a_pass"]) == (46, 1)
+    assert sum(speculative["accepted"]) == speculative["target_passes"] < 46
+    assert speculative["tokens_a_pass"] == pytest.approx(46 / speculative["target_passes"])
+    assert result["ratio"] == pytest.approx(speculative["tokens_a_second"] / plain["tokens_a_second"])
+    out = capsys.readouterr().out
+    assert "speculative" in out and "Identical tokens: 2 of 2 rows." in out
+
+
+def test_bench_fills_the_last_batch_and_needs_no_tokenizer(golden, tmp_path, capsys, monkeypatch):
+    shapes = []
+
+    def two_tokens(target, draft, tokens, lengths, **options):
+        shapes.append(tokens.shape)
+        rows = len(lengths)
+        cycles, accepted = np.ones(rows, np.int32), np.ones((rows, 1), np.int32)
+        return eagle_jax.Output(tokens, lengths + 2, cycles, accepted, np.zeros(rows, bool))
+
+    monkeypatch.setattr(eagle_jax, "generate", two_tokens)
+    weights, report = golden / "weights", tmp_path / "out.json"
+    pair = ["--target", str(weights / "t1_target"), "--draft", str(weights / "t1_eagle3_dv96")]
+    assert main(["bench", *pair, "--batch", "3", "--repeats", "1", "--json", str(report)]) == 0
+    result = json.loads(report.read_text())
+    assert (result["rows"], result["plain"]["new_tokens"]) == (6, 12)  # four random prompts, in two batches of three
+    assert shapes == [(3, 32)] * 8  # two batches, both ways, once before the timed run
+    assert "random tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--prompt", "x"], "error: name the models with either --model, or --target and --draft"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "y"], "--draft goes with --target"),
+        (["generate", "--prompt", "x", "--model", "no-such-folder"], "error: no-such-folder: not a converted folder"),
+        (["generate", "--prompt", "", "--model", "MODEL"], "error: a prompt is empty"),
+        (["generate", "--prompt", "x" * 512, "--model", "MODEL"], "512 tokens, this model takes at most 511"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--temperature", "0.7"], "temperature"),
+        (["generate", "--prompt", "x", "--target", "TARGET"], "error: there is no draft head here"),
+        (["bench", "--model", "MODEL", "--prompts", "no-such-file"], "error: [Errno 2] No such file or directory"),
+        (["bench", "--target", "TARGET"], "error: there is no draft head here"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(folder, arguments, message, capsys):
+    places = {"MODEL": str(folder), "TARGET": str(folder.parent / "target")}
+    assert main([places.get(argument, argument) for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (
+            ["generate", "--tree", "8,10", "--prompt", "x"],
+            "a tree is depth,top_k,num_nodes, such as 8,10,60; got '8,10'",
+        ),
+        (["generate", "--tree", "1,1,9", "--prompt", "x"], "TreeConfig.num_nodes = 9 is more than"),
+        (["generate", "--max-new-tokens", "0", "--prompt", "x"], "must be a positive integer, got '0'"),
+        (["generate", "--dtype", "int8", "--prompt", "x"], "invalid choice: 'int8'"),
+    ],
+)
+def test_arguments_that_argparse_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["convert", "generate", "bench", "demo"])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    assert f"examples:\n  eagle-jax {command}" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_quietly(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "run", interrupted)
+    assert main(["generate", "--prompt", "x"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_closed_pipe_ends_quietly():
+    code = """if True:
+        import sys
+        from eagle_jax import cli
+        cli.demo.run = lambda args: print("x" * 10**6) or 0
+        sys.exit(cli.main(["demo"]))
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 1
+
+
+def test_detokenizer_shows_whole_characters_only():
+    text = "naïve 日本語 🙂 end"
+    detokenizer = Detokenizer(byte_tokenizer())
+    pieces = [detokenizer.add([byte]) for byte in text.encode()]
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert [piece for piece in pieces if piece] == list(text)
+    assert detokenizer.finish() == ""
+
+
+def test_detokenizer_ends_with_half_a_character():
+    detokenizer = Detokenizer(byte_tokenizer())
+    assert detokenizer.add(list("a🙂".encode())[:-1]) == ""
+    assert detokenizer.finish() == "a\ufffd"
+
+
+def test_chat_template():
+    tokenizer = byte_tokenizer()
+    assert prompts.encode(tokenizer, "hi", raw=False) == list(b"hi")
+    tokenizer.chat_template = (
+        "{{ messages[0].role }}: {{ messages[0].content }}{% if add_generation_prompt %}>{% endif %}"
+    )
+    assert prompts.encode(tokenizer, "hi", raw=False) == list(b"user: hi>")
+    assert prompts.encode(tokenizer, "hi", raw=True) == list(b"hi")
+
+
+@pytest.mark.parametrize(
+    ("config", "generation_config", "stops"),
+    [
+        ({"eos_token_id": 3}, None, (3,)),
+        ({"eos_token_id": None}, {"eos_token_id": [5, 4, -1, 256]}, (4, 5)),
+        ({}, {}, ()),
+    ],
+)
+def test_stop_tokens_of_both_configs(tmp_path, config, generation_config, stops):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation_config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
+    target = SimpleNamespace(config=SimpleNamespace(vocab_size=256))
+    assert models.stop_tokens(models.Models(target, None, tmp_path)) == stops
+
+
+def test_capacity_is_the_target_s_own_where_it_binds():
+    target = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
+    assert models.capacity(target, 20, 32, 32) is None
+    assert models.capacity(target, 20, 32, 33) == 64
+    with pytest.raises(ValueError, match="takes at most 63"):
+        models.capacity(target, 64, 64, 1)
+
+
+def test_pad_to_powers_of_two():
+    assert [prompts.bucket(length) for length in (1, 32, 33, 64, 65)] == [32, 32, 64, 64, 128]
+    tokens, lengths = prompts.pad([[1, 2, 3], [4]])
+    assert tokens.shape == (2, 32)
+    assert lengths.tolist() == [3, 1]
+    assert tokens[1, :2].tolist() == [4, 0]
+
+
+def test_prompt_files(tmp_path):
+    lines = ['"a"', '{"prompt": "b"}', '{"text": "c"}', '{"turns": ["d", "e"]}', "", '{"tokens": [1, 2]}']
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+
+    def encode(text):
+        return [text]
+
+    assert prompts.read_prompts(str(tmp_path / "p.jsonl"), encode) == [["a"], ["b"], ["c"], ["d"], [1, 2]]
+    assert prompts.read_prompts(str(tmp_path / "p.txt"), encode) == [["one"], ["two"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"a"\n{"prompt"', "line 2: not JSON"),
+        ('{"tokens": ["a"]}', "line 1: neither a string nor"),
+        ("\n", "holds no prompts"),
+    ],
+)
+def test_bad_prompt_files(tmp_path, text, message):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        prompts.read_prompts(str(tmp_path / "p.jsonl"), lambda text: [text])
+
+
+def test_differences_are_located_and_measured(folder):
+    target, _ = convert.load(folder)
+    rows = [[100, 101], [102]]
+    logits, _ = eagle_jax.forward(target, *prompts.pad([[102, 7]]))
+    order = np.argsort(np.asarray(logits[0, 1]))
+    best, worse = int(order[-1]), int(order[-3])
+    plain = [[1, 2], [7, best, 9]]
+    found = measure._differences(target, rows, plain, [[1, 2], [7, worse, 9]])
+    assert [(d.row, d.index, d.plain, d.speculative) for d in found] == [(1, 1, best, worse)]
+    assert found[0].gap == pytest.approx(float(logits[0, 1, best] - logits[0, 1, worse]), rel=1e-3)
+    assert not found[0].near_tie
+    ended = measure._differences(target, rows, plain, [[1], [7, best, 9]])
+    assert ended == [measure.Difference(0, 1, 2, None, None)]
+    assert not ended[0].near_tie
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:2])
+    monkeypatch.setattr(demo, "REPEATS", 1)
+    assert main(["demo", "--out", str(tmp_path / "pair")]) == 0
+    out = capsys.readouterr().out
+    assert "Identical tokens: 2 of 2 rows." in out
+    assert "def __init__(self" in out
+    assert convert.tokenizer(tmp_path / "pair") is not None
