@@ -26,7 +26,7 @@ types: $(VENV)/.test-installed
 	$(VENV)/bin/mypy
 
 pytest: $(VENV)/.test-installed
-	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 10
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations 10
 
 clean:
 	rm -rf $(VENV)
