@@ -10,6 +10,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from eagle_jax.tree import TreeConfig
 
@@ -64,7 +65,7 @@ def _demo(out: Path) -> int:
     )
 
     token_lists = [prompts.encode(tokenizer, prompt, raw=True) for prompt in PROMPTS]
-    options = {"tree": TREE, "max_new_tokens": MAX_NEW_TOKENS, "stop_tokens": stops}
+    options: dict[str, Any] = {"tree": TREE, "max_new_tokens": MAX_NEW_TOKENS, "stop_tokens": stops}
     streamed = []
     for prompt, tokens in zip(PROMPTS, token_lists, strict=True):
         start = functools.partial(

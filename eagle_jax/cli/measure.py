@@ -143,7 +143,8 @@ def compare(
             )
             for name, head in (("plain", None), ("speculative", draft))
         }
-        outputs, seconds = {}, {name: [] for name in runs}
+        outputs: dict[str, eagle_jax.Output] = {}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
         for name, run in runs.items():
             outputs[name] = jax.device_get(run())
             progress()
@@ -154,7 +155,7 @@ def compare(
                 seconds[name].append(time.perf_counter() - began)
                 progress()
         for name, output in outputs.items():
-            parts[name].append(_result(output, lengths, statistics.median(seconds[name])))
+            parts[name].append(_result(output, jax.device_get(lengths), statistics.median(seconds[name])))
     plain, speculative = _sum(parts["plain"]), _sum(parts["speculative"])
     return Comparison(plain, speculative, _differences(target, rows, plain.tokens, speculative.tokens))
 
@@ -190,9 +191,12 @@ def _differences(
         if one == two:
             continue
         index = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
-        pair = [tokens[index] if index < len(tokens) else None for tokens in (one, two)]
-        gap = None if None in pair else _gap(target, [*rows[row], *one[:index]], pair)
-        found.append(Difference(row, index, *pair, gap))
+        if index < min(len(one), len(two)):
+            gap = _gap(target, [*rows[row], *one[:index]], [one[index], two[index]])
+            found.append(Difference(row, index, one[index], two[index], gap))
+        else:  # the shorter one ended here
+            rest = [tokens[index] if index < len(tokens) else None for tokens in (one, two)]
+            found.append(Difference(row, index, rest[0], rest[1], None))
     return found
 
 
@@ -200,7 +204,7 @@ def _gap(target: Llama, before: list[int], pair: list[int]) -> float:
     """How far the lesser of two tokens' logits falls short of the best logit after the tokens `before`."""
     logits, _ = eagle_jax.forward(target, *prompts.pad([before]))
     last = np.asarray(logits[0, len(before) - 1])
-    return float(last.max() - last[pair].min())
+    return float(last.max() - last[np.asarray(pair)].min())
 
 
 def setting(target: Llama, tree: TreeConfig) -> dict[str, Any]:

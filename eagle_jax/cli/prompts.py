@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.convert import CheckpointError
@@ -30,7 +32,7 @@ def encode(tokenizer: Any, text: str, raw: bool) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
 
 
-def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
     """Prompts as tokens [B, P] int32 and lengths [B]; P is a power of two, so that few programs are compiled."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths.all():
@@ -38,7 +40,7 @@ def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    return tokens, lengths
+    return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
 def bucket(length: int) -> int:
