@@ -95,7 +95,14 @@ def compile_for(
 
     shapes = jax.tree_util.tree_map_with_path(abstract, args)
     jitted = jax.jit(fn, donate_argnums=donate_argnums, static_argnames=static_argnames)
-    return jitted.lower(*shapes, **static).compile()
+    lowered = jitted.lower(*shapes, **static)
+    # JAX's cache on disk stores the program of an absent device, but cannot load it: store nothing.
+    shortest = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
 
 
 def _need(module: str) -> None:
