@@ -91,12 +91,12 @@ def generate(
         lengths,
         tree=None if draft is None else tree,
         max_new_tokens=max_new_tokens,
-        stop_tokens=tuple(stop_tokens),
+        stop_tokens=jnp.array(stop_tokens, jnp.int32),
         capacity=capacity,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("tree", "max_new_tokens", "stop_tokens", "capacity"))
+@functools.partial(jax.jit, static_argnames=("tree", "max_new_tokens", "capacity"))
 def _generate(target, draft, tokens, lengths, *, tree, **static) -> Output:
     state = prefill(target, draft, tokens, lengths, tree=tree, **static)
     state = jax.lax.while_loop(
@@ -137,7 +137,7 @@ def stream(
         lengths,
         tree=tree,
         max_new_tokens=max_new_tokens,
-        stop_tokens=tuple(stop_tokens),
+        stop_tokens=jnp.array(stop_tokens, jnp.int32),
         capacity=capacity,
     )
     yield chunk
@@ -146,7 +146,7 @@ def stream(
         yield chunk
 
 
-@functools.partial(jax.jit, static_argnames=("tree", "max_new_tokens", "stop_tokens", "capacity"))
+@functools.partial(jax.jit, static_argnames=("tree", "max_new_tokens", "capacity"))
 def _start(target, draft, tokens, lengths, **static) -> tuple[DecodeState, Chunk]:
     state = prefill(target, draft, tokens, lengths, **static)
     return state, _chunk(state, lengths, 1)

@@ -106,7 +106,7 @@ def prefill(
     *,
     sampling: Any = None,
     max_new_tokens: int = 256,
-    stop_tokens: tuple[int, ...] = (),
+    stop_tokens: tuple[int, ...] | jax.Array = (),
     capacity: int | None = None,
     tree: TreeConfig | None = None,
 ) -> DecodeState:
@@ -152,6 +152,7 @@ def prefill(
             prompt_lengths=lengths,
             cache=cache.with_length(before),
             taps=() if draft is None else draft.taps(target),
+            in_blocks=True,
         )
         cache = cache.write(out.rows, start)
         ends_here = (last >= start) & (last < start + chunk)
@@ -165,7 +166,7 @@ def prefill(
             # Pair i is (feature i, token i + 1). The pair of the last feature waits for its token, the first root.
             features = draft.features(out)
             feature = keep(feature, features)
-            attend = _attend_cached(draft_cache.with_length(before), mask)
+            attend = _attend_cached(draft_cache.with_length(before), mask, in_blocks=True)
             _, kept = draft(target, draft.fuse(features), ids[:, 1:], positions, attend, prompt_lengths=lengths)
             draft_cache = draft_cache.write([kept], start)
         return (cache, draft_cache, hidden, feature), None
@@ -336,9 +337,13 @@ def _extend(
     return DraftState(cache.with_length(past.cache.length + count), _at(hidden, jnp.maximum(count - 1, 0)))
 
 
-def _attend_cached(cache: KVCache, mask: jax.Array) -> Attend:
+def _attend_cached(cache: KVCache, mask: jax.Array, in_blocks: bool = False) -> Attend:
     """Attention of a one-layer draft over its cache and the new rows, which it keeps."""
-    return lambda q, k, v: (attention(q, k, v, mask, cache.layer(0), cache.length), (k, v))
+
+    def attend(q, k, v):
+        return attention(q, k, v, mask, cache.layer(0), cache.length, in_blocks=in_blocks), (k, v)
+
+    return attend
 
 
 def _target_ids(draft: Draft) -> jax.Array | None:

@@ -23,9 +23,7 @@ from eagle_jax.models.config import LlamaConfig, RopeConfig
 # The layer does not know where older keys live; the caller's closure does.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
-# Up to this many queries (a tree, a step) attend to the whole cache at once. More (a chunk of a prompt) go through
-# it in blocks, and only as far as it is filled, so that the scores stay small beside the cache.
-WHOLE_CACHE_QUERIES = 128
+# Rows of a cache attended to at a time when going through it in blocks.
 CACHE_BLOCK = 512
 
 
@@ -101,6 +99,8 @@ def attention(
     mask: jax.Array,
     cache: tuple[jax.Array, jax.Array] | None = None,
     length: jax.Array | None = None,
+    *,
+    in_blocks: bool = False,
 ) -> jax.Array:
     """Softmax attention over the rows of a cache and over new rows: one softmax, computed in parts and merged.
 
@@ -109,6 +109,8 @@ def attention(
       k, v: [B, K, M, H] new rows.
       mask: [B, T, M], True where a query sees a new row. Every query must see at least one.
       cache: k and v [B, K, S, H]; every query sees the rows below `length` [B].
+      in_blocks: go through the cache in blocks, and only as far as it is filled. For many queries (a chunk of a
+        prompt), whose scores over the whole cache would be large beside it.
     Returns:
       [B, T, N, H].
     """
@@ -124,7 +126,7 @@ def attention(
     result = part(k, v, mask)
     # XLA would merge the two products of the queries into one, with a copy of the cache behind the new rows.
     grouped = jax.lax.optimization_barrier(grouped)
-    if cache is not None and tokens <= WHOLE_CACHE_QUERIES:
+    if cache is not None and not in_blocks:
         seen = jnp.arange(cache[0].shape[2])[None] < length[:, None]
         result = _merge(result, part(*cache, seen[:, None]))
     elif cache is not None:

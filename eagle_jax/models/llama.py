@@ -76,6 +76,7 @@ class Llama(nnx.Module):
         prompt_lengths: jax.Array,
         cache: KVCache | None = None,
         taps: tuple[int, ...] = (),
+        in_blocks: bool = False,
     ) -> LlamaOutput:
         """One pass over T new tokens: a prompt, a chunk of it, a tree, or a single step.
 
@@ -85,6 +86,7 @@ class Llama(nnx.Module):
             `cache` below its length are attended to as well.
           prompt_lengths: [B], see `rope_angles`.
           taps: layers whose input is returned; index n is the output of the last layer.
+          in_blocks: see `attention`; for chunks of a prompt.
         """
         x = self.embed[tokens]
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
@@ -93,7 +95,7 @@ class Llama(nnx.Module):
 
             def attend(q, k, v, index=index):
                 old, length = (None, None) if cache is None else (cache.layer(index), cache.length)
-                return attention(q, k, v, mask, old, length), (k, v)
+                return attention(q, k, v, mask, old, length, in_blocks=in_blocks), (k, v)
 
             x, kept = layer(x, rotation, attend)
             stream.append(x)

@@ -13,7 +13,6 @@ from eagle_jax.models.cache import KVCache, take_rows
 from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.models.layers import (
     CACHE_BLOCK,
-    WHOLE_CACHE_QUERIES,
     attention,
     rms_norm,
     rope_angles,
@@ -46,7 +45,7 @@ def random_mask(seed: int, batch: int, tokens: int, rows: int) -> np.ndarray:
     return mask
 
 
-attend = jax.jit(attention)
+attend = jax.jit(attention, static_argnames="in_blocks")
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 65, 130])
@@ -57,24 +56,24 @@ def test_attention_equals_numpy(tokens):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows"),
+    ("tokens", "rows", "in_blocks"),
     [
-        (1, 11),
-        (WHOLE_CACHE_QUERIES, 11),
-        # More queries go through the cache in blocks: fewer rows than one block, exactly one, several, a part of one.
-        (WHOLE_CACHE_QUERIES + 1, 11),
-        (WHOLE_CACHE_QUERIES + 1, CACHE_BLOCK),
-        (WHOLE_CACHE_QUERIES + 1, 2 * CACHE_BLOCK),
-        (WHOLE_CACHE_QUERIES + 1, 2 * CACHE_BLOCK + 5),
+        (1, 11, False),
+        (130, 11, False),
+        # In blocks: fewer rows than one block, exactly one, several, a part of one.
+        (130, 11, True),
+        (1, CACHE_BLOCK, True),
+        (9, 2 * CACHE_BLOCK, True),
+        (9, 2 * CACHE_BLOCK + 5, True),
     ],
 )
-def test_cached_attention_equals_attention_over_everything(tokens, rows):
+def test_cached_attention_equals_attention_over_everything(tokens, rows, in_blocks):
     """Old rows below each sequence's length and new rows under a mask: one softmax over both."""
     lengths = np.array([0, 4, rows])
     q, k, v = normal(0, 3, tokens, 4, 6), normal(1, 3, 2, tokens, 6), normal(2, 3, 2, tokens, 6)
     old_k, old_v = normal(3, 3, 2, rows, 6), normal(4, 3, 2, rows, 6)
     mask = random_mask(5, 3, tokens, tokens)
-    both = attend(q, k, v, mask, (old_k, old_v), lengths)
+    both = attend(q, k, v, mask, (old_k, old_v), lengths, in_blocks=in_blocks)
     seen = np.broadcast_to(np.arange(rows) < lengths[:, None, None], (3, tokens, rows))
     all_k, all_v = np.concatenate([old_k, k], axis=2), np.concatenate([old_v, v], axis=2)
     all_rows = np.concatenate([seen, mask], axis=-1)
