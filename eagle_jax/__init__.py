@@ -2,6 +2,7 @@
 
 from eagle_jax import sampling
 from eagle_jax.api import Chunk, Output, draft_forward, forward, generate, propose, stream
+from eagle_jax.convert import CheckpointError, from_pretrained, load, tokenizer
 from eagle_jax.decode import DecodeState, cycle, prefill
 from eagle_jax.models.config import ConfigError, DraftConfig, LlamaConfig
 from eagle_jax.models.eagle1 import Eagle1Draft
@@ -11,6 +12,7 @@ from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import Tree, TreeConfig
 
 __all__ = [
+    "CheckpointError",
     "Chunk",
     "ConfigError",
     "DecodeState",
@@ -26,9 +28,12 @@ __all__ = [
     "cycle",
     "draft_forward",
     "forward",
+    "from_pretrained",
     "generate",
+    "load",
     "prefill",
     "propose",
     "sampling",
     "stream",
+    "tokenizer",
 ]

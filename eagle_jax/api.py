@@ -129,20 +129,20 @@ def stream(
     tokens, lengths = check_arguments(
         target, draft, tokens, lengths, sampling, max_new_tokens, stop_tokens, capacity, tree
     )
-    tree = None if draft is None else tree
+    config = None if draft is None else tree
     state, chunk = _start(
         target,
         draft,
         tokens,
         lengths,
-        tree=tree,
+        tree=config,
         max_new_tokens=max_new_tokens,
         stop_tokens=jnp.array(stop_tokens, jnp.int32),
         capacity=capacity,
     )
     yield chunk
     while not jax.device_get(chunk.done).all():
-        state, chunk = _advance(target, draft, state, tree=tree, cycles=cycles_per_chunk)
+        state, chunk = _advance(target, draft, state, tree=config, cycles=cycles_per_chunk)
         yield chunk
 
 
@@ -202,7 +202,9 @@ def forward(
     positions, mask = _causal(tokens)
     taps = tap_layers(None, target.config.num_layers) if draft is None else draft.taps(target)
     out = target(tokens, positions, mask, prompt_lengths=lengths, taps=taps)
-    return target.logits(out.hidden), out.taps if draft is None else draft.features(out)
+    features = out.taps if draft is None else draft.features(out)
+    assert features is not None
+    return target.logits(out.hidden), features
 
 
 @jax.jit

@@ -131,12 +131,9 @@ def prefill(
 
     cache = KVCache.zeros(target.config, batch, rows, target.dtype)
     hidden = jnp.zeros((batch, target.config.hidden_size), target.dtype)
-    draft_state = feature = None
+    draft_cache = feature = None
     if draft is not None:
-        draft_state = DraftState(
-            cache=KVCache.zeros(draft.config, batch, rows, draft.dtype),
-            hidden=jnp.zeros((batch, draft.config.hidden_size), draft.dtype),
-        )
+        draft_cache = KVCache.zeros(draft.config, batch, rows, draft.dtype)
         feature = jnp.zeros((batch, draft.feature_size(target)), target.dtype)
 
     def run_chunk(carry, start):
@@ -171,14 +168,15 @@ def prefill(
             draft_cache = draft_cache.write([kept], start)
         return (cache, draft_cache, hidden, feature), None
 
-    carry = (cache, None if draft_state is None else draft_state.cache, hidden, feature)
+    carry = (cache, draft_cache, hidden, feature)
     carry, _ = jax.lax.scan(run_chunk, carry, jnp.arange(chunks, dtype=jnp.int32) * chunk)
     cache, draft_cache, hidden, feature = carry
 
     logits = target.logits(hidden[:, None])
     acceptance = accept_greedy(Tree.root(jnp.zeros(batch, jnp.int32)), logits)
     state = DecodeState(
-        tokens=jnp.pad(tokens, [(0, 0), (0, max_new_tokens)]) * (jnp.arange(width + max_new_tokens)[None] < lengths[:, None]),
+        tokens=jnp.pad(tokens, [(0, 0), (0, max_new_tokens)])
+        * (jnp.arange(width + max_new_tokens)[None] < lengths[:, None]),
         lengths=lengths,
         limits=jnp.minimum(lengths + max_new_tokens, capacity),
         done=jnp.zeros(batch, bool),
@@ -194,11 +192,12 @@ def prefill(
     valid = (lengths >= 1) & (lengths <= min(width, capacity - 1))
     state = dataclasses.replace(state, failed=~valid, done=~valid)
     state = _append(state, acceptance.bonus[:, None], jnp.ones(batch, jnp.int32), _leading(_finite(logits)))
-    if draft is not None:
-        draft_state = DraftState(draft_cache.with_length(last), draft_state.hidden)
+    if draft is not None and draft_cache is not None and feature is not None:
         root = _at(state.tokens, state.lengths - 1)[:, None]
-        draft_state = _extend(draft, target, draft_state, feature[:, None], root, jnp.ones_like(last), lengths)
-    return dataclasses.replace(state, draft=draft_state)
+        past = draft_cache.with_length(last)
+        extended = _extend(draft, target, past, feature[:, None], root, jnp.ones_like(last), lengths)
+        state = dataclasses.replace(state, draft=extended)
+    return state
 
 
 def cycle(
@@ -249,15 +248,17 @@ def cycle(
         cache=state.cache.write(take_rows(out.rows, path), before - 1),
         cycles=state.cycles + ~state.done,
         accepted=state.accepted
-        + jnp.where(state.done, 0, 1)[:, None] * jax.nn.one_hot(acceptance.length, state.accepted.shape[1], dtype=jnp.int32),
+        + jnp.where(state.done, 0, 1)[:, None]
+        * jax.nn.one_hot(acceptance.length, state.accepted.shape[1], dtype=jnp.int32),
     )
     state = _append(state, new, acceptance.length + 1, _leading(chosen_well))
     if draft is None:
         return state
     features = jnp.take_along_axis(draft.features(out), path[:, :, None], axis=1)
     count = state.lengths - before
-    extended = _extend(draft, target, state.draft, features, new, count, state.prompt_lengths)
-    hidden = jnp.where((count > 0)[:, None], extended.hidden, state.draft.hidden)
+    past = _draft_state(state)
+    extended = _extend(draft, target, past.cache, features, new, count, state.prompt_lengths)
+    hidden = jnp.where((count > 0)[:, None], extended.hidden, past.hidden)
     return dataclasses.replace(state, draft=dataclasses.replace(extended, hidden=hidden))
 
 
@@ -292,7 +293,7 @@ def _append(state: DecodeState, new: jax.Array, count: jax.Array, well: jax.Arra
 
 def draft_tree(target: Llama, draft: Draft, state: DecodeState, config: TreeConfig) -> Tree:
     """The draft tree under each row's root, its last token."""
-    past = state.draft
+    past = _draft_state(state)
     root = _at(state.tokens, state.lengths - 1)
     batch, k = root.shape[0], config.top_k
     scratch_shape = (batch, draft.config.num_kv_heads, (config.depth - 1) * k, draft.config.head_dim)
@@ -304,13 +305,11 @@ def draft_tree(target: Llama, draft: Draft, state: DecodeState, config: TreeConf
         def attend(q, k, v):
             start = (0, 0, step.level * config.top_k, 0)
             rows = jax.lax.dynamic_update_slice(scratch_k, k, start), jax.lax.dynamic_update_slice(scratch_v, v, start)
-            return attention(q, *rows, step.mask, past.cache.layer(0), past.cache.length), rows
+            return attention(q, *rows, step.mask, past.cache.layer(0)), rows
 
         hidden = jnp.take_along_axis(hidden, step.parents[:, :, None], axis=1)
         positions = jnp.broadcast_to((past.cache.length + step.level)[:, None], step.tokens.shape)
-        hidden, rows = draft(
-            target, hidden, step.tokens, positions, attend, prompt_lengths=state.prompt_lengths
-        )
+        hidden, rows = draft(target, hidden, step.tokens, positions, attend, prompt_lengths=state.prompt_lengths)
         return draft.logits(target, hidden), (hidden, *rows)
 
     first = jnp.broadcast_to(past.hidden[:, None], (batch, k, past.hidden.shape[-1]))
@@ -321,7 +320,7 @@ def draft_tree(target: Llama, draft: Draft, state: DecodeState, config: TreeConf
 def _extend(
     draft: Draft,
     target: Llama,
-    past: DraftState,
+    past: KVCache,
     features: jax.Array,
     tokens: jax.Array,
     count: jax.Array,
@@ -330,18 +329,24 @@ def _extend(
     """Runs the draft over T new pairs, of which the first count [B] are real: features [B, T, F], tokens [B, T]."""
     batch, width = tokens.shape
     mask = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
-    positions = past.cache.length[:, None] + jnp.arange(width)[None]
-    attend = _attend_cached(past.cache, mask)
+    positions = past.length[:, None] + jnp.arange(width)[None]
+    attend = _attend_cached(past, mask)
     hidden, kept = draft(target, draft.fuse(features), tokens, positions, attend, prompt_lengths=prompt_lengths)
-    cache = past.cache.write([kept], past.cache.length)
-    return DraftState(cache.with_length(past.cache.length + count), _at(hidden, jnp.maximum(count - 1, 0)))
+    cache = past.write([kept], past.length).with_length(past.length + count)
+    return DraftState(cache, _at(hidden, jnp.maximum(count - 1, 0)))
+
+
+def _draft_state(state: DecodeState) -> DraftState:
+    if state.draft is None:
+        raise ValueError("the state was prefilled without a draft; pass the draft to prefill too")
+    return state.draft
 
 
 def _attend_cached(cache: KVCache, mask: jax.Array, in_blocks: bool = False) -> Attend:
     """Attention of a one-layer draft over its cache and the new rows, which it keeps."""
 
     def attend(q, k, v):
-        return attention(q, k, v, mask, cache.layer(0), cache.length, in_blocks=in_blocks), (k, v)
+        return attention(q, k, v, mask, cache.layer(0), in_blocks=in_blocks), (k, v)
 
     return attend
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.models.config import LlamaConfig
+from eagle_jax.models.layers import CacheLayer
 
 Rows = Sequence[tuple[jax.Array, jax.Array]]  # new keys and values, a [B, K, T, H] pair a layer
 
@@ -44,8 +45,8 @@ class KVCache:
         """S, the rows a sequence can hold."""
         return self.k[0].shape[2]
 
-    def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
-        return self.k[index], self.v[index]
+    def layer(self, index: int) -> CacheLayer:
+        return CacheLayer(self.k[index], self.v[index], self.length)
 
     def with_length(self, length: jax.Array) -> KVCache:
         return dataclasses.replace(self, length=length)

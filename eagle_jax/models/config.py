@@ -98,9 +98,7 @@ class RopeConfig:
         theta = settings.pop("rope_theta", None)
         if theta is None:
             theta = hf.get("rope_theta")
-        theta = 10000.0 if theta is None else theta
-        if not _is_number(theta) or theta <= 0:
-            raise ConfigError(f"{where}: rope_theta must be a positive number, got {theta!r}")
+        theta = _positive("rope_theta", 10000.0 if theta is None else theta, where)
         if any(isinstance(value, Mapping) for value in settings.values()):
             raise ConfigError(f"{where}: RoPE settings per layer type ({sorted(settings)}) are not implemented")
         kinds = {settings[name] for name in ("rope_type", "type") if settings.get(name) is not None}
@@ -115,22 +113,19 @@ class RopeConfig:
             )
 
         def need(name: str) -> float:
-            value = settings.get(name)
-            if not _is_number(value) or value <= 0:
-                raise ConfigError(f"{where}: rope type {kind!r} needs a positive {name}, got {value!r}")
-            return float(value)
+            return _positive(name, settings.get(name), f"{where}: rope type {kind!r}")
 
         if kind == "default":
-            return cls(theta=float(theta))
+            return cls(theta)
         if kind == "linear":
-            return cls(float(theta), kind, factor=need("factor"))
+            return cls(theta, kind, factor=need("factor"))
         if kind == "dynamic":
-            return cls(float(theta), kind, factor=need("factor"), original_length=max_position_embeddings)
+            return cls(theta, kind, factor=need("factor"), original_length=max_position_embeddings)
         original = hf.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
         low, high = need("low_freq_factor"), need("high_freq_factor")
         if not low < high:
             raise ConfigError(f"{where}: low_freq_factor {low} must be below high_freq_factor {high}")
-        return cls(float(theta), kind, need("factor"), low, high, int(original or max_position_embeddings))
+        return cls(theta, kind, need("factor"), low, high, int(original or max_position_embeddings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +182,7 @@ class DraftConfig(LlamaConfig):
     qkv_bias: bool = False
 
     @classmethod
-    def from_hf(
-        cls, hf: Mapping[str, Any], where: str = "config.json", own_embedding: bool = False
-    ) -> DraftConfig:
+    def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json", own_embedding: bool = False) -> DraftConfig:
         """Reads a head's config dictionary; `own_embedding` comes from its tensor names.
 
         Raises:
@@ -257,9 +250,6 @@ def _llama_fields(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     if head_dim % 2:
         raise ConfigError(f"{where}: head_dim {head_dim} is odd; rotary embedding needs an even one")
     eps = hf.get("rms_norm_eps")
-    eps = 1e-6 if eps is None else eps
-    if not _is_number(eps) or eps <= 0:
-        raise ConfigError(f"{where}: rms_norm_eps must be a positive number, got {eps!r}")
     max_positions = 2048 if hf.get("max_position_embeddings") is None else size("max_position_embeddings")
     return dict(
         vocab_size=size("vocab_size"),
@@ -269,7 +259,7 @@ def _llama_fields(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(eps),
+        rms_norm_eps=_positive("rms_norm_eps", 1e-6 if eps is None else eps, where),
         rope=RopeConfig.from_hf(hf, max_positions, where),
         max_position_embeddings=max_positions,
         tie_word_embeddings=_flag(hf, "tie_word_embeddings", where),
@@ -322,5 +312,7 @@ def _flag(hf: Mapping[str, Any], name: str, where: str, default: bool = False) -
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _positive(name: str, value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"{where}: {name} must be a positive number, got {value!r}")
+    return float(value)

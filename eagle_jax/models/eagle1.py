@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from eagle_jax.models.config import ConfigError, DraftConfig
-from eagle_jax.models.layers import Attend, dot, normal, rope_angles, zeros
+from eagle_jax.models.layers import Attend, add_bias, dot, normal, rope_angles, zeros
 from eagle_jax.models.llama import DecoderLayer, Llama, LlamaOutput
 
 
@@ -55,7 +55,9 @@ class Eagle1Draft(nnx.Module):
         for field in ("vocab_size", "hidden_size"):
             ours, theirs = getattr(self.config, field), getattr(target.config, field)
             if ours != theirs:
-                raise ConfigError(f"the draft does not fit the target: {field} is {ours} in the draft, {theirs} in the target")
+                raise ConfigError(
+                    f"the draft does not fit the target: {field} is {ours} in the draft, {theirs} in the target"
+                )
 
     def fuse(self, features: jax.Array) -> jax.Array:
         """Target features [B, T, D] are hidden states already."""
@@ -78,7 +80,7 @@ class Eagle1Draft(nnx.Module):
         """
         embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
         x = dot("btf,df->btd", jnp.concatenate([embedding, hidden], axis=-1), self.fc[...])
-        x = x if self.fc_bias is None else x + self.fc_bias[None, None]
+        x = add_bias(x, self.fc_bias)
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         return self.layer(x, rotation, attend)
 

@@ -76,7 +76,8 @@ class Eagle3Draft(nnx.Module):
         return tap_layers(self.config, target.config.num_layers)
 
     def features(self, output: LlamaOutput) -> jax.Array:
-        """What this head reads of a target pass: [B, T, F]."""
+        """What this head reads of a target pass run with its `taps`: [B, T, F]."""
+        assert output.taps is not None
         return output.taps
 
     def feature_size(self, target: Llama) -> int:
@@ -89,7 +90,9 @@ class Eagle3Draft(nnx.Module):
 
         def same(what: str, ours: int, theirs: int) -> None:
             if ours != theirs:
-                raise ConfigError(f"the draft does not fit the target: {what} is {ours} in the draft, {theirs} in the target")
+                raise ConfigError(
+                    f"the draft does not fit the target: {what} is {ours} in the draft, {theirs} in the target"
+                )
 
         same("vocab_size", config.vocab_size, t.vocab_size)
         same("target_hidden_size" if config.own_embedding else "hidden_size", config.target_hidden_size, t.hidden_size)

@@ -4,13 +4,14 @@ Letters: B batch, T new tokens, M rows of new keys, S cache rows, D model width,
 K key-value heads, G = N / K, H head dim.
 
 Weights keep PyTorch's order, output dimension first: o [D, N * H], gate [F, D], and q [N, H, D] with the heads
-split out (on TPUs neither q in two dimensions nor o in three goes without a copy). So conversion is a reshape, and XLA:CPU runs these products fastest.
+split out (on TPUs neither q in two dimensions nor o in three goes without a copy). Conversion is a reshape.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,17 @@ from eagle_jax.models.config import LlamaConfig, RopeConfig
 # The layer does not know where older keys live; the caller's closure does.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
-# Rows of a cache attended to at a time when going through it in blocks.
+# Rows of a cache attended to at a time when going through it in blocks: for a chunk of a prompt, and on a CPU.
 CACHE_BLOCK = 512
+CPU_CACHE_BLOCK = 128
+
+
+class CacheLayer(NamedTuple):
+    """One layer of a cache: k, v [B, K, S, H], of which the first `length` [B] rows are committed."""
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
 
 
 def dot(equation: str, x: jax.Array, weight: jax.Array, out_dtype: Any = None) -> jax.Array:
@@ -53,9 +63,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         return frequencies
     # Long wavelengths are divided by `factor`, short ones kept, those between interpolated.
     wavelength = 2 * np.pi / frequencies
-    blend = (rope.original_length / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
+    blend = (rope.original_length / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
     return ((1 - blend) * frequencies / rope.factor + blend * frequencies).astype(np.float32)
 
@@ -97,8 +105,7 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     mask: jax.Array,
-    cache: tuple[jax.Array, jax.Array] | None = None,
-    length: jax.Array | None = None,
+    cache: CacheLayer | None = None,
     *,
     in_blocks: bool = False,
 ) -> jax.Array:
@@ -108,7 +115,7 @@ def attention(
       q: [B, T, N, H].
       k, v: [B, K, M, H] new rows.
       mask: [B, T, M], True where a query sees a new row. Every query must see at least one.
-      cache: k and v [B, K, S, H]; every query sees the rows below `length` [B].
+      cache: every query sees its rows below `length`.
       in_blocks: go through the cache in blocks, and only as far as it is filled. For many queries (a chunk of a
         prompt), whose scores over the whole cache would be large beside it.
     Returns:
@@ -126,19 +133,30 @@ def attention(
     result = part(k, v, mask)
     # XLA would merge the two products of the queries into one, with a copy of the cache behind the new rows.
     grouped = jax.lax.optimization_barrier(grouped)
-    if cache is not None and not in_blocks:
-        seen = jnp.arange(cache[0].shape[2])[None] < length[:, None]
-        result = _merge(result, part(*cache, seen[:, None]))
-    elif cache is not None:
-        rows = min(CACHE_BLOCK, cache[0].shape[2])
+
+    def add_whole(result, cache):
+        seen = jnp.arange(cache.k.shape[2])[None] < cache.length[:, None]
+        return _merge(result, part(cache.k, cache.v, seen[:, None]))
+
+    def add_blocks(result, cache, rows):
+        rows = min(rows, cache.k.shape[2])
 
         def add_block(index, result):
-            start = jnp.minimum(index * rows, cache[0].shape[2] - rows)  # the last block may overlap the one before
-            block = [jax.lax.dynamic_slice_in_dim(array, start, rows, axis=2) for array in cache]
+            start = jnp.minimum(index * rows, cache.k.shape[2] - rows)  # the last block may overlap the one before
+            block_k = jax.lax.dynamic_slice_in_dim(cache.k, start, rows, axis=2)
+            block_v = jax.lax.dynamic_slice_in_dim(cache.v, start, rows, axis=2)
             row = start + jnp.arange(rows)[None]
-            return _merge(result, part(*block, ((row >= index * rows) & (row < length[:, None]))[:, None]))
+            seen = (row >= index * rows) & (row < cache.length[:, None])
+            return _merge(result, part(block_k, block_v, seen[:, None]))
 
-        result = jax.lax.fori_loop(0, -(-jnp.max(length) // rows), add_block, result)
+        return jax.lax.fori_loop(0, -(-jnp.max(cache.length) // rows), add_block, result)
+
+    if cache is not None and in_blocks:
+        result = add_blocks(result, cache, CACHE_BLOCK)
+    elif cache is not None:
+        # A CPU saves the arithmetic on unused rows; accelerators, bound by bytes and launches, want one product.
+        in_cpu_blocks = functools.partial(add_blocks, rows=CPU_CACHE_BLOCK)
+        result = jax.lax.platform_dependent(result, cache, cpu=in_cpu_blocks, default=add_whole)
     total, out = result[1:]
     out = (out / total).reshape(batch, kv_heads, -1, tokens, head_dim)
     return jnp.moveaxis(out, 3, 1).reshape(batch, tokens, heads, head_dim).astype(q.dtype)
@@ -171,7 +189,9 @@ def _merge(a, b):
 class Attention(nnx.Module):
     """Projections of grouped-query attention; `input_size` is 2 D in an EAGLE-3 head."""
 
-    def __init__(self, config: LlamaConfig, input_size: int, key: jax.Array, dtype: Any, *, qkv_bias: bool, o_bias: bool):
+    def __init__(
+        self, config: LlamaConfig, input_size: int, key: jax.Array, dtype: Any, *, qkv_bias: bool, o_bias: bool
+    ):
         n, k, h, d = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
         keys = jax.random.split(key, 4)
         self.config = config
@@ -184,9 +204,7 @@ class Attention(nnx.Module):
         self.v_bias = zeros((k, h), dtype) if qkv_bias else None
         self.o_bias = zeros((d,), dtype) if o_bias else None
 
-    def __call__(
-        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         """x [B, T, input_size] -> ([B, T, D], what `attend` keeps). Keys are rotated before `attend` sees them."""
         q = self._project(x, self.q, self.q_bias)
         k = self._project(x, self.k, self.k_bias)
@@ -196,11 +214,10 @@ class Attention(nnx.Module):
         k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
         mixed, kept = attend(q, k, v)
         out = dot("btf,df->btd", mixed.reshape(*mixed.shape[:2], -1), self.o[...])
-        return out if self.o_bias is None else out + self.o_bias[None, None], kept
+        return add_bias(out, self.o_bias), kept
 
     def _project(self, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        out = dot("btd,nhd->btnh", x, weight[...])
-        return out if bias is None else out + bias[None, None]
+        return add_bias(dot("btd,nhd->btnh", x, weight[...]), bias)
 
 
 class MLP(nnx.Module):
@@ -217,11 +234,14 @@ class MLP(nnx.Module):
         self.down_bias = zeros((d,), dtype) if config.mlp_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = dot("btd,fd->btf", x, self.gate[...]), dot("btd,fd->btf", x, self.up[...])
-        if self.gate_bias is not None:
-            gate, up = gate + self.gate_bias[None, None], up + self.up_bias[None, None]
-        out = dot("btf,df->btd", jax.nn.silu(gate) * up, self.down[...])
-        return out if self.down_bias is None else out + self.down_bias[None, None]
+        gate = add_bias(dot("btd,fd->btf", x, self.gate[...]), self.gate_bias)
+        up = add_bias(dot("btd,fd->btf", x, self.up[...]), self.up_bias)
+        return add_bias(dot("btf,df->btd", jax.nn.silu(gate) * up, self.down[...]), self.down_bias)
+
+
+def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """x [B, T, ...] plus a bias [...], if there is one."""
+    return x if bias is None else x + bias[None, None]
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> nnx.Param:

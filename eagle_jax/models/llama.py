@@ -38,9 +38,7 @@ class DecoderLayer(nnx.Module):
         self.post_attention_norm = ones((config.hidden_size,), dtype)
         self.mlp = MLP(config, keys[1], dtype)
 
-    def __call__(
-        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         """x [B, T, D] -> ([B, T, D], what `attend` keeps)."""
         eps = self.config.rms_norm_eps
         normed = x if self.input_norm is None else rms_norm(x, self.input_norm[...], eps)
@@ -94,8 +92,8 @@ class Llama(nnx.Module):
         for index, layer in enumerate(self.layers):
 
             def attend(q, k, v, index=index):
-                old, length = (None, None) if cache is None else (cache.layer(index), cache.length)
-                return attention(q, k, v, mask, old, length, in_blocks=in_blocks), (k, v)
+                old = None if cache is None else cache.layer(index)
+                return attention(q, k, v, mask, old, in_blocks=in_blocks), (k, v)
 
             x, kept = layer(x, rotation, attend)
             stream.append(x)

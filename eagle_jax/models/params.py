@@ -59,7 +59,9 @@ def load(model: Model, arrays: Mapping[str, Any]) -> Model:
         raise ValueError(f"parameters do not match the model: missing {missing}, extra {extra}")
     for path, leaf in expected.items():
         if tuple(arrays[path].shape) != tuple(leaf.shape):
-            raise ValueError(f"parameter {path} has shape {tuple(arrays[path].shape)}, the model needs {tuple(leaf.shape)}")
+            raise ValueError(
+                f"parameter {path} has shape {tuple(arrays[path].shape)}, the model needs {tuple(leaf.shape)}"
+            )
     return jax.tree_util.tree_unflatten(treedef, [arrays[path] for path in expected])
 
 

@@ -2,7 +2,7 @@
 
 from eagle_jax.tree.grow import DraftFn, DraftStep, grow
 from eagle_jax.tree.tree import NO_PARENT, Tree, TreeConfig
-from eagle_jax.tree.verify import AcceptFn, Acceptance, accept_greedy, path_to
+from eagle_jax.tree.verify import Acceptance, AcceptFn, accept_greedy, path_to
 
 __all__ = [
     "NO_PARENT",

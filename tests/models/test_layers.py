@@ -13,6 +13,7 @@ from eagle_jax.models.cache import KVCache, take_rows
 from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.models.layers import (
     CACHE_BLOCK,
+    CacheLayer,
     attention,
     rms_norm,
     rope_angles,
@@ -73,7 +74,7 @@ def test_cached_attention_equals_attention_over_everything(tokens, rows, in_bloc
     q, k, v = normal(0, 3, tokens, 4, 6), normal(1, 3, 2, tokens, 6), normal(2, 3, 2, tokens, 6)
     old_k, old_v = normal(3, 3, 2, rows, 6), normal(4, 3, 2, rows, 6)
     mask = random_mask(5, 3, tokens, tokens)
-    both = attend(q, k, v, mask, (old_k, old_v), lengths, in_blocks=in_blocks)
+    both = attend(q, k, v, mask, CacheLayer(old_k, old_v, lengths), in_blocks=in_blocks)
     seen = np.broadcast_to(np.arange(rows) < lengths[:, None, None], (3, tokens, rows))
     all_k, all_v = np.concatenate([old_k, k], axis=2), np.concatenate([old_v, v], axis=2)
     all_rows = np.concatenate([seen, mask], axis=-1)
@@ -88,9 +89,9 @@ def test_rows_past_the_length_hold_anything():
     old = np.full((1, 2, 5, 4), 1e30, np.float32)
     old[:, :, :3] = normal(3, 1, 2, 3, 4)
     mask, length = np.ones((1, 2, 2), bool), np.array([3])
-    short = attend(q, k, v, mask, (old[:, :, :3], old[:, :, :3]), length)
+    short = attend(q, k, v, mask, CacheLayer(old[:, :, :3], old[:, :, :3], length))
     np.testing.assert_array_equal(np.isfinite(short), True)
-    np.testing.assert_allclose(attend(q, k, v, mask, (old, old), length), short, atol=1e-6)
+    np.testing.assert_allclose(attend(q, k, v, mask, CacheLayer(old, old, length)), short, atol=1e-6)
 
 
 def test_attention_survives_large_scores():
@@ -100,8 +101,8 @@ def test_attention_survives_large_scores():
     v = np.array([[[[1, 2], [3, 4]]]], np.float32)
     seen = np.ones((1, 1, 1), bool)
     for new, old in ((0, 1), (1, 0)):
-        cache = k[:, :, old : old + 1], v[:, :, old : old + 1]
-        out = attend(q, k[:, :, new : new + 1], v[:, :, new : new + 1], seen, cache, np.array([1]))
+        cache = CacheLayer(k[:, :, old : old + 1], v[:, :, old : old + 1], np.array([1]))
+        out = attend(q, k[:, :, new : new + 1], v[:, :, new : new + 1], seen, cache)
         np.testing.assert_array_equal(out[0, 0, 0], [1, 2])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +78,9 @@ def grow(draft: ToyDraft, config: TreeConfig, root: int) -> dict[str, list]:
     }
 
 
-def random_tree(rng: np.random.Generator, num_nodes: int, vocab: int, max_depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def random_tree(
+    rng: np.random.Generator, num_nodes: int, vocab: int, max_depth: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """tokens, parents, depths [N] of a random tree; siblings may repeat a token."""
     parents, depths = np.full(num_nodes, -1, np.int32), np.zeros(num_nodes, np.int32)
     for i in range(1, num_nodes):
@@ -102,6 +106,8 @@ def accept_greedy(tokens: np.ndarray, parents: np.ndarray, logits: np.ndarray) -
         return [node] if parents[node] < 0 else [*path(parents[node]), node]
 
     choice = logits.argmax(axis=-1)
-    agreeing = [p for p in map(path, range(len(tokens))) if all(tokens[b] == choice[a] for a, b in zip(p, p[1:], strict=False))]
+    agreeing = [
+        p for p in map(path, range(len(tokens))) if all(tokens[b] == choice[a] for a, b in itertools.pairwise(p))
+    ]
     longest = max(agreeing, key=len)  # max keeps the first of equals
     return longest, int(choice[longest[-1]])

@@ -25,7 +25,9 @@ def grow_with(roots, logits, carry, draft_fn, target_ids, config):
 
 def assert_well_formed(tree: Tree, config: TreeConfig) -> None:
     """What holds for any tree: order, depths, scores that never rise along a path, no orphan."""
-    for tokens, parents, depths, scores in zip(*map(np.asarray, (tree.tokens, tree.parents, tree.depths, tree.scores)), strict=True):
+    for tokens, parents, depths, scores in zip(
+        *map(np.asarray, (tree.tokens, tree.parents, tree.depths, tree.scores)), strict=True
+    ):
         assert tokens.shape == (config.num_nodes,)
         assert parents[0] == -1 and depths[0] == 0 and scores[0] == 0
         assert (parents[1:] >= 0).all() and (parents[1:] < np.arange(1, config.num_nodes)).all()
@@ -42,7 +44,12 @@ def test_equals_the_oracle(config):
         roots = np.array([3, 7], np.int32)
         logits = np.broadcast_to(draft.logits([]).astype(np.float32), (2, vocab))
         tree = grow_with(
-            jnp.asarray(roots), jnp.asarray(logits), draft.carry(2, config), draft.draft_fn, jnp.asarray(draft.target_ids), config
+            jnp.asarray(roots),
+            jnp.asarray(logits),
+            draft.carry(2, config),
+            draft.draft_fn,
+            jnp.asarray(draft.target_ids),
+            config,
         )
         assert_well_formed(tree, config)
         for row, root in enumerate(roots):
@@ -76,7 +83,7 @@ def test_ties_and_broken_logits_never_orphan_a_node(config, logits):
     logits = jnp.asarray(logits, jnp.float32)
     tree = grow_with(jnp.array([4]), logits[None], logits, constant_draft, None, config)
     assert_well_formed(tree, config)
-    assert (0 <= tree.tokens).all() and (tree.tokens < 12).all()
+    assert (tree.tokens >= 0).all() and (tree.tokens < 12).all()
 
 
 def test_ties_go_to_the_lowest_flat_index():
