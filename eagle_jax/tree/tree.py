@@ -89,12 +89,11 @@ class Tree:
     def ancestors(self) -> jax.Array:
         """[B, N, N] bool: node i's row marks i itself and its ancestors; the attention mask of the tree.
 
-        By pointer doubling: after s rounds a row knows 2^s generations.
+        By squaring: a matrix that knows 2^s generations, times itself, knows 2^(s + 1).
         """
-        num_nodes = self.num_nodes
-        mask = jnp.broadcast_to(jnp.eye(num_nodes, dtype=bool), (*self.tokens.shape, num_nodes))
-        jump = jnp.maximum(self.parents, 0)  # the root points at itself
-        for _ in range((num_nodes - 1).bit_length()):
-            mask = mask | jnp.take_along_axis(mask, jump[:, :, None], axis=1)
-            jump = jnp.take_along_axis(jump, jump, axis=1)
-        return mask
+        nodes = jnp.arange(self.num_nodes)
+        itself = nodes[:, None] == nodes[None, :]
+        reach = (itself[None] | (self.parents[:, :, None] == nodes[None, None, :])).astype(jnp.float32)
+        for _ in range((self.num_nodes - 1).bit_length()):
+            reach = jnp.minimum(reach @ reach, 1.0)  # small whole numbers: exact in any precision
+        return reach > 0
