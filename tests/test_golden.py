@@ -135,8 +135,8 @@ def test_ties_and_saturation(kind, setting):
     tree = jax.device_get(eagle_jax.propose(target, draft, tokens, lengths, tree=tree_config(setting)))
     theirs = np.sort(gold[f"{name}/scores_list"][gold[f"{name}/top_scores_index"]])
     ours = np.sort(tree.scores[0, 1:])
-    # Saturated scores run to thousands: relative there.
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    # Logits scaled by 3000 carry rounding (here 1e-5 before) scaled by 3000.
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 if kind == "tie" else 3000 * 1e-5)
     parents = tree.parents[0]
     assert (parents[1:] < np.arange(1, len(parents))).all()  # where the reference orphans nodes, we do not
     np.testing.assert_array_equal(tree.depths[0, 1:], tree.depths[0, parents[1:]] + 1)
