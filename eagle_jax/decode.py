@@ -118,6 +118,8 @@ def prefill(
       capacity: the most tokens (prompt + new) a row may hold; default P + max_new_tokens.
       tree: the deepest tree that `cycle` will be given; needed only beyond a depth of MIN_SCRATCH - 1.
     """
+    if sampling is not None and not sampling.greedy:
+        raise ValueError(f"sampling: only temperature 0 is implemented, got {sampling.temperature!r}")
     batch, width = tokens.shape
     lengths = lengths.astype(jnp.int32)
     capacity = width + max_new_tokens if capacity is None else capacity
