@@ -1,24 +1,216 @@
-"""SamplingConfig: how the next token is chosen from the target's logits."""
+"""Sampling: from the target's logits to the distribution of the next token.
+
+Letters: B batch, V vocabulary; `...` any axes between (the nodes of a tree).
+
+The order is Hugging Face's: logit bias, repetition penalty, temperature, top-k, top-p, min-p. Every number is data,
+one for the whole batch or one a row, so that changing any of them never compiles another program.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+# What each number may be: a test, and the range in words.
+RANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "temperature": (lambda x: (x >= 0) & (x < math.inf), "0 (greedy) or a finite number above it"),
+    "top_k": (lambda x: (x >= 0) & (x == x // 1), "a whole number: 0 (off) or the number of tokens to keep"),
+    "top_p": (lambda x: (x > 0) & (x <= 1), "above 0, and at most 1 (off)"),
+    "min_p": (lambda x: (x >= 0) & (x <= 1), "0 (off) to 1"),
+    "repetition_penalty": (lambda x: (x > 0) & (x < math.inf), "a finite number above 0; 1 is off"),
+}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """Controls of sampling. A pytree whose leaves are scalars or [B], so that changing a number never retraces.
+    """Controls of sampling, as in `transformers.generate`. A pytree; a field is one number, or [B], one a row.
 
-    temperature: 0 is greedy. A Python 0 selects the greedy program, which computes no probabilities.
+    temperature: 0 is greedy: the token of the largest logit, the first of equals. A Python 0, without a penalty or a
+      bias, selects the greedy program, which computes no probabilities and needs no key. In an array, 0 makes its row
+      greedy in a mixed batch.
+    top_k: keep the k largest logits, and what equals the k-th; 0 keeps all.
+    top_p: keep the smallest set of most probable tokens whose probability reaches top_p, and what equals the last of
+      them; 1 keeps all.
+    min_p: keep tokens at least min_p times as probable as the most probable one; 0 keeps all.
+    repetition_penalty: divide positive and multiply negative logits of tokens that occurred (in the prompt, the
+      text, and a tree node's own ancestors) by this; 1 changes nothing.
+    logit_bias: [V] or [B, V], added to the logits; -inf forbids a token. None for none.
+    coupled: let the draft and the target share their random numbers (see `tree.accept_coupled`): the same
+      distribution, with more draft tokens accepted. Part of the program, not data.
+
+    Raises:
+      ValueError: for a number outside its range.
     """
 
     temperature: Any = 0.0
+    top_k: Any = 0
+    top_p: Any = 1.0
+    min_p: Any = 0.0
+    repetition_penalty: Any = 1.0
+    logit_bias: Any = None
+    coupled: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __post_init__(self):
+        for name in RANGES:
+            value = getattr(self, name)
+            if isinstance(value, bool | int | float | str | list | tuple | np.ndarray | np.generic):
+                _check_range(name, value)
 
     @property
     def greedy(self) -> bool:
-        """Whether the temperature is a Python 0 (not an array that may hold 0)."""
-        return isinstance(self.temperature, int | float) and self.temperature == 0
+        """Whether this selects the greedy program: by Python numbers, not by arrays that may hold them."""
+        return _is(self.temperature, 0) and _is(self.repetition_penalty, 1) and self.logit_bias is None
+
+    def check(self, batch: int, vocab_size: int) -> None:
+        """Raises ValueError for shapes that do not fit, and for values outside their range where they are known."""
+        for name in RANGES:
+            value = getattr(self, name)
+            if jnp.shape(value) not in ((), (batch,)):
+                raise ValueError(f"sampling.{name} must be one number or [{batch}], one a row; got {jnp.shape(value)}")
+            if not isinstance(value, jax.core.Tracer):
+                _check_range(name, value)
+        bias = self.logit_bias
+        if bias is None:
+            return
+        if jnp.shape(bias) not in ((vocab_size,), (batch, vocab_size)):
+            allowed = f"[{vocab_size}] or [{batch}, {vocab_size}]"
+            raise ValueError(f"sampling.logit_bias must be {allowed}; got {jnp.shape(bias)}")
+        if not isinstance(bias, jax.core.Tracer) and not (np.asarray(bias) < np.inf).all():
+            raise ValueError("sampling.logit_bias must be finite, or -inf to forbid a token; it holds NaN or +inf")
+
+    def rows(self, batch: int) -> SamplingConfig:
+        """The same as arrays, a value a row: [B] float32 (top_k int32), the bias [B, V]."""
+
+        def row(value, dtype):
+            return jnp.broadcast_to(jnp.asarray(value, dtype), (batch,))
+
+        numbers = {name: row(getattr(self, name), jnp.int32 if name == "top_k" else jnp.float32) for name in RANGES}
+        bias = self.logit_bias
+        if bias is not None:
+            bias = jnp.asarray(bias, jnp.float32)
+            bias = jnp.broadcast_to(bias.reshape(-1, bias.shape[-1]), (batch, bias.shape[-1]))
+        return SamplingConfig(**numbers, logit_bias=bias, coupled=self.coupled)
+
+
+def _is(value: Any, number: int) -> bool:
+    return isinstance(value, int | float) and value == number
+
+
+def _check_range(name: str, value: Any) -> None:
+    inside, allowed = RANGES[name]
+    values = np.asarray(value)
+    good = np.asarray(inside(values)) if values.dtype.kind in "iuf" else np.zeros(values.shape, bool)
+    if not good.all():
+        where = "" if values.ndim == 0 else f"[{np.argmin(good)}]"
+        raise ValueError(f"sampling.{name}{where} must be {allowed}; got {values[~good].ravel()[0].item()!r}")
+
+
+def probabilities(
+    logits: jax.Array, sampling: SamplingConfig, seen: jax.Array | Callable[[], jax.Array] | None = None
+) -> jax.Array:
+    """The distribution of the next token: softmax of `process`, [..., V] float32."""
+    return jax.nn.softmax(process(logits, sampling, seen), axis=-1)
+
+
+def process(
+    logits: jax.Array, sampling: SamplingConfig, seen: jax.Array | Callable[[], jax.Array] | None = None
+) -> jax.Array:
+    """Logits whose softmax is the distribution of the next token: 0 and -inf where the temperature is 0.
+
+    Args:
+      logits: [..., V], or [B, ..., V] where a field of `sampling` is [B].
+      seen: [..., V] bool, the tokens that repetition_penalty applies to, or a function that makes it, called only
+        where a penalty is set; None: no token.
+    Returns:
+      [..., V] float32. NaN logits, or a bias that forbids every token, give NaN.
+    """
+    logits = logits.astype(jnp.float32)
+    if sampling.logit_bias is not None:
+        bias = jnp.asarray(sampling.logit_bias, jnp.float32)
+        between = (1,) * (logits.ndim - bias.ndim)
+        logits = logits + bias.reshape(*bias.shape[:-1], *between, bias.shape[-1])
+    if seen is not None:
+        penalty = _beside(sampling.repetition_penalty, logits)
+        make_seen = seen if callable(seen) else lambda: seen
+
+        def penalized(x):
+            return jnp.where(make_seen(), jnp.where(x < 0, x * penalty, x / penalty), x)
+
+        logits = _if(jnp.any(penalty != 1), penalized, logits)
+    return warp(logits, sampling)
+
+
+def warp(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
+    """The part of `process` that looks at one distribution alone: temperature, top-k, top-p, min-p. float32."""
+    temperature, top_k, top_p, min_p = (
+        _beside(value, logits) for value in (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    )
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    # From the largest logit down, so that no temperature overflows; -0.0 is made 0.0 for `_at_least`.
+    warm = (logits - top) / jnp.where(temperature > 0, temperature, 1.0) + 0.0
+
+    def keep_top_k(x):
+        kept = _kept(x, jnp.ones_like(x), jnp.maximum(top_k, 1).astype(jnp.float32))
+        return jnp.where(kept | (top_k == 0), x, -jnp.inf)
+
+    def keep_top_p(x):
+        weights = jnp.exp(x)
+        kept = _kept(x, weights, top_p * weights.sum(axis=-1, keepdims=True))
+        return jnp.where(kept | (top_p >= 1), x, -jnp.inf)
+
+    warm = _if(jnp.any(top_k > 0), keep_top_k, warm)
+    warm = _if(jnp.any(top_p < 1), keep_top_p, warm)
+    warm = jnp.where(jnp.exp(warm) >= min_p, warm, -jnp.inf)  # the largest is exp(0) = 1
+    cold = _one_hot_logits(logits, top)
+    return jnp.where(temperature > 0, warm, cold)
+
+
+def _one_hot_logits(logits: jax.Array, top: jax.Array) -> jax.Array:
+    """0 at the first largest logit, -inf elsewhere; NaN where there is none."""
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    first = jnp.argmax(logits, axis=-1)[..., None]
+    return jnp.where(jnp.isfinite(top), jnp.where(index == first, 0.0, -jnp.inf), jnp.nan)
+
+
+def _kept(values: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
+    """Where the weights of strictly larger values sum to less than `limit`: [..., V] bool.
+
+    With weights of 1 and a limit of k: the k largest. With probabilities and top_p: the nucleus. No sort: bisection on
+    the bits of a float, which ordered as integers are ordered as floats, takes 32 sums and no memory.
+
+    Args:
+      values: [..., V] float32, no NaN.
+      weights: [..., V], not negative.
+      limit: [..., 1], above 0, or of shape 1 where the values are longer.
+    """
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+    def halve(_, bounds):
+        low, high = bounds  # the least threshold that fits lies within
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        fits = jnp.where(order > middle, weights, 0.0).sum(axis=-1, keepdims=True) < limit
+        return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
+
+    ends = jnp.iinfo(jnp.int32)
+    shape = (*values.shape[:-1], 1)
+    bounds = jnp.full(shape, ends.min, jnp.int32), jnp.full(shape, ends.max, jnp.int32)
+    return order >= jax.lax.fori_loop(0, 32, halve, bounds)[1]
+
+
+def _beside(value: Any, logits: jax.Array) -> jax.Array:
+    """A number or [B] in the rank of logits [B, ..., V]."""
+    value = jnp.asarray(value)
+    return value.reshape(value.shape + (1,) * (logits.ndim - value.ndim))
+
+
+def _if(condition: jax.Array, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`change(x)` where the condition holds, at no cost where it does not."""
+    return jax.lax.cond(condition, change, lambda x: x, x)

@@ -2,7 +2,16 @@
 
 from eagle_jax.tree.grow import DraftFn, DraftStep, grow
 from eagle_jax.tree.tree import NO_PARENT, Tree, TreeConfig
-from eagle_jax.tree.verify import Acceptance, AcceptFn, accept_greedy, path_to
+from eagle_jax.tree.verify import (
+    Acceptance,
+    AcceptFn,
+    accept_coupled,
+    accept_greedy,
+    accept_sampled,
+    accept_sampling,
+    choice_noise,
+    path_to,
+)
 
 __all__ = [
     "NO_PARENT",
@@ -12,7 +21,11 @@ __all__ = [
     "DraftStep",
     "Tree",
     "TreeConfig",
+    "accept_coupled",
     "accept_greedy",
+    "accept_sampled",
+    "accept_sampling",
+    "choice_noise",
     "grow",
     "path_to",
 ]

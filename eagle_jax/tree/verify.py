@@ -1,11 +1,17 @@
 """Acceptance: which drafted path the target agrees with.
 
-Letters: B batch, N nodes, V vocabulary.
+Letters: B batch, N nodes, D tree depth, V vocabulary.
+
+No rule can accept more of a given tree than `accept_sampling` does, on average: a node that is accepted is a beginning
+of the text, which has probability p(its path), the product of the target's probabilities along it, and `accept_sampling`
+accepts it with just that probability. More is to be had by drafting better: `accept_coupled` lets the draft know the
+random numbers that the target will choose by.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -31,29 +37,117 @@ class Acceptance:
     bonus: jax.Array
 
 
-# accept_fn(tree, logits [B, N, V], keys [B]) -> Acceptance. `logits` are the target's, processed: their softmax is
-# the distribution to keep. `keys` is None when decoding is greedy. A rule must be lossless: the accepted tokens and
-# the bonus together must follow that distribution, whatever the tree holds.
+# accept_fn(tree, logits [B, N, V], keys [B]) -> Acceptance, a plain callable under jit. `logits` are the target's after
+# every node, processed: their softmax is the distribution to keep (0 and -inf for a row of temperature 0). `keys`: one a
+# row, fresh in every cycle; None when decoding is greedy. A rule must be lossless: the accepted tokens and the bonus
+# together must follow that distribution, whatever the tree holds. It may use `keys` in any way, but the tree must not
+# have been drafted with the same random numbers.
 AcceptFn = Callable[[Tree, jax.Array, jax.Array | None], Acceptance]
 
 
-def accept_greedy(tree: Tree, logits: jax.Array) -> Acceptance:
+def accept_greedy(tree: Tree, logits: jax.Array, keys: jax.Array | None = None) -> Acceptance:
     """Keeps the deepest node whose every step is its parent's argmax; the bonus is the argmax there.
 
     Of equally deep ones (only possible with duplicate siblings) the first.
     """
+    del keys
     choice = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # [B, N]
+    agrees = jnp.take_along_axis(choice, jnp.maximum(tree.parents, 0), axis=1) == tree.tokens
+    end, path = _deepest(tree, agrees)
+    return Acceptance(path, length=_at(tree.depths, end), bonus=_at(choice, end))
+
+
+def accept_sampling(tree: Tree, probs: jax.Array, uniforms: jax.Array) -> tuple[Acceptance, jax.Array]:
+    """Walks down from the root, tries the children in order, and keeps x with the probability p(x) that it has left.
+
+    A rejected x leaves p: p(x) = 0, and the rest is renormalised. A child whose token an earlier sibling had is not
+    tried. So a drafted token is accepted with exactly its probability (EAGLE, arXiv 2401.15077, appendix A; SpecInfer,
+    arXiv 2305.09781, for drafts chosen with certainty).
+
+    Args:
+      probs: [B, N, V] float32, the target's distribution after every node.
+      uniforms: [B, N - 1] in [0, 1), consumed from the left, one for each proposal tried; accept when u < p.
+    Returns:
+      Acceptance with a bonus of -1, and the residual [B, V]: the distribution to draw the bonus token from.
+    """
+    batch, nodes = tree.tokens.shape
     parents = jnp.maximum(tree.parents, 0)
-    agrees = jnp.take_along_axis(choice, parents, axis=1) == tree.tokens
-    agrees = agrees.at[:, 0].set(True)
+    not_root = jnp.arange(nodes)[None] > 0
+    p = jax.vmap(lambda row, parent, token: row[parent, token])(probs, parents, tree.tokens)  # [B, N], after the parent
+
+    # Every node decides as if the walk came by; it comes by where all decisions above it were for it.
+    siblings = (parents[:, :, None] == parents[:, None, :]) & not_root[:, :, None] & not_root[:, None, :]
+    earlier = siblings & jnp.tri(nodes, k=-1, dtype=bool)[None]  # [B, N, N], row i: the siblings before node i
+    duplicate = jnp.any(earlier & (tree.tokens[:, :, None] == tree.tokens[:, None, :]), axis=-1)
+    tried_before = earlier & ~duplicate[:, None, :]
+    # What the tried siblings, rejected if the walk comes here, left of p; not below 0 by rounding.
+    left = jnp.maximum(1 - jnp.where(tried_before, p[:, None, :], 0).sum(-1), 0)
+    # Uniforms consumed until a node is accepted: one for it and for each sibling tried before it, at every level.
+    tries = jnp.where(not_root, 1 + tried_before.sum(-1), 0)
     ancestors = tree.ancestors()
-    accepted = jnp.all(agrees[:, None, :] | ~ancestors, axis=-1)  # [B, N]
+    consumed = jnp.where(ancestors, tries[:, None, :], 0).sum(-1)
+    own = jnp.clip(consumed - 1, 0, max(nodes - 2, 0))
+    u = jnp.take_along_axis(jnp.pad(uniforms, [(0, 0), (0, 1)]), own, axis=1)
+    accepts = not_root & ~duplicate & (u * left < p)
+    first = accepts & ~jnp.any(earlier & accepts[:, None, :], axis=-1)
+    end, path = _deepest(tree, first)
+
+    at_end = jnp.take_along_axis(probs, end[:, None, None], axis=1)[:, 0]
+    rejected = jnp.where((parents == end[:, None]) & not_root, tree.tokens, probs.shape[-1])
+    rest = jax.vmap(lambda row, tokens: row.at[tokens].set(0, mode="drop"))(at_end, rejected)
+    total = rest.sum(-1, keepdims=True)
+    # Children of all of p cannot all be rejected, but by rounding (once in 2^24): then p itself, not nothing.
+    residual = jnp.where(total > 0, rest / jnp.where(total > 0, total, 1), at_end)
+    return Acceptance(path, length=_at(tree.depths, end), bonus=jnp.full(batch, -1, jnp.int32)), residual
+
+
+def accept_sampled(tree: Tree, logits: jax.Array, keys: jax.Array | None) -> Acceptance:
+    """`accept_sampling` as an accept_fn: the uniforms come from `keys`, and the bonus is drawn from the residual."""
+    if keys is None:
+        raise ValueError("accept_sampled needs a key for each row; the state was prefilled for greedy decoding")
+    nodes, vocab = logits.shape[1:]
+    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (nodes - 1,)))(keys)
+    acceptance, residual = accept_sampling(tree, jax.nn.softmax(logits, axis=-1), uniforms)
+    bonus = jnp.argmax(jnp.log(residual) + choice_noise(keys, vocab), axis=-1).astype(jnp.int32)
+    return dataclasses.replace(acceptance, bonus=bonus)
+
+
+def accept_coupled(tree: Tree, logits: jax.Array, noise: jax.Array) -> Acceptance:
+    """The greedy rule on logits + noise, which draws each token from softmax(logits) (the Gumbel-max trick).
+
+    The token at each depth is a function of the target's logits and of that depth's noise, so whatever the tree holds,
+    and even if it was drafted to maximise its own logits plus the same noise, the text is the same, and exactly
+    distributed. Such a draft is accepted more often: in one step with one draft at least with probability
+    (1 - d) / (1 + d), d the total variation distance between draft and target (Daliri, Musco and Suresh, "Coupling
+    without Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978; with several drafts, Rowan,
+    Phan and Khisti, "List-Level Distribution Coupling", arXiv 2506.05632).
+
+    Args:
+      logits: [B, N, V], processed.
+      noise: [B, D + 1, V] standard Gumbel noise for the token after each depth.
+    """
+    at_depth = jax.vmap(lambda rows, depths: rows[depths])(noise, tree.depths)
+    return accept_greedy(tree, logits + at_depth)
+
+
+def choice_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
+    """Standard Gumbel noise [..., V] of typed keys [...]: argmax(logits + noise) draws from softmax(logits)."""
+    draw = functools.partial(jax.random.gumbel, shape=(vocab_size,))
+    flat = jax.vmap(lambda key: draw(jax.random.fold_in(key, 1)))(keys.reshape(-1))
+    return flat.reshape(*keys.shape, vocab_size)
+
+
+def _deepest(tree: Tree, agrees: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The deepest node, the first of equals, with `agrees` [B, N] at it and all its ancestors but the root.
+
+    Returns:
+      The node [B] and its path [B, N].
+    """
+    ancestors = tree.ancestors()
+    agrees = agrees.at[:, 0].set(True)
+    accepted = jnp.all(agrees[:, None, :] | ~ancestors, axis=-1)
     end = jnp.argmax(jnp.where(accepted, tree.depths, -1), axis=1)
-    return Acceptance(
-        path=path_to(tree, ancestors, end),
-        length=_at(tree.depths, end),
-        bonus=_at(choice, end),
-    )
+    return end, path_to(tree, ancestors, end)
 
 
 def path_to(tree: Tree, ancestors: jax.Array, end: jax.Array) -> jax.Array:
