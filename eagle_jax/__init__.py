@@ -1,17 +1,21 @@
 """EAGLE speculative decoding in JAX: the same text as the target model, in fewer passes."""
 
 from eagle_jax import sampling
-from eagle_jax.api import Chunk, Output, draft_forward, forward, generate, propose, stream
+from eagle_jax.api import Chunk, Output, advance, draft_forward, forward, generate, propose, stream
 from eagle_jax.convert import CheckpointError, from_pretrained, load, tokenizer
-from eagle_jax.decode import DecodeState, cycle, prefill
+from eagle_jax.decode import cycle
+from eagle_jax.drafting import with_window
 from eagle_jax.models.config import ConfigError, DraftConfig, LlamaConfig
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.llama import Llama
+from eagle_jax.prompt import BUCKETS, insert, pad, prefill
 from eagle_jax.sampling import SamplingConfig
+from eagle_jax.state import DecodeState, empty_state
 from eagle_jax.tree import Tree, TreeConfig
 
 __all__ = [
+    "BUCKETS",
     "CheckpointError",
     "Chunk",
     "ConfigError",
@@ -25,15 +29,20 @@ __all__ = [
     "SamplingConfig",
     "Tree",
     "TreeConfig",
+    "advance",
     "cycle",
     "draft_forward",
+    "empty_state",
     "forward",
     "from_pretrained",
     "generate",
+    "insert",
     "load",
+    "pad",
     "prefill",
     "propose",
     "sampling",
     "stream",
     "tokenizer",
+    "with_window",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,12 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax.decode import DecodeState, Draft, cycle, draft_tree, prefill
+from eagle_jax.decode import cycle
+from eagle_jax.drafting import Draft, draft_tree
 from eagle_jax.models.config import tap_layers
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
+from eagle_jax.prompt import prefill, run_pending
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.tree import Tree, TreeConfig
+from eagle_jax.state import DecodeState
+from eagle_jax.tree import AcceptFn, Tree, TreeConfig
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +36,10 @@ class Output:
     cycles: [B] int32, target passes after the prefill.
     accepted: [B, D + 1] int32, how many cycles accepted 0..D draft tokens, before truncation; sums to `cycles`.
     failed: [B] bool, NaN or infinite logits ended the row.
+    drafted: [B, P + max_new_tokens] bool, the new tokens that the draft proposed; the others are the target's own, one
+      a cycle. So between any two places of a text, accepted tokens a cycle = drafted ones / the others.
+    log_probs: [B, P + max_new_tokens] float32 of the new tokens under the target's own distribution (before
+      temperature and the like), or None if not asked for.
     """
 
     tokens: jax.Array
@@ -39,16 +47,23 @@ class Output:
     cycles: jax.Array
     accepted: jax.Array
     failed: jax.Array
+    drafted: jax.Array
+    log_probs: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """New tokens of a stream: row b's are tokens[b, :counts[b]]. tokens [B, T], counts [B], done [B] bool."""
+    """New tokens of a stream: row b's are tokens[b, :counts[b]].
+
+    tokens [B, T], counts [B], done [B] bool, failed [B] bool, log_probs [B, T] or None.
+    """
 
     tokens: jax.Array
     counts: jax.Array
     done: jax.Array
+    failed: jax.Array
+    log_probs: jax.Array | None = None
 
 
 def generate(
@@ -63,6 +78,9 @@ def generate(
     max_new_tokens: int = 256,
     stop_tokens: tuple[int, ...] = (),
     capacity: int | None = None,
+    num_samples: int = 1,
+    log_probs: bool = False,
+    accept_fn: AcceptFn | None = None,
 ) -> Output:
     """Continues every prompt; the whole generation is one program without host round trips.
 
@@ -71,39 +89,68 @@ def generate(
       draft: an EAGLE head, or None for plain decoding (`tree` is then ignored). Both give the same tokens.
       tokens: [B, P] int32 prompts, right-padded.
       lengths: [B] int32, 1 to P.
-      key: unused by greedy decoding.
+      key: one typed key (row i has fold_in(key, i)) or [B] keys, one a row; not needed by greedy decoding. A row's
+        result depends on the row and its own key alone: not on its neighbours, nor on the batch.
+      sampling: numbers for the whole batch, or [B], one a row; data, so that changing them compiles nothing.
       max_new_tokens: most new tokens a row.
-      stop_tokens: token ids that end a row; the stop token is kept.
+      stop_tokens: token ids that end a row; the stop token is kept. None are taken from a config: leave it empty
+        to ignore the model's end of sequence.
       capacity: most tokens (prompt + new) a row may hold, default P + max_new_tokens.
+      num_samples: rows a prompt, one after the other: B * num_samples in all, the prompt run once. Sample j of row i
+        has the key fold_in(row i's key, j).
+      log_probs: whether to return the log-probabilities of the new tokens.
+      accept_fn: an acceptance rule of your own (its contract is in tree/verify.py); static.
     Returns:
-      Output. A row's result depends on that row alone, not on its neighbours.
+      Output.
     Raises:
       ValueError: for arguments that cannot be; values inside a caller's `jit` cannot be checked there, and a row
         of impossible length comes back as `failed`.
     """
     tokens, lengths = check_arguments(
-        target, draft, tokens, lengths, sampling, max_new_tokens, stop_tokens, capacity, tree
+        target, draft, tokens, lengths, sampling, max_new_tokens, stop_tokens, capacity, tree, num_samples
     )
     return _generate(
         target,
         draft,
         tokens,
         lengths,
+        **_program(sampling, key),
         tree=None if draft is None else tree,
         max_new_tokens=max_new_tokens,
         stop_tokens=jnp.array(stop_tokens, jnp.int32),
         capacity=capacity,
+        num_samples=num_samples,
+        log_probs=log_probs,
+        accept_fn=accept_fn,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("tree", "max_new_tokens", "capacity"))
-def _generate(target, draft, tokens, lengths, *, tree, **static) -> Output:
-    state = prefill(target, draft, tokens, lengths, tree=tree, **static)
+STATIC = ("tree", "max_new_tokens", "capacity", "num_samples", "log_probs", "accept_fn")
+
+
+def _program(sampling: SamplingConfig, key: jax.Array | None) -> dict[str, Any]:
+    """Arguments that name the greedy program, or the sampled one with its numbers as data."""
+    return {} if sampling.greedy else {"sampling": sampling, "key": key}
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def _generate(target, draft, tokens, lengths, *, tree, accept_fn, **options) -> Output:
+    state = prefill(target, draft, tokens, lengths, tree=tree, **options)
     state = jax.lax.while_loop(
-        lambda state: ~state.done.all(), lambda state: cycle(target, draft, state, tree=tree), state
+        lambda state: ~state.done.all(),
+        lambda state: cycle(target, draft, state, tree=tree, accept_fn=accept_fn),
+        state,
     )
     depth = 0 if tree is None else tree.depth
-    return Output(state.tokens, state.lengths, state.cycles, state.accepted[:, : depth + 1], state.failed)
+    return Output(
+        tokens=state.tokens,
+        lengths=state.lengths,
+        cycles=state.cycles,
+        accepted=state.accepted[:, : depth + 1],
+        failed=state.failed,
+        drafted=state.drafted,
+        log_probs=state.log_probs,
+    )
 
 
 def stream(
@@ -118,6 +165,9 @@ def stream(
     max_new_tokens: int = 256,
     stop_tokens: tuple[int, ...] = (),
     capacity: int | None = None,
+    num_samples: int = 1,
+    log_probs: bool = False,
+    accept_fn: AcceptFn | None = None,
     cycles_per_chunk: int = 4,
 ) -> Iterator[Chunk]:
     """Yields the tokens of `generate` as they come. The first chunk holds each row's first new token.
@@ -127,7 +177,7 @@ def stream(
         less time between host and device. Other arguments as in `generate`.
     """
     tokens, lengths = check_arguments(
-        target, draft, tokens, lengths, sampling, max_new_tokens, stop_tokens, capacity, tree
+        target, draft, tokens, lengths, sampling, max_new_tokens, stop_tokens, capacity, tree, num_samples
     )
     config = None if draft is None else tree
     state, chunk = _start(
@@ -135,32 +185,50 @@ def stream(
         draft,
         tokens,
         lengths,
+        **_program(sampling, key),
         tree=config,
         max_new_tokens=max_new_tokens,
         stop_tokens=jnp.array(stop_tokens, jnp.int32),
         capacity=capacity,
+        num_samples=num_samples,
+        log_probs=log_probs,
     )
     yield chunk
     while not jax.device_get(chunk.done).all():
-        state, chunk = _advance(target, draft, state, tree=config, cycles=cycles_per_chunk)
+        state, chunk = advance(target, draft, state, tree=config, cycles=cycles_per_chunk, accept_fn=accept_fn)
         yield chunk
 
 
-@functools.partial(jax.jit, static_argnames=("tree", "max_new_tokens", "capacity"))
-def _start(target, draft, tokens, lengths, **static) -> tuple[DecodeState, Chunk]:
-    state = prefill(target, draft, tokens, lengths, **static)
-    return state, _chunk(state, lengths, 1)
+@functools.partial(jax.jit, static_argnames=STATIC)
+def _start(target, draft, tokens, lengths, *, num_samples, **options) -> tuple[DecodeState, Chunk]:
+    state = prefill(target, draft, tokens, lengths, num_samples=num_samples, **options)
+    return state, _chunk(state, jnp.repeat(lengths, num_samples), 1)
 
 
-@functools.partial(jax.jit, static_argnames=("tree", "cycles"), donate_argnames="state")
-def _advance(target, draft, state, *, tree, cycles) -> tuple[DecodeState, Chunk]:
-    before = state.lengths
+@functools.partial(jax.jit, static_argnames=("tree", "cycles", "accept_fn"), donate_argnames="state")
+def advance(
+    target: Llama,
+    draft: Draft | None,
+    state: DecodeState,
+    *,
+    tree: TreeConfig = TreeConfig(),
+    cycles: int = 4,
+    accept_fn: AcceptFn | None = None,
+) -> tuple[DecodeState, Chunk]:
+    """Runs up to `cycles` cycles, fewer if every row is done before, and what they brought. The state is donated.
+
+    With draft=None, plain decoding steps; `tree` is then ignored.
+    """
+    before, pending = state.lengths, state.pending
+    if pending is not None:
+        state, pending = run_pending(target, draft, state), jnp.zeros_like(pending)
     _, state = jax.lax.while_loop(
         lambda carry: (carry[0] < cycles) & ~carry[1].done.all(),
-        lambda carry: (carry[0] + 1, cycle(target, draft, carry[1], tree=tree)),
-        (0, state),
+        lambda carry: (carry[0] + 1, cycle(target, draft, carry[1], tree=tree, accept_fn=accept_fn)),
+        (0, dataclasses.replace(state, pending=None)),
     )
-    return state, _chunk(state, before, cycles * (1 if tree is None else tree.depth + 1))
+    width = cycles * (1 if draft is None else tree.depth + 1) + (pending is not None)
+    return dataclasses.replace(state, pending=pending), _chunk(state, before, width)
 
 
 def _chunk(state: DecodeState, before: jax.Array, width: int) -> Chunk:
@@ -168,8 +236,12 @@ def _chunk(state: DecodeState, before: jax.Array, width: int) -> Chunk:
     counts = state.lengths - before
     index = jnp.arange(width)[None]
     places = jnp.minimum(before[:, None] + index, state.tokens.shape[1] - 1)
-    new = jnp.take_along_axis(state.tokens, places, axis=1)
-    return Chunk(jnp.where(index < counts[:, None], new, 0), counts, state.done)
+
+    def new(values):
+        return jnp.where(index < counts[:, None], jnp.take_along_axis(values, places, axis=1), 0)
+
+    log_probs = None if state.log_probs is None else new(state.log_probs)
+    return Chunk(new(state.tokens), counts, state.done, state.failed, log_probs)
 
 
 @functools.partial(jax.jit, static_argnames="tree")
@@ -244,13 +316,15 @@ def check_arguments(
     stop_tokens: tuple[int, ...],
     capacity: int | None,
     tree: TreeConfig,
+    num_samples: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """tokens and lengths as int32 arrays. Raises ValueError naming the argument, its value and the allowed range."""
     vocab = target.config.vocab_size
-    if not sampling.greedy:
-        raise ValueError(f"sampling: only temperature 0 is implemented, got {sampling.temperature!r}")
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
+    if not isinstance(sampling, SamplingConfig):
+        raise ValueError(f"sampling must be a SamplingConfig, got {sampling!r}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if capacity is not None and (type(capacity) is not int or capacity < 2):
         raise ValueError(f"capacity must be an integer of at least 2 (a prompt token and a new one), got {capacity!r}")
     for stop in stop_tokens:
@@ -266,6 +340,16 @@ def check_arguments(
             raise ValueError(f"{name} must be integers, got {array.dtype}")
     if tokens.ndim != 2 or 0 in tokens.shape or lengths.shape != tokens.shape[:1]:
         raise ValueError(f"tokens must be [B, P] and lengths [B], got {tokens.shape} and {lengths.shape}")
+    sampling.check(tokens.shape[0], vocab)
+    reached = tokens.shape[1] if isinstance(lengths, jax.core.Tracer) else int(jax.device_get(lengths).max())
+    reached = reached + max_new_tokens if capacity is None else min(reached + max_new_tokens, capacity)
+    trained = target.config.max_position_embeddings
+    if reached > trained:
+        warnings.warn(
+            f"a text may reach {reached} tokens, beyond the {trained} that the target was made for "
+            "(max_position_embeddings); set capacity or max_new_tokens to stop there",
+            stacklevel=3,
+        )
     if not isinstance(lengths, jax.core.Tracer):
         longest = tokens.shape[1] if capacity is None else min(tokens.shape[1], capacity - 1)
         for row, length in enumerate(jax.device_get(lengths)):

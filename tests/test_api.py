@@ -175,7 +175,7 @@ def test_eagle1_features_are_the_final_hidden_state(case):
         (dict(stop_tokens=(97,)), "stop token 97 is outside the vocabulary, 0 to 96"),
         (dict(tree=(4, 3, 12)), "tree must be a TreeConfig"),
         (dict(tree=TreeConfig(depth=2, top_k=50, num_nodes=60)), "top_k = 50 exceeds the draft vocabulary of 41"),
-        (dict(sampling=SamplingConfig(temperature=0.7)), "temperature"),
+        (dict(sampling=SamplingConfig(temperature=0.7)), "sampling needs key: one typed key.*got None"),
     ],
 )
 @pytest.mark.parametrize("function", [eagle_jax.generate, lambda *a, **k: list(eagle_jax.stream(*a, **k))])

@@ -49,7 +49,7 @@ def folder(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def library_text(folder: Path, draft: bool) -> str:
     target, head = convert.load(folder)
-    tokens, lengths = prompts.pad([list(PROMPT.encode())])
+    tokens, lengths = eagle_jax.pad([list(PROMPT.encode())])
     out = eagle_jax.generate(
         target,
         head if draft else None,
@@ -109,7 +109,9 @@ def test_bench_fills_the_last_batch_and_needs_no_tokenizer(golden, tmp_path, cap
         shapes.append(tokens.shape)
         rows = len(lengths)
         cycles, accepted = np.ones(rows, np.int32), np.ones((rows, 1), np.int32)
-        return eagle_jax.Output(tokens, lengths + 2, cycles, accepted, np.zeros(rows, bool))
+        return eagle_jax.Output(
+            tokens, lengths + 2, cycles, accepted, np.zeros(rows, bool), np.zeros(tokens.shape, bool)
+        )
 
     monkeypatch.setattr(eagle_jax, "generate", two_tokens)
     weights, report = golden / "weights", tmp_path / "out.json"
@@ -129,7 +131,6 @@ def test_bench_fills_the_last_batch_and_needs_no_tokenizer(golden, tmp_path, cap
         (["generate", "--prompt", "x", "--model", "no-such-folder"], "error: no-such-folder: not a converted folder"),
         (["generate", "--prompt", "", "--model", "MODEL"], "error: a prompt is empty"),
         (["generate", "--prompt", "x" * 512, "--model", "MODEL"], "512 tokens, this model takes at most 511"),
-        (["generate", "--prompt", "x", "--model", "MODEL", "--temperature", "0.7"], "temperature"),
         (["generate", "--prompt", "x", "--target", "TARGET"], "error: there is no draft head here"),
         (["bench", "--model", "MODEL", "--prompts", "no-such-file"], "error: [Errno 2] No such file or directory"),
         (["bench", "--target", "TARGET"], "error: there is no draft head here"),
@@ -244,14 +245,6 @@ def test_capacity_is_the_target_s_own_where_it_binds():
         models.capacity(target, 64, 64, 1)
 
 
-def test_pad_to_powers_of_two():
-    assert [prompts.bucket(length) for length in (1, 32, 33, 64, 65)] == [32, 32, 64, 64, 128]
-    tokens, lengths = prompts.pad([[1, 2, 3], [4]])
-    assert tokens.shape == (2, 32)
-    assert lengths.tolist() == [3, 1]
-    assert tokens[1, :2].tolist() == [4, 0]
-
-
 def test_prompt_files(tmp_path):
     lines = ['"a"', '{"prompt": "b"}', '{"text": "c"}', '{"turns": ["d", "e"]}', "", '{"tokens": [1, 2]}']
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
@@ -281,7 +274,7 @@ def test_bad_prompt_files(tmp_path, text, message):
 def test_differences_are_located_and_measured(folder):
     target, _ = convert.load(folder)
     rows = [[100, 101], [102]]
-    logits, _ = eagle_jax.forward(target, *prompts.pad([[102, 7]]))
+    logits, _ = eagle_jax.forward(target, *eagle_jax.pad([[102, 7]]))
     order = np.argsort(np.asarray(logits[0, 1]))
     best, worse = int(order[-1]), int(order[-3])
     plain = [[1, 2], [7, best, 9]]

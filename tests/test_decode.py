@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eagle_jax
-from eagle_jax import TreeConfig, decode
+from eagle_jax import TreeConfig, prompt
 from eagle_jax.models import params
 from tests.toy import golden_pair, near_ties, random_eagle1, random_eagle3, random_prompts, random_target, rows_of
 
@@ -150,8 +150,8 @@ def test_one_new_token_costs_no_cycle(batch):
 
 def test_finished_rows_cost_no_cycles_and_do_not_change(batch):
     target, draft, tokens, lengths, tree, ours, _ = batch
-    step = jax.jit(functools.partial(decode.cycle, tree=tree))
-    state = jax.jit(functools.partial(decode.prefill, max_new_tokens=NEW))(target, draft, tokens, lengths)
+    step = jax.jit(functools.partial(eagle_jax.cycle, tree=tree))
+    state = jax.jit(functools.partial(eagle_jax.prefill, max_new_tokens=NEW))(target, draft, tokens, lengths)
     while not state.done.all():
         after = step(target, draft, state)
         for row in np.flatnonzero(state.done):
@@ -172,9 +172,9 @@ def test_finished_rows_cost_no_cycles_and_do_not_change(batch):
 def test_a_prompt_in_chunks_equals_one_pass(monkeypatch):
     target, draft = golden_pair()
     tokens, lengths = random_prompts(7, 3, 50, vocab=256)
-    run = functools.partial(decode.prefill, target, draft, tokens, lengths, max_new_tokens=8)
+    run = functools.partial(eagle_jax.prefill, target, draft, tokens, lengths, max_new_tokens=8)
     whole = jax.jit(run)()
-    monkeypatch.setattr(decode, "PREFILL_CHUNK", 8)  # seven chunks, the last one padded
+    monkeypatch.setattr(prompt, "PREFILL_CHUNK", 8)  # seven chunks, the last one padded
     chunked = jax.jit(lambda: run())()
     np.testing.assert_array_equal(whole.tokens, chunked.tokens)
     np.testing.assert_allclose(whole.draft.hidden, chunked.draft.hidden, atol=1e-4)
@@ -217,9 +217,9 @@ def test_broken_logits_at_the_prompt_give_no_token(batch):
 def test_a_tree_deeper_than_the_scratch_is_refused(batch):
     target, draft, tokens, lengths, *_ = batch
     deep = TreeConfig(depth=40, top_k=1, num_nodes=41)
-    state = jax.eval_shape(functools.partial(decode.prefill, max_new_tokens=NEW), target, draft, tokens, lengths)
+    state = jax.eval_shape(functools.partial(eagle_jax.prefill, max_new_tokens=NEW), target, draft, tokens, lengths)
     with pytest.raises(ValueError, match=r"tree.depth = 40 exceeds the 31"):
-        jax.eval_shape(functools.partial(decode.cycle, tree=deep), target, draft, state)
-    prefill = functools.partial(decode.prefill, max_new_tokens=NEW, tree=deep)
+        jax.eval_shape(functools.partial(eagle_jax.cycle, tree=deep), target, draft, state)
+    prefill = functools.partial(eagle_jax.prefill, max_new_tokens=NEW, tree=deep)
     state = jax.eval_shape(prefill, target, draft, tokens, lengths)
-    jax.eval_shape(functools.partial(decode.cycle, tree=deep), target, draft, state)
+    jax.eval_shape(functools.partial(eagle_jax.cycle, tree=deep), target, draft, state)

@@ -15,7 +15,7 @@ import pytest
 
 import eagle_jax
 from eagle_jax import TreeConfig
-from eagle_jax.decode import draft_tree
+from eagle_jax.drafting import draft_tree
 from eagle_jax.models import params
 from tests.toy import GOLDEN, NEAR_TIE, golden_pair, rows_of
 from tests.tree import oracle

@@ -69,7 +69,7 @@ def _demo(out: Path) -> int:
     streamed = []
     for prompt, tokens in zip(PROMPTS, token_lists, strict=True):
         start = functools.partial(
-            eagle_jax.stream, loaded.target, loaded.draft, *prompts.pad([tokens]), **options, cycles_per_chunk=1
+            eagle_jax.stream, loaded.target, loaded.draft, *eagle_jax.pad([tokens]), **options, cycles_per_chunk=1
         )
         with notes.status("compiling"):
             jax.block_until_ready(list(itertools.islice(start(), 2)))

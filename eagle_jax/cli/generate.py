@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
     from rich.console import Console
 
-    from eagle_jax import SamplingConfig, convert, stream
+    from eagle_jax import SamplingConfig, convert, pad, stream
     from eagle_jax.cli import models, prompts, text
 
     notes = Console(stderr=True, highlight=False)
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = convert.tokenizer(loaded.folder)
     if loaded.draft is None and not args.baseline:
         raise ValueError("there is no draft head here; for plain decoding add --baseline")
-    tokens, lengths = prompts.pad([prompts.encode(tokenizer, prompt, args.raw)])
+    tokens, lengths = pad([prompts.encode(tokenizer, prompt, args.raw)])
     length, width = int(lengths[0]), tokens.shape[1]
     capacity = models.capacity(loaded.target, length, width, args.max_new_tokens)
     stops = models.stop_tokens(loaded)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 import eagle_jax
-from eagle_jax.cli import models, prompts
+from eagle_jax.cli import models
 from eagle_jax.models.llama import Llama
 from eagle_jax.tree import TreeConfig
 
@@ -128,7 +128,7 @@ def compare(
     rows = [token_lists[i % len(token_lists)] for i in range(count)]
     parts: dict[str, list[Result]] = {"plain": [], "speculative": []}
     for start in range(0, count, batch):
-        tokens, lengths = prompts.pad(rows[start : start + batch])
+        tokens, lengths = eagle_jax.pad(rows[start : start + batch])
         runs = {
             name: functools.partial(
                 eagle_jax.generate,
@@ -202,7 +202,7 @@ def _differences(
 
 def _gap(target: Llama, before: list[int], pair: list[int]) -> float:
     """How far the lesser of two tokens' logits falls short of the best logit after the tokens `before`."""
-    logits, _ = eagle_jax.forward(target, *prompts.pad([before]))
+    logits, _ = eagle_jax.forward(target, *eagle_jax.pad([before]))
     last = np.asarray(logits[0, len(before) - 1])
     return float(last.max() - last[np.asarray(pair)].min())
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.convert import CheckpointError
 
-MIN_WIDTH = 32
 DEFAULT_TEXTS = (
     "Write a Python function that merges two sorted lists.",
     "Explain in three sentences how a bicycle stays upright.",
@@ -30,22 +27,6 @@ def encode(tokenizer: Any, text: str, raw: bool) -> list[int]:
     message = [{"role": "user", "content": text}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
-
-
-def pad(prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
-    """Prompts as tokens [B, P] int32 and lengths [B]; P is a power of two, so that few programs are compiled."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if not lengths.all():
-        raise ValueError("a prompt is empty: it needs at least one token")
-    tokens = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    return jnp.asarray(tokens), jnp.asarray(lengths)
-
-
-def bucket(length: int) -> int:
-    """The least power of two that is not below `length` or MIN_WIDTH."""
-    return max(MIN_WIDTH, 1 << int(length - 1).bit_length())
 
 
 def read_prompts(path: str, encode_text: Callable[[str], list[int]]) -> list[list[int]]:

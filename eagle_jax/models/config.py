@@ -171,6 +171,8 @@ class DraftConfig(LlamaConfig):
     norm_before_residual: the layer's residual is the normalised hidden state (some speculators heads).
     own_embedding: the checkpoint holds the head's embedding; else the target's is used.
     fc_bias, qkv_bias: EAGLE-1 only.
+    window: the draft attends to the text's first window[0] and its latest window[1] positions; None: to all of it.
+      No checkpoint says so; see `with_window`.
     """
 
     draft_vocab_size: int = 0
@@ -180,6 +182,7 @@ class DraftConfig(LlamaConfig):
     own_embedding: bool = False
     fc_bias: bool = False
     qkv_bias: bool = False
+    window: tuple[int, int] | None = None
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json", own_embedding: bool = False) -> DraftConfig:

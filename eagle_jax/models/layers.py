@@ -37,6 +37,17 @@ class CacheLayer(NamedTuple):
     length: jax.Array
 
 
+class Window(NamedTuple):
+    """What of a text a query may see: its `first` positions, and those from `oldest` [B, T] on, one a query."""
+
+    first: int
+    oldest: jax.Array
+
+    def sees(self, positions: jax.Array) -> jax.Array:
+        """Of positions [B or 1, M], which each query sees: [B, T, M] bool."""
+        return (positions < self.first)[:, None] | (positions[:, None] >= self.oldest[:, :, None])
+
+
 def dot(equation: str, x: jax.Array, weight: jax.Array, out_dtype: Any = None) -> jax.Array:
     """`einsum` in the operands' own precision: float32 stays float32 on GPUs and TPUs too."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -113,6 +124,7 @@ def attention(
     mask: jax.Array,
     cache: CacheLayer | None = None,
     *,
+    window: Window | None = None,
     in_blocks: bool = False,
 ) -> jax.Array:
     """Softmax attention over the rows of a cache and over new rows: one softmax, computed in parts and merged.
@@ -121,7 +133,8 @@ def attention(
       q: [B, T, N, H].
       k, v: [B, K, M, H] new rows.
       mask: [B, T, M], True where a query sees a new row. Every query must see at least one.
-      cache: every query sees its rows below `length`.
+      cache: every query sees its rows below `length`; row i is position i.
+      window: limits what a query sees of the cache.
       in_blocks: go through the cache in blocks, and only as far as it is filled. For many queries (a chunk of a
         prompt), whose scores over the whole cache would be large beside it.
     Returns:
@@ -140,9 +153,12 @@ def attention(
     # XLA would merge the two products of the queries into one, with a copy of the cache behind the new rows.
     grouped = jax.lax.optimization_barrier(grouped)
 
+    def visible(rows, seen):  # positions [1, M], and which of them are to be seen at all [B, M] -> [B, T or 1, M]
+        return seen[:, None] if window is None else seen[:, None] & window.sees(rows)
+
     def add_whole(result, cache):
-        seen = jnp.arange(cache.k.shape[2])[None] < cache.length[:, None]
-        return _merge(result, part(cache.k, cache.v, seen[:, None]))
+        rows = jnp.arange(cache.k.shape[2])[None]
+        return _merge(result, part(cache.k, cache.v, visible(rows, rows < cache.length[:, None])))
 
     def add_blocks(result, cache, rows):
         rows = min(rows, cache.k.shape[2])
@@ -153,7 +169,7 @@ def attention(
             block_v = jax.lax.dynamic_slice_in_dim(cache.v, start, rows, axis=2)
             row = start + jnp.arange(rows)[None]
             seen = (row >= index * rows) & (row < cache.length[:, None])
-            return _merge(result, part(block_k, block_v, seen[:, None]))
+            return _merge(result, part(block_k, block_v, visible(row, seen)))
 
         return jax.lax.fori_loop(0, -(-jnp.max(cache.length) // rows), add_block, result)
 

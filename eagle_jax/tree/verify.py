@@ -2,8 +2,8 @@
 
 Letters: B batch, N nodes, D tree depth, V vocabulary.
 
-No rule can accept more of a given tree than `accept_sampling` does, on average: a node that is accepted is a beginning
-of the text, which has probability p(its path), the product of the target's probabilities along it, and `accept_sampling`
+No rule can accept more of a given tree than `accept_sampling` does, on average: an accepted node is a beginning of the
+text, which has probability p(its path), the product of the target's probabilities along it, and `accept_sampling`
 accepts it with just that probability. More is to be had by drafting better: `accept_coupled` lets the draft know the
 random numbers that the target will choose by.
 """
@@ -37,11 +37,11 @@ class Acceptance:
     bonus: jax.Array
 
 
-# accept_fn(tree, logits [B, N, V], keys [B]) -> Acceptance, a plain callable under jit. `logits` are the target's after
-# every node, processed: their softmax is the distribution to keep (0 and -inf for a row of temperature 0). `keys`: one a
-# row, fresh in every cycle; None when decoding is greedy. A rule must be lossless: the accepted tokens and the bonus
-# together must follow that distribution, whatever the tree holds. It may use `keys` in any way, but the tree must not
-# have been drafted with the same random numbers.
+# accept_fn(tree, logits [B, N, V], keys [B]) -> Acceptance, a plain callable under jit.
+# logits: the target's after every node, processed: their softmax is the distribution to keep (0 and -inf in a row of
+#   temperature 0). keys: one a row, fresh in every cycle; None when decoding is greedy.
+# A rule must be lossless: accepted tokens and bonus together follow that distribution, whatever the tree holds. It may
+# use the keys in any way, as the tree was drafted without them.
 AcceptFn = Callable[[Tree, jax.Array, jax.Array | None], Acceptance]
 
 

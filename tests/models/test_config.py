@@ -180,7 +180,7 @@ def test_every_draft_field_is_read(name):
 def test_no_field_is_left_out():
     """A field added to a config needs a row above."""
     covered = {field for _, expected in (*FIELDS.values(), *DRAFT_FIELDS.values()) for field in expected}
-    assert covered | {"own_embedding"} == {field.name for field in dataclasses.fields(DraftConfig)}
+    assert covered | {"own_embedding", "window"} == {field.name for field in dataclasses.fields(DraftConfig)}
     plain = PLAIN | dict(num_hidden_layers=1)
     assert changes(DraftConfig.from_hf(plain), DraftConfig.from_hf(plain, own_embedding=True)) == {
         "own_embedding": True

@@ -1,0 +1,312 @@
+"""Prompts: pad makes arrays of them, prefill runs those of a new batch, insert puts one into a running batch.
+
+Letters: B batch, P padded prompt, W columns of the token buffer, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eagle_jax.choose import choose
+from eagle_jax.drafting import Draft, attend_cached, draft_state, extend, window
+from eagle_jax.models.llama import Llama
+from eagle_jax.sampling import SamplingConfig
+from eagle_jax.state import DecodeState, append, at, empty_state, map_rows, put_row, row_keys, take_row
+from eagle_jax.tree import Tree, TreeConfig
+
+# Tokens of a prompt that one pass takes: enough to keep a GPU's or TPU's matrix units busy, few enough that the
+# scores of attention stay small beside the cache.
+PREFILL_CHUNK = 256
+
+# Widths that prompts are padded to: a program is compiled for each, so a service compiles at most this many.
+BUCKETS = tuple(2**n for n in range(5, 18))  # 32 to 131072
+
+
+def pad(prompts: Sequence[Sequence[int]], buckets: Sequence[int] = BUCKETS) -> tuple[jax.Array, jax.Array]:
+    """Lists of token ids as tokens [B, P] int32, right-padded, and lengths [B] int32, on the device.
+
+    Args:
+      buckets: the widths to choose P from: the least that holds the longest prompt.
+    Raises:
+      ValueError: for an empty prompt, and for one longer than the widest bucket.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise ValueError("a prompt is empty: it needs at least one token")
+    width = min((bucket for bucket in buckets if bucket >= max(lengths)), default=None)
+    if width is None:
+        raise ValueError(f"a prompt has {max(lengths)} tokens, the widest bucket holds {max(buckets)}")
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32)
+
+
+def prefill(
+    target: Llama,
+    draft: Draft | None,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    key: jax.Array | None = None,
+    *,
+    sampling: SamplingConfig = SamplingConfig(),
+    max_new_tokens: int = 256,
+    stop_tokens: tuple[int, ...] | jax.Array = (),
+    capacity: int | None = None,
+    tree: TreeConfig | None = None,
+    num_samples: int = 1,
+    log_probs: bool = False,
+) -> DecodeState:
+    """Runs the prompts, in chunks, and chooses each row's first new token (the first root).
+
+    Args:
+      tokens: [B, P] int32 prompts, right-padded.
+      lengths: [B] int32, at least 1.
+      key: one typed key, of which row i has fold_in(key, i), or [B] keys, one a row. The token at index n of a row is
+        drawn with fold_in(row's key, n). None where `sampling` is greedy.
+      sampling: see `SamplingConfig`; kept in the state.
+      capacity: the most tokens (prompt + new) a row may hold; default P + max_new_tokens.
+      tree: the deepest tree that `cycle` will be given; needed only beyond a depth of MIN_SCRATCH - 1.
+      num_samples: rows a prompt, one after the other; sample j of row i has the key fold_in(row i's key, j).
+      log_probs: whether the state keeps the log-probabilities of new tokens.
+    Returns:
+      DecodeState of B * num_samples rows.
+    """
+    batch, width = tokens.shape
+    lengths = jnp.array(lengths, jnp.int32)  # a copy, so that donating the state spares the caller's
+    capacity = width + max_new_tokens if capacity is None else capacity
+    sampling.check(batch, target.config.vocab_size)
+    keys = None if sampling.greedy else row_keys(key, batch, num_samples)
+    # A row without a prompt, or with one that does not fit, can choose nothing.
+    valid = (lengths >= 1) & (lengths <= min(width, capacity - 1))
+    state = empty_state(
+        target,
+        draft,
+        batch,
+        capacity,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        tree=tree,
+        log_probs=log_probs,
+        width=width + max_new_tokens,
+    )
+    state = dataclasses.replace(
+        state,
+        tokens=jnp.pad(tokens.astype(jnp.int32), [(0, 0), (0, max_new_tokens)])
+        * (jnp.arange(width + max_new_tokens)[None] < lengths[:, None]),
+        lengths=lengths,
+        limits=jnp.minimum(lengths + max_new_tokens, capacity),
+        done=~valid,
+        failed=~valid,
+        prompt_lengths=lengths,
+    )
+    chunks = -(-width // PREFILL_CHUNK)
+    state, hidden, feature = _run(target, draft, state, -(-width // chunks))
+    if num_samples > 1:
+        state = map_rows(lambda x: jnp.repeat(x, num_samples, axis=0), dataclasses.replace(state, keys=None))
+        hidden, feature = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), (hidden, feature))
+    return _begin(target, draft, dataclasses.replace(state, keys=keys), hidden, feature)
+
+
+def insert(
+    state: DecodeState,
+    row: int | jax.Array,
+    tokens: jax.Array,
+    length: int | jax.Array,
+    key: jax.Array | None = None,
+    *,
+    max_new_tokens: int | jax.Array | None = None,
+    sampling: SamplingConfig | None = None,
+    reuse: bool = False,
+) -> DecodeState:
+    """Gives a row of a running state a new prompt, whatever it held before; its neighbours do not notice.
+
+    The next `cycle` runs the prompt. Cheap in itself; jit and donate it, with `row` and `length` as data. The row's
+    text is that of `generate` with the same prompt and key, alone or in any batch.
+
+    Args:
+      row: 0 to B - 1.
+      tokens: [P], right-padded; P as for `prefill` best one of a few widths, each its own program.
+      length: tokens of the prompt, 1 to P, and below the state's capacity.
+      key: the row's own typed key; None in a greedy state.
+      max_new_tokens: default as many as the capacity leaves.
+      sampling: of this row, with one number a field; default as before.
+      reuse: keep the keys and values of the tokens that the row's old text and the new prompt begin with: a
+        conversation's next turn then costs its new tokens only. They were computed in other passes, so that logits
+        differ by rounding from those of a prompt run anew.
+    Raises:
+      ValueError: for values outside their range, where they are known. In a trace, a prompt of impossible length
+        comes back as `failed`.
+    """
+    batch, width = state.tokens.shape
+    tokens = jnp.asarray(tokens)
+    _check_insert(state, row, tokens, length, key, sampling)
+    length = jnp.asarray(length, jnp.int32)
+    index = jnp.arange(width)
+    prompt = jnp.zeros(max(width, tokens.shape[0]), jnp.int32).at[: tokens.shape[0]].set(tokens)[:width]
+    prompt = jnp.where(index < length, prompt, 0)
+    room = min(state.capacity, width)
+    valid = (length >= 1) & (length <= min(tokens.shape[0], room - 1))
+
+    old = take_row(state, row)
+    kept = jnp.zeros(1, jnp.int32)
+    if reuse:
+        # Position i of the draft's cache pairs feature i with token i + 1, so of n common tokens n - 1 positions are
+        # kept; and the last token of the prompt is always run, for its logits.
+        common = jnp.argmin(jnp.append((prompt == old.tokens[0]) & (index < length), False))
+        kept = jnp.minimum(jnp.minimum(common - 1, length - 1), old.cache.length)
+        kept = jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(kept, 0)).astype(jnp.int32)
+    limit = jnp.int32(room)
+    if max_new_tokens is not None:
+        limit = jnp.minimum(limit, length + max_new_tokens)
+
+    cleared = ("cycles", "accepted", "drafted", "log_probs")
+    new = dataclasses.replace(
+        old,
+        **{name: jax.tree.map(jnp.zeros_like, getattr(old, name)) for name in cleared},
+        tokens=prompt[None],
+        lengths=length[None],
+        limits=limit[None],
+        done=~valid[None],
+        failed=~valid[None],
+        prompt_lengths=length[None],
+        cache=old.cache.with_length(kept),
+        keys=None if old.keys is None or key is None else key[None],
+        sampling=old.sampling if sampling is None or old.sampling is None else sampling.rows(1),
+        pending=valid[None],
+    )
+    before = state if state.pending is not None else dataclasses.replace(state, pending=jnp.zeros(batch, bool))
+    return put_row(before, jnp.asarray(row, jnp.int32), new)
+
+
+def _check_insert(state, row, tokens, length, key, sampling) -> None:
+    batch = state.tokens.shape[0]
+    if tokens.ndim != 1 or tokens.shape[0] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be [P] integers, got {tokens.dtype}{list(tokens.shape)}")
+    if not isinstance(row, jax.core.Tracer) and not 0 <= int(row) < batch:
+        raise ValueError(f"row must be 0 to {batch - 1}, got {row}")
+    longest = min(tokens.shape[0], state.capacity - 1, state.tokens.shape[1] - 1)
+    if not isinstance(length, jax.core.Tracer) and not 1 <= int(length) <= longest:
+        limits = f"tokens have {tokens.shape[0]} columns, capacity is {state.capacity}"
+        raise ValueError(f"length = {length} is outside 1 to {longest} ({limits})")
+    if state.sampling is None:
+        if sampling is not None and not sampling.greedy:
+            raise ValueError("the state is greedy; start it with temperatures in an array, for rows to sample")
+        return
+    if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim != 0:
+        raise ValueError("key must be the row's typed key, jax.random.key(seed), in a state that samples")
+    if sampling is not None:
+        vocab = 0 if state.sampling.logit_bias is None else state.sampling.logit_bias.shape[1]
+        if (sampling.logit_bias is None) != (vocab == 0) or sampling.coupled != state.sampling.coupled:
+            raise ValueError("a row's sampling must have a logit_bias, or be coupled, just where the state's is")
+        sampling.check(1, vocab)
+
+
+def run_pending(target: Llama, draft: Draft | None, state: DecodeState) -> DecodeState:
+    """Runs the prompts that `insert` left, a row at a time, and chooses each one's first new token."""
+    if state.pending is None:
+        return state
+    chunk = min(PREFILL_CHUNK, state.cache.rows)
+
+    def run_one(state, pending):
+        row = jnp.argmax(pending)
+        one, hidden, feature = _run(target, draft, take_row(state, row), chunk)
+        return put_row(state, row, _begin(target, draft, one, hidden, feature)), pending.at[row].set(False)
+
+    pending, state = state.pending, dataclasses.replace(state, pending=None)
+    state, pending = jax.lax.while_loop(lambda carry: carry[1].any(), lambda carry: run_one(*carry), (state, pending))
+    return dataclasses.replace(state, pending=pending)
+
+
+def _run(
+    target: Llama, draft: Draft | None, state: DecodeState, chunk: int
+) -> tuple[DecodeState, jax.Array, jax.Array | None]:
+    """Runs every row's tokens from its cache's length on, `chunk` of them a pass.
+
+    Returns:
+      The state with its caches filled, and what each row's last token gave: the target's hidden state [B, D], and
+      the feature [B, F] whose pair waits for the first new token.
+    """
+    batch, width = state.tokens.shape
+    start, last = state.cache.length, state.lengths - 1
+    if "dynamic" in (target.config.rope.kind, draft.config.rope.kind if draft else None):
+        start = jnp.zeros_like(start)  # the rotation depends on the prompt's length, so nothing can be kept
+    draft_cache = None if draft is None else draft_state(state).cache
+    hidden = jnp.zeros((batch, target.config.hidden_size), target.dtype)
+    feature = None if draft is None else jnp.zeros((batch, draft.feature_size(target)), target.dtype)
+    causal = jnp.broadcast_to(jnp.tri(chunk, dtype=bool), (batch, chunk, chunk))
+
+    def run_chunk(index, carry):
+        cache, draft_cache, hidden, feature = carry
+        # The last chunk may reach back over rows that are there already: they come out the same.
+        begin = jnp.clip(start + index * chunk, 0, cache.rows - chunk)
+        positions = begin[:, None] + jnp.arange(chunk)[None]
+
+        def tokens_at(places):
+            return jnp.take_along_axis(state.tokens, jnp.clip(places, 0, width - 1), axis=1)
+
+        out = target(
+            tokens_at(positions),
+            positions,
+            causal,
+            prompt_lengths=state.prompt_lengths,
+            cache=cache.with_length(begin),
+            taps=() if draft is None else draft.taps(target),
+            in_blocks=True,
+        )
+        cache = cache.write(out.rows, begin)
+        ends_here = (last >= begin) & (last < begin + chunk)
+        offset = jnp.clip(last - begin, 0, chunk - 1)
+
+        def keep(old, new):  # the last position's vector, from the chunk that holds it
+            return jnp.where(ends_here[:, None], at(new, offset), old)
+
+        hidden = keep(hidden, out.hidden)
+        if draft is not None:
+            # Pair i is (feature i, token i + 1). The pair of the last feature waits for its token, the first root.
+            features = draft.features(out)
+            feature = keep(feature, features)
+            visible = window(draft, positions)
+            mask = causal if visible is None else causal & visible.sees(positions)
+            attend = attend_cached(draft_cache.with_length(begin), mask, visible, in_blocks=True)
+            _, kept = draft(
+                target,
+                draft.fuse(features),
+                tokens_at(positions + 1),
+                positions,
+                attend,
+                prompt_lengths=state.prompt_lengths,
+            )
+            draft_cache = draft_cache.write([kept], begin)
+        return cache, draft_cache, hidden, feature
+
+    chunks = jnp.max(-(-(state.lengths - start) // chunk))
+    carry = (state.cache, draft_cache, hidden, feature)
+    cache, draft_cache, hidden, feature = jax.lax.fori_loop(0, chunks, run_chunk, carry)
+    state = dataclasses.replace(state, cache=cache.with_length(state.lengths))
+    if draft is not None:
+        past = dataclasses.replace(draft_state(state), cache=draft_cache.with_length(jnp.maximum(last, 0)))
+        state = dataclasses.replace(state, draft=past)
+    return state, hidden, feature
+
+
+def _begin(
+    target: Llama, draft: Draft | None, state: DecodeState, hidden: jax.Array, feature: jax.Array | None
+) -> DecodeState:
+    """Chooses each row's first new token, and runs the draft over the pair that waited for it."""
+    nodes = Tree.root(at(state.tokens, jnp.maximum(state.lengths - 1, 0)))
+    chosen = choose(state, nodes, target.logits(hidden[:, None]))
+    count = jnp.ones_like(state.lengths)
+    before = state.lengths
+    state = append(state, chosen.tokens, count, chosen.sound, chosen.log_probs)
+    if draft is None or feature is None:
+        return state
+    past = draft_state(state).cache
+    root = at(state.tokens, jnp.maximum(state.lengths - 1, 0))[:, None]
+    extended = extend(draft, target, past, feature[:, None], root, state.lengths - before, state.prompt_lengths)
+    return dataclasses.replace(state, draft=extended)

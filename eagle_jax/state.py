@@ -1,0 +1,220 @@
+"""DecodeState: everything a decoder keeps between cycles, a batch row each.
+
+Letters: B batch, T new tokens, W columns of the token buffer, V vocabulary.
+
+Between cycles a row of length n has n - 1 positions in both caches: its last token, the root of the next tree,
+is chosen but not yet run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eagle_jax.models.cache import KVCache
+from eagle_jax.models.llama import Llama
+from eagle_jax.sampling import SamplingConfig
+from eagle_jax.tree import TreeConfig
+
+# Rows beyond the capacity: a commit writes D + 1 of them, of which only the accepted count. A deeper tree needs
+# `prefill(tree=...)` to know of it.
+MIN_SCRATCH = 32
+
+# Cache rows come in whole tiles of the accelerators' matrix products; else XLA pads, that is copies, the cache.
+ROW_TILE = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftState:
+    """What a draft keeps between cycles: cache of its pairs, and its output at the last one, hidden [B, D]."""
+
+    cache: KVCache
+    hidden: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that a cycle needs and returns. Donate it.
+
+    tokens [B, W]; lengths [B]: prompt and new tokens so far; limits [B]: where a row ends; capacity: where every row
+    does; done, failed [B] bool; cycles [B]; accepted [B, scratch]: cycles that accepted 0, 1, ... draft tokens;
+    drafted [B, W] bool: the tokens that were accepted draft tokens; log_probs [B, W] of new tokens, or None;
+    stop_tokens [any number]; prompt_lengths [B]; keys [B] and sampling (fields [B]), None in the greedy program;
+    cache: the target's; draft: None in plain decoding; pending [B] bool: rows whose prompt `insert` left for the
+    next cycle to run, None before the first insert.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    limits: jax.Array
+    done: jax.Array
+    failed: jax.Array
+    cycles: jax.Array
+    accepted: jax.Array
+    drafted: jax.Array
+    log_probs: jax.Array | None
+    stop_tokens: jax.Array
+    prompt_lengths: jax.Array
+    keys: jax.Array | None
+    sampling: SamplingConfig | None
+    cache: KVCache
+    draft: DraftState | None
+    pending: jax.Array | None
+    capacity: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def max_depth(self) -> int:
+        """The deepest tree that the rows beyond the capacity have room for."""
+        return self.accepted.shape[1] - 1
+
+
+def empty_state(
+    target: Llama,
+    draft: Any | None,
+    batch: int,
+    capacity: int,
+    *,
+    sampling: SamplingConfig = SamplingConfig(),
+    stop_tokens: tuple[int, ...] | jax.Array = (),
+    tree: TreeConfig | None = None,
+    log_probs: bool = False,
+    width: int | None = None,
+) -> DecodeState:
+    """A state whose rows are all done, for `insert` to fill.
+
+    Args:
+      capacity: the most tokens (prompt + new) a row may hold.
+      sampling: of rows that `insert` gives none of their own. Only a state that is not greedy can mix.
+      tree: the deepest tree that `cycle` will be given; needed only beyond a depth of MIN_SCRATCH - 1.
+      log_probs: whether to keep the log-probabilities of new tokens.
+      width: columns of `tokens`; default the capacity.
+    """
+    width = capacity if width is None else width
+    scratch = MIN_SCRATCH if tree is None else max(MIN_SCRATCH, tree.depth + 1)
+    rows = -(-(capacity + scratch) // ROW_TILE) * ROW_TILE
+    cache = KVCache.zeros(target.config, batch, rows, target.dtype)
+    return DecodeState(
+        tokens=jnp.zeros((batch, width), jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        limits=jnp.zeros(batch, jnp.int32),
+        done=jnp.ones(batch, bool),
+        failed=jnp.zeros(batch, bool),
+        cycles=jnp.zeros(batch, jnp.int32),
+        accepted=jnp.zeros((batch, scratch), jnp.int32),
+        drafted=jnp.zeros((batch, width), bool),
+        log_probs=jnp.zeros((batch, width)) if log_probs else None,
+        stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
+        prompt_lengths=jnp.zeros(batch, jnp.int32),
+        keys=None if sampling.greedy else row_keys(jax.random.key(0), batch),
+        sampling=None if sampling.greedy else sampling.rows(batch),
+        cache=cache,
+        draft=None
+        if draft is None
+        else DraftState(
+            KVCache.zeros(draft.config, batch, rows, draft.dtype),
+            jnp.zeros((batch, draft.config.hidden_size), draft.dtype),
+        ),
+        pending=None,
+        capacity=capacity,
+    )
+
+
+def row_keys(key: jax.Array | None, batch: int, samples: int = 1) -> jax.Array:
+    """The keys [B * samples] of the rows: fold_in(key, i) of one key, or [B] keys as they are.
+
+    Of several samples, sample j of row i has fold_in(key of row i, j).
+    """
+    if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,)):
+        got = "None" if key is None else f"{key.dtype}{list(key.shape)}"
+        raise ValueError(
+            f"sampling needs key: one typed key, jax.random.key(seed), or [{batch}] of them, one a row; got {got}"
+        )
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    keys = fold_in(key, jnp.arange(batch)) if key.ndim == 0 else key
+    if samples > 1:
+        keys = jax.vmap(fold_in, in_axes=(0, None))(keys, jnp.arange(samples)).reshape(-1)
+    return keys
+
+
+def token_keys(state: DecodeState, count: int) -> jax.Array:
+    """Keys [B, count] of each row's next tokens: that of the token at index n of a row is fold_in(row's key, n).
+
+    So a draw depends on the row's own key and place alone: not on neighbours, on chunks, or on how many cycles the
+    text before took.
+    """
+    assert state.keys is not None
+    index = state.lengths[:, None] + jnp.arange(count)[None]
+    return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(state.keys, index)
+
+
+def append(
+    state: DecodeState,
+    new: jax.Array,
+    count: jax.Array,
+    sound: jax.Array,
+    log_probs: jax.Array | None,
+) -> DecodeState:
+    """Appends the first `count` [B] of the tokens new [B, T], up to a stop token, the limit, or broken logits.
+
+    Args:
+      count: all but the last of them are accepted draft tokens.
+      sound: [B] how many of the new tokens come from sound logits.
+      log_probs: [B, T] of the new tokens, if the state keeps them.
+    """
+    index = jnp.arange(new.shape[1])[None]
+    stops = jnp.any(new[:, :, None] == state.stop_tokens[None, None], axis=-1)
+    first_stop = jnp.argmax(stops, axis=1)
+    until_stop = jnp.where(stops.any(1), first_stop + 1, new.shape[1])
+    wanted = jnp.minimum(jnp.minimum(count, until_stop), state.limits - state.lengths)
+    taken = jnp.where(state.done, 0, jnp.minimum(wanted, sound))
+    lengths = state.lengths + taken
+    stopped = jnp.any(stops & (index < taken[:, None]), axis=1)
+    failed = ~state.done & (sound < wanted)
+
+    # values[b, lengths[b] + i] = new[b, i] for i < taken[b], as one elementwise pass.
+    offset = jnp.arange(state.tokens.shape[1])[None] - state.lengths[:, None]
+
+    def place(values, new):
+        placed = jnp.take_along_axis(new, jnp.clip(offset, 0, new.shape[1] - 1), axis=1)
+        return jnp.where((offset >= 0) & (offset < taken[:, None]), placed, values)
+
+    return dataclasses.replace(
+        state,
+        tokens=place(state.tokens, new),
+        drafted=place(state.drafted, index < count[:, None] - 1),
+        log_probs=None if log_probs is None or state.log_probs is None else place(state.log_probs, log_probs),
+        lengths=lengths,
+        cache=state.cache.with_length(jnp.maximum(lengths - 1, 0)),
+        done=state.done | stopped | failed | (lengths >= state.limits),
+        failed=state.failed | failed,
+    )
+
+
+def map_rows(fn: Callable[..., jax.Array], state: DecodeState, *others: DecodeState) -> DecodeState:
+    """`fn` of every array that has a row for each sequence: all but stop_tokens."""
+
+    def change(path, array, *rest):
+        return array if path[0] == jax.tree_util.GetAttrKey("stop_tokens") else fn(array, *rest)
+
+    return jax.tree_util.tree_map_with_path(change, state, *others)
+
+
+def take_row(state: DecodeState, row: int | jax.Array) -> DecodeState:
+    """The state of one row, as a batch of 1."""
+    return map_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0), state)
+
+
+def put_row(state: DecodeState, row: int | jax.Array, one: DecodeState) -> DecodeState:
+    """The state with a batch of 1 in place of a row."""
+    return map_rows(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=0), state, one)
+
+
+def at(values: jax.Array, index: jax.Array) -> jax.Array:
+    """values [B, T, ...] at index [B] -> [B, ...]."""
+    return jax.vmap(lambda row, i: row[i])(values, index)
