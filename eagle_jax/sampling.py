@@ -153,8 +153,8 @@ def warp(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
         _beside(value, logits) for value in (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     )
     top = jnp.max(logits, axis=-1, keepdims=True)
-    # From the largest logit down, so that no temperature overflows; -0.0 is made 0.0 for `_at_least`.
-    warm = (logits - top) / jnp.where(temperature > 0, temperature, 1.0) + 0.0
+    # From the largest logit down, so that no temperature overflows.
+    warm = (logits - top) / jnp.where(temperature > 0, temperature, 1.0)
 
     def keep_top_k(x):
         kept = _kept(x, jnp.ones_like(x), jnp.maximum(top_k, 1).astype(jnp.float32))
@@ -190,7 +190,7 @@ def _kept(values: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
       weights: [..., V], not negative.
       limit: [..., 1], above 0, or of shape 1 where the values are longer.
     """
-    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    bits = jnp.where(values == 0, 0, jax.lax.bitcast_convert_type(values, jnp.int32))  # -0.0 is 0.0
     order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
     def halve(_, bounds):
