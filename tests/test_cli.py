@@ -38,8 +38,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def folder(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted_pair(golden, tmp_path_factory.mktemp("cli"))
+
+
+def converted_pair(golden: Path, root: Path) -> Path:
     """The golden pair with a tokenizer, converted by the command."""
-    root = tmp_path_factory.mktemp("cli")
     target = shutil.copytree(golden / "weights/t1_target", root / "target")
     byte_tokenizer().save_pretrained(target)
     head = str(golden / "weights/t1_eagle3_dv96")
@@ -164,7 +167,7 @@ def test_arguments_that_argparse_refuses(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["convert", "generate", "bench", "demo"])
+@pytest.mark.parametrize("command", ["convert", "generate", "chat", "bench", "demo"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([command, "--help"])
@@ -234,7 +237,12 @@ def test_stop_tokens_of_both_configs(tmp_path, config, generation_config, stops)
     if generation_config is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
     target = SimpleNamespace(config=SimpleNamespace(vocab_size=256))
-    assert models.stop_tokens(models.Models(target, None, tmp_path)) == stops
+    loaded = models.Models(target, None, tmp_path)
+    assert models.eos_tokens(loaded) == stops
+    assert models.stop_tokens(loaded, SimpleNamespace(ignore_eos=False, stop_token=[7])) == (*stops, 7)
+    assert models.stop_tokens(loaded, SimpleNamespace(ignore_eos=True, stop_token=[])) == ()
+    with pytest.raises(ValueError, match="--stop-token 256: the vocabulary's ids are 0 to 255"):
+        models.stop_tokens(loaded, SimpleNamespace(ignore_eos=True, stop_token=[256]))
 
 
 def test_capacity_is_the_target_s_own_where_it_binds():
@@ -253,8 +261,11 @@ def test_prompt_files(tmp_path):
     def encode(text):
         return [text]
 
-    assert prompts.read_prompts(str(tmp_path / "p.jsonl"), encode) == [["a"], ["b"], ["c"], ["d"], [1, 2]]
-    assert prompts.read_prompts(str(tmp_path / "p.txt"), encode) == [["one"], ["two"]]
+    found = prompts.read_prompts(str(tmp_path / "p.jsonl"), encode)
+    assert [prompt.tokens for prompt in found] == [["a"], ["b"], ["c"], ["d"], [1, 2]]
+    assert [prompt.text for prompt in found] == ["a", "b", "c", "d", None]
+    assert found[-1].where == f"{tmp_path / 'p.jsonl'}, line 6"
+    assert [prompt.tokens for prompt in prompts.read_prompts(str(tmp_path / "p.txt"), encode)] == [["one"], ["two"]]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from eagle_jax.cli import bench, demo, generate
+from eagle_jax.cli import bench, chat, demo, generate
 from eagle_jax.convert import __main__ as convert
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -55,7 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
 
     add("convert", convert, "convert official checkpoints to a folder for --model", CONVERT_EXAMPLES)
-    add("generate", generate, "continue a prompt and show the text as it comes", generate.EXAMPLES)
+    add(
+        "generate",
+        generate,
+        "continue a prompt and show the text as it comes, or all prompts of a file",
+        generate.EXAMPLES,
+    )
+    add("chat", chat, "talk with a model that remembers the conversation", chat.EXAMPLES)
     add("bench", bench, "measure plain against speculative decoding on the same prompts", bench.EXAMPLES)
     add("demo", demo, "convert the embedded pair, generate both ways, compare", demo.EXAMPLES)
     return parser

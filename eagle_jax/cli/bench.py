@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
+from eagle_jax.sampling import RANGES
 
 EXAMPLES = """\
 examples:
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoding_arguments(parser, max_new_tokens=128)
     parser.add_argument("--repeats", type=positive, default=3, metavar="R", help="timed runs (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=1, metavar="B", help="prompts a call (default: %(default)s)")
-    parser.add_argument("--ignore-eos", action="store_true", help="decode on after an end-of-text token")
+    add_sampling_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
 
 
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from eagle_jax import convert
     from eagle_jax.cli import measure, models, prompts
 
+    sampling = sampling_config(args)  # before the models are loaded, which may take long
     notes = Console(stderr=True, highlight=False)
     with notes.status("loading"):
         loaded = models.load_models(args)
@@ -59,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if args.prompts is None:
         token_lists, source = prompts.default_prompts(loaded.target.config.vocab_size, encode_text)
     else:
-        token_lists, source = prompts.read_prompts(args.prompts, encode_text), args.prompts
+        found, source = prompts.read_prompts(args.prompts, encode_text), args.prompts
+        token_lists = [prompt.tokens for prompt in found]
     calls = 2 * (args.repeats + 1) * -(-len(token_lists) // args.batch)
     columns = SpinnerColumn(), "measuring", MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=notes, transient=True) as bar:
@@ -70,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
             token_lists,
             tree=args.tree,
             max_new_tokens=args.max_new_tokens,
-            stop_tokens=() if args.ignore_eos else models.stop_tokens(loaded),
+            stop_tokens=models.stop_tokens(loaded, args),
+            sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
+            key=random_key(args),
             batch=args.batch,
             repeats=args.repeats,
             progress=lambda: bar.advance(task),
@@ -78,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     setting = measure.setting(loaded.target, args.tree)
     console = Console(highlight=False)
     console.print(measure.table(comparison, _title(args, setting, source)))
+    if len(comparison.by_position) > 1:
+        console.print(measure.position_table(comparison))
     console.print(measure.verdict(comparison), soft_wrap=True)
     if args.json is not None:
         report = _report(args, setting, source, comparison)
@@ -87,8 +95,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _title(args: argparse.Namespace, setting: dict[str, Any], source: str) -> str:
     tree = setting["tree"]
+    sampled = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, seed {args.seed}"
     return (
-        f"{source}, batch {args.batch}, at most {args.max_new_tokens} new tokens, {args.repeats} repeats\n"
+        f"{source}, batch {args.batch}, at most {args.max_new_tokens} new tokens, {sampled}, {args.repeats} repeats\n"
         f"{setting['device']}, jax {setting['jax']}, {setting['dtype']}, tree: depth {tree['depth']}, "
         f"top_k {tree['top_k']}, {tree['num_nodes']} nodes; {setting['date']}"
     )
@@ -115,9 +124,13 @@ def _report(args: argparse.Namespace, setting: dict[str, Any], source: str, comp
         "batch": args.batch,
         "repeats": args.repeats,
         "max_new_tokens": args.max_new_tokens,
+        "draft_window": args.draft_window,
+        "sampling": {name: getattr(args, name) for name in (*RANGES, "coupled", "seed")},
+        "logit_bias": [f"{id}={value:g}" for id, value in args.logit_bias],
         "plain": figures(comparison.plain),
         "speculative": figures(comparison.speculative),
         "ratio": comparison.ratio,
         "identical_rows": comparison.identical,
-        "differences": [vars(difference) for difference in comparison.differences],
+        "differences": [vars(difference) for difference in comparison.differences or ()],
+        "by_position": [{**vars(part), "tokens_a_pass": part.tokens_a_pass} for part in comparison.by_position],
     }

@@ -57,7 +57,7 @@ def _demo(out: Path) -> int:
         convert.convert(target_folder, head_folder, out)
         loaded = models.Models(*convert.load(out, dtype="float32"), out / convert.parts.TARGET)
         tokenizer = convert.tokenizer(out)
-    stops = models.stop_tokens(loaded)
+    stops = models.eos_tokens(loaded)
     console.print(
         f"The embedded pair, converted to {out}. Prompts are bold; what the draft proposed and the target accepted is "
         f"{text.DRAFTED}; the rest is the target's own.",

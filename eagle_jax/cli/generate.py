@@ -1,4 +1,4 @@
-"""eagle-jax generate: the continuation of one prompt."""
+"""eagle-jax generate: the continuation of one prompt, or of all prompts of a file."""
 
 from __future__ import annotations
 
@@ -7,68 +7,109 @@ import functools
 import itertools
 import sys
 
-from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments
+from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, parse_buckets, positive
+from eagle_jax.cli.sampling import add_sampling_arguments
+from eagle_jax.prompt import BUCKETS
 
 EXAMPLES = """\
 examples:
   eagle-jax generate --model llama-8b/ --prompt "Why is the sky blue?"
   eagle-jax generate --model llama-8b/ --prompt - --max-new-tokens 512 < question.txt
   eagle-jax generate --model llama-8b/ --prompt "Why is the sky blue?" --baseline
-  eagle-jax generate --target vicuna/ --draft EAGLE-Vicuna/ --prompt "USER: Hi ASSISTANT:" --raw --tree 5,8,32
+  eagle-jax generate --model llama-8b/ --prompt "Name a colour." --temperature 0.8 --top-p 0.95 --num-samples 3
+  eagle-jax generate --target vicuna/ --draft EAGLE-Vicuna/ --prompt "USER: Hi ASSISTANT:" --raw --stop USER:
+  eagle-jax generate --model llama-8b/ --prompts question.jsonl --out answers.jsonl --batch 16
 
 The text goes to stdout, coloured on a terminal where the draft proposed it. A summary goes to stderr: its tok/s is
 decoding alone, from the first token to the last; compilation and the prompt's pass are not in it.
+
+With --prompts and --out: a line of settings, then a JSON line a text as it ends, in any order. A run that was stopped
+goes on where it was, if started again. A text depends on its prompt, the settings and the seed alone, not on --batch.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
     add_model_arguments(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from stdin")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="the prompt; - reads it from stdin")
+    prompts.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="text, a prompt a line; or .jsonl, a line each: a string, or an object with prompt, text, turns (the "
+        "first is taken) or tokens (ids)",
+    )
+    many = parser.add_argument_group("with --prompts")
+    many.add_argument("--out", metavar="FILE", help="the .jsonl file for the texts; one that is there is continued")
+    many.add_argument("--batch", type=positive, default=8, metavar="B", help="texts at a time (default: %(default)s)")
+    many.add_argument(
+        "--buckets",
+        type=parse_buckets,
+        default=BUCKETS,
+        metavar="W,W,...",
+        help="widths to pad prompts to; a program each (default: powers of two)",
+    )
     parser.add_argument("--baseline", action="store_true", help="plain decoding, without the draft")
     add_decoding_arguments(parser, max_new_tokens=256)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument("--num-samples", type=positive, default=1, metavar="N", help="texts a prompt (default: 1)")
+    parser.add_argument("--log-probs", action="store_true", help="tell the log-probabilities; of one prompt, the mean")
+    add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Streams the continuation; returns 1 if the model's numbers broke down on the way."""
+    """Shows or writes the continuations; returns 1 if the model's numbers broke down on the way."""
+    from eagle_jax.cli import batch
+    from eagle_jax.cli.sampling import sampling_config
+
+    sampling = sampling_config(args)  # before the models are loaded, which may take long
+    if "" in args.stop:
+        raise ValueError("--stop: a stop string is empty")
+    if (args.prompts is None) != (args.out is None):
+        raise ValueError("--prompts and --out go together: the texts of many prompts go to a file")
+    return _show(args, sampling) if args.prompts is None else batch.run(args, sampling)
+
+
+def _show(args: argparse.Namespace, sampling) -> int:
     import jax
     from rich.console import Console
 
-    from eagle_jax import SamplingConfig, convert, pad, stream
+    from eagle_jax import convert, pad, stream
     from eagle_jax.cli import models, prompts, text
+    from eagle_jax.cli.sampling import random_key, with_logit_bias
 
-    notes = Console(stderr=True, highlight=False)
+    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     with notes.status("loading"):
         loaded = models.load_models(args)
         tokenizer = convert.tokenizer(loaded.folder)
-    if loaded.draft is None and not args.baseline:
-        raise ValueError("there is no draft head here; for plain decoding add --baseline")
+    draft = models.chosen_draft(loaded, args)
     tokens, lengths = pad([prompts.encode(tokenizer, prompt, args.raw)])
-    length, width = int(lengths[0]), tokens.shape[1]
-    capacity = models.capacity(loaded.target, length, width, args.max_new_tokens)
-    stops = models.stop_tokens(loaded)
     start = functools.partial(
         stream,
         loaded.target,
-        None if args.baseline else loaded.draft,
+        draft,
         tokens,
         lengths,
         tree=args.tree,
-        sampling=SamplingConfig(temperature=args.temperature),
+        sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
         max_new_tokens=args.max_new_tokens,
-        stop_tokens=stops,
-        capacity=capacity,
+        stop_tokens=models.stop_tokens(loaded, args),
+        capacity=models.capacity(loaded.target, int(lengths[0]), tokens.shape[1], args.max_new_tokens),
+        log_probs=args.log_probs,
         cycles_per_chunk=1,
     )
+    key = jax.random.fold_in(random_key(args), 0)  # as `eagle_jax.generate` has it for its first row
+    keys = [key] if args.num_samples == 1 else [jax.random.fold_in(key, sample) for sample in range(args.num_samples)]
     with notes.status("compiling"):  # the first two chunks run every program once
-        jax.block_until_ready(list(itertools.islice(start(), 2)))
-    result = text.show(start(), tokenizer, Console(highlight=False))
-    notes.print(result.summary, style="dim", soft_wrap=True)
-
-    most = min(args.max_new_tokens, (capacity or width + args.max_new_tokens) - length)
-    if len(result.tokens) < most and (not result.tokens or result.tokens[-1] not in stops):
-        print("error: the model's logits became NaN or infinite, so the text ends early", file=sys.stderr)
-        return 1
-    return 0
+        jax.block_until_ready(list(itertools.islice(start(keys[0][None]), 2)))
+    failed = False
+    for number, key in enumerate(keys, start=1):
+        if len(keys) > 1:
+            notes.rule(f"sample {number}", style="dim")
+        result = text.show(start(key[None]), tokenizer, console, args.stop)
+        notes.print(result.summary, style="dim", soft_wrap=True)
+        if result.failed:
+            print("error: the model's logits became NaN or infinite, so the text ends early", file=sys.stderr)
+        failed |= result.failed
+    return 1 if failed else 0

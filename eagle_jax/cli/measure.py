@@ -20,9 +20,11 @@ import numpy as np
 import eagle_jax
 from eagle_jax.cli import models
 from eagle_jax.models.llama import Llama
+from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreeConfig
 
 NEAR_TIE = 1e-4  # logits this close may change places between a pass of one token and one of many, in float32
+FIRST_RANGE = 256  # positions: the first range of `Comparison.by_position`
 
 NOTES = (
     "Target passes: after the prompt's pass, summed over prompts. Tokens a pass: the mean accepted length, bonus token "
@@ -35,12 +37,13 @@ NOTES = (
 class Result:
     """One way of decoding over all prompts.
 
-    tokens: the new tokens of each row, in order. cycles: target passes after the prefill, summed over rows.
-    accepted: how many cycles accepted 0, 1, ... draft tokens. steps: passes that the device ran, the prefills too; less
-    than cycles in a batch, where one pass serves every row. seconds: of all the calls.
+    tokens: the new tokens of each row, in order; drafted: which of them the draft proposed. cycles: target passes after
+    the prefill, summed over rows. accepted: how many cycles accepted 0, 1, ... draft tokens. steps: passes that the
+    device ran, the prefills too; less than cycles in a batch, where one pass serves every row. seconds: of all calls.
     """
 
     tokens: list[list[int]]
+    drafted: list[list[bool]]
     cycles: int
     accepted: list[int]
     steps: int
@@ -69,7 +72,8 @@ class Result:
 class Difference:
     """Where two decodings of a row part: at its new token `index` (from 0). A row that ended there has None.
 
-    gap: by how much the target's logit of the lesser token falls short of the best one; None where a row ended.
+    gap: by how much the target's logit of the lesser token falls short of the best one; None where a row ended, or
+    where more than the logits chose.
     """
 
     row: int
@@ -89,21 +93,56 @@ class Difference:
 
 
 @dataclasses.dataclass(frozen=True)
+class Range:
+    """Positions start to end - 1 of all texts: their new tokens, and those that were the target's own, one a cycle."""
+
+    start: int
+    end: int
+    tokens: int
+    own: int
+
+    @property
+    def tokens_a_pass(self) -> float | None:
+        """None if no cycle ended here."""
+        return self.tokens / self.own if self.own else None
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Both decodings of the same prompts, and where each differing row first differs."""
+    """Both decodings of the same prompts, of these lengths, and where each differing row first differs.
+
+    differences: None where texts may differ by chance: two samples, unless they are coupled.
+    """
 
     plain: Result
     speculative: Result
-    differences: list[Difference]
+    prompt_lengths: list[int]
+    differences: list[Difference] | None
 
     @property
     def ratio(self) -> float:
         return self.speculative.rate / self.plain.rate
 
     @property
-    def identical(self) -> int:
+    def identical(self) -> int | None:
         """Rows that are equal token for token."""
-        return len(self.plain.tokens) - len(self.differences)
+        return None if self.differences is None else len(self.plain.tokens) - len(self.differences)
+
+    @property
+    def by_position(self) -> list[Range]:
+        """The speculative texts in ranges of positions, prompt included, each twice as long as the one before."""
+        texts = list(zip(self.prompt_lengths, self.speculative.drafted, strict=True))
+        # Without each text's first token, which comes from the prompt's pass.
+        drafted = np.concatenate([np.asarray(flags[1:], bool) for _, flags in texts])
+        places = np.concatenate([length + 1 + np.arange(len(flags[1:])) for length, flags in texts])
+        found = []
+        start, end = 0, FIRST_RANGE
+        while (places >= start).any():
+            inside = drafted[(places >= start) & (places < end)]
+            if len(inside):
+                found.append(Range(start, end, len(inside), int((~inside).sum())))
+            start, end = end, 2 * end
+        return found
 
 
 def compare(
@@ -114,6 +153,8 @@ def compare(
     tree: TreeConfig,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
+    sampling: SamplingConfig = SamplingConfig(),
+    key: jax.Array | None = None,
     batch: int = 1,
     repeats: int = 1,
     progress: Callable[[], None] = lambda: None,
@@ -121,6 +162,7 @@ def compare(
     """Decodes the prompts in batches, plain and speculative in turn, and takes each batch's median times.
 
     Args:
+      sampling, key: as in `generate`; every batch has the same key.
       batch: rows a call; the last call is filled up with the first prompts.
       progress: called after every call of `generate`, 2 * (repeats + 1) times a batch; the first two compile.
     """
@@ -136,7 +178,9 @@ def compare(
                 head,
                 tokens,
                 lengths,
+                key=key,
                 tree=tree,
+                sampling=sampling,
                 max_new_tokens=max_new_tokens,
                 stop_tokens=stop_tokens,
                 capacity=models.capacity(target, int(lengths.max()), tokens.shape[1], max_new_tokens),
@@ -157,13 +201,17 @@ def compare(
         for name, output in outputs.items():
             parts[name].append(_result(output, jax.device_get(lengths), statistics.median(seconds[name])))
     plain, speculative = _sum(parts["plain"]), _sum(parts["speculative"])
-    return Comparison(plain, speculative, _differences(target, rows, plain.tokens, speculative.tokens))
+    differences = None
+    if sampling.temperature == 0 or sampling.coupled:
+        differences = _differences(target if sampling.greedy else None, rows, plain.tokens, speculative.tokens)
+    return Comparison(plain, speculative, list(map(len, rows)), differences)
 
 
 def _result(output: eagle_jax.Output, prompt_lengths: np.ndarray, seconds: float) -> Result:
-    rows = zip(output.tokens, prompt_lengths, output.lengths, strict=True)
+    ends = prompt_lengths, output.lengths
     return Result(
-        tokens=[row[start:end].tolist() for row, start, end in rows],
+        tokens=[row[start:end].tolist() for row, start, end in zip(output.tokens, *ends, strict=True)],
+        drafted=[row[start:end].tolist() for row, start, end in zip(output.drafted, *ends, strict=True)],
         cycles=int(output.cycles.sum()),
         accepted=output.accepted.sum(0).tolist(),
         steps=1 + int(output.cycles.max()),
@@ -175,6 +223,7 @@ def _result(output: eagle_jax.Output, prompt_lengths: np.ndarray, seconds: float
 def _sum(results: list[Result]) -> Result:
     return Result(
         tokens=[row for result in results for row in result.tokens],
+        drafted=[row for result in results for row in result.drafted],
         cycles=sum(result.cycles for result in results),
         accepted=np.sum([result.accepted for result in results], axis=0).tolist(),
         steps=sum(result.steps for result in results),
@@ -184,15 +233,16 @@ def _sum(results: list[Result]) -> Result:
 
 
 def _differences(
-    target: Llama, rows: list[Sequence[int]], plain: list[list[int]], speculative: list[list[int]]
+    target: Llama | None, rows: list[Sequence[int]], plain: list[list[int]], speculative: list[list[int]]
 ) -> list[Difference]:
+    """Where rows differ, with gaps if there is a target: its logits tell one only where nothing else chose."""
     found = []
     for row, (one, two) in enumerate(zip(plain, speculative, strict=True)):
         if one == two:
             continue
         index = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
         if index < min(len(one), len(two)):
-            gap = _gap(target, [*rows[row], *one[:index]], [one[index], two[index]])
+            gap = None if target is None else _gap(target, [*rows[row], *one[:index]], [one[index], two[index]])
             found.append(Difference(row, index, one[index], two[index], gap))
         else:  # the shorter one ended here
             rest = [tokens[index] if index < len(tokens) else None for tokens in (one, two)]
@@ -237,10 +287,25 @@ def table(comparison: Comparison, title: str) -> Any:
     return table
 
 
+def position_table(comparison: Comparison) -> Any:
+    """The rich table of how acceptance changes along the texts."""
+    from rich.table import Table
+
+    table = Table(title="speculative, by position in the text (prompt included)", title_justify="left")
+    for name in ("positions", "tokens", "tokens a pass"):
+        table.add_column(name, justify="right")
+    for part in comparison.by_position:
+        rate = "" if part.tokens_a_pass is None else f"{part.tokens_a_pass:.2f}"
+        table.add_row(f"{part.start} to {part.end - 1}", str(part.tokens), rate)
+    return table
+
+
 def verdict(comparison: Comparison) -> str:
     """Whether the tokens were identical, in words."""
-    rows = len(comparison.plain.tokens)
-    text = f"Identical tokens: {comparison.identical} of {rows} rows."
+    if comparison.differences is None:
+        text = "Two samples of a text differ by chance (with --coupled they would not)."
+    else:
+        text = f"Identical tokens: {comparison.identical} of {len(comparison.plain.tokens)} rows."
     if comparison.differences:
         text += f" First difference: {comparison.differences[0]}."
     failed = comparison.plain.failed + comparison.speculative.failed

@@ -10,6 +10,7 @@ from typing import Any
 from eagle_jax.convert import from_pretrained, load, parts
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import read_json, resolve
+from eagle_jax.drafting import with_window
 from eagle_jax.models.llama import Llama
 from eagle_jax.tree import TreeConfig
 
@@ -33,7 +34,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Adds --tree, --max-new-tokens and --raw."""
+    """Adds --tree, --draft-window, --max-new-tokens, what ends a text, and --raw."""
     default = TreeConfig()
     parser.add_argument(
         "--tree",
@@ -44,11 +45,27 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         f"root (default: {default.depth},{default.top_k},{default.num_nodes})",
     )
     parser.add_argument(
+        "--draft-window",
+        type=parse_window,
+        metavar="FIRST,RECENT",
+        help="let the draft see the text's FIRST positions and its RECENT ones only, such as 4,1024: for texts longer "
+        "than those it was trained on; changes no text",
+    )
+    parser.add_argument(
         "--max-new-tokens",
         type=positive,
         default=max_new_tokens,
         metavar="N",
         help="default: %(default)s",
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="decode on after an end-of-text token")
+    parser.add_argument(
+        "--stop-token",
+        type=int,
+        action="append",
+        default=[],
+        metavar="ID",
+        help="end after this token, too; repeatable",
     )
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
 
@@ -67,6 +84,23 @@ def parse_tree(text: str) -> TreeConfig:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def parse_window(text: str) -> tuple[int, int]:
+    """A draft window from "4,1024"; the type of an argparse option."""
+    first, _, recent = text.partition(",")
+    if not first.isdecimal() or not recent.isdecimal() or int(recent) < 1:
+        raise argparse.ArgumentTypeError(
+            f"a window is first,recent, 0 or more and 1 or more positions, such as 4,1024; got {text!r}"
+        )
+    return int(first), int(recent)
+
+
+def parse_buckets(text: str) -> tuple[int, ...]:
+    """Widths from "64,256,1024"; the type of an argparse option."""
+    if not all(width.isdecimal() and int(width) for width in text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be positive integers, such as 64,256,1024; got {text!r}")
+    return tuple(sorted(map(int, text.split(","))))
+
+
 def positive(text: str) -> int:
     """A positive integer; the type of an argparse option."""
     if not text.isdecimal() or int(text) < 1:
@@ -75,7 +109,7 @@ def positive(text: str) -> int:
 
 
 def load_models(args: argparse.Namespace) -> Models:
-    """The models that --model, or --target and --draft, name.
+    """The models that --model, or --target and --draft, name, the draft with its --draft-window.
 
     Raises:
       ValueError: for options that do not go together; CheckpointError, ConfigError: as `load` and `from_pretrained`.
@@ -85,13 +119,34 @@ def load_models(args: argparse.Namespace) -> Models:
     if args.model is not None:
         if args.draft is not None:
             raise ValueError("--draft goes with --target; a converted folder holds its own head")
-        return Models(*load(args.model, dtype=args.dtype), Path(args.model) / parts.TARGET)
-    target, draft = from_pretrained(args.target, args.draft, dtype=args.dtype)
-    return Models(target, draft, resolve(args.target))
+        folder = Path(args.model) / parts.TARGET
+        target, draft = load(args.model, dtype=args.dtype)
+    else:
+        target, draft = from_pretrained(args.target, args.draft, dtype=args.dtype)
+        folder = resolve(args.target)
+    if draft is not None and args.draft_window is not None:
+        draft = with_window(draft, *args.draft_window)
+    return Models(target, draft, folder)
 
 
-def stop_tokens(models: Models) -> tuple[int, ...]:
-    """The ids that end a text: eos_token_id of config.json and of generation_config.json, each one id or a list."""
+def chosen_draft(models: Models, args: argparse.Namespace) -> Any:
+    """The draft to decode with: None with --baseline. Raises ValueError if there is none and none was asked for."""
+    if models.draft is None and not args.baseline:
+        raise ValueError("there is no draft head here; for plain decoding add --baseline")
+    return None if args.baseline else models.draft
+
+
+def stop_tokens(models: Models, args: argparse.Namespace) -> tuple[int, ...]:
+    """The ids that end a text: those of the configs unless --ignore-eos, and each --stop-token."""
+    vocab = models.target.config.vocab_size
+    for id in args.stop_token:
+        if not 0 <= id < vocab:
+            raise ValueError(f"--stop-token {id}: the vocabulary's ids are 0 to {vocab - 1}")
+    return tuple(sorted({*args.stop_token, *(() if args.ignore_eos else eos_tokens(models))}))
+
+
+def eos_tokens(models: Models) -> tuple[int, ...]:
+    """The model's own ids that end a text: eos_token_id of both its configs, each one id or a list."""
     ids: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         path = models.folder / name

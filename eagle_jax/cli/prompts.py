@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,46 @@ DEFAULT_TEXTS = (
 RANDOM_PROMPTS, RANDOM_LENGTH = 4, 24  # of a model without a tokenizer
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt of a file: its token ids, its text if it has one, and where it stands, for messages."""
+
+    tokens: list[int]
+    text: str | None
+    where: str
+
+
+def has_template(tokenizer: Any, raw: bool) -> bool:
+    """Whether prompts are messages of a chat: there is a template, and --raw does not forbid it."""
+    return not raw and bool(getattr(tokenizer, "chat_template", None))
+
+
 def encode(tokenizer: Any, text: str, raw: bool) -> list[int]:
     """The token ids of a prompt: as a user's message if there is a chat template, unless `raw`."""
-    if raw or not getattr(tokenizer, "chat_template", None):
-        return tokenizer(text)["input_ids"]
-    message = [{"role": "user", "content": text}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    if has_template(tokenizer, raw):
+        return encode_messages(tokenizer, [{"role": "user", "content": text}])
+    return tokenizer(text)["input_ids"]
+
+
+def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The token ids of a conversation by the chat template, up to where the assistant answers.
+
+    Args:
+      messages: each with "role" and "content".
+    Raises:
+      ValueError: if the template refuses the messages, such as a system message that it does not know.
+    """
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
 
 
-def read_prompts(path: str, encode_text: Callable[[str], list[int]]) -> list[list[int]]:
-    """The prompts of a file, as token ids.
+def read_prompts(path: str, encode_text: Callable[[str], list[int]]) -> list[Prompt]:
+    """The prompts of a file.
 
     Args:
       path: .jsonl, a JSON value a line: {"prompt": text}, {"text": text}, {"turns": [text, ...]} (MT-bench, the first
@@ -39,22 +69,27 @@ def read_prompts(path: str, encode_text: Callable[[str], list[int]]) -> list[lis
     Raises:
       ValueError: naming the line.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise ValueError(f"{path}: holds no prompts")
-    if Path(path).suffix != ".jsonl":
-        return [encode_text(line) for _, line in numbered]
-    return [_from_json(line, f"{path}, line {number}", encode_text) for number, line in numbered]
+    read = _from_json if Path(path).suffix == ".jsonl" else (lambda line, where: line)
+    found = []
+    for where, line in numbered:
+        prompt = read(line, where)
+        tokens, text = (encode_text(prompt), prompt) if isinstance(prompt, str) else (prompt, None)
+        found.append(Prompt(tokens, text, where))
+    return found
 
 
-def _from_json(line: str, where: str, encode_text: Callable[[str], list[int]]) -> list[int]:
+def _from_json(line: str, where: str) -> str | list[int]:
+    """The text or the token ids of a line."""
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if isinstance(entry, str):
-        return encode_text(entry)
+        return entry
     if isinstance(entry, dict):
         tokens = entry.get("tokens")
         if isinstance(tokens, list) and all(type(token) is int for token in tokens):
@@ -63,7 +98,7 @@ def _from_json(line: str, where: str, encode_text: Callable[[str], list[int]]) -
         first = turns[0] if isinstance(turns, list) and turns else None
         for text in (entry.get("prompt"), entry.get("text"), first):
             if isinstance(text, str):
-                return encode_text(text)
+                return text
     raise ValueError(f'{where}: neither a string nor an object with "prompt", "text", "turns" or "tokens"')
 
 

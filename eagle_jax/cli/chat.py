@@ -1,0 +1,208 @@
+"""eagle-jax chat: a conversation, of which every turn runs its new tokens only."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.cli.sampling import add_sampling_arguments
+
+EXAMPLES = """\
+examples:
+  eagle-jax chat --model llama-8b/
+  eagle-jax chat --model llama-8b/ --system "Answer in one sentence." --temperature 0.7 --top-p 0.9
+  printf 'Hello!\\nAnd in French?\\n' | eagle-jax chat --model llama-8b/
+
+Ctrl-C stops an answer; what was said so far stays in the conversation. Without a chat template, or with --raw, the
+model continues the text of all turns as it is.
+"""
+
+HELP = """\
+/reset  forget the conversation
+/help   this list
+/exit   leave; so does Ctrl-D
+Ctrl-C  stop an answer"""
+DEFAULT_CONTEXT = 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
+    add_model_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="the system message that the conversation begins with")
+    parser.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help=f"most tokens of a conversation (default: {DEFAULT_CONTEXT}, or max_position_embeddings if less)",
+    )
+    parser.add_argument("--baseline", action="store_true", help="plain decoding, without the draft")
+    add_decoding_arguments(parser, max_new_tokens=1024)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talks until the end of the input."""
+    from rich.console import Console
+
+    from eagle_jax import convert, pad
+    from eagle_jax.cli import models
+    from eagle_jax.cli.rows import Rows
+    from eagle_jax.cli.sampling import random_key, sampling_config, with_logit_bias
+
+    sampling = sampling_config(args)  # before the models are loaded, which may take long
+    if "" in args.stop:
+        raise ValueError("--stop: a stop string is empty")
+    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
+    with notes.status("loading"):
+        loaded = models.load_models(args)
+        tokenizer = convert.tokenizer(loaded.folder)
+    conversation = Conversation(tokenizer, args.raw, args.system)
+    context = _context(args.context, loaded.target.config.max_position_embeddings)
+    rows = Rows(
+        loaded.target,
+        models.chosen_draft(loaded, args),
+        1,
+        context,
+        args.tree,
+        sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
+        stop_tokens=models.stop_tokens(loaded, args),
+    )
+    with notes.status("compiling"):
+        rows.insert(0, *pad([[0]], [context]), random_key(args), 1, reuse=True)
+        rows.advance(1)
+    session = Session(rows, conversation, tokenizer, context, args, console, notes)
+    for line in _lines(notes):
+        if line == "/exit":
+            break
+        if line == "/reset":
+            conversation.reset()
+            notes.print("The conversation is forgotten.", style="dim")
+        elif line == "/help" or (line.startswith("/") and line[1:].isalpha()):
+            notes.print(HELP, style="dim")
+        elif line.strip():
+            session.answer(line)
+    return 0
+
+
+def _context(asked: int | None, trained: int) -> int:
+    if asked is None:
+        return min(trained, DEFAULT_CONTEXT)
+    if not 2 <= asked <= trained:
+        raise ValueError(f"--context {asked}: this model takes 2 to {trained} tokens (max_position_embeddings)")
+    return asked
+
+
+def _lines(notes: Any) -> Iterator[str]:
+    """What the user says; from a file or a pipe, each line of it."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        notes.print("/help lists the commands.", style="dim")
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (lets `input` edit and recall lines)
+    while True:
+        try:
+            yield input("> " if terminal else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            notes.print("\nCtrl-D or /exit leaves.", style="dim")
+
+
+class Conversation:
+    """What was said: messages for the chat template, or without one a plain text."""
+
+    def __init__(self, tokenizer: Any, raw: bool, system: str | None):
+        from eagle_jax.cli import prompts
+
+        self.tokenizer = tokenizer
+        self.template = prompts.has_template(tokenizer, raw)
+        if system is not None and not self.template:
+            raise ValueError("--system needs a chat template, which this model lacks or --raw leaves out")
+        self.system = [] if system is None else [{"role": "system", "content": system}]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all but the system message."""
+        self.messages = list(self.system)
+        self.text = ""
+
+    def tokens_with(self, said: str) -> list[int]:
+        """The token ids of the conversation, up to the answer to this."""
+        from eagle_jax.cli import prompts
+
+        if not self.template:
+            return self.tokenizer(self.text + said)["input_ids"]
+        return prompts.encode_messages(self.tokenizer, [*self.messages, {"role": "user", "content": said}])
+
+    def add(self, said: str, answer: str) -> None:
+        """Adds a turn."""
+        self.messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+        self.text += said + answer
+
+
+class Session:
+    """Answers in a conversation, whose keys and values stay in the one row of a state."""
+
+    def __init__(self, rows, conversation: Conversation, tokenizer: Any, context: int, args, console, notes):
+        from eagle_jax.cli.sampling import random_key
+
+        self.rows, self.conversation, self.tokenizer, self.context = rows, conversation, tokenizer, context
+        self.args, self.console, self.notes = args, console, notes
+        self.key, self.turn = random_key(args), 0
+
+    def answer(self, said: str) -> None:
+        """Shows the answer and adds the turn to the conversation."""
+        import jax
+
+        from eagle_jax import pad
+        from eagle_jax.cli import text
+
+        tokens = self.conversation.tokens_with(said)
+        if not 1 <= len(tokens) < self.context:
+            self.notes.print(
+                f"The conversation would have {len(tokens)} tokens, and needs 1 to {self.context - 1} for an answer "
+                "(--context). This turn is left out; /reset begins a new conversation.",
+                style="red",
+                soft_wrap=True,
+            )
+            return
+        key = jax.random.fold_in(self.key, self.turn)
+        self.turn += 1
+        with _ctrl_c() as stopped:
+            prompt = pad([tokens], [self.context])
+            reused = self.rows.insert(0, *prompt, key, self.args.max_new_tokens, reuse=True)
+            result = text.show(self._chunks(stopped), self.tokenizer, self.console, self.args.stop)
+        if result.failed:
+            self.notes.print("The model's logits became NaN or infinite, so the answer ends early.", style="red")
+        if stopped.is_set():
+            self.notes.print("Stopped.", style="dim")
+        summary = f"{result.summary}; {reused} of the prompt's {len(tokens)} tokens were in the cache"
+        self.notes.print(summary, style="dim", soft_wrap=True)
+        self.conversation.add(said, result.text)
+
+    def _chunks(self, stopped: threading.Event) -> Iterator[Any]:
+        while not stopped.is_set():
+            chunk = self.rows.advance(1)
+            yield chunk
+            if chunk.done[0]:
+                return
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Has Ctrl-C set an event: an exception in the middle of a call would lose the state, which is donated."""
+    stopped = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

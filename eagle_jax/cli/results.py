@@ -1,0 +1,78 @@
+"""Results: the .jsonl file that a run over many prompts writes, and that a later run goes on with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+BEGINNING = b'{"settings": {'  # of the first line
+
+
+def read_finished(path: str, settings: dict[str, Any]) -> set[tuple[int, int]]:
+    """The (index, sample) of the rows that an earlier run finished; none if there is no file.
+
+    Args:
+      settings: all that the rows' texts depend on, as JSON has it.
+    Raises:
+      ValueError: if the file is another run's, or none of ours.
+    """
+    content = Path(path).read_bytes() if Path(path).exists() else b""
+    if content[: len(BEGINNING)] != BEGINNING[: len(content)]:
+        raise ValueError(f"{path} is there already, and not from `generate --prompts`; choose another --out")
+    header, *lines = content[: _whole(content)].splitlines() or [b'{"settings": {}}']
+    if not lines:
+        return set()
+    before = _from_json(header, f"{path}, line 1")["settings"]
+    changed = [
+        f"{name} {json.dumps(before.get(name))}, now {json.dumps(settings.get(name))}"
+        for name in {**settings, **before}
+        if before.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise ValueError(f"{path} was written with other settings ({'; '.join(changed)}); choose another --out")
+    rows = [_from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=2)]
+    return {(row["index"], row.get("sample", 0)) for row in rows}
+
+
+def _from_json(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}); choose another --out") from error
+
+
+def _whole(content: bytes) -> int:
+    """The length of the content's whole lines: a crash may have torn the last one."""
+    return content.rfind(b"\n") + 1
+
+
+class Results:
+    """The file, open to add rows; `read_finished` must have approved of it. A row once written outlasts a crash."""
+
+    def __init__(self, path: str, settings: dict[str, Any]):
+        self._file = open(path, "a+b")  # noqa: SIM115 (this object is the context manager)
+        self._file.seek(0)
+        content = self._file.read()
+        whole = _whole(content)
+        if content[:whole].count(b"\n") < 2:  # no row yet, so the settings may have changed
+            whole = 0
+        self._file.truncate(whole)
+        if whole == 0:
+            self.write({"settings": settings})
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds a line."""
+        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())

@@ -1,0 +1,251 @@
+"""eagle-jax generate --prompts, and stop strings. One capacity and one tree, so that each batch size compiles once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import eagle_jax
+from eagle_jax import SamplingConfig, TreeConfig, convert
+from eagle_jax.cli import main
+from eagle_jax.cli.results import read_finished
+from eagle_jax.cli.rows import Rows
+from eagle_jax.cli.text import Detokenizer
+from tests.test_cli import byte_tokenizer, converted_pair
+
+PROMPTS = ["def __len__(self):\n", "import os", "class Error(Exception):\n"]
+SAMPLED = ["--temperature", "0.8", "--top-p", "0.95", "--seed", "7", "--num-samples", "2", "--log-probs"]
+OPTIONS = ["--tree", "3,2,5", "--max-new-tokens", "24", *SAMPLED]
+
+
+@pytest.fixture(scope="module")
+def folder(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted_pair(golden, tmp_path_factory.mktemp("batch"))
+
+
+@pytest.fixture
+def write(folder, tmp_path):
+    """Runs the command on PROMPTS; returns its exit code and the lines of its file without the settings."""
+    (tmp_path / "prompts.jsonl").write_text(
+        "\n".join([json.dumps(PROMPTS[0]), json.dumps({"tokens": list(PROMPTS[1].encode())}), json.dumps(PROMPTS[2])])
+    )
+
+    def command(*options: str, out: str = "out.jsonl") -> tuple[int, list[dict]]:
+        files = ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / out)]
+        code = main(["generate", "--model", str(folder), *files, *OPTIONS, *options])
+        lines = (tmp_path / out).read_text().splitlines() if (tmp_path / out).exists() else []
+        return code, sorted(map(json.loads, lines[1:]), key=lambda line: (line["index"], line["sample"]))
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> list[dict]:
+    """The lines that the library's texts make, but for cycles."""
+    target, draft = convert.load(folder)
+    tokens, lengths = eagle_jax.pad([list(prompt.encode()) for prompt in PROMPTS])
+    out = eagle_jax.generate(
+        target,
+        draft,
+        tokens,
+        lengths,
+        jax.random.key(7),
+        tree=TreeConfig(3, 2, 5),
+        sampling=SamplingConfig(temperature=0.8, top_p=0.95),
+        max_new_tokens=24,
+        stop_tokens=(129,),
+        num_samples=2,
+        log_probs=True,
+    )
+    lines = []
+    for row, (index, sample) in enumerate((index, sample) for index in range(3) for sample in range(2)):
+        new = slice(int(lengths[index]), int(out.lengths[row]))
+        ids = np.asarray(out.tokens[row, new]).tolist()
+        lines.append(
+            {
+                "index": index,
+                "sample": sample,
+                "prompt": None if index == 1 else PROMPTS[index],
+                "text": byte_tokenizer().decode(ids),
+                "tokens": ids,
+                "finish": "stop" if ids[-1] == 129 else "length",
+                "cycles": int(out.cycles[row]),
+                "log_probs": pytest.approx(np.asarray(out.log_probs[row, new]).tolist(), abs=1e-4),
+            }
+        )
+    return lines
+
+
+def test_the_texts_are_the_library_s_in_any_batch_and_after_a_crash(write, expected, tmp_path, monkeypatch, capsys):
+    assert write("--batch", "3") == (0, expected)
+    assert "6 texts" in capsys.readouterr().err
+
+    advance = Rows.advance
+    calls = []
+
+    def interrupted(rows, cycles):
+        calls.append(cycles)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return advance(rows, cycles)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "advance", interrupted)
+        code, lines = write("--batch", "1", out="again.jsonl")
+    assert code == 130
+    assert 0 < len(lines) < 6 and lines == expected[: len(lines)]
+    with open(tmp_path / "again.jsonl", "a") as file:
+        file.write('{"index": 2, "te')
+    assert write("--batch", "1", out="again.jsonl") == (0, expected)
+    capsys.readouterr()
+    assert write("--batch", "1", out="again.jsonl") == (0, expected)
+    assert "All 6 texts are in" in capsys.readouterr().err
+
+
+def test_another_run_s_file_is_refused(write, tmp_path, capsys):
+    settings = {"settings": {"temperature": 0.7, "seed": 7}}
+    (tmp_path / "out.jsonl").write_text(json.dumps(settings) + '\n{"index": 0}\n')
+    assert write()[0] == 2
+    err = capsys.readouterr().err
+    assert "was written with other settings (" in err and "temperature 0.7, now 0.8" in err and "seed" not in err
+    (tmp_path / "mine.jsonl").write_text('{"a": 1}')
+    assert main(["generate", "--prompt", "x", "--out", "y"]) == 2
+    assert "--prompts and --out go together" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"mine.jsonl is there already, and not from .* choose another --out"):
+        read_finished(str(tmp_path / "mine.jsonl"), {})
+    assert (tmp_path / "mine.jsonl").read_text() == '{"a": 1}'
+
+
+def test_a_file_without_a_text_may_change_its_settings(tmp_path):
+    path = tmp_path / "out.jsonl"
+    for content in ("", '{"sett', '{"settings": {"seed": 1}}\n', '{"settings": {"seed": 1}}\n{"ind'):
+        path.write_text(content)
+        assert read_finished(str(path), {"seed": 2}) == set()
+    path.write_text('{"settings": {"seed": 2}}\n{"index": 4}\n{"index": 5, "sample": 1}\n{"ind')
+    assert read_finished(str(path), {"seed": 2}) == {(4, 0), (5, 1)}
+
+
+@pytest.mark.parametrize("batch", ["1", "3"])
+def test_stop_strings_end_texts_just_there(write, expected, batch):
+    stops = expected[0]["text"][5:8], expected[4]["text"][10:12]
+    code, lines = write("--batch", batch, "--stop", stops[0], "--stop", stops[1])
+    assert code == 0
+    for line, whole in zip(lines, expected, strict=True):
+        ends = [whole["text"].index(stop) for stop in stops if stop in whole["text"]]
+        assert line["text"] == whole["text"][: min(ends, default=None)]
+        kept = len(line["tokens"])
+        assert line["tokens"] == whole["tokens"][:kept]
+        assert len(line["log_probs"]) == kept
+        assert line["finish"] == ("stop" if ends else whole["finish"])
+    assert lines[0]["finish"] == lines[4]["finish"] == "stop"
+    assert len(lines[0]["tokens"]) < 24
+
+
+def test_prompts_that_cannot_be_decoded_are_refused_with_their_line(write, tmp_path, capsys):
+    assert write("--buckets", "8,16")[0] == 2
+    assert (
+        "prompts.jsonl, line 1: the prompt has 19 tokens, the widest of --buckets holds 16" in capsys.readouterr().err
+    )
+    for line, message in (
+        ('"' + "x" * 512 + '"', "line 2: the prompt has 512 tokens, this model takes at most 511"),
+        ('{"tokens": [256]}', "line 2: token 256 is outside the vocabulary, 0 to 255"),
+        ('{"tokens": []}', "line 2: the prompt is empty"),
+    ):
+        (tmp_path / "prompts.jsonl").write_text('"a"\n' + line)
+        assert write()[0] == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_samples_of_one_prompt_are_the_library_s(folder, expected, capsys):
+    prompt = ["--prompt", PROMPTS[0]]
+    assert main(["generate", "--model", str(folder), *prompt, *OPTIONS]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{expected[0]['text']}\n{expected[1]['text']}\n"
+    assert "sample 2" in captured.err
+    mean = np.mean(expected[1]["log_probs"].expected)
+    assert f"mean log-probability {mean:.3f}" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "nan"], "sampling.temperature must be 0 (greedy) or a finite number above it; got nan"),
+        (["--top-p", "0"], "sampling.top_p must be above 0, and at most 1 (off); got 0.0"),
+        (["--top-k", "-1"], "sampling.top_k must be a whole number"),
+        (["--min-p", "2"], "sampling.min_p must be 0 (off) to 1; got 2.0"),
+        (["--repetition-penalty", "0"], "sampling.repetition_penalty must be a finite number above 0"),
+    ],
+)
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["chat"], ["bench"]])
+def test_bad_sampling_options_are_refused_before_anything_is_loaded(command, options, message, capsys):
+    assert main([*command, "--model", "no-such-folder", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--logit-bias", "5"], "must be ID=VALUE, a token id and a finite number or -inf; got '5'"),
+        (["--logit-bias", "5=inf"], "got '5=inf'"),
+        (["--logit-bias=-5=1"], "got '-5=1'"),
+        (["--seed", "-1"], "must be an integer, 0 to 4294967295; got '-1'"),
+        (["--draft-window", "4"], "a window is first,recent"),
+        (["--buckets", "64,x"], "must be positive integers, such as 64,256,1024; got '64,x'"),
+        (["--prompts", "y"], "not allowed with argument"),
+    ],
+)
+def test_options_that_argparse_refuses(options, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--prompt", "x", *options])
+    assert message in capsys.readouterr().err
+
+
+pieces = st.lists(st.integers(1, 4), min_size=1, max_size=20)
+
+
+@given(
+    text=st.text(alphabet="abé🙂", max_size=14),
+    stops=st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3),
+    sizes=pieces,
+    other=pieces,
+)
+def test_a_text_ends_before_its_first_stop_string_however_it_comes(text, stops, sizes, other):
+    def feed(sizes):
+        detokenizer = Detokenizer(byte_tokenizer_once, stops)
+        ids, given, index = list(text.encode()), "", 0
+        while ids and not detokenizer.stopped:
+            size = sizes[index % len(sizes)]
+            given += detokenizer.add(ids[:size])
+            assert text.startswith(given)  # nothing is taken back
+            ids, index = ids[size:], index + 1
+        given += detokenizer.finish()
+        assert given == detokenizer.text
+        return given, detokenizer.ids, detokenizer.stopped
+
+    found = [place for stop in stops if (place := text.find(stop)) >= 0]
+    given, ids, stopped = feed(sizes)
+    assert given == text[: min(found, default=len(text))]
+    assert stopped == bool(found)
+    assert bytes(ids).decode(errors="replace").startswith(given)
+    assert (given, ids, stopped) == feed(other)
+
+
+byte_tokenizer_once = byte_tokenizer()
+
+
+def test_what_may_begin_a_stop_string_waits():
+    detokenizer = Detokenizer(byte_tokenizer_once, ["stop", "top!"])
+    assert [detokenizer.add([byte]) for byte in b"a st"] == ["a", " ", "", ""]
+    assert [detokenizer.add([byte]) for byte in b"o s"] == ["", "sto ", ""]
+    assert detokenizer.add(b"top! and more") == ""
+    assert (detokenizer.text, bytes(detokenizer.ids), detokenizer.stopped) == ("a sto ", b"a sto stop", True)
+    assert detokenizer.add(b"x") == detokenizer.finish() == ""
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        Detokenizer(byte_tokenizer_once, [""])
