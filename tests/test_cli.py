@@ -100,6 +100,10 @@ def test_bench_reports_both_ways(folder, golden, tmp_path, capsys):
     assert (plain["target_passes"], plain["tokens_a_pass"]) == (46, 1)
     assert sum(speculative["accepted"]) == speculative["target_passes"] < 46
     assert speculative["tokens_a_pass"] == pytest.approx(46 / speculative["target_passes"])
+    (part,) = result["by_position"]
+    assert (part["start"], part["end"], part["tokens"]) == (0, 256, 46)
+    assert part["own"] <= speculative["target_passes"]  # a text's end may cut its last cycle
+    assert part["tokens_a_pass"] == pytest.approx(46 / part["own"])
     assert result["ratio"] == pytest.approx(speculative["tokens_a_second"] / plain["tokens_a_second"])
     out = capsys.readouterr().out
     assert "speculative" in out and "Identical tokens: 2 of 2 rows." in out
@@ -124,6 +128,13 @@ def test_bench_fills_the_last_batch_and_needs_no_tokenizer(golden, tmp_path, cap
     assert (result["rows"], result["plain"]["new_tokens"]) == (6, 12)  # four random prompts, in two batches of three
     assert shapes == [(3, 32)] * 8  # two batches, both ways, once before the timed run
     assert "random tokens" in capsys.readouterr().out
+    sampled = ["--temperature", "1", "--repeats", "1", "--json", str(report)]
+    assert main(["bench", *pair, *sampled]) == 0
+    assert "differ by chance" in capsys.readouterr().out
+    result = json.loads(report.read_text())
+    assert (result["identical_rows"], result["differences"], result["sampling"]["temperature"]) == (None, [], 1)
+    assert main(["bench", *pair, *sampled, "--coupled"]) == 0
+    assert "Identical tokens: 4 of 4 rows." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -245,6 +256,11 @@ def test_stop_tokens_of_both_configs(tmp_path, config, generation_config, stops)
         models.stop_tokens(loaded, SimpleNamespace(ignore_eos=True, stop_token=[256]))
 
 
+def test_a_draft_window_reaches_the_draft(folder):
+    window = SimpleNamespace(model=str(folder), target=None, draft=None, dtype=None, draft_window=(4, 16))
+    assert models.load_models(window).draft.config.window == (4, 16)
+
+
 def test_capacity_is_the_target_s_own_where_it_binds():
     target = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
     assert models.capacity(target, 20, 32, 32) is None
@@ -296,6 +312,24 @@ def test_differences_are_located_and_measured(folder):
     ended = measure._differences(target, rows, plain, [[1], [7, best, 9]])
     assert ended == [measure.Difference(0, 1, 2, None, None)]
     assert not ended[0].near_tie
+
+
+def test_acceptance_by_position():
+    def result(drafted):
+        tokens = [[0] * len(flags) for flags in drafted]
+        return measure.Result(tokens, drafted, cycles=1, accepted=[1], steps=1, seconds=1.0, failed=0)
+
+    # The first token of each text counts nowhere. In the ranges: 254, 255; 256 to 259; and 600.
+    drafted = [[False, True, False, True, True, True, False], [True, True]]
+    comparison = measure.Comparison(result([]), result(drafted), [253, 599], [])
+    found = [(part.start, part.end, part.tokens, part.own, part.tokens_a_pass) for part in comparison.by_position]
+    assert found == [(0, 256, 2, 1, 2.0), (256, 512, 4, 1, 4.0), (512, 1024, 1, 0, None)]
+    columns = measure.position_table(comparison).columns
+    assert [list(column.cells) for column in columns] == [
+        ["0 to 255", "256 to 511", "512 to 1023"],
+        ["2", "4", "1"],
+        ["2.00", "4.00", ""],
+    ]
 
 
 @pytest.mark.slow

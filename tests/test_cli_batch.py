@@ -40,7 +40,7 @@ def write(folder, tmp_path):
         files = ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / out)]
         code = main(["generate", "--model", str(folder), *files, *OPTIONS, *options])
         lines = (tmp_path / out).read_text().splitlines() if (tmp_path / out).exists() else []
-        return code, sorted(map(json.loads, lines[1:]), key=lambda line: (line["index"], line["sample"]))
+        return code, sorted(map(json.loads, lines[1:]), key=lambda line: (line["index"], line.get("sample")))
 
     return command
 
@@ -120,6 +120,8 @@ def test_another_run_s_file_is_refused(write, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"mine.jsonl is there already, and not from .* choose another --out"):
         read_finished(str(tmp_path / "mine.jsonl"), {})
     assert (tmp_path / "mine.jsonl").read_text() == '{"a": 1}'
+    with pytest.raises(ValueError, match="there is no folder"):
+        read_finished(str(tmp_path / "no-such-folder/out.jsonl"), {})
 
 
 def test_a_file_without_a_text_may_change_its_settings(tmp_path):
@@ -163,14 +165,24 @@ def test_prompts_that_cannot_be_decoded_are_refused_with_their_line(write, tmp_p
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_samples_of_one_prompt_are_the_library_s(folder, expected, capsys):
-    prompt = ["--prompt", PROMPTS[0]]
-    assert main(["generate", "--model", str(folder), *prompt, *OPTIONS]) == 0
+def test_samples_of_one_prompt_have_the_library_s_keys(folder, capsys, monkeypatch):
+    keys = []
+
+    def stream(target, draft, tokens, lengths, key, **options):
+        keys.append(key)
+        new = np.array([[65]])
+        yield eagle_jax.Chunk(new, np.array([1]), np.array([False]), np.array([False]), np.array([[-0.25]]))
+        yield eagle_jax.Chunk(new, np.array([1]), np.array([True]), np.array([len(keys) == 3]), np.array([[-0.75]]))
+
+    monkeypatch.setattr(eagle_jax, "stream", stream)
+    assert main(["generate", "--model", str(folder), "--prompt", "x", *OPTIONS]) == 1
     captured = capsys.readouterr()
-    assert captured.out == f"{expected[0]['text']}\n{expected[1]['text']}\n"
-    assert "sample 2" in captured.err
-    mean = np.mean(expected[1]["log_probs"].expected)
-    assert f"mean log-probability {mean:.3f}" in captured.err
+    assert captured.out == "AA\nAA\n"
+    assert "sample 2" in captured.err and "mean log-probability -0.5000" in captured.err
+    assert captured.err.count("the model's logits became NaN or infinite") == 1
+    row = jax.random.fold_in(jax.random.key(7), 0)
+    library = [jax.random.key_data(jax.random.fold_in(row, sample))[None] for sample in (0, 0, 1)]  # the first compiles
+    np.testing.assert_array_equal([jax.random.key_data(key) for key in keys], library)
 
 
 @pytest.mark.parametrize(

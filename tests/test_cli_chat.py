@@ -131,7 +131,7 @@ def test_ctrl_c_at_the_prompt_tells_how_to_leave(monkeypatch, capsys):
 def test_a_conversation_that_is_too_long_goes_on_without_the_turn(chat, continuation):
     out, err = chat("x" * CONTEXT, FIRST)
     assert out == continuation(FIRST) + "\n"
-    assert f"would have {CONTEXT} tokens" in err and "/reset" in err
+    assert f"would have {CONTEXT} tokens; its context takes 1 to {CONTEXT - 1}" in err and "/reset" in err
 
 
 def test_a_failed_answer_says_so(chat, monkeypatch):

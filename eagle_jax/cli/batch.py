@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 
-import eagle_jax
 from eagle_jax.cli import models, prompts, text
 from eagle_jax.cli.results import Results, read_finished
 from eagle_jax.cli.rows import Rows
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:
 
     settings = _settings(args)
     finished = read_finished(args.out, settings)  # before the models are loaded, which may take long
-    notes = Console(stderr=True, highlight=False)
+    notes = Console(stderr=True, highlight=False, markup=False)  # a file may be called [red]
     with notes.status("loading"):
         loaded = models.load_models(args)
         tokenizer = convert.tokenizer(loaded.folder)
@@ -51,11 +50,14 @@ def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:
         draft,
         min(args.batch, len(jobs)),
         min(loaded.target.config.max_position_embeddings, longest + args.max_new_tokens),
-        args.tree,
+        tree=args.tree,
+        buckets=args.buckets,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
         stop_tokens=stops,
         log_probs=args.log_probs,
     )
+    with notes.status("compiling"):
+        rows.compile(CYCLES)
 
     def start(index: int, sample: int) -> _Text:
         key = jax.random.fold_in(random_key(args), index)
@@ -93,8 +95,7 @@ def _decode(
     running: dict[int, _Text] = {}
     while True:
         for row, one in zip(free, waiting, strict=False):
-            prompt = eagle_jax.pad([found[one.index].tokens], args.buckets)
-            rows.insert(row, *prompt, one.key, args.max_new_tokens)
+            rows.insert(row, found[one.index].tokens, one.key, args.max_new_tokens)
             running[row] = one
         if not running:
             return
@@ -138,21 +139,19 @@ def _write(
 
     columns = SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), "ETA"
     tokens = failed = count = 0
-    began = None
+    rate = ""
+    began = time.perf_counter()
     with Progress(*columns, TimeRemainingColumn(), console=notes, transient=True) as bar:
-        task = bar.add_task("", total=total, completed=before, rate="compiling")
+        task = bar.add_task("", total=total, completed=before, rate="")
         for ended in texts:
-            now = time.perf_counter()
             for one in ended:
                 results.write(_line(one, found[one.index], args))
                 tokens += len(one.detokenizer.ids)
                 failed += one.finish == "failed"
             count += len(ended)
-            began = began or now  # the first chunk compiled
-            rate = f"{tokens / (now - began):.1f} tok/s" if now > began and tokens else ""
+            rate = f"{tokens / (time.perf_counter() - began):.1f} tok/s"
             bar.update(task, advance=len(ended), rate=rate)
-    seconds = time.perf_counter() - (began or 0)
-    notes.print(f"{count} texts, {tokens} new tokens, {tokens / seconds:.1f} tok/s, in {args.out}", style="dim")
+    notes.print(f"{count} texts, {tokens} new tokens, {rate}, in {args.out}", style="dim", soft_wrap=True)
     if failed:
         notes.print(f"error: in {failed} texts the model's logits became NaN or infinite", soft_wrap=True)
     return 1 if failed else 0

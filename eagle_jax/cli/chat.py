@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
+from eagle_jax import convert
+from eagle_jax.cli import models, prompts, text
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
-from eagle_jax.cli.sampling import add_sampling_arguments
+from eagle_jax.cli.rows import Rows
+from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
+from eagle_jax.models.llama import Llama
 
 EXAMPLES = """\
 examples:
@@ -51,11 +58,6 @@ def run(args: argparse.Namespace) -> int:
     """Talks until the end of the input."""
     from rich.console import Console
 
-    from eagle_jax import convert, pad
-    from eagle_jax.cli import models
-    from eagle_jax.cli.rows import Rows
-    from eagle_jax.cli.sampling import random_key, sampling_config, with_logit_bias
-
     sampling = sampling_config(args)  # before the models are loaded, which may take long
     if "" in args.stop:
         raise ValueError("--stop: a stop string is empty")
@@ -64,20 +66,21 @@ def run(args: argparse.Namespace) -> int:
         loaded = models.load_models(args)
         tokenizer = convert.tokenizer(loaded.folder)
     conversation = Conversation(tokenizer, args.raw, args.system)
-    context = _context(args.context, loaded.target.config.max_position_embeddings)
+    context = _context(args.context, loaded.target)
     rows = Rows(
         loaded.target,
         models.chosen_draft(loaded, args),
         1,
         context,
-        args.tree,
+        tree=args.tree,
+        buckets=(context,),
+        reuse=True,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
         stop_tokens=models.stop_tokens(loaded, args),
     )
     with notes.status("compiling"):
-        rows.insert(0, *pad([[0]], [context]), random_key(args), 1, reuse=True)
-        rows.advance(1)
-    session = Session(rows, conversation, tokenizer, context, args, console, notes)
+        rows.compile(cycles=1)
+    session = Session(rows, conversation, args, console, notes)
     for line in _lines(notes):
         if line == "/exit":
             break
@@ -91,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _context(asked: int | None, trained: int) -> int:
+def _context(asked: int | None, target: Llama) -> int:
+    trained = target.config.max_position_embeddings
     if asked is None:
         return min(trained, DEFAULT_CONTEXT)
     if not 2 <= asked <= trained:
@@ -121,8 +125,6 @@ class Conversation:
     """What was said: messages for the chat template, or without one a plain text."""
 
     def __init__(self, tokenizer: Any, raw: bool, system: str | None):
-        from eagle_jax.cli import prompts
-
         self.tokenizer = tokenizer
         self.template = prompts.has_template(tokenizer, raw)
         if system is not None and not self.template:
@@ -137,8 +139,6 @@ class Conversation:
 
     def tokens_with(self, said: str) -> list[int]:
         """The token ids of the conversation, up to the answer to this."""
-        from eagle_jax.cli import prompts
-
         if not self.template:
             return self.tokenizer(self.text + said)["input_ids"]
         return prompts.encode_messages(self.tokenizer, [*self.messages, {"role": "user", "content": said}])
@@ -149,38 +149,34 @@ class Conversation:
         self.text += said + answer
 
 
+@dataclasses.dataclass
 class Session:
-    """Answers in a conversation, whose keys and values stay in the one row of a state."""
+    """Answers in a conversation, whose keys and values stay in the one row of a state. turn: answers so far."""
 
-    def __init__(self, rows, conversation: Conversation, tokenizer: Any, context: int, args, console, notes):
-        from eagle_jax.cli.sampling import random_key
-
-        self.rows, self.conversation, self.tokenizer, self.context = rows, conversation, tokenizer, context
-        self.args, self.console, self.notes = args, console, notes
-        self.key, self.turn = random_key(args), 0
+    rows: Rows
+    conversation: Conversation
+    args: argparse.Namespace
+    console: Any
+    notes: Any
+    turn: int = 0
 
     def answer(self, said: str) -> None:
         """Shows the answer and adds the turn to the conversation."""
-        import jax
-
-        from eagle_jax import pad
-        from eagle_jax.cli import text
-
         tokens = self.conversation.tokens_with(said)
-        if not 1 <= len(tokens) < self.context:
+        most = self.rows.state.capacity - 1
+        if not 1 <= len(tokens) <= most:
             self.notes.print(
-                f"The conversation would have {len(tokens)} tokens, and needs 1 to {self.context - 1} for an answer "
-                "(--context). This turn is left out; /reset begins a new conversation.",
+                f"The conversation would have {len(tokens)} tokens; its context takes 1 to {most} and an answer. This "
+                "turn is left out; /reset begins a new conversation.",
                 style="red",
                 soft_wrap=True,
             )
             return
-        key = jax.random.fold_in(self.key, self.turn)
+        key = jax.random.fold_in(random_key(self.args), self.turn)
         self.turn += 1
         with _ctrl_c() as stopped:
-            prompt = pad([tokens], [self.context])
-            reused = self.rows.insert(0, *prompt, key, self.args.max_new_tokens, reuse=True)
-            result = text.show(self._chunks(stopped), self.tokenizer, self.console, self.args.stop)
+            reused = self.rows.insert(0, tokens, key, self.args.max_new_tokens)
+            result = text.show(self._chunks(stopped), self.conversation.tokenizer, self.console, self.args.stop)
         if result.failed:
             self.notes.print("The model's logits became NaN or infinite, so the answer ends early.", style="red")
         if stopped.is_set():

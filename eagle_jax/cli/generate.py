@@ -8,8 +8,9 @@ import itertools
 import sys
 
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, parse_buckets, positive
-from eagle_jax.cli.sampling import add_sampling_arguments
+from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
 from eagle_jax.prompt import BUCKETS
+from eagle_jax.sampling import SamplingConfig
 
 EXAMPLES = """\
 examples:
@@ -60,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Shows or writes the continuations; returns 1 if the model's numbers broke down on the way."""
     from eagle_jax.cli import batch
-    from eagle_jax.cli.sampling import sampling_config
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
     if "" in args.stop:
@@ -70,13 +70,13 @@ def run(args: argparse.Namespace) -> int:
     return _show(args, sampling) if args.prompts is None else batch.run(args, sampling)
 
 
-def _show(args: argparse.Namespace, sampling) -> int:
+def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
+    """Streams the texts of one prompt."""
     import jax
     from rich.console import Console
 
     from eagle_jax import convert, pad, stream
     from eagle_jax.cli import models, prompts, text
-    from eagle_jax.cli.sampling import random_key, with_logit_bias
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt

@@ -17,8 +17,10 @@ def read_finished(path: str, settings: dict[str, Any]) -> set[tuple[int, int]]:
     Args:
       settings: all that the rows' texts depend on, as JSON has it.
     Raises:
-      ValueError: if the file is another run's, or none of ours.
+      ValueError: if the file is another run's, or none of ours, or its folder is not there.
     """
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {Path(path).parent} to write it to")
     content = Path(path).read_bytes() if Path(path).exists() else b""
     if content[: len(BEGINNING)] != BEGINNING[: len(content)]:
         raise ValueError(f"{path} is there already, and not from `generate --prompts`; choose another --out")

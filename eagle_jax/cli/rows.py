@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,43 +18,50 @@ _insert = jax.jit(eagle_jax.insert, static_argnames="reuse", donate_argnames="st
 
 
 class Rows:
-    """B rows, all free at first. Two programs in all, and one for each further width of prompts.
+    """B rows, all free at first.
 
     Args:
       draft: or None for plain decoding; then `tree` is ignored.
       capacity: the most tokens (prompt + new) a row may hold.
+      buckets: the widths to pad prompts to.
+      reuse: whether a row's next prompt keeps the cached positions of the text that both begin with.
       options: sampling, stop_tokens and log_probs, as in `empty_state`.
     """
 
-    def __init__(self, target: Llama, draft: Any, batch: int, capacity: int, tree: TreeConfig, **options: Any):
-        self.target, self.draft, self.tree = target, draft, tree
-        state = eagle_jax.empty_state(target, draft, batch, capacity, tree=None if draft is None else tree, **options)
+    def __init__(
+        self,
+        target: Llama,
+        draft: Any,
+        batch: int,
+        capacity: int,
+        *,
+        tree: TreeConfig,
+        buckets: Sequence[int],
+        reuse: bool = False,
+        **options: Any,
+    ):
+        self.target, self.draft, self.tree = target, draft, None if draft is None else tree
+        self.buckets, self.reuse = buckets, reuse
+        state = eagle_jax.empty_state(target, draft, batch, capacity, tree=self.tree, **options)
         # As `insert` will leave it: else its first call and the later ones would be different programs.
         self.state = dataclasses.replace(state, pending=jnp.zeros(batch, bool))
 
-    def insert(
-        self,
-        row: int,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        key: jax.Array,
-        max_new_tokens: int,
-        reuse: bool = False,
-    ) -> int:
-        """Gives a row a prompt, tokens [1, P] and lengths [1] as `pad` makes them.
+    def compile(self, cycles: int) -> None:
+        """Runs the programs once, on a prompt of one token, which row 0 is given and ends with."""
+        self.insert(0, [0], jax.random.key(0), max_new_tokens=1)
+        self.advance(cycles)
 
-        Args:
-          reuse: keep the cached positions that the row's old text and the prompt have in common.
-        Returns:
-          How many were kept.
-        """
-        self.state = _insert(self.state, row, tokens[0], lengths[0], key, max_new_tokens=max_new_tokens, reuse=reuse)
-        return int(self.state.cache.length[row]) if reuse else 0
+    def insert(self, row: int, prompt: Sequence[int], key: jax.Array, max_new_tokens: int) -> int:
+        """Gives a row a prompt of 1 to capacity - 1 tokens; returns how many of them the cache holds already."""
+        tokens, lengths = eagle_jax.pad([prompt], self.buckets)
+        self.state = _insert(
+            self.state, row, tokens[0], lengths[0], key, max_new_tokens=max_new_tokens, reuse=self.reuse
+        )
+        return int(self.state.cache.length[row]) if self.reuse else 0
 
     def advance(self, cycles: int) -> eagle_jax.Chunk:
         """Runs the new prompts and up to so many cycles; the rows' new tokens as NumPy arrays."""
-        draft, tree = self.draft, None if self.draft is None else self.tree
-        self.state, chunk = eagle_jax.advance(self.target, draft, self.state, tree=tree, cycles=cycles)
+        self.state, chunk = eagle_jax.advance(self.target, self.draft, self.state, tree=self.tree, cycles=cycles)
         return jax.device_get(chunk)
 
     def free(self, row: int) -> None:
