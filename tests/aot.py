@@ -100,7 +100,7 @@ def compile_for(
     shortest = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options={"xla_backend_optimization_level": 3})  # conftest.py lowers it
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
 
