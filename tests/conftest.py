@@ -11,9 +11,9 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One thread a worker: results do not depend on the machine's size, and xdist workers do not fight over its cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 # Compiling is most of the time. LLVM's optimisations change how fast a program runs here, not what XLA made of it.
-FLAGS = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

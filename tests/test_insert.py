@@ -1,0 +1,200 @@
+"""Prompts put into a running batch, their padding, and draft attention limited to a window."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eagle_jax
+from eagle_jax import SamplingConfig, TreeConfig
+from eagle_jax.models.layers import attention
+from tests.toy import near_ties, random_eagle3, random_prompts, random_target, rows_of
+
+TREE = TreeConfig(depth=3, top_k=2, num_nodes=6)
+NEW = 16
+
+
+@pytest.fixture(scope="module")
+def case():
+    target, draft = random_target(0, scale=6.0), random_eagle3(1, scale=6.0)
+    tokens, _ = random_prompts(2, 3, 10)
+    return target, draft, tokens, jnp.array([10, 1, 6])
+
+
+def generate(case, key=None, speculative=True, rows=slice(None), **options):
+    target, draft, tokens, lengths = case
+    options = dict(tree=TREE, max_new_tokens=NEW) | options
+    return eagle_jax.generate(target, draft if speculative else None, tokens[rows], lengths[rows], key, **options)
+
+
+CAPACITY = 40
+advance = functools.partial(eagle_jax.advance, tree=TREE, cycles=2)
+insert = jax.jit(eagle_jax.insert, donate_argnums=0, static_argnames="reuse")
+
+
+def serve(case, prompts, keys, batch, sampling, speculative=True):
+    """Every prompt's text, `batch` rows at a time, each free row taking the next prompt."""
+    target, draft = case[0], case[1] if speculative else None
+    state = eagle_jax.empty_state(target, draft, batch, CAPACITY, sampling=sampling)
+    texts, running, waiting = {}, {}, list(range(len(prompts)))
+    while waiting or running:
+        for row in range(batch):
+            if row not in running and waiting:
+                running[row] = index = waiting.pop(0)
+                tokens, lengths = eagle_jax.pad([prompts[index]], buckets=(16,))
+                key = None if keys is None else keys[index]
+                state = insert(state, row, tokens[0], lengths[0], key, max_new_tokens=4 + 3 * index)
+        state, chunk = advance(target, draft, state)
+        for row in [row for row in running if chunk.done[row]]:
+            assert not chunk.failed[row]
+            texts[running.pop(row)] = np.asarray(state.tokens[row, : state.lengths[row]]).tolist()
+    return [texts[index] for index in range(len(prompts))], state
+
+
+@pytest.mark.parametrize("kind", ["greedy", "plain", "sampled", "coupled"])
+def test_rows_served_in_turn_have_the_texts_of_generate(case, kind):
+    target, draft, *_ = case
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 97, n).tolist() for n in (5, 16, 1, 9, 3)]
+    sampling = SamplingConfig() if kind in ("greedy", "plain") else SamplingConfig(0.9, coupled=kind == "coupled")
+    keys = None if sampling.greedy else jax.random.split(jax.random.key(2), len(prompts))
+    texts, state = serve(case, prompts, keys, 2, sampling, speculative=kind != "plain")
+    for index, prompt in enumerate(prompts):
+        tokens, lengths = eagle_jax.pad([prompt], buckets=(16,))
+        alone = eagle_jax.generate(
+            target,
+            None if kind == "plain" else draft,
+            tokens,
+            lengths,
+            None if keys is None else keys[index][None],
+            tree=TREE,
+            sampling=sampling,
+            max_new_tokens=4 + 3 * 4,
+        )
+        (whole,) = rows_of(alone)
+        assert len(texts[index]) == len(prompt) + 4 + 3 * index
+        near_ties(target, [texts[index]], [whole[: len(texts[index])]])
+        if keys is not None:
+            assert texts[index] == whole[: len(texts[index])]
+    assert state.done.all()
+
+
+def test_insert_does_not_touch_the_neighbours(case):
+    target, draft, tokens, lengths = case
+    step = jax.jit(functools.partial(eagle_jax.cycle, tree=TREE))
+    start = jax.jit(functools.partial(eagle_jax.prefill, max_new_tokens=NEW))
+    one = step(target, draft, start(target, draft, tokens, lengths))
+    other = step(target, draft, eagle_jax.insert(one, 1, tokens[0], lengths[0]))
+    same = step(target, draft, one)
+    for row in (0, 2):
+        for field in ("tokens", "lengths", "cycles", "accepted", "drafted"):
+            np.testing.assert_array_equal(getattr(other, field)[row], getattr(same, field)[row])
+    assert other.lengths[1] > lengths[0] and other.cycles[1] == 1
+
+
+def test_a_next_turn_reuses_what_the_row_holds(case):
+    target, draft, *_ = case
+    state = eagle_jax.empty_state(target, draft, 1, CAPACITY)
+    first = [5, 6, 7, 8, 9]
+    tokens, lengths = eagle_jax.pad([first], buckets=(32,))
+    state = insert(state, 0, tokens[0], lengths[0], max_new_tokens=8, reuse=True)
+    assert state.cache.length[0] == 0
+    while not state.done.all():
+        state, _ = advance(target, draft, state)
+    said = np.asarray(state.tokens[0, : state.lengths[0]]).tolist()
+    for prompt, kept in (([*said, 11, 12], len(said) - 1), ([*said[:7], 50], 6), (said[:4], 3), ([1, 2], 0)):
+        tokens, lengths = eagle_jax.pad([prompt], buckets=(32,))
+        next_turn = insert(jax.tree.map(jnp.copy, state), 0, tokens[0], lengths[0], max_new_tokens=8, reuse=True)
+        assert next_turn.cache.length[0] == kept
+        while not next_turn.done.all():
+            next_turn, _ = advance(target, draft, next_turn)
+        plain = eagle_jax.generate(target, None, tokens, lengths, max_new_tokens=8)
+        ours = np.asarray(next_turn.tokens[0, : next_turn.lengths[0]]).tolist()
+        near_ties(target, [ours], rows_of(plain))
+        assert len(ours) == len(prompt) + 8
+
+
+def test_insert_refuses_what_cannot_be(case):
+    target, draft, *_ = case
+    greedy = eagle_jax.empty_state(target, draft, 2, CAPACITY)
+    sampled = eagle_jax.empty_state(target, draft, 2, CAPACITY, sampling=SamplingConfig(1.0))
+    key, tokens = jax.random.key(0), jnp.arange(16)
+    for state, arguments, options, message in (
+        (greedy, (2, tokens, 3), {}, "row must be 0 to 1, got 2"),
+        (greedy, (0, tokens, 0), {}, "length = 0 is outside 1 to 16"),
+        (greedy, (0, tokens, 17), {}, "length = 17 is outside 1 to 16"),
+        (greedy, (0, jnp.arange(64), 40), {}, r"length = 40 is outside 1 to 39 .*capacity is 40"),
+        (greedy, (0, tokens[None], 3), {}, r"tokens must be \[P\] integers"),
+        (greedy, (0, tokens * 1.0, 3), {}, r"tokens must be \[P\] integers"),
+        (greedy, (0, tokens, 3), dict(sampling=SamplingConfig(0.5)), "the state is greedy"),
+        (sampled, (0, tokens, 3), {}, "key must be the row's typed key"),
+        (sampled, (0, tokens, 3, key), dict(sampling=SamplingConfig(0.5, coupled=True)), "just where the state's is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            eagle_jax.insert(state, *arguments, **options)
+    impossible = jax.jit(eagle_jax.insert)(greedy, 0, tokens, 17)
+    assert impossible.failed.tolist() == [True, False] and impossible.done.all()
+
+
+def test_a_window_on_the_draft_changes_no_text(case):
+    target, draft, tokens, lengths = case
+    plain = rows_of(generate(case, speculative=False))
+    for first, recent in ((0, 1), (2, 3)):
+        ours = generate((target, eagle_jax.with_window(draft, first, recent), tokens, lengths))
+        assert near_ties(target, rows_of(ours), plain) == 0
+    unlimited = generate((target, eagle_jax.with_window(draft, 1, 1000), tokens, lengths))
+    np.testing.assert_array_equal(unlimited.accepted, generate(case).accepted)
+
+
+def test_a_window_drafts_from_the_rows_it_shows(case, monkeypatch):
+    """The tree after a prompt equals that of a head whose attention a mask limits, chunked or not."""
+    target, draft, tokens, lengths = case
+    first, recent = 2, 4
+    windowed = eagle_jax.with_window(draft, first, recent)
+    tree = eagle_jax.propose(target, windowed, tokens, lengths, tree=TREE)
+    full = eagle_jax.propose(target, draft, tokens, lengths, tree=TREE)
+    assert (tree.scores[0] != full.scores[0]).any()
+    np.testing.assert_array_equal(tree.tokens[1], full.tokens[1])  # one token: nothing to hide
+    monkeypatch.setattr(eagle_jax.prompt, "PREFILL_CHUNK", 3)
+    chunked = jax.jit(lambda: eagle_jax.api.propose.__wrapped__(target, windowed, tokens, lengths, tree=TREE))()
+    np.testing.assert_allclose(chunked.scores, tree.scores, atol=1e-4)
+
+    # By hand: the last position's logits under a mask over the whole prompt, of row 0.
+    positions = jnp.arange(10)
+    visible = (positions[None] <= positions[:, None]) & (
+        (positions[None] < first) | (positions[None] > positions[:, None] - recent)
+    )
+    _, features = eagle_jax.forward(target, tokens[:1], lengths[:1], draft)
+    root = tree.tokens[:1, :1]
+    pairs = jnp.concatenate([tokens[:1, 1:], root], axis=1)
+    hidden, _ = draft(
+        target,
+        draft.fuse(features),
+        pairs,
+        positions[None],
+        lambda q, k, v: (attention(q, k, v, visible[None]), None),
+        prompt_lengths=lengths[:1],
+    )
+    best = jax.lax.top_k(jax.nn.log_softmax(draft.logits(target, hidden[:, -1])), TREE.top_k)[0][0]
+    children = np.asarray(tree.parents[0]) == 0
+    np.testing.assert_allclose(tree.scores[0][children], best[: children.sum()], atol=1e-4)
+
+
+@pytest.mark.parametrize(("first", "recent"), [(-1, 4), (0, 0), (1.0, 4)])
+def test_an_impossible_window_is_refused(case, first, recent):
+    with pytest.raises(ValueError, match="first >= 0 and recent >= 1"):
+        eagle_jax.with_window(case[1], first, recent)
+
+
+def test_pad_chooses_the_least_bucket():
+    assert [eagle_jax.pad([[7] * n])[0].shape[1] for n in (1, 32, 33, 64, 65)] == [32, 32, 64, 64, 128]
+    tokens, lengths = eagle_jax.pad([[1, 2, 3], [4]], buckets=(2, 5, 9))
+    np.testing.assert_array_equal(tokens, [[1, 2, 3, 0, 0], [4, 0, 0, 0, 0]])
+    assert lengths.tolist() == [3, 1]
+    for prompts, message in (([[1], []], "a prompt is empty"), ([], "empty"), ([[1] * 10], "10 tokens.* holds 9")):
+        with pytest.raises(ValueError, match=message):
+            eagle_jax.pad(prompts, buckets=(2, 5, 9))
