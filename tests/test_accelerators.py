@@ -74,8 +74,8 @@ def test_a_cycle_updates_its_caches_in_place_and_needs_little_else(device, sampl
     assert target_cache >= 2**30
     assert memory.alias_size_in_bytes >= caches
     assert memory.temp_size_in_bytes < target_cache / 5
-    # The TPU compiler turns the draft's two cache arrays around, there and back, for the levels of drafting to read; the
-    # GPU compiler copies them twice where conditions follow (those of top-k, top-p and penalties), one layer of 33.
+    # The TPU compiler turns the draft's two cache arrays around, there and back, for the levels of drafting to read;
+    # that of the GPU copies them twice where conditions follow (top-k, top-p, penalties). One layer of 33.
     draft_cache = ",".join(map(str, state.draft.cache.k[0].shape))
     expected = [draft_cache] * (0 if (device, sampling) == ("H200", "greedy") else 4)
     logits = f"1,{TreeConfig().num_nodes},{LLAMA_8B['vocab_size']}"  # a condition's way round is a copy
