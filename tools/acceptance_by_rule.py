@@ -1,0 +1,72 @@
+"""Tokens a cycle under the two sampled acceptance rules, and the gain of the coupled one.
+
+    python tools/acceptance_by_rule.py --target DIR --draft DIR --prompts FILE.jsonl
+
+Takes the options of `eagle-jax bench` that name models and prompts. Both rules see the same prompts and keys; the
+error is the standard error over texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import jax
+import numpy as np
+
+import eagle_jax
+from eagle_jax import SamplingConfig, TreeConfig, convert
+from eagle_jax.cli import models, prompts
+
+TREES = (TreeConfig(8, 10, 60), TreeConfig(6, 4, 16), TreeConfig(5, 1, 6))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    models.add_model_arguments(parser)
+    parser.add_argument("--draft-window", type=models.parse_window)
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--samples", type=int, default=16, help="texts a prompt (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.6])
+    args = parser.parse_args()
+    loaded = models.load_models(args)
+
+    def encode(text: str) -> list[int]:
+        return prompts.encode(convert.tokenizer(loaded.folder), text, raw=True)
+
+    found = prompts.read_prompts(args.prompts, encode)
+    tokens, lengths = eagle_jax.pad([prompt.tokens for prompt in found])
+    before = np.repeat(np.asarray(lengths), args.samples)
+    print(f"{len(found)} prompts, {args.samples} texts each, {args.max_new_tokens} new tokens; {jax.devices()[0]}")
+    for tree in TREES:
+        for temperature in args.temperatures:
+            rates = {}
+            for coupled in (False, True):
+                out = eagle_jax.generate(
+                    loaded.target,
+                    loaded.draft,
+                    tokens,
+                    lengths,
+                    jax.random.key(0),
+                    tree=tree,
+                    sampling=SamplingConfig(temperature=temperature, coupled=coupled),
+                    max_new_tokens=args.max_new_tokens,
+                    num_samples=args.samples,
+                )
+                # The first token comes from the prompt's pass.
+                rates[coupled] = (np.asarray(out.lengths) - before - 1) / np.asarray(out.cycles)
+            usual, coupled = rates[False], rates[True]
+            gain = 100 * (coupled.mean() / usual.mean() - 1)
+            print(
+                f"depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes, temperature {temperature}: "
+                f"accept_sampling {with_error(usual)}, accept_coupled {with_error(coupled)} tokens a cycle, {gain:+.0f}%",
+                flush=True,
+            )
+
+
+def with_error(rates: np.ndarray) -> str:
+    return f"{rates.mean():.2f} +- {rates.std(ddof=1) / len(rates) ** 0.5:.2f}"
+
+
+if __name__ == "__main__":
+    main()
