@@ -63,8 +63,9 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("device", "sampling"), [*(("H200", name) for name in SAMPLINGS), ("TPU v5p", "greedy"), ("TPU v5p", "sampled")]
+)
 def test_a_cycle_updates_its_caches_in_place_and_needs_little_else(device, sampling):
     target, draft = pair_8b()
     prefill = functools.partial(eagle_jax.prefill, max_new_tokens=ROWS - PROMPT, sampling=SAMPLINGS[sampling])
@@ -73,7 +74,8 @@ def test_a_cycle_updates_its_caches_in_place_and_needs_little_else(device, sampl
     memory, (target_cache, caches) = compiled.memory_analysis(), cache_bytes(state)
     assert target_cache >= 2**30
     assert memory.alias_size_in_bytes >= caches
-    assert memory.temp_size_in_bytes < target_cache / 5
+    # Sampling holds a few arrays of [N, V] float32 beside, 31 MB each.
+    assert memory.temp_size_in_bytes < target_cache / (5 if sampling == "greedy" else 4)
     # The TPU compiler turns the draft's two cache arrays around, there and back, for the levels of drafting to read;
     # that of the GPU copies them twice where conditions follow (top-k, top-p, penalties). One layer of 33.
     draft_cache = ",".join(map(str, state.draft.cache.k[0].shape))

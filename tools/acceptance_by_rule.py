@@ -58,10 +58,10 @@ def main() -> None:
             usual, coupled = rates[False], rates[True]
             gain = 100 * (coupled.mean() / usual.mean() - 1)
             print(
-                f"depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes, temperature {temperature}: "
-                f"accept_sampling {with_error(usual)}, accept_coupled {with_error(coupled)} tokens a cycle, {gain:+.0f}%",
-                flush=True,
+                f"depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes, temperature {temperature}:", end=" "
             )
+            print(f"accept_sampling {with_error(usual)}, accept_coupled {with_error(coupled)} tokens a cycle,", end=" ")
+            print(f"{gain:+.0f}%", flush=True)
 
 
 def with_error(rates: np.ndarray) -> str:
