@@ -106,7 +106,7 @@ def prefill(
         prompt_lengths=lengths,
     )
     chunks = -(-width // PREFILL_CHUNK)
-    state, hidden, feature = _run(target, draft, state, -(-width // chunks))
+    state, hidden, feature = _run(target, draft, state, min(-(-width // chunks), state.cache.rows))
     if num_samples > 1:
         state = map_rows(lambda x: jnp.repeat(x, num_samples, axis=0), dataclasses.replace(state, keys=None))
         hidden, feature = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), (hidden, feature))
@@ -130,7 +130,7 @@ def insert(
     text is that of `generate` with the same prompt and key, alone or in any batch.
 
     Args:
-      row: 0 to B - 1.
+      row: 0 to B - 1; not checked in a trace.
       tokens: [P], right-padded; P as for `prefill` best one of a few widths, each its own program.
       length: tokens of the prompt, 1 to P, and below the state's capacity.
       key: the row's own typed key; None in a greedy state.
@@ -145,7 +145,7 @@ def insert(
     """
     batch, width = state.tokens.shape
     tokens = jnp.asarray(tokens)
-    _check_insert(state, row, tokens, length, key, sampling)
+    _check_insert(state, row, tokens, length, key, sampling, max_new_tokens)
     length = jnp.asarray(length, jnp.int32)
     index = jnp.arange(width)
     prompt = jnp.zeros(max(width, tokens.shape[0]), jnp.int32).at[: tokens.shape[0]].set(tokens)[:width]
@@ -184,7 +184,7 @@ def insert(
     return put_row(before, jnp.asarray(row, jnp.int32), new)
 
 
-def _check_insert(state, row, tokens, length, key, sampling) -> None:
+def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> None:
     batch = state.tokens.shape[0]
     if tokens.ndim != 1 or tokens.shape[0] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be [P] integers, got {tokens.dtype}{list(tokens.shape)}")
@@ -194,6 +194,8 @@ def _check_insert(state, row, tokens, length, key, sampling) -> None:
     if not isinstance(length, jax.core.Tracer) and not 1 <= int(length) <= longest:
         limits = f"tokens have {tokens.shape[0]} columns, capacity is {state.capacity}"
         raise ValueError(f"length = {length} is outside 1 to {longest} ({limits})")
+    if isinstance(max_new_tokens, int) and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens}")
     if state.sampling is None:
         if sampling is not None and not sampling.greedy:
             raise ValueError("the state is greedy; start it with temperatures in an array, for rows to sample")

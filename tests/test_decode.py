@@ -141,6 +141,13 @@ def test_capacity_ends_a_row_exactly(batch, speculative):
     assert rows_of(out) == [row[:17] for row in rows_of(plain)]
 
 
+def test_prompts_may_be_padded_beyond_the_capacity(batch):
+    target, draft, tokens, lengths, tree, _, plain = batch
+    wide = jnp.pad(tokens, [(0, 0), (0, 190)])
+    out = eagle_jax.generate(target, draft, wide, lengths, tree=tree, max_new_tokens=NEW, capacity=17)
+    assert rows_of(out) == [row[:17] for row in rows_of(plain)]
+
+
 def test_one_new_token_costs_no_cycle(batch):
     target, draft, tokens, lengths, tree, _, plain = batch
     out = eagle_jax.generate(target, draft, tokens, lengths, tree=tree, max_new_tokens=1)

@@ -131,6 +131,7 @@ def test_insert_refuses_what_cannot_be(case):
         (greedy, (0, tokens[None], 3), {}, r"tokens must be \[P\] integers"),
         (greedy, (0, tokens * 1.0, 3), {}, r"tokens must be \[P\] integers"),
         (greedy, (0, tokens, 3), dict(sampling=SamplingConfig(0.5)), "the state is greedy"),
+        (greedy, (0, tokens, 3), dict(max_new_tokens=0), "max_new_tokens must be a positive integer, got 0"),
         (sampled, (0, tokens, 3), {}, "key must be the row's typed key"),
         (sampled, (0, tokens, 3, key), dict(sampling=SamplingConfig(0.5, coupled=True)), "just where the state's is"),
     ):

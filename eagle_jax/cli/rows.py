@@ -41,7 +41,9 @@ class Rows:
         **options: Any,
     ):
         self.target, self.draft, self.tree = target, draft, None if draft is None else tree
-        self.buckets, self.reuse = buckets, reuse
+        # A dynamic rotation depends on the prompt's length: nothing that is cached stays true.
+        kinds = {model.config.rope.kind for model in (target, draft) if model is not None}
+        self.buckets, self.reuse = buckets, reuse and "dynamic" not in kinds
         state = eagle_jax.empty_state(target, draft, batch, capacity, tree=self.tree, **options)
         # As `insert` will leave it: else its first call and the later ones would be different programs.
         self.state = dataclasses.replace(state, pending=jnp.zeros(batch, bool))
