@@ -132,8 +132,9 @@ def row_keys(key: jax.Array | None, batch: int, samples: int = 1) -> jax.Array:
     """
     if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,)):
         got = "None" if key is None else f"{key.dtype}{list(key.shape)}"
+        hint = "" if key is not None else " (greedy under a jit of your own: leave sampling out, or make it static)"
         raise ValueError(
-            f"sampling needs key: one typed key, jax.random.key(seed), or [{batch}] of them, one a row; got {got}"
+            f"sampling needs key: one typed key, jax.random.key(seed), or [{batch}] of them, one a row; got {got}{hint}"
         )
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     keys = fold_in(key, jnp.arange(batch)) if key.ndim == 0 else key

@@ -10,25 +10,14 @@ import numpy as np
 import pytest
 
 import eagle_jax
-from eagle_jax import SamplingConfig, TreeConfig
+from eagle_jax import SamplingConfig
 from eagle_jax.models.layers import attention
-from tests.toy import near_ties, random_eagle3, random_prompts, random_target, rows_of
-
-TREE = TreeConfig(depth=3, top_k=2, num_nodes=6)
-NEW = 16
+from tests.toy import NEW, TREE, generate, near_ties, rows_of, small_case
 
 
 @pytest.fixture(scope="module")
 def case():
-    target, draft = random_target(0, scale=6.0), random_eagle3(1, scale=6.0)
-    tokens, _ = random_prompts(2, 3, 10)
-    return target, draft, tokens, jnp.array([10, 1, 6])
-
-
-def generate(case, key=None, speculative=True, rows=slice(None), **options):
-    target, draft, tokens, lengths = case
-    options = dict(tree=TREE, max_new_tokens=NEW) | options
-    return eagle_jax.generate(target, draft if speculative else None, tokens[rows], lengths[rows], key, **options)
+    return small_case()
 
 
 CAPACITY = 40

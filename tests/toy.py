@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import eagle_jax
-from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig
+from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig, TreeConfig
 from eagle_jax.convert import from_pretrained
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -87,3 +87,21 @@ def near_ties(target: Llama, ours: list[list[int]], theirs: list[list[int]], whe
         assert first - second < NEAR_TIE, f"{where} row {row} parts at {at} by a margin of {first - second}: {a} {b}"
         parted += 1
     return parted
+
+
+# One shape of programs that several test files share.
+TREE = TreeConfig(depth=3, top_k=2, num_nodes=6)
+NEW = 16
+
+
+def small_case() -> tuple[Llama, Eagle3Draft, jax.Array, jax.Array]:
+    """A target, a draft that it often agrees with, and three prompts of different lengths."""
+    tokens, _ = random_prompts(2, 3, 10)
+    return random_target(0, scale=6.0), random_eagle3(1, scale=6.0), tokens, jnp.array([10, 1, 6])
+
+
+def generate(case, key=None, speculative=True, rows=slice(None), **options) -> eagle_jax.Output:
+    """`eagle_jax.generate` of some rows of a small case."""
+    target, draft, tokens, lengths = case
+    options = dict(tree=TREE, max_new_tokens=NEW) | options
+    return eagle_jax.generate(target, draft if speculative else None, tokens[rows], lengths[rows], key, **options)
