@@ -45,7 +45,7 @@ CONTROLS = {
     "top_k": st.integers(1, V),
     "top_p": st.sampled_from([0.2, 0.5, 0.9]),
     "min_p": st.sampled_from([0.05, 0.3]),
-    "repetition_penalty": st.sampled_from([0.6, 1.3, 2.5]),
+    "repetition_penalty": st.sampled_from([0.5, 2.0, 4.0]),
 }
 SHAPES = {"bushy": 2, "any": N, "chain": N}  # most levels; a chain has one node on each
 
@@ -62,7 +62,8 @@ def cases(draw):
     logits = rng.normal(size=(N, V)) * draw(st.sampled_from([0.0, 1.0, 3.0]))
     if draw(st.booleans()):  # one token certain, at about half of the nodes
         logits[rng.random(N) < 0.5, rng.integers(V)] += 60
-    logits = logits.astype(np.float32)
+    # Multiples of 2^-10: biases and penalties are then exact, so that what is compared is the rule, not float32.
+    logits = (np.round(logits * 1024) / 1024).astype(np.float32)
     controls = draw(
         st.one_of(
             *(st.fixed_dictionaries({name: values}) for name, values in CONTROLS.items()),
@@ -71,7 +72,7 @@ def cases(draw):
     )
     controls = {"temperature": 1.0} | controls
     forbid = draw(st.booleans())
-    bias = np.where(rng.random(V) < 0.4, -np.inf, rng.normal(size=V)).astype(np.float32) if forbid else np.zeros(V)
+    bias = np.where(rng.random(V) < 0.4, -np.inf, rng.integers(-2048, 2048, V) / 1024) if forbid else np.zeros(V)
     bias[rng.integers(V)] = 0.0  # one token is allowed
     text = rng.integers(0, V, 3).astype(np.int32)
     text[-1] = tokens[0]
