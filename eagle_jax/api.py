@@ -86,7 +86,8 @@ def generate(
 
     Args:
       target: the model whose text this is.
-      draft: an EAGLE head, or None for plain decoding (`tree` is then ignored). Both give the same tokens.
+      draft: an EAGLE head, or None for plain decoding (`tree` is then ignored). Both give the same tokens, or samples
+        of the same distribution.
       tokens: [B, P] int32 prompts, right-padded.
       lengths: [B] int32, 1 to P.
       key: one typed key (row i has fold_in(key, i)) or [B] keys, one a row; not needed by greedy decoding. A row's

@@ -1,6 +1,6 @@
 """Tokens a cycle under the two sampled acceptance rules, and the gain of the coupled one.
 
-    python tools/acceptance_by_rule.py --target DIR --draft DIR --prompts FILE.jsonl
+    python tools/acceptance_by_rule.py --target DIR --draft DIR [--prompts FILE.jsonl]
 
 Takes the options of `eagle-jax bench` that name models and prompts. Both rules see the same prompts and keys; the
 error is the standard error over texts.
@@ -15,7 +15,7 @@ import numpy as np
 
 import eagle_jax
 from eagle_jax import SamplingConfig, TreeConfig, convert
-from eagle_jax.cli import models, prompts
+from eagle_jax.cli import demo, models, prompts
 
 TREES = (TreeConfig(8, 10, 60), TreeConfig(6, 4, 16), TreeConfig(5, 1, 6))
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     models.add_model_arguments(parser)
     parser.add_argument("--draft-window", type=models.parse_window)
-    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--prompts", help="default: those of `eagle-jax demo`")
     parser.add_argument("--samples", type=int, default=16, help="texts a prompt (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.6])
@@ -34,8 +34,11 @@ def main() -> None:
     def encode(text: str) -> list[int]:
         return prompts.encode(convert.tokenizer(loaded.folder), text, raw=True)
 
-    found = prompts.read_prompts(args.prompts, encode)
-    tokens, lengths = eagle_jax.pad([prompt.tokens for prompt in found])
+    if args.prompts is None:
+        found = [encode(text) for text in demo.PROMPTS]
+    else:
+        found = [prompt.tokens for prompt in prompts.read_prompts(args.prompts, encode)]
+    tokens, lengths = eagle_jax.pad(found)
     before = np.repeat(np.asarray(lengths), args.samples)
     print(f"{len(found)} prompts, {args.samples} texts each, {args.max_new_tokens} new tokens; {jax.devices()[0]}")
     for tree in TREES:
