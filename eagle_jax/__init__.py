@@ -4,7 +4,12 @@ from eagle_jax import sampling
 from eagle_jax.api import Chunk, Output, advance, draft_forward, forward, generate, propose, stream
 from eagle_jax.convert import CheckpointError, from_pretrained, load, tokenizer
 from eagle_jax.decode import cycle
-from eagle_jax.drafting import with_window
+from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.eagle import with_window
+from eagle_jax.drafts.lookahead import Lookahead
+from eagle_jax.drafts.medusa import Medusa, MedusaConfig
+from eagle_jax.drafts.prompt_lookup import PromptLookup
+from eagle_jax.drafts.protocol import Draft, Proposal, Text
 from eagle_jax.models.config import ConfigError, DraftConfig, LlamaConfig
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
@@ -12,23 +17,34 @@ from eagle_jax.models.llama import Llama
 from eagle_jax.prompt import BUCKETS, insert, pad, prefill
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import DecodeState, empty_state
-from eagle_jax.tree import Tree, TreeConfig
+from eagle_jax.tree import PUBLISHED_TREES, StaticTree, Tree, TreeConfig, TreePolicy
 
 __all__ = [
     "BUCKETS",
+    "PUBLISHED_TREES",
     "CheckpointError",
     "Chunk",
     "ConfigError",
     "DecodeState",
+    "Draft",
     "DraftConfig",
+    "DraftModel",
     "Eagle1Draft",
     "Eagle3Draft",
     "Llama",
     "LlamaConfig",
+    "Lookahead",
+    "Medusa",
+    "MedusaConfig",
     "Output",
+    "PromptLookup",
+    "Proposal",
     "SamplingConfig",
+    "StaticTree",
+    "Text",
     "Tree",
     "TreeConfig",
+    "TreePolicy",
     "advance",
     "cycle",
     "draft_forward",

@@ -16,14 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.decode import cycle
-from eagle_jax.drafting import Draft, draft_tree
+from eagle_jax.decode import propose as propose_tree
+from eagle_jax.drafts.eagle import EagleDraft
+from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models.config import tap_layers
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
 from eagle_jax.prompt import prefill, run_pending
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import DecodeState
-from eagle_jax.tree import AcceptFn, Tree, TreeConfig
+from eagle_jax.tree import AcceptFn, Tree, TreeConfig, TreePolicy
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +75,7 @@ def generate(
     lengths: jax.Array,
     key: jax.Array | None = None,
     *,
-    tree: TreeConfig = TreeConfig(),
+    tree: TreePolicy = TreeConfig(),
     sampling: SamplingConfig = SamplingConfig(),
     max_new_tokens: int = 256,
     stop_tokens: tuple[int, ...] = (),
@@ -86,8 +88,8 @@ def generate(
 
     Args:
       target: the model whose text this is.
-      draft: an EAGLE head, or None for plain decoding (`tree` is then ignored). Both give the same tokens, or samples
-        of the same distribution.
+      draft: an EAGLE head or another Draft, or None for plain decoding (`tree` is then ignored). All give the same
+        tokens, or samples of the same distribution.
       tokens: [B, P] int32 prompts, right-padded.
       lengths: [B] int32, 1 to P.
       key: one typed key (row i has fold_in(key, i)) or [B] keys, one a row; not needed by greedy decoding. A row's
@@ -142,7 +144,7 @@ def _generate(target, draft, tokens, lengths, *, tree, accept_fn, **options) -> 
         lambda state: cycle(target, draft, state, tree=tree, accept_fn=accept_fn),
         state,
     )
-    depth = 0 if tree is None else tree.depth
+    depth = 0 if draft is None else draft.depth(tree)
     return Output(
         tokens=state.tokens,
         lengths=state.lengths,
@@ -161,7 +163,7 @@ def stream(
     lengths: jax.Array,
     key: jax.Array | None = None,
     *,
-    tree: TreeConfig = TreeConfig(),
+    tree: TreePolicy = TreeConfig(),
     sampling: SamplingConfig = SamplingConfig(),
     max_new_tokens: int = 256,
     stop_tokens: tuple[int, ...] = (),
@@ -212,7 +214,7 @@ def advance(
     draft: Draft | None,
     state: DecodeState,
     *,
-    tree: TreeConfig = TreeConfig(),
+    tree: TreePolicy = TreeConfig(),
     cycles: int = 4,
     accept_fn: AcceptFn | None = None,
 ) -> tuple[DecodeState, Chunk]:
@@ -228,7 +230,7 @@ def advance(
         lambda carry: (carry[0] + 1, cycle(target, draft, carry[1], tree=tree, accept_fn=accept_fn)),
         (0, dataclasses.replace(state, pending=None)),
     )
-    width = cycles * (1 if draft is None else tree.depth + 1) + (pending is not None)
+    width = cycles * (1 if draft is None else draft.depth(tree) + 1) + (pending is not None)
     return dataclasses.replace(state, pending=pending), _chunk(state, before, width)
 
 
@@ -247,22 +249,22 @@ def _chunk(state: DecodeState, before: jax.Array, width: int) -> Chunk:
 
 @functools.partial(jax.jit, static_argnames="tree")
 def propose(
-    target: Llama, draft: Draft, tokens: jax.Array, lengths: jax.Array, *, tree: TreeConfig = TreeConfig()
+    target: Llama, draft: Draft, tokens: jax.Array, lengths: jax.Array, *, tree: TreePolicy = TreeConfig()
 ) -> Tree:
     """The first draft tree after each prompt; its root is the target's own next token.
 
     Args:
       tokens, lengths: as in `generate`.
     Returns:
-      Tree of [B, tree.num_nodes] fields.
+      Tree of [B, N] fields; N = tree.num_nodes, unless the draft has a shape of its own.
     """
-    state = prefill(target, draft, tokens, lengths, max_new_tokens=1)
-    return draft_tree(target, draft, state, tree)
+    state = prefill(target, draft, tokens, lengths, max_new_tokens=1, tree=tree)
+    return propose_tree(target, draft, state, tree).tree
 
 
 @jax.jit
 def forward(
-    target: Llama, tokens: jax.Array, lengths: jax.Array, draft: Draft | None = None
+    target: Llama, tokens: jax.Array, lengths: jax.Array, draft: EagleDraft | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """One causal pass of the target over whole prompts.
 
@@ -282,7 +284,7 @@ def forward(
 
 @jax.jit
 def draft_forward(
-    draft: Draft, target: Llama, features: jax.Array, tokens: jax.Array, lengths: jax.Array
+    draft: EagleDraft, target: Llama, features: jax.Array, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One causal pass of the draft over pairs: features [B, P, F] with the tokens [B, P] that follow them.
 
@@ -316,7 +318,7 @@ def check_arguments(
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
     capacity: int | None,
-    tree: TreeConfig,
+    tree: TreePolicy,
     num_samples: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """tokens and lengths as int32 arrays. Raises ValueError naming the argument, its value and the allowed range."""
@@ -332,9 +334,11 @@ def check_arguments(
         if not 0 <= stop < vocab:
             raise ValueError(f"stop token {stop} is outside the vocabulary, 0 to {vocab - 1}")
     if draft is not None:
+        if not isinstance(draft, Draft):
+            raise ValueError(f"draft must be a Draft (an EAGLE head, Medusa, PromptLookup, ...), got {draft!r}")
         draft.check_fits(target)
-        if not isinstance(tree, TreeConfig):
-            raise ValueError(f"tree must be a TreeConfig, got {tree!r}")
+        if not callable(getattr(tree, "grow", None)):
+            raise ValueError(f"tree must be a TreeConfig, a StaticTree or another TreePolicy, got {tree!r}")
     tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
     for name, array in (("tokens", tokens), ("lengths", lengths)):
         if not jnp.issubdtype(array.dtype, jnp.integer):

@@ -45,12 +45,14 @@ def choose(
     accept_fn: AcceptFn | None = None,
     noise: jax.Array | None = None,
     depth: int = 0,
+    draft_probs: jax.Array | None = None,
 ) -> Chosen:
     """Applies the acceptance rule to the target's logits [B, N, V].
 
     Args:
       accept_fn: the caller's rule; by default greedy, `accept_sampled` or `accept_coupled`, as the state says.
       noise: [B, D + 1, V] that the tree was drafted with, if it was.
+      draft_probs: [B, N, V] that the tree was drawn from, if it was (see `Proposal`).
     """
     kept = logits
     if state.sampling is not None:
@@ -64,7 +66,7 @@ def choose(
     elif state.sampling.coupled:
         acceptance = accept_coupled(nodes, kept, shared_noise(state, 0, logits.shape[-1]) if noise is None else noise)
     else:
-        acceptance = accept_sampled(nodes, kept, token_keys(state, 1)[:, 0])
+        acceptance = accept_sampled(nodes, kept, token_keys(state, 1)[:, 0], draft_probs)
 
     path = jnp.maximum(acceptance.path[:, : depth + 1], 0)  # padded with the root: a valid row, masked by length
     drafted = jnp.take_along_axis(nodes.tokens, path, axis=1)[:, 1:]

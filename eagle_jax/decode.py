@@ -1,28 +1,37 @@
 """The cycle: one step of speculative decoding. Plain decoding is the same code with a tree of the root alone.
 
-Letters: B batch, D tree depth, N nodes, F feature width.
+Letters: B batch, D tree depth, N nodes, V vocabulary.
 
-    grow     the head drafts a tree from the last committed position
-    verify   the target runs the N nodes in one pass under the tree's ancestor mask
+    propose  the draft guesses a tree of next tokens
+    verify   the target runs its N nodes in one pass under the tree's ancestor mask
     accept   the deepest path that the target agrees with, and the target's own next token (the bonus)
     commit   the accepted keys and values enter the target's cache, the tokens are appended
-    extend   the accepted features enter the draft's cache, ready for the next tree
+    update   the draft learns what the text gained, ready for its next tree
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from eagle_jax.choose import choose, shared_noise
-from eagle_jax.drafting import Draft, draft_state, draft_tree, extend
+from eagle_jax.drafts.protocol import Draft, Proposal, Text
 from eagle_jax.models.cache import take_rows
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.prompt import run_pending
 from eagle_jax.state import DecodeState, append, at
-from eagle_jax.tree import AcceptFn, Tree, TreeConfig
+from eagle_jax.tree import Acceptance, AcceptFn, Tree, TreeConfig, TreePolicy
+
+
+class Step(NamedTuple):
+    """A cycle seen from inside: the state after it, the tree that was verified, and what was accepted of it."""
+
+    state: DecodeState
+    tree: Tree
+    acceptance: Acceptance
 
 
 def cycle(
@@ -30,19 +39,32 @@ def cycle(
     draft: Draft | None,
     state: DecodeState,
     *,
-    tree: TreeConfig = TreeConfig(),
+    tree: TreePolicy = TreeConfig(),
     accept_fn: AcceptFn | None = None,
 ) -> DecodeState:
-    """One speculative step for every row: 1 to tree.depth + 1 new tokens each. Rows that are done do not change.
+    """One speculative step for every row: 1 to D + 1 new tokens each. Rows that are done do not change.
 
     With draft=None one plain decoding step; `tree` is then ignored. Prompts that `insert` left are run first.
 
     Args:
       state: from `prefill` or an earlier `cycle`; jit this function and donate it.
+      tree: the shape of the tree; ignored by drafts with a shape of their own.
       accept_fn: the acceptance rule (see tree/verify.py for its contract); default the rule that the state's
         sampling asks for.
     """
-    depth = 0 if draft is None else tree.depth
+    return step(target, draft, state, tree=tree, accept_fn=accept_fn).state
+
+
+def step(
+    target: Llama,
+    draft: Draft | None,
+    state: DecodeState,
+    *,
+    tree: TreePolicy = TreeConfig(),
+    accept_fn: AcceptFn | None = None,
+) -> Step:
+    """`cycle`, and what happened in it."""
+    depth = 0 if draft is None else draft.depth(tree)
     if depth > state.max_depth:
         raise ValueError(
             f"tree.depth = {depth} exceeds the {state.max_depth} this state has room for; pass tree= to prefill"
@@ -53,18 +75,11 @@ def cycle(
         if accept_fn is not None:
             raise ValueError("coupled sampling drafts for its own acceptance rule; with another, leave coupled=False")
         noise = shared_noise(state, depth, target.config.vocab_size)
-    root = at(state.tokens, jnp.maximum(state.lengths - 1, 0))
-    nodes = Tree.root(root) if draft is None else draft_tree(target, draft, state, tree, noise)
-
-    out = target(
-        nodes.tokens,
-        jnp.maximum(state.lengths - 1, 0)[:, None] + nodes.depths,
-        nodes.ancestors(),
-        prompt_lengths=state.prompt_lengths,
-        cache=state.cache,
-        taps=() if draft is None else draft.taps(target),
-    )
-    chosen = choose(state, nodes, target.logits(out.hidden), accept_fn, noise, depth)
+    proposal = propose(target, draft, state, tree, noise)
+    nodes = proposal.tree
+    out = verify(target, draft, state, nodes)
+    logits = target.logits(out.hidden)
+    chosen = choose(state, nodes, logits, accept_fn, noise, depth, proposal.probs)
     before, length = state.lengths, chosen.acceptance.length
     state = dataclasses.replace(
         state,
@@ -74,11 +89,43 @@ def cycle(
         + jnp.where(state.done, 0, 1)[:, None] * jax.nn.one_hot(length, state.accepted.shape[1], dtype=jnp.int32),
     )
     state = append(state, chosen.tokens, length + 1, chosen.sound, chosen.log_probs)
+    if draft is not None:
+
+        def on_path(values):
+            return jnp.take_along_axis(values, chosen.path[:, :, None], axis=1)
+
+        text = Text(
+            tokens=jnp.take_along_axis(nodes.tokens, chosen.path, axis=1),
+            next_tokens=chosen.tokens,
+            start=jnp.maximum(before - 1, 0),
+            count=state.lengths - before,
+            output=LlamaOutput(on_path(out.hidden), None if out.taps is None else on_path(out.taps), []),
+            prompt_lengths=state.prompt_lengths,
+            tree=nodes,
+            logits=logits,
+        )
+        state = dataclasses.replace(state, draft=draft.update(target, state.draft, text))
+    return Step(state, nodes, chosen.acceptance)
+
+
+def propose(
+    target: Llama, draft: Draft | None, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None
+) -> Proposal:
+    """The draft's tree under each row's last token; for plain decoding that token alone."""
     if draft is None:
-        return state
-    features = jnp.take_along_axis(draft.features(out), chosen.path[:, :, None], axis=1)
-    count = state.lengths - before
-    past = draft_state(state)
-    extended = extend(draft, target, past.cache, features, chosen.tokens, count, state.prompt_lengths)
-    hidden = jnp.where((count > 0)[:, None], extended.hidden, past.hidden)
-    return dataclasses.replace(state, draft=dataclasses.replace(extended, hidden=hidden))
+        return Proposal(Tree.root(at(state.tokens, jnp.maximum(state.lengths - 1, 0))))
+    if state.draft is None:
+        raise ValueError("the state was prefilled without a draft; pass the draft to prefill too")
+    return draft.propose(target, state, tree, noise)
+
+
+def verify(target: Llama, draft: Draft | None, state: DecodeState, nodes: Tree) -> LlamaOutput:
+    """The target's pass over the nodes of a tree."""
+    return target(
+        nodes.tokens,
+        jnp.maximum(state.lengths - 1, 0)[:, None] + nodes.depths,
+        nodes.ancestors(),
+        prompt_lengths=state.prompt_lengths,
+        cache=state.cache,
+        taps=() if draft is None else draft.taps(target),
+    )

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.choose import choose
-from eagle_jax.drafting import Draft, attend_cached, draft_state, extend, window
-from eagle_jax.models.llama import Llama
+from eagle_jax.drafts.protocol import Draft, Text
+from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import DecodeState, append, at, empty_state, map_rows, put_row, row_keys, take_row
-from eagle_jax.tree import Tree, TreeConfig
+from eagle_jax.tree import Tree, TreePolicy
 
 # Tokens of a prompt that one pass takes: enough to keep a GPU's or TPU's matrix units busy, few enough that the
 # scores of attention stay small beside the cache.
@@ -58,7 +58,7 @@ def prefill(
     max_new_tokens: int = 256,
     stop_tokens: tuple[int, ...] | jax.Array = (),
     capacity: int | None = None,
-    tree: TreeConfig | None = None,
+    tree: TreePolicy | None = None,
     num_samples: int = 1,
     log_probs: bool = False,
 ) -> DecodeState:
@@ -106,11 +106,11 @@ def prefill(
         prompt_lengths=lengths,
     )
     chunks = -(-width // PREFILL_CHUNK)
-    state, hidden, feature = _run(target, draft, state, min(-(-width // chunks), state.cache.rows))
+    state, last = _run(target, draft, state, min(-(-width // chunks), state.cache.rows))
     if num_samples > 1:
         state = map_rows(lambda x: jnp.repeat(x, num_samples, axis=0), dataclasses.replace(state, keys=None))
-        hidden, feature = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), (hidden, feature))
-    return _begin(target, draft, dataclasses.replace(state, keys=keys), hidden, feature)
+        last = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), last)
+    return _begin(target, draft, dataclasses.replace(state, keys=keys), last)
 
 
 def insert(
@@ -217,8 +217,8 @@ def run_pending(target: Llama, draft: Draft | None, state: DecodeState) -> Decod
 
     def run_one(state, pending):
         row = jnp.argmax(pending)
-        one, hidden, feature = _run(target, draft, take_row(state, row), chunk)
-        return put_row(state, row, _begin(target, draft, one, hidden, feature)), pending.at[row].set(False)
+        one, last = _run(target, draft, take_row(state, row), chunk)
+        return put_row(state, row, _begin(target, draft, one, last)), pending.at[row].set(False)
 
     pending, state = state.pending, dataclasses.replace(state, pending=None)
     state, pending = jax.lax.while_loop(lambda carry: carry[1].any(), lambda carry: run_one(*carry), (state, pending))
@@ -227,24 +227,22 @@ def run_pending(target: Llama, draft: Draft | None, state: DecodeState) -> Decod
 
 def _run(
     target: Llama, draft: Draft | None, state: DecodeState, chunk: int
-) -> tuple[DecodeState, jax.Array, jax.Array | None]:
+) -> tuple[DecodeState, tuple[jax.Array, jax.Array | None]]:
     """Runs every row's tokens from its cache's length on, `chunk` of them a pass.
 
     Returns:
-      The state with its caches filled, and what each row's last token gave: the target's hidden state [B, D], and
-      the feature [B, F] whose pair waits for the first new token.
+      The state with its cache and the draft's memory filled, and what the target's pass gave at each row's last token:
+      hidden [B, H] and the draft's taps [B, F], if it has any.
     """
     batch, width = state.tokens.shape
     start, last = state.cache.length, state.lengths - 1
-    if "dynamic" in (target.config.rope.kind, draft.config.rope.kind if draft else None):
-        start = jnp.zeros_like(start)  # the rotation depends on the prompt's length, so nothing can be kept
-    draft_cache = None if draft is None else draft_state(state).cache
-    hidden = jnp.zeros((batch, target.config.hidden_size), target.dtype)
-    feature = None if draft is None else jnp.zeros((batch, draft.feature_size(target)), target.dtype)
+    if target.config.rope.kind == "dynamic" or (draft is not None and not draft.reusable):
+        start = jnp.zeros_like(start)  # what was kept depends on the rest of the text it was kept from
     causal = jnp.broadcast_to(jnp.tri(chunk, dtype=bool), (batch, chunk, chunk))
+    taps = () if draft is None else draft.taps(target)
 
     def run_chunk(index, carry):
-        cache, draft_cache, hidden, feature = carry
+        cache, memory, at_last = carry
         # The last chunk may reach back over rows that are there already: they come out the same.
         begin = jnp.clip(start + index * chunk, 0, cache.rows - chunk)
         positions = begin[:, None] + jnp.arange(chunk)[None]
@@ -252,13 +250,14 @@ def _run(
         def tokens_at(places):
             return jnp.take_along_axis(state.tokens, jnp.clip(places, 0, width - 1), axis=1)
 
+        tokens = tokens_at(positions)
         out = target(
-            tokens_at(positions),
+            tokens,
             positions,
             causal,
             prompt_lengths=state.prompt_lengths,
             cache=cache.with_length(begin),
-            taps=() if draft is None else draft.taps(target),
+            taps=taps,
             in_blocks=True,
         )
         cache = cache.write(out.rows, begin)
@@ -268,47 +267,47 @@ def _run(
         def keep(old, new):  # the last position's vector, from the chunk that holds it
             return jnp.where(ends_here[:, None], at(new, offset), old)
 
-        hidden = keep(hidden, out.hidden)
+        at_last = jax.tree.map(keep, at_last, (out.hidden, out.taps))
         if draft is not None:
-            # Pair i is (feature i, token i + 1). The pair of the last feature waits for its token, the first root.
-            features = draft.features(out)
-            feature = keep(feature, features)
-            visible = window(draft, positions)
-            mask = causal if visible is None else causal & visible.sees(positions)
-            attend = attend_cached(draft_cache.with_length(begin), mask, visible, in_blocks=True)
-            _, kept = draft(
-                target,
-                draft.fuse(features),
-                tokens_at(positions + 1),
-                positions,
-                attend,
+            # The last position waits for its next token, the first root.
+            text = Text(
+                tokens=tokens,
+                next_tokens=tokens_at(positions + 1),
+                start=begin,
+                count=jnp.clip(last - begin, 0, chunk),
+                output=out,
                 prompt_lengths=state.prompt_lengths,
             )
-            draft_cache = draft_cache.write([kept], begin)
-        return cache, draft_cache, hidden, feature
+            memory = draft.update(target, memory, text)
+        return cache, memory, at_last
 
     chunks = jnp.max(-(-(state.lengths - start) // chunk))
-    carry = (state.cache, draft_cache, hidden, feature)
-    cache, draft_cache, hidden, feature = jax.lax.fori_loop(0, chunks, run_chunk, carry)
-    state = dataclasses.replace(state, cache=cache.with_length(state.lengths))
-    if draft is not None:
-        past = dataclasses.replace(draft_state(state), cache=draft_cache.with_length(jnp.maximum(last, 0)))
-        state = dataclasses.replace(state, draft=past)
-    return state, hidden, feature
+    at_last = (
+        jnp.zeros((batch, target.config.hidden_size), target.dtype),
+        jnp.zeros((batch, len(taps) * target.config.hidden_size), target.dtype) if taps else None,
+    )
+    carry = (state.cache, state.draft, at_last)
+    cache, memory, at_last = jax.lax.fori_loop(0, chunks, run_chunk, carry)
+    return dataclasses.replace(state, cache=cache.with_length(state.lengths), draft=memory), at_last
 
 
 def _begin(
-    target: Llama, draft: Draft | None, state: DecodeState, hidden: jax.Array, feature: jax.Array | None
+    target: Llama, draft: Draft | None, state: DecodeState, at_last: tuple[jax.Array, jax.Array | None]
 ) -> DecodeState:
-    """Chooses each row's first new token, and runs the draft over the pair that waited for it."""
-    nodes = Tree.root(at(state.tokens, jnp.maximum(state.lengths - 1, 0)))
-    chosen = choose(state, nodes, target.logits(hidden[:, None]))
-    count = jnp.ones_like(state.lengths)
+    """Chooses each row's first new token, and tells the draft."""
+    hidden, taps = at_last
     before = state.lengths
-    state = append(state, chosen.tokens, count, chosen.sound, chosen.log_probs)
-    if draft is None or feature is None:
+    last = at(state.tokens, jnp.maximum(before - 1, 0))
+    chosen = choose(state, Tree.root(last), target.logits(hidden[:, None]))
+    state = append(state, chosen.tokens, jnp.ones_like(before), chosen.sound, chosen.log_probs)
+    if draft is None:
         return state
-    past = draft_state(state).cache
-    root = at(state.tokens, jnp.maximum(state.lengths - 1, 0))[:, None]
-    extended = extend(draft, target, past, feature[:, None], root, state.lengths - before, state.prompt_lengths)
-    return dataclasses.replace(state, draft=extended)
+    text = Text(
+        tokens=last[:, None],
+        next_tokens=chosen.tokens,
+        start=jnp.maximum(before - 1, 0),
+        count=state.lengths - before,
+        output=LlamaOutput(hidden[:, None], None if taps is None else taps[:, None], []),
+        prompt_lengths=state.prompt_lengths,
+    )
+    return dataclasses.replace(state, draft=draft.update(target, state.draft, text))

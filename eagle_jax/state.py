@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.tree import TreeConfig
+from eagle_jax.tree import TreeConfig, TreePolicy
 
 # Rows beyond the capacity: a commit writes D + 1 of them, of which only the accepted count. A deeper tree needs
 # `prefill(tree=...)` to know of it.
@@ -30,15 +30,6 @@ ROW_TILE = 128
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DraftState:
-    """What a draft keeps between cycles: cache of its pairs, and its output at the last one, hidden [B, D]."""
-
-    cache: KVCache
-    hidden: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class DecodeState:
     """Everything that a cycle needs and returns. Donate it.
 
@@ -46,7 +37,7 @@ class DecodeState:
     does; done, failed [B] bool; cycles [B]; accepted [B, scratch]: cycles that accepted 0, 1, ... draft tokens;
     drafted [B, W] bool: the tokens that were accepted draft tokens; log_probs [B, W] of new tokens, or None;
     stop_tokens [any number]; prompt_lengths [B]; keys [B] and sampling (fields [B]), None in the greedy program;
-    cache: the target's; draft: None in plain decoding; pending [B] bool: rows whose prompt `insert` left for the
+    cache: the target's; draft: the draft's memory, None in plain decoding; pending [B] bool: rows whose prompt `insert` left for the
     next cycle to run, None before the first insert.
     """
 
@@ -64,7 +55,7 @@ class DecodeState:
     keys: jax.Array | None
     sampling: SamplingConfig | None
     cache: KVCache
-    draft: DraftState | None
+    draft: Any
     pending: jax.Array | None
     capacity: int = dataclasses.field(metadata={"static": True})
 
@@ -82,7 +73,7 @@ def empty_state(
     *,
     sampling: SamplingConfig = SamplingConfig(),
     stop_tokens: tuple[int, ...] | jax.Array = (),
-    tree: TreeConfig | None = None,
+    tree: TreePolicy | None = None,
     log_probs: bool = False,
     width: int | None = None,
 ) -> DecodeState:
@@ -96,7 +87,8 @@ def empty_state(
       width: columns of `tokens`; default the capacity.
     """
     width = capacity if width is None else width
-    scratch = MIN_SCRATCH if tree is None else max(MIN_SCRATCH, tree.depth + 1)
+    depth = 0 if draft is None else draft.depth(TreeConfig() if tree is None else tree)
+    scratch = max(MIN_SCRATCH, depth + 1)
     rows = -(-(capacity + scratch) // ROW_TILE) * ROW_TILE
     cache = KVCache.zeros(target.config, batch, rows, target.dtype)
     return DecodeState(
@@ -114,12 +106,7 @@ def empty_state(
         keys=None if sampling.greedy else row_keys(jax.random.key(0), batch),
         sampling=None if sampling.greedy else sampling.rows(batch),
         cache=cache,
-        draft=None
-        if draft is None
-        else DraftState(
-            KVCache.zeros(draft.config, batch, rows, draft.dtype),
-            jnp.zeros((batch, draft.config.hidden_size), draft.dtype),
-        ),
+        draft=None if draft is None else draft.start(target, batch, rows),
         pending=None,
         capacity=capacity,
     )

@@ -15,7 +15,7 @@ import pytest
 
 import eagle_jax
 from eagle_jax import TreeConfig
-from eagle_jax.drafting import draft_tree
+from eagle_jax.decode import propose
 from eagle_jax.models import params
 from tests.toy import GOLDEN, NEAR_TIE, golden_pair, rows_of
 from tests.tree import oracle
@@ -29,7 +29,7 @@ _prefill = jax.jit(functools.partial(eagle_jax.prefill, max_new_tokens=NEW))
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=2)
 def tree_and_cycle(target, draft, state, config):
-    return draft_tree(target, draft, state, config), eagle_jax.cycle(target, draft, state, tree=config)
+    return propose(target, draft, state, config).tree, eagle_jax.cycle(target, draft, state, tree=config)
 
 
 def tree_config(setting: str) -> TreeConfig:

@@ -10,7 +10,7 @@ from typing import Any
 from eagle_jax.convert import from_pretrained, load, parts
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import read_json, resolve
-from eagle_jax.drafting import with_window
+from eagle_jax.drafts.eagle import with_window
 from eagle_jax.models.llama import Llama
 from eagle_jax.tree import TreeConfig
 

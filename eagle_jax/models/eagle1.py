@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from eagle_jax.drafts.eagle import EagleDraft
 from eagle_jax.models.config import ConfigError, DraftConfig
 from eagle_jax.models.layers import Attend, add_bias, dot, normal, rope_angles, zeros
 from eagle_jax.models.llama import DecoderLayer, Llama, LlamaOutput
 
 
-class Eagle1Draft(nnx.Module):
-    """The head's weights, and the functions that the decoder asks of a draft."""
+class Eagle1Draft(EagleDraft, nnx.Module):
+    """The head's weights and its functions; how it drafts is in drafts/eagle.py."""
 
     def __init__(self, config: DraftConfig, key: jax.Array, dtype: Any = jnp.float32):
         """Random weights."""
@@ -46,9 +47,6 @@ class Eagle1Draft(nnx.Module):
     def features(self, output: LlamaOutput) -> jax.Array:
         """What this head reads of a target pass: [B, T, D]."""
         return output.hidden
-
-    def feature_size(self, target: Llama) -> int:
-        return target.config.hidden_size
 
     def check_fits(self, target: Llama) -> None:
         """Raises ConfigError, naming both numbers, if the head was not made for a target of this shape."""

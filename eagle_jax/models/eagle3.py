@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from eagle_jax.drafts.eagle import EagleDraft
 from eagle_jax.models.config import ConfigError, DraftConfig, tap_layers
 from eagle_jax.models.layers import MLP, Attend, Attention, dot, normal, ones, rms_norm, rope_angles
 from eagle_jax.models.llama import Llama, LlamaOutput
@@ -47,8 +48,8 @@ class Eagle3Layer(nnx.Module):
         return x + self.mlp(rms_norm(x, self.post_attention_norm[...], eps)), kept
 
 
-class Eagle3Draft(nnx.Module):
-    """The head's weights, and the functions that the decoder asks of a draft."""
+class Eagle3Draft(EagleDraft, nnx.Module):
+    """The head's weights and its functions; how it drafts is in drafts/eagle.py."""
 
     def __init__(self, config: DraftConfig, num_taps: int, key: jax.Array, dtype: Any = jnp.float32):
         """Random weights. `num_taps` target layers feed `fc` (3 in every official head)."""
@@ -79,9 +80,6 @@ class Eagle3Draft(nnx.Module):
         """What this head reads of a target pass run with its `taps`: [B, T, F]."""
         assert output.taps is not None
         return output.taps
-
-    def feature_size(self, target: Llama) -> int:
-        return self.fc.shape[1]
 
     def check_fits(self, target: Llama) -> None:
         """Raises ConfigError, naming both numbers, if the head was not made for a target of this shape."""

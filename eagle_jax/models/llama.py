@@ -5,6 +5,8 @@ Letters: B batch, T new tokens, D hidden size, V vocabulary, F width of the feat
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -86,16 +88,28 @@ class Llama(nnx.Module):
           taps: layers whose input is returned; index n is the output of the last layer.
           in_blocks: see `attention`; for chunks of a prompt.
         """
+
+        def attend(index, q, k, v):
+            old = None if cache is None else cache.layer(index)
+            return attention(q, k, v, mask, old, in_blocks=in_blocks), (k, v)
+
+        return self.run(tokens, positions, attend, prompt_lengths=prompt_lengths, taps=taps)
+
+    def run(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Callable[..., tuple[jax.Array, Any]],
+        *,
+        prompt_lengths: jax.Array,
+        taps: tuple[int, ...] = (),
+    ) -> LlamaOutput:
+        """A pass with attention of the caller's own: attend(layer index, q, k, v), see `Attend`; it keeps the rows."""
         x = self.embed[tokens]
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         stream, rows = [x], []
         for index, layer in enumerate(self.layers):
-
-            def attend(q, k, v, index=index):
-                old = None if cache is None else cache.layer(index)
-                return attention(q, k, v, mask, old, in_blocks=in_blocks), (k, v)
-
-            x, kept = layer(x, rotation, attend)
+            x, kept = layer(x, rotation, functools.partial(attend, index))
             stream.append(x)
             rows.append(kept)
         tapped = jnp.concatenate([stream[tap] for tap in taps], axis=-1) if taps else None

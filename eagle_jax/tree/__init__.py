@@ -1,11 +1,16 @@
 """Draft trees: the data, growth, and acceptance. Imports jax only; the draft comes in as a function."""
 
-from eagle_jax.tree.grow import DraftFn, DraftStep, grow
-from eagle_jax.tree.tree import NO_PARENT, Tree, TreeConfig
+from eagle_jax.tree.grow import TreeConfig
+from eagle_jax.tree.merge import merge_chains
+from eagle_jax.tree.policy import DraftFn, DraftStep, TreePolicy
+from eagle_jax.tree.published import PUBLISHED_TREES
+from eagle_jax.tree.static import StaticTree
+from eagle_jax.tree.tree import NO_PARENT, Tree
 from eagle_jax.tree.verify import (
     Acceptance,
     AcceptFn,
     accept_coupled,
+    accept_drawn,
     accept_greedy,
     accept_sampled,
     accept_sampling,
@@ -15,17 +20,21 @@ from eagle_jax.tree.verify import (
 
 __all__ = [
     "NO_PARENT",
+    "PUBLISHED_TREES",
     "AcceptFn",
     "Acceptance",
     "DraftFn",
     "DraftStep",
+    "StaticTree",
     "Tree",
     "TreeConfig",
+    "TreePolicy",
     "accept_coupled",
+    "accept_drawn",
     "accept_greedy",
     "accept_sampled",
     "accept_sampling",
     "choice_noise",
-    "grow",
+    "merge_chains",
     "path_to",
 ]

@@ -1,108 +1,158 @@
 """Growing draft trees: EAGLE-2's context-aware dynamic tree (arXiv 2406.16858, section 4).
 
-Letters: B batch, k = top_k, V draft vocabulary, C candidates, N nodes, M = (depth - 1) * k scratch rows.
-
-The draft comes in as a function, so that toy drafts can test this file:
-
-    draft_fn(carry, step) -> (logits [B, k, V], carry)
-
-It scores the children of the k nodes in `step`. `carry` is the draft's own (its keys and values, say).
+Letters: B batch, k = top_k, V draft vocabulary, C candidates, N nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.tree.tree import NO_PARENT, Tree, TreeConfig
+from eagle_jax.tree.policy import DraftFn, DraftStep, best_children, step_mask
+from eagle_jax.tree.tree import NO_PARENT, Tree
 
 
-class DraftStep(NamedTuple):
-    """The k nodes that one drafting step expands.
+@dataclasses.dataclass(frozen=True)
+class TreeConfig:
+    """The static shape of a dynamic draft tree.
 
-    tokens: [B, k] target token ids.
-    parents: [B, k] which node of the previous step is the parent (0 at the first step).
-    mask: [B, k, M]: the nodes of every step in the order drafted (node j of step i is row i * k + j), True for
-      those a node may attend to: its ancestors and itself.
-    level: [] int32, 0 for the children of the root; these nodes stand `level` positions past the first.
-    """
+    depth: draft tokens on the longest path; one draft pass each.
+    top_k: children proposed a node, and nodes expanded a level.
+    num_nodes: nodes that the target verifies, the root included.
+    stop_below: adaptive drafting. A row's tree grows no deeper once the cumulative draft probability of the best node
+      that it could expand is below this; when no row of the batch grows, the remaining draft passes are not run. Of two
+      rows, each stops by itself. 0: never.
 
-    tokens: jax.Array
-    parents: jax.Array
-    mask: jax.Array
-    level: jax.Array
+    The official `EaModel(total_token=T, depth=d, top_k=k)` is `TreeConfig(depth=d + 1, top_k=k, num_nodes=T)`.
 
-
-DraftFn = Callable[[Any, DraftStep], tuple[jax.Array, Any]]
-
-
-def grow(
-    root: jax.Array,
-    logits: jax.Array,
-    carry: Any,
-    draft_fn: DraftFn,
-    config: TreeConfig,
-    target_ids: jax.Array | None = None,
-) -> Tree:
-    """Grows a tree level by level and keeps its best nodes.
-
-    Each level proposes top_k children for each of its top_k nodes and expands the best top_k of those by
-    cumulative log-probability. Of all proposals the best num_nodes - 1 are kept, in the order proposed. Equal
-    scores go to the lower index; a child comes after its parent and never scores more, so no node is kept
-    without its parent.
-
-    Args:
-      root: [B] target token ids.
-      logits: [B, V], the draft's logits for the children of the root.
-      carry: handed to the first `draft_fn` call.
-      target_ids: [V] target id of every draft id; None where they are the same.
     Raises:
-      ValueError: if top_k exceeds the draft vocabulary.
+      ValueError: for sizes that no tree can have; the message names the largest possible.
     """
-    batch, vocab = logits.shape
-    k = config.top_k
-    if k > vocab:
-        raise ValueError(f"TreeConfig.top_k = {k} exceeds the draft vocabulary of {vocab} tokens")
-    levels = config.depth - 1  # expansions after the root's
 
-    def propose(logits, scores):  # [B, W, V], [B, W] -> cumulative scores and target tokens [B, W * k]
-        log_probs, ids = jax.lax.top_k(log_probabilities(logits), k)
-        tokens = ids if target_ids is None else target_ids[ids]
-        return (scores[:, :, None] + log_probs).reshape(batch, -1), tokens.reshape(batch, -1)
+    depth: int = 8
+    top_k: int = 10
+    num_nodes: int = 60
+    stop_below: float = 0.0
 
-    def expand(state, level):
-        carry, beam, tokens, scores, mask = state
-        # Row j keeps its parent's ancestors and adds itself: [B, k, M].
-        parents = jnp.where(level == 0, 0, beam // k)
-        own = jax.nn.one_hot(level * k + jnp.arange(k), levels * k, dtype=bool)
-        mask = jnp.take_along_axis(mask, parents[:, :, None], axis=1) | own[None]
-        logits, carry = draft_fn(carry, DraftStep(tokens, parents, mask, level))
-        all_scores, all_tokens = propose(logits, scores)
-        scores, best = jax.lax.top_k(all_scores, k)
-        tokens = jnp.take_along_axis(all_tokens, best, axis=1)
-        return (carry, best, tokens, scores, mask), (all_scores, all_tokens, beam)
+    def __post_init__(self):
+        for name in ("depth", "top_k", "num_nodes"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"TreeConfig.{name} must be a positive integer, got {value!r}")
+        if self.num_nodes < 2:
+            raise ValueError(
+                "TreeConfig.num_nodes counts the root, so 2 is the smallest tree; for plain decoding pass draft=None"
+            )
+        if self.num_nodes > 1 + self.num_candidates:
+            raise ValueError(
+                f"TreeConfig.num_nodes = {self.num_nodes} is more than depth = {self.depth} and top_k = {self.top_k} "
+                f"can draft: at most {1 + self.num_candidates} (the root, top_k children, top_k ** 2 a further level)"
+            )
+        if isinstance(self.stop_below, bool) or not isinstance(self.stop_below, int | float):
+            raise ValueError(f"TreeConfig.stop_below must be a probability, 0 to 1, got {self.stop_below!r}")
+        if not 0 <= self.stop_below <= 1:
+            raise ValueError(f"TreeConfig.stop_below must be a probability, 0 to 1, got {self.stop_below!r}")
 
-    scores, tokens = propose(logits[:, None], jnp.zeros((batch, 1), jnp.float32))
-    if levels == 0:
-        return _select(root, scores, tokens, jnp.zeros((0, batch, k), jnp.int32), config)
-    first = jnp.broadcast_to(jnp.arange(k), (batch, k))
-    mask = jnp.zeros((batch, k, levels * k), bool)
-    state = (carry, first, tokens, scores, mask)
-    # beams[i]: which candidates of the level before were expanded at level i. [levels, B, k]
-    _, (more_scores, more_tokens, beams) = jax.lax.scan(expand, state, jnp.arange(levels))
+    @property
+    def num_candidates(self) -> int:
+        """Drafted tokens, of which the best num_nodes - 1 are kept."""
+        return self.top_k + (self.depth - 1) * self.top_k**2
 
-    all_scores = jnp.concatenate([scores, _flat(more_scores)], axis=1)  # [B, C], in flat candidate order
-    all_tokens = jnp.concatenate([tokens, _flat(more_tokens)], axis=1)
-    return _select(root, all_scores, all_tokens, beams, config)
+    @property
+    def width(self) -> int:
+        return self.top_k
+
+    def grow(
+        self, root: jax.Array, logits: jax.Array, carry: Any, draft_fn: DraftFn, target_ids: jax.Array | None = None
+    ) -> tuple[Tree, Any]:
+        """Grows a tree level by level and keeps its best nodes.
+
+        Each level proposes top_k children for each of its top_k nodes and expands the best top_k of those by
+        cumulative log-probability. Of all proposals the best num_nodes - 1 are kept, in the order proposed. Equal
+        scores go to the lower index; a child comes after its parent and never scores more, so no node is kept
+        without its parent.
+
+        Args and Returns: as TreePolicy.grow.
+        Raises:
+          ValueError: if top_k exceeds the draft vocabulary.
+        """
+        batch, vocab = logits.shape
+        k = self.top_k
+        if k > vocab:
+            raise ValueError(f"TreeConfig.top_k = {k} exceeds the draft vocabulary of {vocab} tokens")
+        levels = self.depth - 1  # expansions after the root's
+
+        def propose(logits, scores):  # [B, W, V], [B, W] -> cumulative scores and target tokens [B, W * k]
+            scores, tokens = best_children(logits, scores, k, target_ids)
+            return scores.reshape(batch, -1), tokens.reshape(batch, -1)
+
+        def expand(state, level):
+            carry, beam, tokens, scores, mask = state
+            parents = jnp.where(level == 0, 0, beam // k)
+            mask = step_mask(mask, parents, level)
+            logits, carry = draft_fn(carry, DraftStep(tokens, parents, mask, level))
+            all_scores, all_tokens = propose(logits, scores)
+            scores, best = jax.lax.top_k(all_scores, k)
+            tokens = jnp.take_along_axis(all_tokens, best, axis=1)
+            return (carry, best, tokens, scores, mask), (all_scores, all_tokens, beam)
+
+        scores, tokens = propose(logits[:, None], jnp.zeros((batch, 1), jnp.float32))
+        if levels == 0:
+            return _select(root, scores, tokens, jnp.zeros((0, batch, k), jnp.int32), self), carry
+        first = jnp.broadcast_to(jnp.arange(k), (batch, k))
+        mask = jnp.zeros((batch, k, levels * k), bool)
+        state = (carry, first, tokens, scores, mask)
+        # beams[i]: which candidates of the level before were expanded at level i. [levels, B, k]
+        if self.stop_below > 0:
+            carry, (more_scores, more_tokens, beams) = _while_promising(expand, state, levels, self.stop_below)
+        else:
+            (carry, *_), (more_scores, more_tokens, beams) = jax.lax.scan(expand, state, jnp.arange(levels))
+
+        all_scores = jnp.concatenate([scores, _flat(more_scores)], axis=1)  # [B, C], in flat candidate order
+        all_tokens = jnp.concatenate([tokens, _flat(more_tokens)], axis=1)
+        return _select(root, all_scores, all_tokens, beams, self), carry
 
 
-def log_probabilities(logits: jax.Array) -> jax.Array:
-    """Log-softmax over the last axis in float32; NaN becomes -inf, so that a broken draft still makes a tree."""
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return jnp.where(log_probs <= 0, log_probs, -jnp.inf)
+def _while_promising(expand, state, levels: int, threshold: float) -> tuple[Any, tuple[jax.Array, ...]]:
+    """The carry and what scanning `expand` over the levels gives, until no row has a node of at least this probability to expand.
+
+    Candidates of levels that a row did not grow score -inf, below all others, so they are kept only where a tree has
+    too few. Their parents are candidates with lower flat ids, which are kept before them.
+    """
+    _, first, tokens, scores, _ = state
+    batch, k = tokens.shape
+    grown = (
+        jnp.full((levels, batch, k * k), -jnp.inf, jnp.float32),
+        jnp.zeros((levels, batch, k * k), tokens.dtype),
+        jnp.zeros((levels, *first.shape), first.dtype),
+    )
+
+    def promising(scores):  # [B, k], best first -> [B]
+        return scores[:, 0] >= jnp.log(threshold)
+
+    def condition(loop):
+        level, growing, _, _ = loop
+        return (level < levels) & growing.any()
+
+    def body(loop):
+        level, growing, state, grown = loop
+        state, (scores, tokens, beams) = expand(state, level)
+        scores = jnp.where(growing[:, None], scores, -jnp.inf)
+        # So that a row's tree does not depend on whether its neighbours still grow.
+        tokens, beams = (jnp.where(growing[:, None], values, 0) for values in (tokens, beams))
+        growing &= promising(state[3])
+        new = tuple(
+            jax.lax.dynamic_update_index_in_dim(all, one, level, axis=0)
+            for all, one in zip(grown, (scores, tokens, beams), strict=True)
+        )
+        return level + 1, growing, state, new
+
+    start = jnp.int32(0), promising(scores), state, grown
+    _, _, (carry, *_), grown = jax.lax.while_loop(condition, body, start)
+    return carry, grown
 
 
 def _flat(levels: jax.Array) -> jax.Array:

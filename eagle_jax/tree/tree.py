@@ -1,4 +1,4 @@
-"""Tree: a batch of draft trees, and TreeConfig: their shape.
+"""Tree: a batch of draft trees.
 
 Letters: B batch, N nodes.
 
@@ -19,45 +19,6 @@ import jax
 import jax.numpy as jnp
 
 NO_PARENT = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeConfig:
-    """The static shape of a dynamic draft tree.
-
-    depth: draft tokens on the longest path; one draft pass each.
-    top_k: children proposed a node, and nodes expanded a level.
-    num_nodes: nodes that the target verifies, the root included.
-
-    The official `EaModel(total_token=T, depth=d, top_k=k)` is `TreeConfig(depth=d + 1, top_k=k, num_nodes=T)`.
-
-    Raises:
-      ValueError: for sizes that no tree can have; the message names the largest possible.
-    """
-
-    depth: int = 8
-    top_k: int = 10
-    num_nodes: int = 60
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"TreeConfig.{field.name} must be a positive integer, got {value!r}")
-        if self.num_nodes < 2:
-            raise ValueError(
-                "TreeConfig.num_nodes counts the root, so 2 is the smallest tree; for plain decoding pass draft=None"
-            )
-        if self.num_nodes > 1 + self.num_candidates:
-            raise ValueError(
-                f"TreeConfig.num_nodes = {self.num_nodes} is more than depth = {self.depth} and top_k = {self.top_k} "
-                f"can draft: at most {1 + self.num_candidates} (the root, top_k children, top_k ** 2 a further level)"
-            )
-
-    @property
-    def num_candidates(self) -> int:
-        """Drafted tokens, of which the best num_nodes - 1 are kept."""
-        return self.top_k + (self.depth - 1) * self.top_k**2
 
 
 @jax.tree_util.register_dataclass

@@ -101,13 +101,73 @@ def accept_sampling(tree: Tree, probs: jax.Array, uniforms: jax.Array) -> tuple[
     return Acceptance(path, length=_at(tree.depths, end), bonus=jnp.full(batch, -1, jnp.int32)), residual
 
 
-def accept_sampled(tree: Tree, logits: jax.Array, keys: jax.Array | None) -> Acceptance:
-    """`accept_sampling` as an accept_fn: the uniforms come from `keys`, and the bonus is drawn from the residual."""
+def accept_drawn(
+    tree: Tree, probs: jax.Array, draft_probs: jax.Array, uniforms: jax.Array
+) -> tuple[Acceptance, jax.Array]:
+    """`accept_sampling` for children that were drawn at random from probabilities q, one after the other.
+
+    Walks down from the root and tries the children in order: x is accepted with min(1, p(x) / q(x)); if it is rejected,
+    what is left to accept is p - q where that is positive, renormalised, and the next sibling was drawn from q without x,
+    renormalised (recursive rejection sampling without replacement: Jeon et al., arXiv 2402.14160; a chain of it is
+    speculative sampling, arXiv 2211.17192 and 2302.01318). Where q has no token left, a child is not tried.
+
+    Args:
+      probs: [B, N, V] float32, p, the target's distribution after every node.
+      draft_probs: [B, N, V] float32, q, from which the first child of every node was drawn. A row of zeros: the
+        children were chosen without chance, and are accepted as `accept_sampling` does.
+      uniforms: [B, N - 1] in [0, 1), consumed from the left, one for each proposal tried.
+    Returns:
+      Acceptance with a bonus of -1, and the residual [B, V]: the distribution to draw the bonus token from.
+    """
+    batch, nodes = tree.tokens.shape
+    rows = jnp.arange(batch)
+
+    def try_node(i, walk):
+        at, p, q, tried = walk  # the node that the walk stands at, and what is left there of p and q [B, V]
+        token = tree.tokens[:, i]
+        chosen = (draft_probs[rows, at] == 0).all(axis=-1)
+        this = jax.nn.one_hot(token, p.shape[-1], dtype=bool)
+        drawn_from = jnp.where(chosen[:, None], this.astype(p.dtype), q)
+        q_token = drawn_from[rows, token]
+        tries = (tree.parents[:, i] == at) & (q_token > 0)
+        u = uniforms[rows, jnp.minimum(tried, nodes - 2)]
+        accepts = tries & (u * q_token < p[rows, token])
+        rejects = (tries & ~accepts)[:, None]
+        p = jnp.where(rejects, _normalised(jnp.maximum(p - drawn_from, 0), p), p)
+        q = jnp.where(rejects, _normalised(jnp.where(this, 0, q), jnp.zeros_like(q)), q)
+        p = jnp.where(accepts[:, None], probs[:, i], p)
+        q = jnp.where(accepts[:, None], draft_probs[:, i], q)
+        return jnp.where(accepts, i, at), p, q, tried + tries
+
+    start = jnp.zeros(batch, jnp.int32), probs[:, 0], draft_probs[:, 0], jnp.zeros(batch, jnp.int32)
+    # Children stand after their parents, so one pass over the nodes meets each in time.
+    end, residual, _, _ = jax.lax.fori_loop(1, nodes, try_node, start)
+    path = path_to(tree, tree.ancestors(), end)
+    return Acceptance(path, length=_at(tree.depths, end), bonus=jnp.full(batch, -1, jnp.int32)), residual
+
+
+def _normalised(weights: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """weights [B, V] with a sum of 1; a row without any is that of `otherwise`."""
+    total = weights.sum(axis=-1, keepdims=True)
+    return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), otherwise)
+
+
+def accept_sampled(
+    tree: Tree, logits: jax.Array, keys: jax.Array | None, draft_probs: jax.Array | None = None
+) -> Acceptance:
+    """`accept_sampling` as an accept_fn: the uniforms come from `keys`, and the bonus is drawn from the residual.
+
+    With draft_probs, `accept_drawn`.
+    """
     if keys is None:
         raise ValueError("accept_sampled needs a key for each row; the state was prefilled for greedy decoding")
     nodes, vocab = logits.shape[1:]
     uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (nodes - 1,)))(keys)
-    acceptance, residual = accept_sampling(tree, jax.nn.softmax(logits, axis=-1), uniforms)
+    probs = jax.nn.softmax(logits, axis=-1)
+    if draft_probs is None:
+        acceptance, residual = accept_sampling(tree, probs, uniforms)
+    else:
+        acceptance, residual = accept_drawn(tree, probs, draft_probs, uniforms)
     bonus = jnp.argmax(jnp.log(residual) + choice_noise(keys, vocab), axis=-1).astype(jnp.int32)
     return dataclasses.replace(acceptance, bonus=bonus)
 

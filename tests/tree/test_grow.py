@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eagle_jax.tree import Tree, TreeConfig, grow
+from eagle_jax.tree import Tree, TreeConfig
 from tests.tree import oracle
 
 CONFIGS = [
@@ -20,7 +20,7 @@ CONFIGS = [
 
 @functools.partial(jax.jit, static_argnames=("config", "draft_fn"))
 def grow_with(roots, logits, carry, draft_fn, target_ids, config):
-    return grow(roots, logits, carry, draft_fn, config, target_ids)
+    return config.grow(roots, logits, carry, draft_fn, target_ids)[0]
 
 
 def assert_well_formed(tree: Tree, config: TreeConfig) -> None:
@@ -97,4 +97,4 @@ def test_ties_go_to_the_lowest_flat_index():
 
 def test_top_k_beyond_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="top_k = 10 exceeds the draft vocabulary of 7"):
-        grow(jnp.array([0]), jnp.zeros((1, 7)), jnp.zeros(7), constant_draft, TreeConfig())
+        TreeConfig().grow(jnp.array([0]), jnp.zeros((1, 7)), jnp.zeros(7), constant_draft)

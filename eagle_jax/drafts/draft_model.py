@@ -1,0 +1,156 @@
+"""DraftModel: standard speculative decoding with a smaller model (arXiv 2211.17192, 2302.01318).
+
+Letters: B batch, T positions, N nodes, D tree depth, k nodes drafted at a time, K key-value heads, M scratch rows,
+V vocabulary, H width of the small model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eagle_jax.drafts.noise import perturbed
+from eagle_jax.drafts.protocol import Draft, Proposal, Text
+from eagle_jax.models.cache import KVCache
+from eagle_jax.models.config import ConfigError
+from eagle_jax.models.layers import attention
+from eagle_jax.models.llama import Llama
+from eagle_jax.sampling import warp
+from eagle_jax.state import ROW_TILE, DecodeState, at, token_keys
+from eagle_jax.tree import DraftStep, StaticTree, Tree, TreePolicy, choice_noise
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelMemory:
+    """Cache of the whole text, the root included, and the small model's output at the root, hidden [B, H]."""
+
+    cache: KVCache
+    hidden: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftModel(Draft):
+    """Drafts with a smaller Llama of the same vocabulary.
+
+    The tree is a chain (`StaticTree.chain(5)`), another static tree, or a dynamic one (TreeConfig). Where the text is
+    sampled and the tree is static, the children of a node are drawn from the small model's own distribution, processed
+    as the target's is, and accepted by the rule for that (`accept_drawn`). A dynamic tree keeps the likeliest tokens,
+    which no rule may take for drawn ones; there, and in greedy rows, the tree holds the likeliest tokens.
+    """
+
+    model: Llama
+
+    @property
+    def reusable(self) -> bool:
+        return self.model.config.rope.kind != "dynamic"
+
+    def check_fits(self, target: Llama) -> None:
+        ours, theirs = self.model.config.vocab_size, target.config.vocab_size
+        if ours != theirs:
+            raise ConfigError(
+                f"the draft model does not fit the target: vocab_size is {ours} in the draft, {theirs} in the target"
+            )
+
+    def start(self, target: Llama, batch: int, rows: int) -> ModelMemory:
+        config, dtype = self.model.config, self.model.dtype
+        # A tile more: `update` writes one row more than the target's pass has.
+        cache = KVCache.zeros(config, batch, rows + ROW_TILE, dtype)
+        return ModelMemory(cache, jnp.zeros((batch, config.hidden_size), dtype))
+
+    def update(self, target: Llama, memory: ModelMemory, text: Text) -> ModelMemory:
+        """Runs the small model up to the root. The token at `start` runs again, which spares a case for the first."""
+        tokens = jnp.concatenate([text.tokens[:, :1], text.next_tokens], axis=1)
+        batch, width = tokens.shape
+        mask = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
+        out = self.model(
+            tokens,
+            text.start[:, None] + jnp.arange(width)[None],
+            mask,
+            prompt_lengths=text.prompt_lengths,
+            cache=memory.cache.with_length(text.start),
+            in_blocks=text.tree is None and width > 2,
+        )
+        return ModelMemory(
+            cache=memory.cache.write(out.rows, text.start),
+            hidden=jnp.where((text.count > 0)[:, None], at(out.hidden, text.count), memory.hidden),
+        )
+
+    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+        memory: ModelMemory = state.draft
+        past = memory.cache.with_length(state.lengths)
+        root = at(state.tokens, jnp.maximum(state.lengths - 1, 0))
+        batch, k, config = root.shape[0], tree.width, self.model.config
+        shape = (batch, config.num_kv_heads, (tree.depth - 1) * k, config.head_dim)
+        scratch = [(jnp.zeros(shape, self.model.dtype),) * 2 for _ in range(config.num_layers)]
+
+        draws = isinstance(tree, StaticTree) and state.sampling is not None and noise is None
+        if draws:
+            noise = _draft_noise(state, tree.depth, config.vocab_size)
+
+        def probabilities(logits):  # [B, T, V], zeros in greedy rows and where nothing is drawn (then [B, T, 0])
+            if not draws or state.sampling is None:
+                return jnp.zeros((*logits.shape[:2], 0))
+            sampled = (state.sampling.temperature > 0).reshape(-1, 1, 1)
+            return jnp.where(sampled, jax.nn.softmax(warp(logits, state.sampling), axis=-1), 0)
+
+        def draft_fn(carry, step: DraftStep):
+            scratch, probs = carry
+
+            def attend(index, q, k, v):
+                place = (0, 0, step.level * tree.width, 0)
+                old_k, old_v = scratch[index]
+                rows = (
+                    jax.lax.dynamic_update_slice(old_k, k, place),
+                    jax.lax.dynamic_update_slice(old_v, v, place),
+                )
+                return attention(q, *rows, step.mask, past.layer(index)), rows
+
+            positions = jnp.broadcast_to((state.lengths + step.level)[:, None], step.tokens.shape)
+            out = self.model.run(step.tokens, positions, attend, prompt_lengths=state.prompt_lengths)
+            logits = self.model.logits(out.hidden)
+            probs = jax.lax.dynamic_update_slice(probs, probabilities(logits), (0, 1 + step.level * tree.width, 0))
+            return perturbed(logits, state.sampling, noise, step.level + 1), (out.rows, probs)
+
+        logits = self.model.logits(memory.hidden[:, None])
+        first = probabilities(logits)
+        probs = jnp.zeros((batch, 1 + (tree.depth - 1) * k, first.shape[-1])).at[:, :1].set(first)
+        first_logits = perturbed(logits, state.sampling, noise, 0)[:, 0]
+        grown, (_, probs) = tree.grow(root, first_logits, (scratch, probs), draft_fn)
+        if not draws or not isinstance(tree, StaticTree):
+            return Proposal(grown)
+        return _drawn(grown, tree, probs)
+
+
+def _draft_noise(state: DecodeState, depth: int, vocab_size: int) -> jax.Array:
+    """Gumbel noise [B, D, V] for the tokens after nodes of each depth: the k largest of logits + noise are k draws
+    without putting back. Its keys are the cycle's own, and not those that the target chooses by.
+    """
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(token_keys(state, 1)[:, 0])
+    keys = jax.vmap(lambda key: jax.vmap(lambda depth: jax.random.fold_in(key, depth))(jnp.arange(depth)))(keys)
+    return choice_noise(keys, vocab_size)
+
+
+def _drawn(grown: Tree, tree: StaticTree, probs: jax.Array) -> Proposal:
+    """The proposal with q in place of perturbed scores; greedy rows, whose probs are zeros, keep theirs.
+
+    Args:
+      probs: [B, 1 + L * k, V], at the root, and at the nodes of every step.
+    """
+    row = np.full(tree.num_nodes, -1)  # of `probs`, for each node
+    row[0] = 0
+    for level, paths in enumerate(tree.steps):
+        for slot, path in enumerate(paths):
+            row[tree.node_of[path]] = 1 + level * tree.width + slot
+    at_nodes = jnp.where((row >= 0)[None, :, None], probs[:, np.maximum(row, 0)], 0)  # [B, N, V]
+    batch, nodes = grown.tokens.shape
+    rows = jnp.arange(batch)[:, None]
+    own = jnp.log(at_nodes[rows, jnp.maximum(grown.parents, 0), grown.tokens])
+    on_path = grown.ancestors() & (jnp.arange(nodes) > 0)[None, None]
+    scores = jnp.where(on_path, own[:, None], 0).sum(axis=-1)
+    chosen = (at_nodes[:, 0] == 0).all(axis=-1, keepdims=True)
+    return Proposal(dataclasses.replace(grown, scores=jnp.where(chosen, grown.scores, scores)), at_nodes)

@@ -1,0 +1,165 @@
+"""EAGLE heads as drafts: what EAGLE-1, 2 and 3 share. The networks are in models/eagle1.py and models/eagle3.py.
+
+Letters: B batch, T new pairs, F feature width, D width of the head, k nodes drafted at a time, V target vocabulary,
+Vd draft vocabulary.
+
+A *pair* is the feature of one position and the token that follows it. The memory holds the keys and values of all
+pairs so far, and the head's output at the last one, from which the next tree grows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from eagle_jax.drafts.noise import perturbed
+from eagle_jax.drafts.protocol import Draft, Proposal, Text
+from eagle_jax.models.cache import KVCache
+from eagle_jax.models.config import ConfigError, DraftConfig
+from eagle_jax.models.layers import Attend, Window, attention
+from eagle_jax.models.llama import Llama, LlamaOutput
+from eagle_jax.state import DecodeState, at
+from eagle_jax.tree import DraftStep, TreePolicy
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EagleMemory:
+    """Cache of the pairs so far, and the head's output at the last one, hidden [B, D]."""
+
+    cache: KVCache
+    hidden: jax.Array
+
+
+class EagleDraft(Draft):
+    """Drafts with a head of one layer, which a subclass provides: config, target_ids, features, fuse, call, logits."""
+
+    config: DraftConfig
+    target_ids: Any
+
+    @property
+    def dtype(self) -> Any:
+        raise NotImplementedError
+
+    def features(self, output: LlamaOutput) -> jax.Array:
+        """What the head reads of a target pass run with its `taps`: [B, T, F]."""
+        raise NotImplementedError
+
+    def fuse(self, features: jax.Array) -> jax.Array:
+        """Target features [B, T, F] -> hidden [B, T, D]. Drafted hidden states skip this."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        target: Llama,
+        hidden: jax.Array,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        *,
+        prompt_lengths: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """One step over T pairs: hidden [B, T, D] with tokens [B, T] at positions [B, T].
+
+        Returns:
+          hidden [B, T, D] before any final norm, and what `attend` keeps.
+        """
+        raise NotImplementedError
+
+    def logits(self, target: Llama, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> logits [..., Vd], float32."""
+        raise NotImplementedError
+
+    @property
+    def reusable(self) -> bool:
+        return self.config.rope.kind != "dynamic"  # there the rotation depends on the prompt's length
+
+    def start(self, target: Llama, batch: int, rows: int) -> EagleMemory:
+        cache = KVCache.zeros(self.config, batch, rows, self.dtype)
+        return EagleMemory(cache, jnp.zeros((batch, self.config.hidden_size), self.dtype))
+
+    def update(self, target: Llama, memory: EagleMemory, text: Text) -> EagleMemory:
+        """Runs the head over the new pairs, with the target's own features in place of drafted ones."""
+        batch, width = text.tokens.shape
+        past = memory.cache.with_length(text.start)
+        positions = text.start[:, None] + jnp.arange(width)[None]
+        mask = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
+        visible = self._window(positions)
+        if visible is not None:
+            mask &= visible.sees(positions)
+
+        def attend(q, k, v):
+            in_blocks = text.tree is None and width > 1
+            return attention(q, k, v, mask, past.layer(0), window=visible, in_blocks=in_blocks), (k, v)
+
+        fused = self.fuse(self.features(text.output))
+        hidden, kept = self(target, fused, text.next_tokens, positions, attend, prompt_lengths=text.prompt_lengths)
+        last = at(hidden, jnp.maximum(text.count - 1, 0))
+        return EagleMemory(
+            cache=past.write([kept], text.start).with_length(text.start + text.count),
+            hidden=jnp.where((text.count > 0)[:, None], last, memory.hidden),
+        )
+
+    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+        """Grows a tree from the head's last output, a step of the head each level (arXiv 2401.15077, section 4.1)."""
+        memory: EagleMemory = state.draft
+        past = memory.cache
+        root = at(state.tokens, jnp.maximum(state.lengths - 1, 0))
+        batch, k = root.shape[0], tree.width
+        scratch_shape = (batch, self.config.num_kv_heads, (tree.depth - 1) * k, self.config.head_dim)
+        scratch = jnp.zeros(scratch_shape, self.dtype)
+        ids = None if self.target_ids is None else self.target_ids[...]
+
+        def logits_of(hidden, depth):  # [B, T, D] -> [B, T, Vd], for the tokens after nodes of a depth
+            return perturbed(self.logits(target, hidden), state.sampling, noise, depth, ids)
+
+        def draft_fn(carry, step: DraftStep):
+            hidden, scratch_k, scratch_v = carry  # hidden [B, k, D]: outputs of the previous step's nodes
+            positions = jnp.broadcast_to((past.length + step.level)[:, None], step.tokens.shape)
+
+            def attend(q, k, v):
+                start = (0, 0, step.level * tree.width, 0)
+                rows = (
+                    jax.lax.dynamic_update_slice(scratch_k, k, start),
+                    jax.lax.dynamic_update_slice(scratch_v, v, start),
+                )
+                return attention(q, *rows, step.mask, past.layer(0), window=self._window(positions)), rows
+
+            hidden = jnp.take_along_axis(hidden, step.parents[:, :, None], axis=1)
+            hidden, rows = self(target, hidden, step.tokens, positions, attend, prompt_lengths=state.prompt_lengths)
+            return logits_of(hidden, step.level + 1), (hidden, *rows)
+
+        first = jnp.broadcast_to(memory.hidden[:, None], (batch, k, memory.hidden.shape[-1]))
+        logits = logits_of(memory.hidden[:, None], 0)[:, 0]
+        grown, _ = tree.grow(root, logits, (first, scratch, scratch), draft_fn, ids)
+        return Proposal(grown)
+
+    def _window(self, positions: jax.Array) -> Window | None:
+        """The rows that queries at positions [B, T] may see of the cache, if the config limits them."""
+        if self.config.window is None:
+            return None
+        first, recent = self.config.window
+        return Window(first, positions - recent + 1)
+
+
+AnyEagle = TypeVar("AnyEagle", bound=EagleDraft)
+
+
+def with_window(draft: AnyEagle, first: int, recent: int) -> AnyEagle:
+    """The draft, attending to no more than the text's `first` positions and its `recent` ones.
+
+    Lossless, as any change of a draft is. For texts longer than those the head was trained on, where its acceptance
+    falls (the first positions are kept as attention sinks: arXiv 2309.17453).
+
+    Args:
+      first: 0 or more. recent: 1 or more, counted back from a position itself.
+    """
+    if type(first) is not int or type(recent) is not int or first < 0 or recent < 1:
+        raise ConfigError(f"a window has first >= 0 and recent >= 1 positions, got first={first!r}, recent={recent!r}")
+    limited = copy.copy(draft)
+    limited.config = dataclasses.replace(draft.config, window=(first, recent))
+    return limited

@@ -1,0 +1,158 @@
+"""Lookahead decoding (Fu et al., arXiv 2402.02057): n-grams from Jacobi iteration, verified as they come up.
+
+Letters: B batch, N the n of the n-grams, W columns of the window, G guesses, R cycles remembered, V vocabulary.
+
+The window holds N - 1 levels of W guessed tokens: level l's column c guesses the token c + l places after the root, in
+the light of the levels below it. Every cycle runs it through the target together with the guesses; what the target says
+at its highest level completes an n-gram a column, which goes into the pool, and becomes the new highest level. The
+guesses are the n-grams of the pool that begin with the root's token.
+
+The window is a tree like any other, for N = 3 and W = 3, with x the root in column 0 of level 0:
+
+    level 0    x - a - b         positions 0 1 2: each a child of the one before
+    level 1    d   e   f         positions 1 2 3: each a child of the one above
+    new        g   h   i         what the target says after d, e, f; the n-grams xdg, aeh, bfi
+
+So it needs no mask of its own, and the target verifies its paths along with the guesses (the paper verifies the guesses
+alone, and so accepts no more).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from eagle_jax.drafts.protocol import Draft, Proposal, Text
+from eagle_jax.models.llama import Llama
+from eagle_jax.state import DecodeState, at
+from eagle_jax.tree import Tree, TreePolicy, merge_chains
+
+NONE = -1  # in place of a token: none yet
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LookaheadMemory:
+    """window [B, N - 1, W]; pool [B, R, W, N]: n-grams by the cycle that made them, a ring; cycles [B] so far."""
+
+    window: jax.Array
+    pool: jax.Array
+    cycles: jax.Array
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Lookahead(Draft):
+    """Drafts by n-grams that the target itself made in passing; no weights.
+
+    ngram: N, 2 or more. window: W columns. guesses: G n-grams verified a cycle, the latest ones first.
+    remembered: R, cycles whose n-grams are kept.
+
+    The window begins with tokens of the prompt. A cycle runs 1 + (G + W) * (N - 1) - 1 nodes.
+    """
+
+    window: int = 15
+    ngram: int = 5
+    guesses: int = 15
+    remembered: int = 256
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 2 if field.name == "ngram" else 1
+            if type(value) is not int or value < least:
+                raise ValueError(f"Lookahead.{field.name} must be an integer of at least {least}, got {value!r}")
+        if self.guesses > self.remembered * self.window:
+            raise ValueError(
+                f"Lookahead.guesses = {self.guesses} is more than the pool holds, remembered * window = "
+                f"{self.remembered * self.window}"
+            )
+
+    def depth(self, tree: TreePolicy) -> int:
+        return max(self.ngram - 1, self.window + self.ngram - 3)
+
+    def start(self, target: Llama, batch: int, rows: int) -> LookaheadMemory:
+        return LookaheadMemory(
+            window=jnp.full((batch, self.ngram - 1, self.window), NONE, jnp.int32),
+            pool=jnp.full((batch, self.remembered, self.window, self.ngram), NONE, jnp.int32),
+            cycles=jnp.zeros(batch, jnp.int32),
+        )
+
+    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+        memory: LookaheadMemory = state.draft
+        batch, width = state.tokens.shape
+        root = at(state.tokens, jnp.maximum(state.lengths - 1, 0))
+        guesses, found = self._guesses(memory, root)
+        merged = merge_chains(root, guesses, found)
+
+        places = jnp.arange((self.ngram - 1) * self.window)[None] % jnp.maximum(state.lengths, 1)[:, None]
+        beginning = jnp.take_along_axis(state.tokens, jnp.minimum(places, width - 1), axis=1)
+        window = jnp.where(memory.window == NONE, beginning.reshape(memory.window.shape), memory.window)
+        parents, depths = self._window_shape(merged.num_nodes)
+
+        def each_row(values):
+            return jnp.broadcast_to(jnp.array(values, jnp.int32), (batch, len(values)))
+
+        return Proposal(
+            Tree(
+                tokens=jnp.concatenate([merged.tokens, window.reshape(batch, -1)[:, 1:]], axis=1),
+                parents=jnp.concatenate([merged.parents, each_row(parents)], axis=1),
+                depths=jnp.concatenate([merged.depths, each_row(depths)], axis=1),
+                scores=jnp.pad(merged.scores, [(0, 0), (0, len(parents))]),
+            )
+        )
+
+    def update(self, target: Llama, memory: LookaheadMemory, text: Text) -> LookaheadMemory:
+        if text.tree is None or text.logits is None:  # a new prompt: nothing of an older text is kept
+            return self.start(target, text.tokens.shape[0], 0)
+        batch, nodes = text.tree.tokens.shape
+        first = nodes - self.window * (self.ngram - 1)  # so that the window's nodes, the root's first, are from here on
+        window = text.tree.tokens[:, first:].at[:, 0].set(text.tree.tokens[:, 0])
+        window = window.reshape(batch, self.ngram - 1, self.window)
+        top = jnp.argmax(text.logits[:, -self.window :], axis=-1).astype(jnp.int32)
+        if self.ngram == 2:  # the root, in column 0, is the highest level's first node
+            top = top.at[:, 0].set(jnp.argmax(text.logits[:, 0], axis=-1).astype(jnp.int32))
+        ngrams = jnp.concatenate([window, top[:, None]], axis=1).swapaxes(1, 2)  # [B, W, N]
+        pool = self._remember(memory, ngrams)
+        alive = text.count > 0
+        return LookaheadMemory(
+            window=jnp.where(
+                alive[:, None, None], jnp.concatenate([window[:, 1:], top[:, None]], axis=1), memory.window
+            ),
+            pool=jnp.where(alive[:, None, None, None], pool, memory.pool),
+            cycles=memory.cycles + alive,
+        )
+
+    def _guesses(self, memory: LookaheadMemory, root: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The latest n-grams that begin with root [B]: the tokens after it [B, G, N - 1], and which are there."""
+        batch = root.shape[0]
+        # The ring's next place holds the oldest n-grams.
+        age = (jnp.arange(self.remembered)[None] - memory.cycles[:, None]) % self.remembered
+        recency = age[:, :, None] * self.window + jnp.arange(self.window)[None, None]
+        recency = jnp.where(memory.pool[..., 0] == root[:, None, None], recency, NONE).reshape(batch, -1)
+        latest, chosen = jax.lax.top_k(recency, self.guesses)
+        pool = memory.pool.reshape(batch, -1, self.ngram)
+        found = jnp.take_along_axis(pool, chosen[:, :, None], axis=1)[:, :, 1:]
+        there = jnp.broadcast_to((latest != NONE)[:, :, None], found.shape)
+        return jnp.where(there, found, root[:, None, None]), there
+
+    def _remember(self, memory: LookaheadMemory, ngrams: jax.Array) -> jax.Array:
+        """The pool with the n-grams [B, W, N] of a cycle as its latest; those that it held already are moved there."""
+        held = (memory.pool[:, :, :, None] == ngrams[:, None, None]).all(axis=-1).any(axis=-1)  # [B, R, W]
+        pool = jnp.where(held[..., None], NONE, memory.pool)
+        same = (ngrams[:, :, None] == ngrams[:, None]).all(axis=-1)  # [B, W, W]
+        again = (same & ~jnp.tri(self.window, dtype=bool)[None]).any(axis=-1)  # a later column has it, too
+        ngrams = jnp.where(again[..., None], NONE, ngrams)
+        here = jnp.arange(self.remembered)[None] == (memory.cycles % self.remembered)[:, None]
+        return jnp.where(here[:, :, None, None], ngrams[:, None], pool)
+
+    def _window_shape(self, first: int) -> tuple[list[int], list[int]]:
+        """Parents and depths of the window's nodes but the root, level by level; `first` is the first one's index."""
+
+        def node(level: int, column: int) -> int:
+            return 0 if level == column == 0 else first - 1 + level * self.window + column
+
+        places = [(level, column) for level in range(self.ngram - 1) for column in range(self.window)][1:]
+        parents = [node(level - 1, column) if level else node(0, column - 1) for level, column in places]
+        return parents, [level + column for level, column in places]

@@ -1,0 +1,120 @@
+"""Medusa: extra heads on the target's last hidden state (Cai et al., arXiv 2401.10774).
+
+Letters: B batch, H hidden size of the target, V vocabulary, k nodes drafted at a time.
+
+Head i guesses the token i + 2 places after the hidden state it reads, the target's own head the one after it. So with
+the root known, head 0 guesses its children, head 1 theirs, whatever they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from eagle_jax.drafts.noise import perturbed
+from eagle_jax.drafts.protocol import Draft, Proposal, Text
+from eagle_jax.models.config import ConfigError
+from eagle_jax.models.layers import dot, normal, zeros
+from eagle_jax.models.llama import Llama
+from eagle_jax.state import DecodeState, at
+from eagle_jax.tree import DraftStep, TreePolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class MedusaConfig:
+    """The shape of a set of heads. num_blocks: residual blocks before each head's own lm_head (1 in published ones)."""
+
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    num_blocks: int = 1
+
+
+class MedusaBlock(nnx.Module):
+    """A residual block: x + silu(weight x + bias)."""
+
+    def __init__(self, config: MedusaConfig, key: jax.Array, dtype: Any):
+        self.weight = normal(key, (config.hidden_size, config.hidden_size), dtype)
+        self.bias = zeros((config.hidden_size,), dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H] -> [B, H]."""
+        return x + jax.nn.silu(dot("bd,fd->bf", x, self.weight[...]) + self.bias[...][None])
+
+
+class MedusaHead(nnx.Module):
+    """Residual blocks and an lm_head of its own."""
+
+    def __init__(self, config: MedusaConfig, key: jax.Array, dtype: Any):
+        keys = jax.random.split(key, config.num_blocks + 1)
+        self.blocks = nnx.List([MedusaBlock(config, block_key, dtype) for block_key in keys[1:]])
+        self.lm_head = normal(keys[0], (config.vocab_size, config.hidden_size), dtype)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """hidden [B, H] -> logits [B, V], float32."""
+        for block in self.blocks:
+            hidden = block(hidden)
+        return dot("bd,vd->bv", hidden, self.lm_head[...], jnp.float32)
+
+
+class Medusa(Draft, nnx.Module):
+    """The heads' weights, and how they draft. The memory is the target's hidden state [B, H] before the root.
+
+    The tree is static (`PUBLISHED_TREES["medusa-..."]`, or any list of paths) or dynamic, and no deeper than there are
+    heads.
+    """
+
+    def __init__(self, config: MedusaConfig, key: jax.Array, dtype: Any = jnp.float32):
+        """Random weights."""
+        self.config = config
+        keys = jax.random.split(key, config.num_heads)
+        self.heads = nnx.List([MedusaHead(config, head_key, dtype) for head_key in keys])
+
+    @property
+    def dtype(self) -> Any:
+        return self.heads[0].lm_head.dtype
+
+    def check_fits(self, target: Llama) -> None:
+        for field in ("vocab_size", "hidden_size"):
+            ours, theirs = getattr(self.config, field), getattr(target.config, field)
+            if ours != theirs:
+                raise ConfigError(
+                    f"the draft does not fit the target: {field} is {ours} in the draft, {theirs} in the target"
+                )
+
+    def start(self, target: Llama, batch: int, rows: int) -> jax.Array:
+        return jnp.zeros((batch, target.config.hidden_size), target.dtype)
+
+    def update(self, target: Llama, memory: jax.Array, text: Text) -> jax.Array:
+        last = at(text.output.hidden, jnp.maximum(text.count - 1, 0))
+        return jnp.where((text.count > 0)[:, None], last, memory)
+
+    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+        """Grows a tree whose nodes of one depth all have the same guesses for children.
+
+        Raises:
+          ValueError: for a tree that is deeper than there are heads.
+        """
+        if tree.depth > self.config.num_heads:
+            raise ValueError(
+                f"a tree of depth {tree.depth} needs as many Medusa heads, there are {self.config.num_heads}; choose "
+                'another tree, such as PUBLISHED_TREES["medusa-mc-sim-7b-63"]'
+            )
+        hidden = state.draft.astype(self.dtype)
+        logits = jnp.stack([head(hidden) for head in list(self.heads)[: tree.depth]], axis=1)  # [B, D, V]
+
+        def after(depth):  # -> [B, 1, V], for the tokens after nodes of a depth
+            own = jax.lax.dynamic_index_in_dim(logits, depth, axis=1)
+            return perturbed(own, state.sampling, noise, depth)
+
+        def draft_fn(carry, step: DraftStep):
+            own = after(step.level + 1)
+            return jnp.broadcast_to(own, (*step.tokens.shape, own.shape[-1])), carry
+
+        root = at(state.tokens, jnp.maximum(state.lengths - 1, 0))
+        grown, _ = tree.grow(root, after(0)[:, 0], (), draft_fn)
+        return Proposal(grown)

@@ -1,0 +1,77 @@
+"""PromptLookup: what followed the last tokens the last time they occurred (Saxena, "Prompt Lookup Decoding", 2023).
+
+Letters: B batch, W columns of the token buffer, G branches, L depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from eagle_jax.drafts.protocol import Draft, Proposal
+from eagle_jax.models.llama import Llama
+from eagle_jax.state import DecodeState, at
+from eagle_jax.tree import TreePolicy, merge_chains
+
+# Matches looked at for each branch wanted: several places may go on in the same way.
+MATCHES_A_BRANCH = 4
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class PromptLookup(Draft):
+    """Drafts by copying from the text itself; no weights. For answers that repeat their prompt: code, summaries.
+
+    length: tokens copied, the depth of the tree.
+    branches: places copied from: 1 is a chain, more make a tree.
+    ngram: the most last tokens compared. Longer matches come first, then later ones.
+
+    A copy that reaches the end of the text goes on with its own beginning, so that a text in a loop is guessed whole.
+    """
+
+    length: int = 10
+    branches: int = 1
+    ngram: int = 3
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"PromptLookup.{field.name} must be a positive integer, got {value!r}")
+
+    def depth(self, tree: TreePolicy) -> int:
+        return self.length
+
+    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+        tokens, last = state.tokens, jnp.maximum(state.lengths - 1, 0)
+        width = tokens.shape[1]
+        places = jnp.arange(width)[None]
+        # matched[b, j]: how many tokens up to j equal as many tokens up to the last one.
+        matched, going_on = jnp.zeros_like(tokens), jnp.ones(tokens.shape, bool)
+        for back in range(self.ngram):
+            wanted = at(tokens, jnp.maximum(last - back, 0))[:, None]
+            going_on &= (jnp.roll(tokens, back, axis=1) == wanted) & (places >= back)
+            matched += going_on
+        matched = jnp.where(places < last[:, None], matched, 0)
+        count = min(self.branches if self.branches == 1 else MATCHES_A_BRANCH * self.branches, width)
+        order, found = jax.lax.top_k(matched * width + places, count)
+        valid = order >= width  # a match of at least one token
+        # What follows place j, in a circle: places j + 1 to the last one, and again.
+        period = jnp.maximum(last[:, None] - found, 1)
+        offsets = jnp.arange(self.length)[None, None] % period[:, :, None]
+        copies = jnp.take_along_axis(tokens[:, None], jnp.minimum(found[:, :, None] + 1 + offsets, width - 1), axis=2)
+        copies, valid = _distinct(copies, valid, min(self.branches, count))
+        valid = jnp.broadcast_to(valid[:, :, None], copies.shape)
+        return Proposal(merge_chains(at(tokens, last), copies, valid))
+
+
+def _distinct(copies: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The first `count` valid rows of copies [B, M, L] that differ, and which of them are [B, count]."""
+    rows = copies.shape[1]
+    same = (copies[:, :, None] == copies[:, None]).all(axis=-1)  # [B, M, M]
+    repeats = (same & jnp.tri(rows, k=-1, dtype=bool)[None] & valid[:, None, :]).any(axis=-1)
+    valid = valid & ~repeats
+    _, chosen = jax.lax.top_k(jnp.where(valid, rows, 0) - jnp.arange(rows)[None], count)
+    return jnp.take_along_axis(copies, chosen[:, :, None], axis=1), jnp.take_along_axis(valid, chosen, axis=1)

@@ -1,0 +1,100 @@
+"""Draft: what the decoder asks of whatever guesses the target's next tokens.
+
+Letters: B batch, N nodes, T positions, D tree depth, V vocabulary, H width of the target's hidden state.
+
+A cycle asks the draft to `propose` a tree, lets the target check it, and tells the draft with `update` what the text
+gained. In between the draft keeps a `memory` of its own. A prompt comes by `update`, too, in chunks.
+
+Any tree is safe: what a draft proposes changes how many tokens a cycle brings, never which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from eagle_jax.models.llama import Llama, LlamaOutput
+from eagle_jax.state import DecodeState
+from eagle_jax.tree import Tree, TreePolicy
+
+
+class Proposal(NamedTuple):
+    """A tree, and how it was drawn.
+
+    probs: [B, N, V] float32 where the children of every node were drawn at random, one after the other without
+      putting back, from these probabilities (a row of zeros for a node without children), with the tree's shape fixed
+      beforehand; None where the draft chose them. A rule that knows how accepts more: see `accept_drawn`.
+    """
+
+    tree: Tree
+    probs: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What a row's text gained: T positions that the target has run, from `start` on, of which `count` are real.
+
+    tokens, next_tokens: [B, T], the token at each position and the one after it. After the last real one comes the
+      root, the token that the target chose and has not run yet.
+    start, count: [B]; count may be 0. Positions past the count hold anything.
+    output: the target's pass there: hidden [B, T, H], and taps [B, T, F] if the draft asked for them.
+    prompt_lengths: [B].
+    tree, logits: the tree that the target checked, and its logits [B, N, V] after every node, accepted or not; None for
+      a prompt, where T is up to a chunk's length.
+    """
+
+    tokens: jax.Array
+    next_tokens: jax.Array
+    start: jax.Array
+    count: jax.Array
+    output: LlamaOutput
+    prompt_lengths: jax.Array
+    tree: Tree | None = None
+    logits: jax.Array | None = None
+
+
+class Draft:
+    """A draft: a pytree (its weights, if any, are leaves) whose one necessary method is `propose`.
+
+    Everything runs in a trace: shapes may depend on the draft's own settings and on `tree` only. A row's proposal may
+    depend on that row alone, so that its text does not depend on its neighbours.
+    """
+
+    @property
+    def reusable(self) -> bool:
+        """Whether what was kept of a text's beginning holds for another text that begins with it."""
+        return True
+
+    def check_fits(self, target: Llama) -> None:
+        """Raises ConfigError, naming both numbers, if the draft was not made for a target of this shape."""
+
+    def depth(self, tree: TreePolicy) -> int:
+        """D, the most tokens that a proposal can get accepted. Drafts with a shape of their own ignore `tree`."""
+        return tree.depth
+
+    def taps(self, target: Llama) -> tuple[int, ...]:
+        """The target's layers whose input `update` reads (n: the last one's output)."""
+        return ()
+
+    def start(self, target: Llama, batch: int, rows: int) -> Any:
+        """The memory before any text: a pytree of arrays, each with the batch as its first axis.
+
+        Args:
+          rows: the most positions of a text, with room for a tree's depth + 1 beyond its end.
+        """
+        return ()
+
+    def update(self, target: Llama, memory: Any, text: Text) -> Any:
+        """The memory after the text grew. Rows whose count is 0 keep what they had, but for what no one reads."""
+        return memory
+
+    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+        """A tree of guesses whose root is each row's last token, from `state.draft` (the memory) and the text itself.
+
+        Args:
+          noise: [B, D + 1, V] Gumbel noise by which the target will choose the token after each depth, if it is shared
+            (see `accept_coupled`). A draft may ignore it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no draft: it lacks propose")

@@ -1,0 +1,47 @@
+"""merge_chains: guessed continuations, side by side, as one tree.
+
+Letters: B batch, G chains, L tokens of a chain.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from eagle_jax.tree.tree import NO_PARENT, Tree
+
+
+def merge_chains(root: jax.Array, chains: jax.Array, valid: jax.Array) -> Tree:
+    """A tree of 1 + G * L nodes whose paths are the chains, common beginnings shared.
+
+    A token that continues an earlier chain's beginning the same way hangs there as a duplicate sibling, which no
+    acceptance rule prefers to the first; what follows it hangs below the first. So every chain is a path of first
+    siblings:
+
+        chains [a b c], [a d e]       nodes 1 a, 2 b, 3 c, 4 a, 5 d, 6 e     parents 0 1 2 0 1 5
+
+    Node 1 + g * L + i is token i of chain g.
+
+    Args:
+      root: [B]. chains: [B, G, L] token ids. valid: [B, G, L] bool, which of a chain's first tokens are guesses; the
+        others are nodes, too, of score -inf.
+    Returns:
+      Tree with scores of 0 for guesses.
+    """
+    batch, count, length = chains.shape
+    same = jnp.cumprod((chains[:, :, None] == chains[:, None, :]).astype(jnp.int32), axis=-1) > 0  # [B, G, G, L]
+    first = jnp.argmax(same, axis=2)  # [B, G, L]: the first chain that begins with the same i + 1 tokens
+    nodes = 1 + first * length + jnp.arange(length)[None, None]
+    parents = jnp.concatenate([jnp.zeros((batch, count, 1), nodes.dtype), nodes[:, :, :-1]], axis=2)
+    depths = jnp.broadcast_to(jnp.arange(1, length + 1), (batch, count, length))
+
+    def with_root(first, rest):
+        rest = rest.reshape(batch, -1)
+        return jnp.concatenate([jnp.broadcast_to(first, (batch,))[:, None].astype(rest.dtype), rest], axis=1)
+
+    return Tree(
+        tokens=with_root(root, chains.astype(jnp.int32)),
+        parents=with_root(jnp.int32(NO_PARENT), parents.astype(jnp.int32)),
+        depths=with_root(jnp.int32(0), depths.astype(jnp.int32)),
+        scores=with_root(jnp.float32(0), jnp.where(valid, 0.0, -jnp.inf).astype(jnp.float32)),
+    )

@@ -1,0 +1,148 @@
+"""Static trees: the same shape in every cycle (EAGLE-1, arXiv 2401.15077; Medusa, arXiv 2401.10774, section 2.1.2).
+
+Letters: B batch, N nodes, k = width, L = depth - 1 drafting steps, R ranks proposed a node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eagle_jax.tree.policy import DraftFn, DraftStep, best_children, step_mask
+from eagle_jax.tree.tree import NO_PARENT, Tree
+
+Path = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticTree:
+    """A tree of fixed shape, from the paths of child ranks to its nodes, as the official code lists them.
+
+    [0], [1], [0, 0] are the root's likeliest and second likeliest child, and the likeliest child of the former. The
+    nodes are in order of depth, then of path; lists that hold the same paths are the same tree.
+
+    Raises:
+      ValueError: for a path without its parent, a path twice, or what is no path; the message names it.
+    """
+
+    paths: tuple[Path, ...]
+
+    def __init__(self, paths: Sequence[Sequence[int]]):
+        for path in paths:
+            if (
+                not isinstance(path, list | tuple)
+                or not path
+                or not all(type(rank) is int and rank >= 0 for rank in path)
+            ):
+                raise ValueError(f"a path of a static tree is a list of child ranks such as [0, 2, 0], got {path!r}")
+        if not paths:
+            raise ValueError("a static tree needs at least one path; for plain decoding pass draft=None")
+        ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+        known = {()} | set(ordered)
+        if len(known) != len(ordered) + 1:
+            twice = next(path for path in ordered if ordered.count(path) > 1)
+            raise ValueError(f"path {list(twice)} is twice in the static tree")
+        for path in ordered:
+            if path[:-1] not in known:
+                raise ValueError(f"path {list(path)} of the static tree lacks its parent, {list(path[:-1])}")
+        object.__setattr__(self, "paths", tuple(ordered))
+
+    @classmethod
+    def chain(cls, depth: int) -> StaticTree:
+        """One node a level: standard speculative decoding's chain of `depth` tokens."""
+        return cls([[0] * length for length in range(1, depth + 1)])
+
+    @property
+    def depth(self) -> int:
+        return len(self.paths[-1])
+
+    @property
+    def num_nodes(self) -> int:
+        return 1 + len(self.paths)
+
+    @property
+    def width(self) -> int:
+        """Nodes of a level that have children, at most, and at least 1."""
+        return max([1, *map(len, self.steps)])
+
+    @property
+    def ranks(self) -> int:
+        """R, the children that a node may have, at most."""
+        return 1 + max(path[-1] for path in self.paths)
+
+    @functools.cached_property
+    def steps(self) -> list[list[Path]]:
+        """The nodes of depth 1, 2, ..., depth - 1 that have children: what each drafting step expands."""
+        parents = sorted({path[:-1] for path in self.paths})
+        return [[path for path in parents if len(path) == depth] for depth in range(1, self.depth)]
+
+    @functools.cached_property
+    def node_of(self) -> dict[Path, int]:
+        """The index of each node; the root's path is ()."""
+        return {(): 0} | {path: index for index, path in enumerate(self.paths, start=1)}
+
+    def grow(
+        self, root: jax.Array, logits: jax.Array, carry: Any, draft_fn: DraftFn, target_ids: jax.Array | None = None
+    ) -> tuple[Tree, Any]:
+        """A tree whose node of path [..., r] is its parent's child of rank r.
+
+        Args and Returns: as TreePolicy.grow.
+        Raises:
+          ValueError: if a rank exceeds the draft vocabulary.
+        """
+        batch, vocab = logits.shape
+        if self.ranks > vocab:
+            raise ValueError(f"rank {self.ranks - 1} of the static tree exceeds the draft vocabulary of {vocab} tokens")
+        # Of each node that a step expands: its parent's place in the step before, and its rank there; 0 beyond the
+        # last node. The root is the one node of the step before the first. [L, k]
+        before = [[()], *self.steps]
+        slots, ranks = np.zeros((2, self.depth - 1, self.width), np.int32)
+        for level, paths in enumerate(self.steps):
+            slots[level, : len(paths)] = [before[level].index(path[:-1]) for path in paths]
+            ranks[level, : len(paths)] = [path[-1] for path in paths]
+
+        def children(logits, scores):
+            return best_children(logits, scores, self.ranks, target_ids)
+
+        def expand(state, step):
+            carry, mask, scores, tokens = state  # of the children of the step before, [B, k, R]
+            level, slots, ranks = step
+            tokens, scores = tokens[:, slots, ranks], scores[:, slots, ranks]
+            parents = jnp.broadcast_to(slots, (batch, self.width))
+            mask = step_mask(mask, parents, level)
+            logits, carry = draft_fn(carry, DraftStep(tokens, parents, mask, level))
+            scores, tokens = children(logits, scores)
+            return (carry, mask, scores, tokens), (scores, tokens)
+
+        first = tuple(
+            jnp.broadcast_to(values, (batch, self.width, self.ranks))
+            for values in children(logits[:, None], jnp.zeros((batch, 1), jnp.float32))
+        )
+        mask = jnp.zeros((batch, self.width, (self.depth - 1) * self.width), bool)
+        tables = (jnp.arange(self.depth - 1), jnp.array(slots), jnp.array(ranks))
+        (carry, *_), more = jax.lax.scan(expand, (carry, mask, *first), tables)
+        # [L + 1, B, k, R], and where in it each node is.
+        scores, tokens = (jnp.concatenate([a[None], b]) for a, b in zip(first, more, strict=True))
+        levels = np.array([len(path) - 1 for path in self.paths])
+        places = np.array([before[len(path) - 1].index(path[:-1]) for path in self.paths])
+        own = np.array([path[-1] for path in self.paths])
+
+        def nodes(values):
+            return jnp.moveaxis(values, 1, 0)[:, levels, places, own]
+
+        def each_row(values):
+            return jnp.broadcast_to(jnp.array(values, jnp.int32), (batch, self.num_nodes))
+
+        tree = Tree(
+            tokens=jnp.concatenate([root[:, None], nodes(tokens)], axis=1).astype(jnp.int32),
+            parents=each_row([NO_PARENT, *(self.node_of[path[:-1]] for path in self.paths)]),
+            depths=each_row([0, *map(len, self.paths)]),
+            scores=jnp.concatenate([jnp.zeros((batch, 1), jnp.float32), nodes(scores)], axis=1),
+        )
+        return tree, carry
