@@ -37,8 +37,8 @@ class DecodeState:
     does; done, failed [B] bool; cycles [B]; accepted [B, scratch]: cycles that accepted 0, 1, ... draft tokens;
     drafted [B, W] bool: the tokens that were accepted draft tokens; log_probs [B, W] of new tokens, or None;
     stop_tokens [any number]; prompt_lengths [B]; keys [B] and sampling (fields [B]), None in the greedy program;
-    cache: the target's; draft: the draft's memory, None in plain decoding; pending [B] bool: rows whose prompt `insert` left for the
-    next cycle to run, None before the first insert.
+    cache: the target's; draft: the draft's memory, None in plain decoding; pending [B] bool: rows whose prompt
+    `insert` left for the next cycle to run, None before the first insert.
     """
 
     tokens: jax.Array

@@ -116,10 +116,9 @@ class Lookahead(Draft):
         ngrams = jnp.concatenate([window, top[:, None]], axis=1).swapaxes(1, 2)  # [B, W, N]
         pool = self._remember(memory, ngrams)
         alive = text.count > 0
+        higher = jnp.concatenate([window[:, 1:], top[:, None]], axis=1)
         return LookaheadMemory(
-            window=jnp.where(
-                alive[:, None, None], jnp.concatenate([window[:, 1:], top[:, None]], axis=1), memory.window
-            ),
+            window=jnp.where(alive[:, None, None], higher, memory.window),
             pool=jnp.where(alive[:, None, None, None], pool, memory.pool),
             cycles=memory.cycles + alive,
         )

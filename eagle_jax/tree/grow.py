@@ -104,7 +104,7 @@ class TreeConfig:
             return _select(root, scores, tokens, jnp.zeros((0, batch, k), jnp.int32), self), carry
         first = jnp.broadcast_to(jnp.arange(k), (batch, k))
         mask = jnp.zeros((batch, k, levels * k), bool)
-        state = (carry, first, tokens, scores, mask)
+        state: Any = (carry, first, tokens, scores, mask)
         # beams[i]: which candidates of the level before were expanded at level i. [levels, B, k]
         if self.stop_below > 0:
             carry, (more_scores, more_tokens, beams) = _while_promising(expand, state, levels, self.stop_below)
@@ -117,7 +117,7 @@ class TreeConfig:
 
 
 def _while_promising(expand, state, levels: int, threshold: float) -> tuple[Any, tuple[jax.Array, ...]]:
-    """The carry and what scanning `expand` over the levels gives, until no row has a node of at least this probability to expand.
+    """As scanning `expand` over the levels, until no row has a node of at least this probability to expand.
 
     Candidates of levels that a row did not grow score -inf, below all others, so they are kept only where a tree has
     too few. Their parents are candidates with lower flat ids, which are kept before them.

@@ -101,7 +101,7 @@ class StaticTree:
             raise ValueError(f"rank {self.ranks - 1} of the static tree exceeds the draft vocabulary of {vocab} tokens")
         # Of each node that a step expands: its parent's place in the step before, and its rank there; 0 beyond the
         # last node. The root is the one node of the step before the first. [L, k]
-        before = [[()], *self.steps]
+        before: list[list[Path]] = [[()], *self.steps]
         slots, ranks = np.zeros((2, self.depth - 1, self.width), np.int32)
         for level, paths in enumerate(self.steps):
             slots[level, : len(paths)] = [before[level].index(path[:-1]) for path in paths]

@@ -107,8 +107,8 @@ def accept_drawn(
     """`accept_sampling` for children that were drawn at random from probabilities q, one after the other.
 
     Walks down from the root and tries the children in order: x is accepted with min(1, p(x) / q(x)); if it is rejected,
-    what is left to accept is p - q where that is positive, renormalised, and the next sibling was drawn from q without x,
-    renormalised (recursive rejection sampling without replacement: Jeon et al., arXiv 2402.14160; a chain of it is
+    what is left to accept is p - q where that is positive, renormalised, and the next sibling was drawn from q without
+    x, renormalised (recursive rejection sampling without replacement: Jeon et al., arXiv 2402.14160; a chain of it is
     speculative sampling, arXiv 2211.17192 and 2302.01318). Where q has no token left, a child is not tried.
 
     Args:
