@@ -20,7 +20,7 @@ from eagle_jax.models import params
 from tests.toy import GOLDEN, NEAR_TIE, golden_pair, rows_of
 from tests.tree import oracle
 
-HEADS = ["t1_eagle3_dv96", "t1_eagle3_dv256"]
+HEADS = ["t1_eagle3_dv96", "t1_eagle3_dv256", "t2_eagle1_bias", "t2_eagle1_nobias"]
 SETTINGS = ["8_4_2", "16_3_4", "32_6_10", "60_5_8", "60_7_10"]  # total_token, depth, top_k of the official EaModel
 PROMPTS, WIDTH, NEW = 3, 120, 128
 
@@ -48,7 +48,7 @@ def batch_of(prompts: list[np.ndarray]) -> tuple[jax.Array, jax.Array]:
 @pytest.mark.parametrize("head", HEADS)
 def test_generation_equals_the_reference(head, setting):
     gold = np.load(GOLDEN / f"gen_{head}_{setting}.npz")
-    target, draft = golden_pair(head)
+    target, draft = golden_pair(head, head[:2] + "_target")
     config = tree_config(setting)
     tokens, lengths = batch_of([gold[f"p{p}/input_ids"] for p in range(PROMPTS)])
     state = _prefill(target, draft, tokens, lengths)
@@ -95,10 +95,12 @@ def test_generation_equals_the_reference(head, setting):
 @pytest.mark.parametrize("head", HEADS)
 def test_stops_are_exact(head):
     gold = np.load(GOLDEN / f"stops_{head}.npz")
-    target, draft = golden_pair(head)
+    target, draft = golden_pair(head, head[:2] + "_target")
     assert gold["setting"].tolist() == [60, 7, 10]
     config = tree_config("60_7_10")
-    for p in range(PROMPTS):
+    stopped = [p for p in range(PROMPTS) if f"p{p}/eos_id" in gold]
+    assert stopped
+    for p in stopped:
         prompt, stop = gold[f"p{p}/input_ids"], int(gold[f"p{p}/eos_id"])
         tokens, lengths = batch_of([prompt])
         out = eagle_jax.generate(target, draft, tokens, lengths, tree=config, max_new_tokens=NEW, stop_tokens=(stop,))

@@ -237,7 +237,8 @@ def test_scripted_uniforms_give_the_reference_s_outcomes(name):
             rows, consumed = config["u"].shape
             uniforms = np.full((rows, max(len(tokens) - 1, consumed)), ALMOST_1, np.float32)
             uniforms[:, :consumed] = config["u"]
-            probs = jnp.asarray(np.broadcast_to(gold[f"{prompt}/cfg{c}/node_probs"], (rows, len(tokens), 256)))
+            node_probs = gold[f"{prompt}/cfg{c}/node_probs"]
+            probs = jnp.asarray(np.broadcast_to(node_probs, (rows, *node_probs.shape)))
             acceptance, residual = rule(tree_of(*tree, rows=rows), probs, uniforms[:, : len(tokens) - 1])
             np.testing.assert_array_equal(acceptance.length, config["accept_length"])
             end = np.take_along_axis(np.asarray(acceptance.path), np.asarray(acceptance.length)[:, None], axis=1)[:, 0]
