@@ -10,7 +10,7 @@ from typing import Any
 from eagle_jax.convert import from_pretrained, load, parts
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import read_json, resolve
-from eagle_jax.drafts.eagle import with_window
+from eagle_jax.drafts.eagle import EagleDraft, with_window
 from eagle_jax.models.llama import Llama
 from eagle_jax.tree import TreeConfig
 
@@ -29,7 +29,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models", "a converted folder, or official checkpoints as they are")
     group.add_argument("--model", metavar="DIR", help="a folder that `eagle-jax convert` wrote")
     group.add_argument("--target", metavar="DIR_OR_ID", help="instead: the target, a Hugging Face folder or hub id")
-    group.add_argument("--draft", metavar="DIR_OR_ID", help="and its EAGLE head")
+    group.add_argument("--draft", metavar="DIR_OR_ID", help="and its EAGLE head, Medusa heads, or draft model")
     group.add_argument("--dtype", choices=PARAMETER_DTYPES, help="dtype of both models (default: their own)")
 
 
@@ -118,13 +118,15 @@ def load_models(args: argparse.Namespace) -> Models:
         raise ValueError("name the models with either --model, or --target and --draft")
     if args.model is not None:
         if args.draft is not None:
-            raise ValueError("--draft goes with --target; a converted folder holds its own head")
+            raise ValueError("--draft goes with --target; a converted folder holds its own draft")
         folder = Path(args.model) / parts.TARGET
         target, draft = load(args.model, dtype=args.dtype)
     else:
         target, draft = from_pretrained(args.target, args.draft, dtype=args.dtype)
         folder = resolve(args.target)
     if draft is not None and args.draft_window is not None:
+        if not isinstance(draft, EagleDraft):
+            raise ValueError(f"--draft-window is for EAGLE heads, this draft is of class {type(draft).__name__}")
         draft = with_window(draft, *args.draft_window)
     return Models(target, draft, folder)
 

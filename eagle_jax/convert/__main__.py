@@ -16,7 +16,11 @@ from eagle_jax.models.config import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a conversion to a parser."""
     parser.add_argument("--target", required=True, metavar="DIR_OR_ID", help="the target model: a folder or a hub id")
-    parser.add_argument("--draft", metavar="DIR_OR_ID", help="its EAGLE head; without one, only the target")
+    parser.add_argument(
+        "--draft",
+        metavar="DIR_OR_ID",
+        help="its draft: an EAGLE head, Medusa heads, or a smaller model; without one, only the target",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", choices=PARAMETER_DTYPES, help="dtype of the parameters (default: the target's own)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not a conversion")
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (argparse itself exits with 2)."""
     parser = argparse.ArgumentParser(
-        prog="python -m eagle_jax.convert", description="Convert a target model and its EAGLE head for eagle_jax."
+        prog="python -m eagle_jax.convert", description="Convert a target model and its draft for eagle_jax."
     )
     add_arguments(parser)
     return run(parser.parse_args(argv))

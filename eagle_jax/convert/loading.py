@@ -14,14 +14,13 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from eagle_jax.convert import parts
 from eagle_jax.convert.error import CheckpointError
-from eagle_jax.convert.match import Match, build, match_pair, parameter_dtype
+from eagle_jax.convert.match import Match, as_draft, build, match_pair, parameter_dtype
 from eagle_jax.convert.read import read_json
+from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
-from eagle_jax.models.eagle1 import Eagle1Draft
-from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.llama import Llama
 
-Models = tuple[Llama, Eagle3Draft | Eagle1Draft | None]
+Models = tuple[Llama, Draft | None]
 
 
 def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Models:
@@ -31,7 +30,7 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Mo
       dtype: of both models; None means the dtype they were converted to.
       mesh: every array is read straight into its sharding on this mesh (axes "data", "tensor"); None: one device.
     Returns:
-      The target, and the draft or None.
+      The target, and the draft (Eagle3Draft, Eagle1Draft, Medusa or DraftModel) or None.
     Raises:
       CheckpointError: if the folder is no conversion, not a whole one, or was changed since.
     """
@@ -41,7 +40,7 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Mo
     target = _load_model(folder / parts.TARGET, entries[parts.TARGET], dtype, mesh)
     if parts.DRAFT not in entries:
         return target, None
-    draft = _load_model(folder / parts.DRAFT, entries[parts.DRAFT], dtype, mesh)
+    draft = as_draft(_load_model(folder / parts.DRAFT, entries[parts.DRAFT], dtype, mesh))
     draft.check_fits(target)
     return target, draft
 
@@ -52,14 +51,16 @@ def from_pretrained(
     """Loads official checkpoints without writing anything.
 
     Args:
-      target, draft: Hugging Face folders or hub ids; draft may be None.
+      target: a Hugging Face folder or hub id.
+      draft: another, or None. Its tensors' names tell what it is: an EAGLE head, Medusa heads, or a whole model, which
+        comes as a DraftModel.
       dtype: of both models; None means the target's own.
       mesh: as in `load`.
     Raises:
       CheckpointError, ConfigError: as `convert`.
     """
     target_match, draft_match = match_pair(target, draft, dtype)
-    return _fill(target_match, mesh), None if draft_match is None else _fill(draft_match, mesh)
+    return _fill(target_match, mesh), None if draft_match is None else as_draft(_fill(draft_match, mesh))
 
 
 def tokenizer(path: str | Path) -> Any:
@@ -83,13 +84,17 @@ _AGAIN = "convert again (python -m eagle_jax.convert)"
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """What a manifest says about one model. arrays: {path: shape and dtype}; checksums: {part: sha256}."""
+    """What a manifest says about one model.
+
+    arrays: {path: shape and dtype}; shapes: {path: shape}; checksums: {part: sha256}.
+    """
 
     kind: str
     own_embedding: bool
     dtype: str
     config_sha256: str
     arrays: dict[str, dict[str, Any]]
+    shapes: dict[str, tuple[int, ...]]
     checksums: dict[str, str]
 
 
@@ -117,12 +122,14 @@ def _entries(folder: Path) -> dict[str, _Entry]:
 
 
 def _entry(model: dict[str, Any], dtype: str) -> _Entry:
+    arrays = {path: array for part in model["parts"].values() for path, array in part["arrays"].items()}
     return _Entry(
         kind=model["kind"],
         own_embedding=model["own_embedding"],
         dtype=dtype,
         config_sha256=model["config_sha256"],
-        arrays={path: array for part in model["parts"].values() for path, array in part["arrays"].items()},
+        arrays=arrays,
+        shapes={path: tuple(array["shape"]) for path, array in arrays.items()},
         checksums={name: part["sha256"] for name, part in model["parts"].items()},
     )
 
@@ -132,7 +139,8 @@ def _load_model(folder: Path, entry: _Entry, dtype: np.dtype | None, mesh: Mesh 
     if parts.file_sha256(config_path) != entry.config_sha256:
         raise CheckpointError(f"{config_path}: was changed after the conversion; {_AGAIN}")
     hf, stored_dtype = read_json(config_path), parameter_dtype(entry.dtype)
-    model = build(entry.kind, hf, str(config_path), entry.own_embedding, stored_dtype)
+    where, own_embedding = str(config_path), entry.own_embedding
+    model = build(entry.kind, hf, where, stored_dtype, own_embedding=own_embedding, shapes=entry.shapes)
     leaves = params.flatten(model)
     expected = {path: parts.describe(leaf) for path, leaf in leaves.items()}
     if entry.arrays != expected:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from eagle_jax.convert import names
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.read import Checkpoint, Tensor, open_checkpoint
 from eagle_jax.convert.vocabulary import target_ids_of
+from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.medusa import Medusa, MedusaConfig
+from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.models.config import DraftConfig, LlamaConfig
 from eagle_jax.models.eagle1 import Eagle1Draft
@@ -32,7 +35,7 @@ OFFICIAL_TAPS = 3  # target layers that an EAGLE-3 head reads, unless its config
 class Match:
     """A model and where its parameters come from.
 
-    kind: "llama", "eagle3" or "eagle1". model: abstract (shapes and dtypes in place of arrays).
+    kind: "llama", "eagle3", "eagle1" or "medusa". model: abstract (shapes and dtypes in place of arrays).
     tensors: the source of each parameter by path; all but `target_ids`, which is read already.
     """
 
@@ -66,31 +69,53 @@ def match_pair(target: str | Path, draft: str | Path | None, dtype: Any) -> tupl
     if draft is None:
         return target_match, None
     draft_match = match_draft(open_checkpoint(draft), dtype)
-    draft_match.model.check_fits(target_match.model)
+    as_draft(draft_match.model).check_fits(target_match.model)
     return target_match, draft_match
 
 
 def match_target(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
     """Matches a Llama checkpoint."""
-    model = build("llama", checkpoint.config, str(checkpoint.config_path), False, dtype)
+    model = build("llama", checkpoint.config, str(checkpoint.config_path), dtype)
     return _match("llama", names.LLAMA, model, checkpoint)
 
 
 def match_draft(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
-    """Matches the checkpoint of an EAGLE head; its kind is read from its tensor names."""
-    kind, table = names.head_kind(checkpoint.tensors, str(checkpoint.folder))
+    """Matches the checkpoint of a draft; its kind is read from its tensor names."""
+    kind, table = names.draft_kind(checkpoint.tensors, str(checkpoint.folder))
+    if kind == "medusa":
+        return _match_medusa(table, checkpoint, dtype)
     own_embedding = table["embed"] in checkpoint.tensors
-    model = build(kind, checkpoint.config, str(checkpoint.config_path), own_embedding, dtype)
+    model = build(kind, checkpoint.config, str(checkpoint.config_path), dtype, own_embedding=own_embedding)
     return _match(kind, table, model, checkpoint)
 
 
-def build(kind: str, hf: Mapping[str, Any], where: str, own_embedding: bool, dtype: Any) -> Any:
+def as_draft(model: Any) -> Draft:
+    """A model in the draft's role: a whole Llama is wrapped, any other draft is one as it is."""
+    return DraftModel(model) if isinstance(model, Llama) else model
+
+
+def build(
+    kind: str,
+    hf: Mapping[str, Any],
+    where: str,
+    dtype: Any,
+    *,
+    own_embedding: bool = False,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Any:
     """The abstract model of a kind and a Hugging Face config.
 
+    Args:
+      where: what the sizes come from, for messages.
+      own_embedding: of EAGLE heads, whose config does not tell.
+      shapes: {path: shape} of all parameters; of Medusa heads, whose config holds no sizes.
     Raises:
-      CheckpointError: an unknown kind.
-      ConfigError: a config that is not implemented; `where` is its name in the message.
+      CheckpointError: an unknown kind, or shapes that no model has.
+      ConfigError: a config that is not implemented.
     """
+    if kind == "medusa":
+        medusa = medusa_config(shapes or {}, where)
+        return params.abstract(lambda key: Medusa(medusa, key, dtype))
     if kind == "llama":
         config = LlamaConfig.from_hf(hf, where)
         return params.abstract(lambda key: Llama(config, key, dtype))
@@ -101,6 +126,16 @@ def build(kind: str, hf: Mapping[str, Any], where: str, own_embedding: bool, dty
         return params.abstract(lambda key: Eagle1Draft(head, key, dtype))
     num_taps = OFFICIAL_TAPS if head.taps is None else len(head.taps)
     return params.abstract(lambda key: Eagle3Draft(head, num_taps, key, dtype))
+
+
+def medusa_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> MedusaConfig:
+    """The config of Medusa heads from {path: shape}. Paths and shapes that contradict it are for the caller to find."""
+    sizes = shapes.get("heads.0.lm_head", ())
+    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        raise CheckpointError(f"{where}: a Medusa head's lm_head has shape [V, H], here it is {list(sizes)}")
+    heads = {path.split(".")[1] for path in shapes if path.startswith("heads.")}
+    blocks = {path.split(".")[3] for path in shapes if path.startswith("heads.0.blocks.")}
+    return MedusaConfig(*sizes, num_heads=len(heads), num_blocks=len(blocks))
 
 
 def parameter_dtype(dtype: Any) -> np.dtype:
@@ -157,35 +192,54 @@ def finite_values(tensor: Tensor, dtype: Any) -> np.ndarray:
     return out.reshape(source.shape)
 
 
-def _match(kind: str, table: Mapping[str, str], model: Any, checkpoint: Checkpoint) -> Match:
+def _match_medusa(table: Mapping[str, str], checkpoint: Checkpoint, dtype: np.dtype) -> Match:
+    """Matches Medusa heads, whose config holds no sizes: their tensors' names and shapes tell them."""
+    _require(table.values(), checkpoint, "the file is incomplete")
+    tensors = {path: checkpoint.tensors[name] for path, name in table.items()}
+    shapes = {path: tensor.shape for path, tensor in tensors.items()}
+    model = build("medusa", checkpoint.config, tensors["heads.0.lm_head"].where, dtype, shapes=shapes)
+    # Of the config only this: published ones say medusa_num_heads 2 where the file holds 5.
+    told, num_blocks = checkpoint.config.get("medusa_num_layers"), model.config.num_blocks
+    if told not in (None, num_blocks):
+        raise CheckpointError(
+            f"{checkpoint.config_path}: medusa_num_layers is {told!r}, by its tensors' names a head has {num_blocks} "
+            "residual blocks; config.json or the weights belong to another model"
+        )
+    return _match("medusa", table, model, checkpoint, sized_by="the rest of the file")
+
+
+def _match(
+    kind: str, table: Mapping[str, str], model: Any, checkpoint: Checkpoint, sized_by: str = "config.json"
+) -> Match:
     leaves = params.flatten(model)
     tensors = checkpoint.tensors
     weights = {path: names.official_name(table, path) for path in leaves if path != "target_ids"}
     tables = {names.DRAFT_TO_TARGET, names.TARGET_TO_DRAFT} & set(tensors) if kind == "eagle3" else set()
 
-    missing = sorted(set(weights.values()) - set(tensors))
-    if missing:
-        files = ", ".join(file.name for file in checkpoint.files)
-        raise CheckpointError(
-            f"{checkpoint.folder}: tensor {_and_more(missing)} missing from {files}; the files are incomplete, "
-            "or config.json belongs to another model"
-        )
+    _require(weights.values(), checkpoint, "the files are incomplete, or config.json belongs to another model")
     for path, name in weights.items():
-        _check(tensors[name], names.official_shape(path, leaves[path].shape), FLOATS)
+        _check(tensors[name], names.official_shape(path, leaves[path].shape), FLOATS, sized_by)
     for name in sorted(set(tensors) - set(weights.values()) - tables):
         if not names.IGNORED.fullmatch(name) and not _repeats_embedding(name, model, weights, tensors):
             raise CheckpointError(
-                f"{tensors[name].where} has no place in the model that config.json describes; "
-                "the file or config.json belongs to another model"
+                f"{tensors[name].where} has no place in the model that {sized_by} describes; "
+                "one of the two belongs to another model"
             )
     sources = {path: tensors[name] for path, name in weights.items()}
     ids = _target_ids(model.config, tensors, str(checkpoint.folder)) if kind == "eagle3" else None
     return Match(kind, model, checkpoint, sources, ids)
 
 
-def _check(tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+def _require(wanted: Collection[str], checkpoint: Checkpoint, cause: str) -> None:
+    missing = sorted(set(wanted) - set(checkpoint.tensors))
+    if missing:
+        files = ", ".join(file.name for file in checkpoint.files)
+        raise CheckpointError(f"{checkpoint.folder}: tensor {_and_more(missing)} missing from {files}; {cause}")
+
+
+def _check(tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[str, ...], sized_by: str = "config.json") -> None:
     if tensor.shape != shape:
-        raise CheckpointError(f"{tensor.where} has shape {tensor.shape}, config.json asks for {shape}")
+        raise CheckpointError(f"{tensor.where} has shape {tensor.shape}, {sized_by} asks for {shape}")
     if tensor.dtype not in dtypes:
         raise CheckpointError(f"{tensor.where} is of dtype {tensor.dtype}; expected one of {', '.join(dtypes)}")
 
@@ -196,7 +250,7 @@ def _repeats_embedding(name: str, model: Any, weights: Mapping[str, str], tensor
     Raises:
       CheckpointError: if it differs from the embedding.
     """
-    if name != "lm_head.weight" or not model.config.tie_word_embeddings or "embed" not in weights:
+    if name != "lm_head.weight" or "embed" not in weights or not model.config.tie_word_embeddings:
         return False
     head, embedding = tensors[name], tensors[weights["embed"]]
     if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):

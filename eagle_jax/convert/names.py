@@ -59,6 +59,11 @@ EAGLE1: dict[str, str] = {
     **{f"layer.{path}": f"layers.0.{name}" for path, name in LAYER.items()},
 }
 
+# A tensor of Medusa heads: prefix, head, place in the head, kind. Newer files have the prefix, older ones none.
+# Two digits bound the table that the names of a file can ask for.
+MEDUSA_PREFIX = "medusa_head."
+MEDUSA = re.compile(rf"({re.escape(MEDUSA_PREFIX)})?(\d{{1,2}})\.(\d{{1,2}})\.(linear\.weight|linear\.bias|weight)")
+
 # Vocabulary tables of an EAGLE-3 head: no weights, so read and written apart from them.
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 
@@ -76,10 +81,21 @@ HEAD_AXIS: dict[str, int] = {
 }
 
 
+def medusa_names(num_heads: int, num_blocks: int, prefix: str = MEDUSA_PREFIX) -> dict[str, str]:
+    """The table of Medusa heads, path by path. A head's lm_head comes after its blocks and is counted with them."""
+    table = {}
+    for i in range(num_heads):
+        for j in range(num_blocks):
+            for part in ("weight", "bias"):
+                table[f"heads.{i}.blocks.{j}.{part}"] = f"{prefix}{i}.{j}.linear.{part}"
+        table[f"heads.{i}.lm_head"] = f"{prefix}{i}.{num_blocks}.weight"
+    return table
+
+
 def official_name(table: Mapping[str, str], path: str) -> str:
     """ "layers.3.attention.q" -> "model.layers.3.self_attn.q_proj.weight", by the table LLAMA."""
     index = re.search(r"\d+", path)
-    if index is None:
+    if index is None or path in table:
         return table[path]
     return table[path.replace(index[0], "{i}", 1)].replace("{i}", index[0], 1)
 
@@ -92,13 +108,13 @@ def official_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
 
 
-def head_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str, str]]:
-    """The kind of an EAGLE head, "eagle3" or "eagle1", and its table, from its tensor names.
+def draft_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str, str]]:
+    """The kind of a draft, "eagle3", "eagle1", "medusa" or "llama", and its table, from its tensor names.
 
     Args:
       where: the checkpoint's name, for messages.
     Raises:
-      CheckpointError: if these are not the names of a head.
+      CheckpointError: if these are not the names of a draft.
     """
     if any(name.startswith("midlayer.") for name in tensor_names):
         return "eagle3", EAGLE3
@@ -106,9 +122,20 @@ def head_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str,
         return "eagle3", EAGLE3_LAYERS
     if "fc.weight" in tensor_names and any(name.startswith("layers.0.") for name in tensor_names):
         return "eagle1", EAGLE1
+    medusa = [match for match in map(MEDUSA.fullmatch, tensor_names) if match]
+    if medusa:
+        return "medusa", _medusa_table(medusa)
     if any(name.startswith("model.layers.") for name in tensor_names):
-        raise CheckpointError(f"{where}: holds a whole language model, not an EAGLE head; is it the target?")
+        return "llama", LLAMA
     raise CheckpointError(
-        f"{where}: not an EAGLE head: it has neither midlayer.* nor layers.0.* with fc.weight; "
+        f"{where}: not a draft: it has neither midlayer.* nor layers.0.* with fc.weight (an EAGLE head), "
+        f"nor {MEDUSA_PREFIX}* or 0.0.* (Medusa heads), nor model.layers.* (a language model); "
         f"its tensors are {', '.join(sorted(tensor_names)[:5]) or 'none'}, ..."
     )
+
+
+def _medusa_table(found: Collection[re.Match[str]]) -> dict[str, str]:
+    """The table of as many heads and blocks as the highest numbers tell of, whatever is missing below them."""
+    num_heads = 1 + max(int(match[2]) for match in found)
+    num_blocks = max(int(match[3]) + (match[4] != "weight") for match in found)
+    return medusa_names(num_heads, num_blocks, MEDUSA_PREFIX if any(match[1] for match in found) else "")

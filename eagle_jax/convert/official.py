@@ -9,6 +9,9 @@ import numpy as np
 
 from eagle_jax.convert import names
 from eagle_jax.convert.vocabulary import official_tables
+from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.medusa import Medusa
+from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
@@ -17,19 +20,25 @@ from eagle_jax.models.llama import Llama
 TABLES = {Llama: names.LLAMA, Eagle3Draft: names.EAGLE3, Eagle1Draft: names.EAGLE1}
 
 
-def to_official(model: Llama | Eagle3Draft | Eagle1Draft) -> dict[str, np.ndarray]:
+def to_official(model: Llama | Draft) -> dict[str, np.ndarray]:
     """{official tensor name: array} with official shapes, in the model's dtypes.
 
     Args:
       model: a model, or a gradient of it (a pytree of the same class). An EAGLE-3 head comes with `d2t` int64
         and `t2d` bool, trivial ones where both vocabularies are one; a gradient, whose integer table is of
-        JAX's float0, comes without.
+        JAX's float0, comes without. A DraftModel gives what its Llama does.
     Raises:
-      TypeError: if `model` is none of these classes.
+      TypeError: for a draft without weights, or anything else that no checkpoint holds.
     """
-    table = TABLES.get(type(model))
-    if table is None:
-        raise TypeError(f"expected one of {', '.join(cls.__name__ for cls in TABLES)}, not {type(model).__name__}")
+    if isinstance(model, DraftModel):
+        return to_official(model.model)
+    if isinstance(model, Medusa):
+        table = names.medusa_names(model.config.num_heads, model.config.num_blocks)
+    elif type(model) in TABLES:
+        table = TABLES[type(model)]
+    else:
+        known = ", ".join(cls.__name__ for cls in (*TABLES, Medusa, DraftModel))
+        raise TypeError(f"expected one of {known}, not {type(model).__name__}")
     leaves: dict[str, Any] = params.flatten(model)
     ids = leaves.pop("target_ids", None)
     arrays = {}

@@ -1,6 +1,7 @@
 """The parts of a converted folder: what they are called, how they are written, checked and restored.
 
-A part is an orbax item holding a flat {path: array} dictionary: a layer, an embedding, an lm_head, or the rest.
+A part is an orbax item holding a flat {path: array} dictionary: a layer, an embedding, an lm_head, a Medusa head, or
+the rest.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def is_conversion(folder: Path) -> bool:
 
 def part_of(path: str) -> str:
     """ "layers.3.attention.q" -> "layers.3"; "embed" and "lm_head" stand alone; anything else -> "rest"."""
-    layer = re.match(r"layers\.\d+", path)
+    layer = re.match(r"(layers|heads)\.\d+", path)
     if layer:
         return layer[0]
     return path if path in ("embed", "lm_head") else "rest"

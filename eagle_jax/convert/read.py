@@ -1,9 +1,9 @@
 """Reading a Hugging Face checkpoint folder: config.json and lazily read tensors.
 
-Weights come as `.safetensors` or `.bin`, one file or shards, with or without an index. Opening reads headers
-only; a tensor is mapped or read when it is asked for, so memory holds about one tensor at a time. Files are
-not trusted: `.bin` files are unpickled by PyTorch's weights-only reader, and an index names files of its own
-folder or is refused.
+Weights come as `.safetensors` or `.bin`, one file or shards, with or without an index; Medusa heads as
+`medusa_lm_head.pt`, too. Opening reads headers only; a tensor is mapped or read when it is asked for, so memory holds
+about one tensor at a time. Files are not trusted: PyTorch's are unpickled by its weights-only reader, and an index
+names files of its own folder or is refused.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+
+MEDUSA_FILE = "medusa_lm_head.pt"  # the one .pt that is read: others are optimizer states, or whole pickled modules
 
 # What a download from the hub fetches: weights of one format only, nothing from subfolders.
 SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "chat_template.*")
@@ -108,7 +110,7 @@ def resolve(source: str | Path) -> Path:
 
     try:
         folder = download("*.safetensors")
-        return folder if any(folder.glob("*.safetensors")) else download("*.bin")
+        return folder if any(folder.glob("*.safetensors")) else download("*.bin", MEDUSA_FILE)
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: no such folder, and downloading it from the Hugging Face hub failed: {_first_line(error)}"
@@ -119,7 +121,8 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files to read, and {tensor name: file name} of their index (empty without one).
 
     `.safetensors` wins over `.bin`, and a file with the standard name over an index that does not list it
-    (both as in transformers). An index of a format of which no file is left does not count.
+    (both as in transformers). An index of a format of which no file is left does not count. MEDUSA_FILE is read
+    where there is neither format.
     """
     absent = None
     for single, shards in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "*.bin")):
@@ -136,9 +139,11 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         if present:
             return [folder / name for name in named] or present, weight_map
         absent = absent or (folder / missing[0] if missing else None)
+    if (folder / MEDUSA_FILE).is_file():
+        return [folder / MEDUSA_FILE], {}
     if absent:
         raise CheckpointError(f"{absent}: this shard is missing; download or copy it again")
-    raise CheckpointError(f"{folder}: holds no weights (*.safetensors or *.bin)")
+    raise CheckpointError(f"{folder}: holds no weights (*.safetensors, *.bin or {MEDUSA_FILE})")
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -221,7 +226,9 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     try:
         import torch
     except ImportError as error:
-        raise CheckpointError(f"{path}: reading .bin files needs PyTorch: pip install eagle-jax[torch]") from error
+        raise CheckpointError(
+            f"{path}: reading {path.suffix} files needs PyTorch: pip install eagle-jax[torch]"
+        ) from error
     try:
         with path.open("rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"

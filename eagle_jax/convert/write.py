@@ -3,7 +3,7 @@
     out/manifest.json                        what is here, its sources, and checksums
     out/target/config.json, tokenizer.json   as they came, and further small files of the target
     out/target/parameters/<part>/            orbax items: embed, layers.0, ..., lm_head, rest
-    out/draft/config.json, parameters/       the same for the head, if there is one
+    out/draft/config.json, parameters/       the same for the draft, if there is one
 
 The folder is written beside its place and renamed into it when it is complete.
 """
@@ -50,10 +50,11 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Converts a target and its EAGLE head (or a target alone) to a folder for `load`.
+    """Converts a target and its draft (or a target alone) to a folder for `load`.
 
     Args:
-      target, draft: Hugging Face folders or hub ids.
+      target: a Hugging Face folder or hub id.
+      draft: another, which holds an EAGLE head, Medusa heads, or a smaller model of the target's vocabulary.
       out: the folder to write. A previous conversion there is replaced once the new one is complete.
       dtype: "float32", "bfloat16" or "float16"; None keeps the target's own, for both models.
       overwrite: replace whatever else `out` holds, too.
@@ -162,7 +163,7 @@ def _write_model(match: Match, folder: Path, report: _Report) -> dict[str, Any]:
         "source": match.checkpoint.source,
         "files": files,
         "config_sha256": parts.file_sha256(folder / "config.json"),
-        "own_embedding": match.kind != "llama" and match.model.config.own_embedding,
+        "own_embedding": getattr(match.model.config, "own_embedding", False),
         "parts": entries,
     }
 

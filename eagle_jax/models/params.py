@@ -17,7 +17,7 @@ Model = TypeVar("Model")
 DATA, TENSOR = "data", "tensor"
 
 # Last components of a path -> the mesh axis of each dimension. Heads, MLP width and vocabulary are split;
-# paths not named here (norms, fc, small tables) are replicated.
+# paths not named here (norms, fc, small tables, Medusa's blocks) are replicated.
 PARTITION_RULES: dict[str, tuple[str | None, ...]] = {
     "attention.q": (TENSOR, None, None),
     "attention.k": (TENSOR, None, None),

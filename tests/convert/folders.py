@@ -27,6 +27,8 @@ CONFIG = {
     "torch_dtype": "float32",
 }
 HEAD_CONFIG = CONFIG | {"num_hidden_layers": 1, "draft_vocab_size": 5}
+# As published: no sizes, and a number of heads that is not the file's.
+MEDUSA_CONFIG = {"medusa_num_heads": 2, "medusa_num_layers": 1, "base_model_name_or_path": "some/target"}
 DRAFT_IDS = np.array([1, 2, 5, 11, 15])
 
 
@@ -77,6 +79,17 @@ def eagle1_arrays() -> Arrays:
     return arrays | layer("layers.0", rng)
 
 
+def medusa_arrays(heads: int = 3, blocks: int = 1, prefix: str = "medusa_head.") -> Arrays:
+    rng = np.random.default_rng(4)
+    arrays = {}
+    for i in range(heads):
+        for j in range(blocks):
+            arrays[f"{prefix}{i}.{j}.linear.weight"] = normal(rng, (8, 8))
+            arrays[f"{prefix}{i}.{j}.linear.bias"] = normal(rng, (8,))
+        arrays[f"{prefix}{i}.{blocks}.weight"] = normal(rng, (16, 8))
+    return arrays
+
+
 def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.standard_normal(shape, np.float32)
 
@@ -105,6 +118,18 @@ def write_bin(folder: Path, config: dict[str, Any], arrays: Arrays, *, shards: i
         torch.save(state, folder / name, _use_new_zipfile_serialization=zipped)
     if shards > 1:
         write_index(folder / "pytorch_model.bin.index.json", names, arrays)
+    return folder
+
+
+def write_medusa(
+    folder: Path, arrays: Arrays, config: dict[str, Any] = MEDUSA_CONFIG, *, file: str = "medusa_lm_head.pt"
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if file.endswith(".safetensors"):
+        save_file(arrays, folder / file, metadata={"format": "pt"})
+    else:
+        torch.save({key: as_torch(array) for key, array in arrays.items()}, folder / file)
     return folder
 
 

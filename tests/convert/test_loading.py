@@ -8,13 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import eagle_jax
 from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official, tokenizer
+from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.models import params
+from eagle_jax.models.llama import Llama
 from tests.convert import folders
 from tests.convert.folders import CONFIG, HEAD_CONFIG, assert_same
 
@@ -59,6 +64,66 @@ def test_models_do_not_share_memory_with_files(tmp_path: Path, write):
     with file.open("r+b") as opened:
         opened.write(b"\1" * file.stat().st_size)
     assert_same(to_official(model), arrays)
+
+
+@pytest.fixture(params=["medusa", "llama"])
+def other_pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """A target, and Medusa heads or a model as its draft."""
+    target = folders.write_safetensors(tmp_path / "target", CONFIG, folders.llama_arrays())
+    if request.param == "medusa":
+        return target, folders.write_medusa(tmp_path / "draft", folders.medusa_arrays(2, 2), {})
+    config = CONFIG | {"num_hidden_layers": 1}
+    return target, folders.write_bin(tmp_path / "draft", config, folders.llama_arrays(1))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_other_drafts_load_onto_a_mesh(other_pair: tuple[Path, Path], tmp_path: Path, dtype: str | None):
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    out = convert(*other_pair, tmp_path / "out")
+    _, plain = from_pretrained(*other_pair, dtype=dtype)
+    expected = params.flatten(plain)
+    for _, draft in (load(out, dtype=dtype, mesh=mesh), from_pretrained(*other_pair, dtype=dtype, mesh=mesh)):
+        assert jax.tree.structure(draft) == jax.tree.structure(plain)
+        for path, array in params.flatten(draft).items():
+            assert array.sharding == params.sharding(path, array.shape, mesh), path
+            assert np.asarray(array).tobytes() == np.asarray(expected[path]).tobytes(), path
+            if path.endswith("lm_head"):
+                assert array.addressable_shards[0].data.shape == (8, 8)  # half of the vocabulary
+
+
+def test_other_drafts_are_what_their_classes_make(other_pair: tuple[Path, Path], tmp_path: Path):
+    """The same pytree, so that one program serves models that were loaded, converted, or made."""
+    draft = load(convert(*other_pair, tmp_path / "out"))[1]
+    key = jax.random.key(0)
+    made = Medusa(draft.config, key) if isinstance(draft, Medusa) else DraftModel(Llama(draft.model.config, key))
+    for model in (draft, from_pretrained(*other_pair)[1]):
+        assert jax.tree.structure(model) == jax.tree.structure(made)
+
+
+def as_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.nn.Linear:
+    linear = torch.nn.Linear(*weight.shape[::-1], bias=bias is not None)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
+    return linear
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_medusa_heads_compute_what_pytorch_computes(tmp_path: Path, blocks: int):
+    arrays = folders.medusa_arrays(blocks=blocks)
+    target = folders.write_safetensors(tmp_path / "target", CONFIG, folders.llama_arrays())
+    _, draft = from_pretrained(target, folders.write_medusa(tmp_path / "heads", arrays, {}))
+    x = folders.normal(np.random.default_rng(5), (7, 8))
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    for i, head in enumerate(draft.heads):
+        hidden = torch.from_numpy(x)
+        for j in range(blocks):
+            name = f"medusa_head.{i}.{j}.linear"
+            linear = as_linear(state[f"{name}.weight"], state[f"{name}.bias"])
+            hidden = hidden + torch.nn.functional.silu(linear(hidden))
+        theirs = as_linear(state[f"medusa_head.{i}.{blocks}.weight"])(hidden)
+        np.testing.assert_allclose(head(jnp.asarray(x)), theirs.detach().numpy(), atol=1e-5, rtol=1e-5)
 
 
 MESH = """

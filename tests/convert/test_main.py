@@ -31,6 +31,13 @@ def test_converts_and_says_where(sources: tuple[Path, Path], tmp_path: Path, cap
     assert_same(to_official(load(out)[0]), read_arrays(sources[0]))
 
 
+def test_says_what_a_draft_is(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    heads = folders.write_medusa(tmp_path / "heads", folders.medusa_arrays())
+    for draft, kind, count in ((heads, "medusa", 3), (sources[0], "llama", 5)):
+        assert main(["--target", str(sources[0]), "--draft", str(draft), "--out", str(tmp_path / "out")]) == 0
+        assert f"draft: {kind} from {draft}, {count} parts" in capsys.readouterr().out
+
+
 def test_errors_are_one_line(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     out.mkdir()

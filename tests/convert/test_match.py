@@ -12,6 +12,7 @@ import pytest
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.match import BLOCK, finite_values, match_pair
 from eagle_jax.convert.read import Tensor
+from eagle_jax.drafts.medusa import MedusaConfig
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
 from tests.convert.folders import (
@@ -22,7 +23,9 @@ from tests.convert.folders import (
     eagle1_arrays,
     eagle3_arrays,
     llama_arrays,
+    medusa_arrays,
     write_bin,
+    write_medusa,
     write_safetensors,
 )
 
@@ -97,14 +100,13 @@ EAGLE3_DAMAGE = {
     "fc of one layer": (change("fc.weight", lambda w: w[:, :8]), r"'fc.weight' has shape \(8, 8\).*\(8, 24\)"),
     "lm_head of the target": (change("lm_head.weight", lambda w: np.resize(w, (16, 8))), r"shape \(16, 8\).*\(5, 8\)"),
     "NaN": (fill("fc.weight", np.nan), "'fc.weight' holds NaN"),
-    "no layer": (lambda a: [a.pop(n) for n in list(a) if "midlayer" in n], "not an EAGLE head"),
+    "no layer": (lambda a: [a.pop(n) for n in list(a) if "midlayer" in n], "not a draft"),
 }
 EAGLE1_DAMAGE = {
     "no bias": (lambda a: a.pop("fc.bias"), "'fc.bias' is missing"),
     "input norm": (put("layers.0.input_layernorm.weight", np.ones(8, np.float32)), "input_layernorm.* has no place"),
     "vocabulary tables": (put("d2t", OFFSETS), "'d2t' has no place"),
     "qkv bias": (put("layers.0.self_attn.q_proj.bias", np.ones(12, np.float32)), "q_proj.bias' has no place"),
-    "a target": (lambda a: (a.clear(), a.update(llama_arrays())), "a whole language model"),
 }
 HEAD_DAMAGE = [(eagle3_arrays, *case) for case in EAGLE3_DAMAGE.values()]
 HEAD_DAMAGE += [(eagle1_arrays, *case) for case in EAGLE1_DAMAGE.values()]
@@ -121,6 +123,98 @@ def test_damaged_heads(tmp_path: Path, build: Callable[[], Arrays], edit: Callab
         read_all(target, folder)
 
 
+BLOCK0, BLOCK1 = (f"medusa_head.{i}.0.linear.weight" for i in range(2))
+HEAD0, HEAD1 = (f"medusa_head.{i}.1.weight" for i in range(2))
+MEDUSA_DAMAGE = {
+    "no block": (lambda a: a.pop(BLOCK1), f"tensor '{BLOCK1}' is missing from medusa_lm_head.pt"),
+    "no bias": (lambda a: a.pop("medusa_head.2.0.linear.bias"), "'medusa_head.2.0.linear.bias' is missing"),
+    "no first lm_head": (lambda a: a.pop(HEAD0), f"'{HEAD0}' is missing"),
+    "no head in the middle": (
+        lambda a: [a.pop(n) for n in list(a) if n.startswith("medusa_head.1.")],
+        "'medusa_head.1.0.linear.bias' .and 2 more. are missing",
+    ),
+    "heads of one and two blocks": (
+        lambda a: a.update({n: a.pop(n.replace("2.2.", "2.1.")) for n in ["medusa_head.2.2.weight"]}),
+        "'medusa_head.0.1.linear.bias' .and 7 more. are missing",
+    ),
+    "both namings": (put("2.0.linear.weight", np.ones((8, 8), np.float32)), "'2.0.linear.weight' has no place"),
+    "extra": (put("medusa_head.0.0.norm.weight", np.ones(8, np.float32)), "'medusa_head.0.0.norm.weight' has no place"),
+    "an lm_head of the target": (put("lm_head.weight", np.ones((16, 8), np.float32)), "'lm_head.weight' has no place"),
+    "a whole model": (lambda a: a.update(llama_arrays()), "'lm_head.weight' has no place"),
+    "wide block": (change(BLOCK0, lambda w: np.ones((8, 9), np.float32)), rf"'{BLOCK0}' has shape \(8, 9\).*\(8, 8\)"),
+    "bias of another width": (change(BLOCK1.replace("weight", "bias"), lambda b: b[:7]), r"\(7,\), .*asks for \(8,\)"),
+    "lm_head of another vocabulary": (change(HEAD1, lambda w: w[:15]), rf"'{HEAD1}' has shape \(15, 8\).*\(16, 8\)"),
+    "transposed lm_head": (change(HEAD1, np.transpose), rf"'{HEAD1}' has shape \(8, 16\).*\(16, 8\)"),
+    "flattened lm_head": (change(HEAD0, np.ravel), rf"'{HEAD0}': a Medusa head's lm_head.*\[V, H\].*\[128\]"),
+    "empty lm_head": (change(HEAD0, lambda w: w[:0]), rf"'{HEAD0}': a Medusa head's lm_head.*\[0, 8\]"),
+    "integers": (change(HEAD1, lambda w: w.astype(np.int32)), f"'{HEAD1}' is of dtype int32"),
+    "NaN": (fill(BLOCK1, np.nan), f"'{BLOCK1}' holds NaN"),
+}
+
+
+@pytest.mark.parametrize("damage", MEDUSA_DAMAGE)
+def test_damaged_medusa_heads(tmp_path: Path, damage: str):
+    target = write_safetensors(tmp_path / "target", CONFIG, llama_arrays())
+    arrays = medusa_arrays()
+    read_all(target, write_medusa(tmp_path / "intact", arrays))
+    edit, message = MEDUSA_DAMAGE[damage]
+    edit(arrays)
+    folder = write_medusa(tmp_path / "damaged", arrays)
+    with pytest.raises(CheckpointError, match=f"{folder}.*{message}"):
+        read_all(target, folder)
+
+
+@pytest.mark.parametrize("prefix", ["medusa_head.", ""])
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_medusa_heads_are_counted(tmp_path: Path, prefix: str, blocks: int):
+    target = write_safetensors(tmp_path / "target", CONFIG, llama_arrays())
+    arrays = medusa_arrays(5, blocks, prefix)
+    for config in ({}, {"medusa_num_heads": 2}, {"medusa_num_heads": 7, "medusa_num_layers": blocks}):
+        match = match_pair(target, write_medusa(tmp_path / "heads", arrays, config), None)[1]
+        assert match is not None and match.kind == "medusa"
+        assert match.model.config == MedusaConfig(vocab_size=16, hidden_size=8, num_heads=5, num_blocks=blocks)
+        np.testing.assert_array_equal(match.read("heads.4.lm_head"), arrays[f"{prefix}4.{blocks}.weight"])
+    folder = write_medusa(tmp_path / "contradicted", arrays, {"medusa_num_layers": blocks + 1})
+    message = f"{folder / 'config.json'}: medusa_num_layers is {blocks + 1}.* a head has {blocks} residual"
+    with pytest.raises(CheckpointError, match=message):
+        match_pair(target, folder, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((17, 8), "vocab_size is 17 in the draft, 16 in the target"),
+        ((16, 6), "hidden_size is 6 in the draft, 8 in the target"),
+    ],
+)
+def test_medusa_heads_of_another_target(tmp_path: Path, shape: tuple[int, int], message: str):
+    target = write_safetensors(tmp_path / "target", CONFIG, llama_arrays())
+    heads = write_medusa(tmp_path / "heads", {"0.0.weight": np.ones(shape, np.float32)}, {})
+    with pytest.raises(ConfigError, match=message):
+        match_pair(target, heads, None)
+
+
+@pytest.mark.parametrize("damage", TARGET_DAMAGE)
+def test_damaged_draft_models(tmp_path: Path, damage: str):
+    target = write_safetensors(tmp_path / "target", CONFIG, llama_arrays())
+    arrays = llama_arrays()
+    read_all(target, write_bin(tmp_path / "intact", CONFIG, arrays))
+    edit, message = TARGET_DAMAGE[damage]
+    edit(arrays)
+    folder = write_bin(tmp_path / "damaged", CONFIG, arrays)
+    with pytest.raises(CheckpointError, match=f"{folder}.*{message}"):
+        read_all(target, folder)
+
+
+def test_draft_model_of_another_vocabulary(tmp_path: Path):
+    target = write_safetensors(tmp_path / "target", CONFIG, llama_arrays())
+    wide = llama_arrays() | {name: np.ones((17, 8), np.float32) for name in (EMBED, "lm_head.weight")}
+    draft = write_safetensors(tmp_path / "draft", CONFIG | {"vocab_size": 17}, wide)
+    with pytest.raises(ConfigError, match="vocab_size is 17 in the draft, 16 in the target"):
+        match_pair(target, draft, None)
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
 @pytest.mark.parametrize(
     ("arrays", "config", "message"),
     [
@@ -133,12 +227,15 @@ def test_damaged_heads(tmp_path: Path, build: Callable[[], Arrays], edit: Callab
         (llama_arrays(), {"attention_bias": True}, "bias.* missing"),
     ],
 )
-def test_targets_of_older_exporters(tmp_path: Path, arrays: Arrays, config: dict, message: str | None):
-    folder = write_safetensors(tmp_path, CONFIG | config, arrays)
+def test_models_of_older_exporters(tmp_path: Path, role: str, arrays: Arrays, config: dict, message: str | None):
+    folder = write_safetensors(tmp_path / "model", CONFIG | config, arrays)
+    pair = folder, None
+    if role == "draft":
+        pair = write_safetensors(tmp_path / "target", CONFIG, llama_arrays()), folder
     if message is None:
-        return read_all(folder, None)
+        return read_all(*pair)
     with pytest.raises(CheckpointError, match=message):
-        read_all(folder, None)
+        read_all(*pair)
 
 
 def test_heads_of_newer_exporters(tmp_path: Path):

@@ -36,13 +36,41 @@ def test_tables_name_every_tensor_once():
         assert len(set(table.values())) == len(table)
 
 
-def test_head_kind():
-    assert names.head_kind({"midlayer.mlp.up_proj.weight"}, "head") == ("eagle3", names.EAGLE3)
-    assert names.head_kind({"layers.0.hidden_norm.weight", "fc.weight"}, "head") == ("eagle3", names.EAGLE3_LAYERS)
-    assert names.head_kind({"layers.0.mlp.up_proj.weight", "fc.weight"}, "head") == ("eagle1", names.EAGLE1)
+def test_medusa_names():
+    assert names.medusa_names(2, 1) == {
+        "heads.0.blocks.0.weight": "medusa_head.0.0.linear.weight",
+        "heads.0.blocks.0.bias": "medusa_head.0.0.linear.bias",
+        "heads.0.lm_head": "medusa_head.0.1.weight",
+        "heads.1.blocks.0.weight": "medusa_head.1.0.linear.weight",
+        "heads.1.blocks.0.bias": "medusa_head.1.0.linear.bias",
+        "heads.1.lm_head": "medusa_head.1.1.weight",
+    }
+    two = names.medusa_names(12, 2, prefix="")
+    assert names.official_name(two, "heads.11.blocks.1.bias") == "11.1.linear.bias"
+    assert names.official_name(two, "heads.11.lm_head") == "11.2.weight"
+    assert len(set(two.values())) == len(two) == 12 * 5
+    assert names.medusa_names(1, 0) == {"heads.0.lm_head": "medusa_head.0.0.weight"}
 
 
-@pytest.mark.parametrize("tensors", [{"model.layers.0.mlp.up_proj.weight"}, {"layers.0.mlp.up_proj.weight"}, set()])
-def test_head_kind_refuses_what_is_no_head(tensors: set[str]):
-    with pytest.raises(CheckpointError, match=r"some/folder.*not an EAGLE head"):
-        names.head_kind(tensors, "some/folder")
+def test_draft_kind():
+    assert names.draft_kind({"midlayer.mlp.up_proj.weight"}, "head") == ("eagle3", names.EAGLE3)
+    assert names.draft_kind({"layers.0.hidden_norm.weight", "fc.weight"}, "head") == ("eagle3", names.EAGLE3_LAYERS)
+    assert names.draft_kind({"layers.0.mlp.up_proj.weight", "fc.weight"}, "head") == ("eagle1", names.EAGLE1)
+    assert names.draft_kind({"model.layers.0.mlp.up_proj.weight"}, "model") == ("llama", names.LLAMA)
+
+
+@pytest.mark.parametrize("prefix", ["medusa_head.", ""])
+@pytest.mark.parametrize(("heads", "blocks"), [(1, 0), (1, 1), (5, 1), (12, 3)])
+def test_draft_kind_counts_medusa_heads_and_blocks(prefix: str, heads: int, blocks: int):
+    table = names.medusa_names(heads, blocks, prefix)
+    assert names.draft_kind(set(table.values()), "heads") == ("medusa", table)
+    first_and_last = {table["heads.0.lm_head"], table[f"heads.{heads - 1}.lm_head"]}
+    assert names.draft_kind(first_and_last, "heads") == ("medusa", table)  # so that what is missing can be named
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"layers.0.mlp.up_proj.weight"}, {"medusa_head.100.0.weight", "0.weight", "0.0.linear.scale"}, set()]
+)
+def test_draft_kind_refuses_what_is_no_draft(tensors: set[str]):
+    with pytest.raises(CheckpointError, match=r"some/folder: not a draft: .*its tensors are"):
+        names.draft_kind(tensors, "some/folder")

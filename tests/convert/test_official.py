@@ -11,6 +11,8 @@ import pytest
 
 import eagle_jax
 from eagle_jax.convert import from_pretrained, to_official
+from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.medusa import Medusa
 from tests.convert import folders
 from tests.convert.folders import CONFIG, HEAD_CONFIG, assert_same, eagle1_arrays, read_arrays
 
@@ -65,6 +67,32 @@ def test_tables_of_one_vocabulary_are_regenerated(tmp_path: Path):
     assert_same(to_official(draft), arrays | {"d2t": np.zeros(16, np.int64), "t2d": np.ones(16, np.bool_)})
 
 
+@pytest.mark.parametrize("file", ["medusa_lm_head.pt", "medusa_lm_head.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_both_namings_of_medusa_heads(tmp_path: Path, file: str, blocks: int):
+    target = folders.write_safetensors(tmp_path / "target", CONFIG, folders.llama_arrays())
+    arrays = folders.medusa_arrays(blocks=blocks)
+    for prefix in ("medusa_head.", ""):
+        named = {prefix + name.removeprefix("medusa_head."): array for name, array in arrays.items()}
+        heads = folders.write_medusa(tmp_path / f"heads{prefix}", named, {}, file=file)
+        _, draft = from_pretrained(target, heads)
+        assert isinstance(draft, Medusa)
+        assert_same(to_official(draft), arrays)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_draft_model(tmp_path: Path, tied: bool):
+    target = folders.write_safetensors(tmp_path / "target", CONFIG, folders.llama_arrays())
+    arrays = folders.llama_arrays(layers=1)
+    if tied:
+        del arrays["lm_head.weight"]
+    config = CONFIG | {"num_hidden_layers": 1, "tie_word_embeddings": tied}
+    _, draft = from_pretrained(target, folders.write_bin(tmp_path / "draft", config, arrays))
+    assert isinstance(draft, DraftModel)
+    assert_same(to_official(draft), arrays)
+    assert_same(to_official(draft.model), arrays)
+
+
 def test_gradients_come_without_integer_tables(golden: Path):
     _, draft = from_pretrained(golden / "weights" / "t1_target", golden / "weights" / "t1_eagle3_dv96")
 
@@ -78,6 +106,18 @@ def test_gradients_come_without_integer_tables(golden: Path):
         np.testing.assert_array_equal(array, np.ones_like(model[name]))
 
 
+def test_gradients_of_other_drafts(tmp_path: Path):
+    target = folders.write_safetensors(tmp_path / "target", CONFIG, folders.llama_arrays())
+    for draft in (
+        from_pretrained(target, folders.write_medusa(tmp_path / "heads", folders.medusa_arrays()))[1],
+        from_pretrained(target, target)[1],
+    ):
+        gradient = to_official(jax.grad(lambda draft: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(draft)))(draft))
+        assert_same(gradient, {name: np.ones_like(array) for name, array in to_official(draft).items()})
+
+
 def test_other_objects_are_refused():
-    with pytest.raises(TypeError, match="expected one of Llama, Eagle3Draft, Eagle1Draft, not dict"):
+    with pytest.raises(
+        TypeError, match="expected one of Llama, Eagle3Draft, Eagle1Draft, Medusa, DraftModel, not dict"
+    ):
         to_official({})

@@ -25,6 +25,10 @@ INDEX = "model.safetensors.index.json"
 SHARDS = folders.shard_names("model", "safetensors", 3)
 
 
+def write_pt(folder: Path, config: dict, arrays: folders.Arrays) -> Path:
+    return folders.write_medusa(folder, arrays, config)
+
+
 def edit_json(path: Path, edit: Callable[[dict], object]) -> None:
     value = json.loads(path.read_text())
     edit(value)
@@ -82,6 +86,39 @@ def test_safetensors_wins_over_bin(tmp_path: Path):
     write_bin(tmp_path, CONFIG, {"a": np.zeros(2, np.float32)})
     write_safetensors(tmp_path, CONFIG, {"a": np.ones(2, np.float32)})
     assert_same(read_arrays(tmp_path), {"a": np.ones(2, np.float32)})
+
+
+@pytest.mark.parametrize("file", ["medusa_lm_head.pt", "medusa_lm_head.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_medusa_heads(tmp_path: Path, file: str, zipped: bool):
+    arrays = folders.medusa_arrays()
+    folder = folders.write_medusa(tmp_path, arrays, file=file)
+    if not zipped and not file.endswith(".safetensors"):
+        state = {name: folders.as_torch(array) for name, array in arrays.items()}
+        torch.save(state, folder / file, _use_new_zipfile_serialization=False)
+    assert [path.name for path in open_checkpoint(folder).files] == [file]
+    assert_same(read_arrays(folder), arrays)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "medusa_lm_head_2.pt", "model.pt"])
+def test_other_pt_files_are_not_read(tmp_path: Path, file: str):
+    folder = folders.write_medusa(tmp_path, folders.medusa_arrays(), file=file)
+    with pytest.raises(CheckpointError, match=r"holds no weights \(\*.safetensors, \*.bin or medusa_lm_head.pt\)"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_bin])
+def test_a_model_wins_over_medusa_heads_beside_it(tmp_path: Path, write: Callable[..., Path]):
+    folders.write_medusa(tmp_path, folders.medusa_arrays())
+    assert_same(read_arrays(write(tmp_path, CONFIG, llama_arrays())), llama_arrays())
+
+
+def test_damaged_medusa_file(tmp_path: Path):
+    folder = folders.write_medusa(tmp_path, folders.medusa_arrays())
+    torch.save({"0.0.weight": Hostile(tmp_path / "ran")}, folder / "medusa_lm_head.pt")
+    with pytest.raises(CheckpointError, match=r"medusa_lm_head.pt: PyTorch's weights-only reader refuses"):
+        open_checkpoint(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_leftover_index_does_not_hide_an_intact_file(tmp_path: Path):
@@ -213,8 +250,9 @@ def test_damaged_bin(tmp_path: Path, damage: str, zipped: bool):
     assert not (tmp_path / "ran").exists()
 
 
-def test_bin_without_torch_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_bin(tmp_path, CONFIG, llama_arrays())
+@pytest.mark.parametrize(("write", "suffix"), [(write_bin, "bin"), (write_pt, "pt")])
+def test_no_torch_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable, suffix: str):
+    write(tmp_path, CONFIG, llama_arrays())
     importer = builtins.__import__
 
     def without_torch(name: str, *args, **kwargs):
@@ -223,7 +261,7 @@ def test_bin_without_torch_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
         return importer(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
-    with pytest.raises(CheckpointError, match=r"pip install eagle-jax\[torch\]"):
+    with pytest.raises(CheckpointError, match=rf"reading .{suffix} files.*pip install eagle-jax\[torch\]"):
         open_checkpoint(tmp_path)
 
 
@@ -233,10 +271,11 @@ def test_absent_folders(source: str | Path):
         open_checkpoint(source)
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "pt"])
 def test_hub_downloads_one_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str):
-    arrays = llama_arrays()
-    (write_safetensors if suffix == "safetensors" else write_bin)(tmp_path / "repository", CONFIG, arrays)
+    arrays, write = llama_arrays(), {"safetensors": write_safetensors, "bin": write_bin, "pt": write_pt}[suffix]
+    write(tmp_path / "repository", CONFIG, arrays)
+    (tmp_path / "repository" / "optimizer.pt").write_bytes(b"large")
     (tmp_path / "snapshot").mkdir()
     calls = []
 
@@ -255,6 +294,7 @@ def test_hub_downloads_one_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(calls) == (1 if suffix == "safetensors" else 2)
     assert (checkpoint.source, [file.suffix for file in checkpoint.files]) == ("owner/some-model", [f".{suffix}"])
     assert checkpoint.tensors.keys() == arrays.keys()
+    assert not (tmp_path / "snapshot" / "optimizer.pt").exists()
 
 
 def test_hub_failure_is_one_error():

@@ -18,6 +18,8 @@ import pytest
 
 import eagle_jax
 from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, parts, to_official
+from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.models.config import ConfigError
 from tests.convert import folders
 from tests.convert.folders import CONFIG, HEAD_CONFIG, assert_same, read_arrays
@@ -98,6 +100,41 @@ def test_real_checkpoints(tmp_path: Path, target: Path, head: Path):
     models = load(convert(target, head, tmp_path / "out"))
     for model, source in zip(models, (target, head), strict=True):
         assert_same(to_official(model), read_arrays(source))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_medusa_heads(sources: tuple[Path, Path], tmp_path: Path, blocks: int):
+    arrays = folders.medusa_arrays(5, blocks)
+    older = {name.removeprefix("medusa_head."): array for name, array in arrays.items()}
+    config = {"medusa_num_heads": 2, "medusa_num_layers": blocks}
+    out = convert(sources[0], folders.write_medusa(tmp_path / "heads", older, config), tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_text())["draft"]
+    assert (manifest["kind"], manifest["own_embedding"]) == ("medusa", False)
+    assert list(manifest["files"]) == ["medusa_lm_head.pt"]
+    assert sorted(manifest["parts"]) == [f"heads.{i}" for i in range(5)]
+    assert manifest["parts"]["heads.4"]["arrays"]["heads.4.lm_head"] == {"shape": [16, 8], "dtype": "float32"}
+    _, draft = load(out)
+    assert isinstance(draft, Medusa)
+    assert draft.config == MedusaConfig(vocab_size=16, hidden_size=8, num_heads=5, num_blocks=blocks)
+    assert_same(to_official(draft), arrays)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_draft_model(sources: tuple[Path, Path], tmp_path: Path, tied: bool):
+    arrays = folders.llama_arrays(layers=1)
+    if tied:
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]  # a repeat is accepted, and not kept
+    config = CONFIG | {"num_hidden_layers": 1, "tie_word_embeddings": tied}
+    draft_folder = folders.write_safetensors(tmp_path / "draft", config, arrays)
+    out = convert(sources[0], draft_folder, tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_text())["draft"]
+    assert (manifest["kind"], manifest["own_embedding"]) == ("llama", False)
+    assert set(manifest["parts"]) == {"embed", "layers.0", "rest"} | (set() if tied else {"lm_head"})
+    _, draft = load(out)
+    assert isinstance(draft, DraftModel)
+    if tied:
+        del arrays["lm_head.weight"]
+    assert_same(to_official(draft), arrays)
 
 
 def test_dtype_is_cast_once(sources: tuple[Path, Path], tmp_path: Path):
@@ -305,7 +342,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "other dtype": (edit_manifest("dtype", value="bfloat16"), "disagree on embed"),
     "no dtype": (edit_manifest("dtype", value="int8"), "dtype int8 is not one of"),
     "other kind": (edit_manifest("draft", "kind", value="eagle1"), "disagree on"),
-    "unknown kind": (edit_manifest("draft", "kind", value="medusa"), "medusa"),
+    "unknown kind": (edit_manifest("draft", "kind", value="hydra"), "unknown kind of model 'hydra'"),
+    "no heads": (edit_manifest("draft", "kind", value="medusa"), r"a Medusa head's lm_head.*\[V, H\], here it is \[\]"),
+    "whole model": (edit_manifest("draft", "kind", value="llama"), "disagree on"),
+    "no shape": (edit_manifest("draft", "parts", "rest", "arrays", "norm", value={}), "missing or malformed"),
     "own embedding": (edit_manifest("draft", "own_embedding", value=True), "disagree on embed"),
     "checksum": (edit_manifest("target", "parts", "embed", "sha256", value="0" * 64), "embed: damaged or changed"),
 }
@@ -318,6 +358,32 @@ def test_changed_folders_do_not_load(converted: Path, damage: str):
     with pytest.raises(CheckpointError, match=message) as error:
         load(converted)
     assert str(converted) in str(error.value) or damage == "no dtype"
+
+
+lm_head = ("draft", "parts", "heads.0", "arrays", "heads.0.lm_head", "shape")
+MEDUSA_DAMAGE = {
+    "head missing": (lambda f: shutil.rmtree(part("draft", "heads.1")(f)), "heads.1: this part is missing"),
+    "head flipped": (lambda f: flip(largest(part("draft", "heads.1")(f)), -1), "heads.1: damaged or changed"),
+    "part less": (edit_manifest("draft", "parts", "heads.1", value={"sha256": "", "arrays": {}}), "disagree on heads"),
+    "other vocabulary": (edit_manifest(*lm_head, 0, value=17), "disagree on heads.1.lm_head, heads.2.lm_head"),
+    "flat": (edit_manifest(*lm_head, value=[128]), r"a Medusa head's lm_head.*here it is \[128\]"),
+    "no number": (edit_manifest(*lm_head, 0, value="16"), r"a Medusa head's lm_head.*here it is \['16', 8\]"),
+}
+
+
+@pytest.fixture(scope="module")
+def pristine_medusa(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("medusa")
+    return convert(sources[0], folders.write_medusa(root / "heads", folders.medusa_arrays()), root / "out")
+
+
+@pytest.mark.parametrize("damage", MEDUSA_DAMAGE)
+def test_changed_folders_of_medusa_heads_do_not_load(pristine_medusa: Path, tmp_path: Path, damage: str):
+    inflict, message = MEDUSA_DAMAGE[damage]
+    folder = Path(shutil.copytree(pristine_medusa, tmp_path / "out"))
+    inflict(folder)
+    with pytest.raises(CheckpointError, match=f"{folder}.*{message}"):
+        load(folder)
 
 
 def test_other_folders_do_not_load(sources: tuple[Path, Path], tmp_path: Path):

@@ -93,6 +93,10 @@ def mesh(**axes: int) -> AbstractMesh:
         ("layers.3.post_attention_norm", (8,), ()),
         ("norm", (8,), ()),
         ("fc", (8, 24), ()),
+        ("heads.2.lm_head", (128, 8), ("tensor", None)),
+        ("heads.2.blocks.0.weight", (8, 8), ()),
+        ("heads.2.blocks.0.bias", (8,), ()),
+        ("model.layers.3.attention.k", (4, 6, 8), ("tensor", None, None)),
         ("target_ids", (128,), ()),
     ],
 )
