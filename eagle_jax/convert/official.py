@@ -17,7 +17,7 @@ from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.llama import Llama
 
-TABLES = {Llama: names.LLAMA, Eagle3Draft: names.EAGLE3, Eagle1Draft: names.EAGLE1}
+TABLES: dict[type, dict[str, str]] = {Llama: names.LLAMA, Eagle3Draft: names.EAGLE3, Eagle1Draft: names.EAGLE1}
 
 
 def to_official(model: Llama | Draft) -> dict[str, np.ndarray]:
