@@ -2,7 +2,7 @@
 
 from eagle_jax import sampling
 from eagle_jax.api import Chunk, Output, advance, draft_forward, forward, generate, propose, stream
-from eagle_jax.convert import CheckpointError, from_pretrained, load, tokenizer
+from eagle_jax.convert import CheckpointError, from_pretrained, load, load_draft, tokenizer
 from eagle_jax.decode import cycle
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle import with_window
@@ -54,6 +54,7 @@ __all__ = [
     "generate",
     "insert",
     "load",
+    "load_draft",
     "pad",
     "prefill",
     "propose",

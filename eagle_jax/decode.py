@@ -80,7 +80,7 @@ def step(
     out = verify(target, draft, state, nodes)
     logits = target.logits(out.hidden)
     chosen = choose(state, nodes, logits, accept_fn, noise, depth, proposal.probs)
-    before, length = state.lengths, chosen.acceptance.length
+    before, length = state, chosen.acceptance.length
     state = dataclasses.replace(
         state,
         cache=state.cache.write(take_rows(out.rows, chosen.path), state.cache.length),
@@ -90,20 +90,7 @@ def step(
     )
     state = append(state, chosen.tokens, length + 1, chosen.sound, chosen.log_probs)
     if draft is not None:
-
-        def on_path(values):
-            return jnp.take_along_axis(values, chosen.path[:, :, None], axis=1)
-
-        text = Text(
-            tokens=jnp.take_along_axis(nodes.tokens, chosen.path, axis=1),
-            next_tokens=chosen.tokens,
-            start=jnp.maximum(before - 1, 0),
-            count=state.lengths - before,
-            output=LlamaOutput(on_path(out.hidden), None if out.taps is None else on_path(out.taps), []),
-            prompt_lengths=state.prompt_lengths,
-            tree=nodes,
-            logits=logits,
-        )
+        text = gained(before, nodes, out, logits, chosen.path, chosen.tokens, state.lengths - before.lengths)
         state = dataclasses.replace(state, draft=draft.update(target, state.draft, text))
     return Step(state, nodes, chosen.acceptance)
 
@@ -128,4 +115,36 @@ def verify(target: Llama, draft: Draft | None, state: DecodeState, nodes: Tree) 
         prompt_lengths=state.prompt_lengths,
         cache=state.cache,
         taps=() if draft is None else draft.taps(target),
+    )
+
+
+def gained(
+    before: DecodeState,
+    nodes: Tree,
+    out: LlamaOutput,
+    logits: jax.Array,
+    path: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+) -> Text:
+    """What the draft is told of a verified tree.
+
+    Args:
+      before: the state that the tree grew from.
+      out, logits: the target's, at every node.
+      path: [B, D + 1] the accepted nodes. tokens: [B, D + 1] those accepted, then the bonus; count [B] of them are new.
+    """
+
+    def on_path(values):
+        return jnp.take_along_axis(values, path[:, :, None], axis=1)
+
+    return Text(
+        tokens=jnp.take_along_axis(nodes.tokens, path, axis=1),
+        next_tokens=tokens,
+        start=jnp.maximum(before.lengths - 1, 0),
+        count=count,
+        output=LlamaOutput(on_path(out.hidden), None if out.taps is None else on_path(out.taps), []),
+        prompt_lengths=before.prompt_lengths,
+        tree=nodes,
+        logits=logits,
     )

@@ -217,12 +217,24 @@ def run_pending(target: Llama, draft: Draft | None, state: DecodeState) -> Decod
 
     def run_one(state, pending):
         row = jnp.argmax(pending)
-        one, last = _run(target, draft, take_row(state, row), chunk)
+        one, last = _run(target, draft, _with_fresh_memory(target, draft, take_row(state, row)), chunk)
         return put_row(state, row, _begin(target, draft, one, last)), pending.at[row].set(False)
 
     pending, state = state.pending, dataclasses.replace(state, pending=None)
     state, pending = jax.lax.while_loop(lambda carry: carry[1].any(), lambda carry: run_one(*carry), (state, pending))
     return dataclasses.replace(state, pending=pending)
+
+
+def _with_fresh_memory(target: Llama, draft: Draft | None, state: DecodeState) -> DecodeState:
+    """A row's state with the draft's memory as before any text, unless part of the old text is reused."""
+    if draft is None:
+        return state
+    reused, fresh = state.cache.length > 0, draft.start(target, 1, state.cache.rows)
+
+    def choose_memory(old, new):
+        return jnp.where(reused.reshape(1, *[1] * (old.ndim - 1)), old, new)
+
+    return dataclasses.replace(state, draft=jax.tree.map(choose_memory, state.draft, fresh))
 
 
 def _run(

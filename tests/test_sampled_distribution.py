@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 import eagle_jax
-from eagle_jax import DraftConfig, Eagle3Draft, Llama, SamplingConfig, TreeConfig
+from eagle_jax import DraftConfig, Eagle3Draft, Llama, LlamaConfig, SamplingConfig, TreeConfig
 from tests import processors
 from tests.toy import TARGET, scaled
 
@@ -22,12 +22,14 @@ FALSE_ALARM = 1e-4  # of each chi-square test; seeds are fixed, so this is the c
 PROMPT = [3, 1, 4]
 
 
+def tiny_config() -> LlamaConfig:
+    return dataclasses.replace(TARGET, vocab_size=V, hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=1)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """A target and a draft of 11 tokens that differ, with distributions neither flat nor sharp."""
-    config = dataclasses.replace(
-        TARGET, vocab_size=V, hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=1
-    )
+    config = tiny_config()
     head = DraftConfig(
         **config.__dict__ | {"num_layers": 1, "draft_vocab_size": 7, "target_hidden_size": 16, "fc_bias": True}
     )
@@ -48,7 +50,7 @@ def exact_text_probabilities(target, **controls) -> np.ndarray:
     return joint
 
 
-def draws(target, draft, sampling, batch: int = 1, **options) -> np.ndarray:
+def draws(target, draft, sampling, batch: int = 1, tree=TREE, **options) -> np.ndarray:
     """The first three tokens of DRAWS runs of each row of a batch of PROMPTs: [DRAWS, batch, 3]."""
     tokens, lengths = jnp.array([PROMPT] * batch), jnp.full(batch, len(PROMPT))
 
@@ -56,7 +58,7 @@ def draws(target, draft, sampling, batch: int = 1, **options) -> np.ndarray:
     @jax.vmap
     def run(key):
         out = eagle_jax.generate(
-            target, draft, tokens, lengths, key, tree=TREE, sampling=sampling, max_new_tokens=3, **options
+            target, draft, tokens, lengths, key, tree=tree, sampling=sampling, max_new_tokens=3, **options
         )
         return out.tokens[:, len(PROMPT) :], out.failed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import read_json, resolve
 from eagle_jax.drafts.eagle import EagleDraft, with_window
 from eagle_jax.models.llama import Llama
-from eagle_jax.tree import TreeConfig
+from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,10 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         "--tree",
         type=parse_tree,
         default=default,
-        metavar="D,K,N",
+        metavar="TREE",
         help="the draft tree: depth (draft tokens on the longest path), children a node, and nodes in all with the "
-        f"root (default: {default.depth},{default.top_k},{default.num_nodes})",
+        f"root (default: {default.depth},{default.top_k},{default.num_nodes}); or a static one: chain:5, a published "
+        f"one ({', '.join(PUBLISHED_TREES)}), or a .json file with a list of paths",
     )
     parser.add_argument(
         "--draft-window",
@@ -70,18 +72,28 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
 
 
-def parse_tree(text: str) -> TreeConfig:
-    """A tree from "8,10,60"; the type of an argparse option."""
+def parse_tree(text: str) -> TreePolicy:
+    """A tree from "8,10,60", "chain:5", the name of a published one, or a JSON file of paths; an argparse type."""
+    kind, _, depth = text.partition(":")
     try:
-        sizes = [int(size) for size in text.split(",")]
-    except ValueError:
-        sizes = []
-    if len(sizes) != 3:
-        raise argparse.ArgumentTypeError(f"a tree is depth,top_k,num_nodes, such as 8,10,60; got {text!r}")
-    try:
-        return TreeConfig(*sizes)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        if kind == "chain" and depth.isdecimal() and int(depth):
+            return StaticTree.chain(int(depth))
+        if text in PUBLISHED_TREES:
+            return PUBLISHED_TREES[text]
+        if Path(text).suffix == ".json":
+            paths = json.loads(Path(text).read_text(encoding="utf-8"))
+            if not isinstance(paths, list):
+                raise ValueError("a list of paths was expected, such as [[0], [1], [0, 0]]")
+            return StaticTree(paths)
+        sizes = text.split(",")
+        if len(sizes) == 3 and all(size.strip().isdecimal() for size in sizes):
+            return TreeConfig(*map(int, sizes))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    raise argparse.ArgumentTypeError(
+        f"a tree is depth,top_k,num_nodes, such as 8,10,60; or chain:5; or {', '.join(PUBLISHED_TREES)}; or a .json "
+        f"file of paths; got {text!r}"
+    )
 
 
 def parse_window(text: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import numpy as np
 
 import eagle_jax
 from eagle_jax.models.llama import Llama
-from eagle_jax.tree import TreeConfig
+from eagle_jax.tree import TreePolicy
 
 _insert = jax.jit(eagle_jax.insert, static_argnames="reuse", donate_argnames="state")
 
@@ -35,7 +35,7 @@ class Rows:
         batch: int,
         capacity: int,
         *,
-        tree: TreeConfig,
+        tree: TreePolicy,
         buckets: Sequence[int],
         reuse: bool = False,
         **options: Any,

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from eagle_jax.convert import parts
 from eagle_jax.convert.error import CheckpointError
-from eagle_jax.convert.match import Match, as_draft, build, match_pair, parameter_dtype
-from eagle_jax.convert.read import read_json
+from eagle_jax.convert.match import Match, as_draft, build, match_draft, match_pair, parameter_dtype
+from eagle_jax.convert.read import open_checkpoint, read_json
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
@@ -61,6 +61,28 @@ def from_pretrained(
     """
     target_match, draft_match = match_pair(target, draft, dtype)
     return _fill(target_match, mesh), None if draft_match is None else as_draft(_fill(draft_match, mesh))
+
+
+def load_draft(path: str | Path, target: Llama, *, dtype: Any = None, mesh: Mesh | None = None) -> Draft:
+    """Loads one more draft for a target that is loaded already.
+
+    Args:
+      path: a converted folder, whose draft is taken, or an official checkpoint (a folder or hub id).
+      dtype: None means the target's own.
+      mesh: as in `load`.
+    Raises:
+      CheckpointError, ConfigError: as `load` and `from_pretrained`.
+    """
+    dtype = parameter_dtype(target.dtype if dtype is None else dtype)
+    if parts.is_conversion(Path(path)):
+        entries = _entries(Path(path))
+        if parts.DRAFT not in entries:
+            raise CheckpointError(f"{path}: this converted folder holds no draft")
+        draft = as_draft(_load_model(Path(path) / parts.DRAFT, entries[parts.DRAFT], dtype, mesh))
+    else:
+        draft = as_draft(_fill(match_draft(open_checkpoint(path), dtype), mesh))
+    draft.check_fits(target)
+    return draft
 
 
 def tokenizer(path: str | Path) -> Any:

@@ -104,8 +104,8 @@ class Lookahead(Draft):
         )
 
     def update(self, target: Llama, memory: LookaheadMemory, text: Text) -> LookaheadMemory:
-        if text.tree is None or text.logits is None:  # a new prompt: nothing of an older text is kept
-            return self.start(target, text.tokens.shape[0], 0)
+        if text.tree is None or text.logits is None:  # a prompt: it gives the window its first tokens, in `propose`
+            return memory
         batch, nodes = text.tree.tokens.shape
         first = nodes - self.window * (self.ngram - 1)  # so that the window's nodes, the root's first, are from here on
         window = text.tree.tokens[:, first:].at[:, 0].set(text.tree.tokens[:, 0])

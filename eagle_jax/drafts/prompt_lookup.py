@@ -55,16 +55,18 @@ class PromptLookup(Draft):
             going_on &= (jnp.roll(tokens, back, axis=1) == wanted) & (places >= back)
             matched += going_on
         matched = jnp.where(places < last[:, None], matched, 0)
-        count = min(self.branches if self.branches == 1 else MATCHES_A_BRANCH * self.branches, width)
-        order, found = jax.lax.top_k(matched * width + places, count)
+        count = 1 if self.branches == 1 else MATCHES_A_BRANCH * self.branches
+        order = jnp.pad(matched * width + places, [(0, 0), (0, max(count - width, 0))])
+        order, found = jax.lax.top_k(order, count)
         valid = order >= width  # a match of at least one token
         # What follows place j, in a circle: places j + 1 to the last one, and again.
         period = jnp.maximum(last[:, None] - found, 1)
         offsets = jnp.arange(self.length)[None, None] % period[:, :, None]
         copies = jnp.take_along_axis(tokens[:, None], jnp.minimum(found[:, :, None] + 1 + offsets, width - 1), axis=2)
-        copies, valid = _distinct(copies, valid, min(self.branches, count))
-        valid = jnp.broadcast_to(valid[:, :, None], copies.shape)
-        return Proposal(merge_chains(at(tokens, last), copies, valid))
+        copies, valid = _distinct(copies, valid, self.branches)
+        root, valid = at(tokens, last), jnp.broadcast_to(valid[:, :, None], copies.shape)
+        # Where nothing matched, something that depends on the row alone.
+        return Proposal(merge_chains(root, jnp.where(valid, copies, root[:, None, None]), valid))
 
 
 def _distinct(copies: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

@@ -64,7 +64,6 @@ def test_recorded_head_pass(golden, name):
     for prompt in range(3):
         expected = {key.split("/")[1]: recorded[key] for key in recorded.files if key.startswith(f"p{prompt}/")}
         features, tokens = jnp.asarray(expected["features"])[None], jnp.asarray(expected["token_ids"])[None]
-        assert features.shape[-1] == draft.feature_size(target)
         hidden, logits, (k, v) = head_pass(draft, target, features, tokens)
         np.testing.assert_allclose(hidden[0], expected["head_hidden"], atol=1e-4)
         np.testing.assert_allclose(logits[0], expected["draft_logits"], atol=1e-4)

@@ -1,0 +1,79 @@
+"""One small draft of every kind, with random weights: what the tests of losslessness run over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from eagle_jax import (
+    DraftConfig,
+    DraftModel,
+    Eagle1Draft,
+    Eagle3Draft,
+    Llama,
+    LlamaConfig,
+    Lookahead,
+    Medusa,
+    MedusaConfig,
+    PromptLookup,
+    StaticTree,
+    TreeConfig,
+)
+from tests.drafts.successors import Successors
+from tests.toy import scaled
+
+DYNAMIC = TreeConfig(depth=3, top_k=2, num_nodes=6)
+STATIC = StaticTree([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """build(target's config, seed, scale) -> draft, and the tree it is asked for."""
+
+    build: Callable[[LlamaConfig, int, float], Any]
+    tree: Any = DYNAMIC
+
+
+def head_config(config: LlamaConfig, draft_vocab_size: int) -> DraftConfig:
+    own = {"num_layers": 1, "draft_vocab_size": draft_vocab_size, "target_hidden_size": config.hidden_size}
+    return DraftConfig(**config.__dict__ | own | {"fc_bias": True})
+
+
+def eagle1(config, seed, scale):
+    return scaled(Eagle1Draft(head_config(config, config.vocab_size), jax.random.key(seed)), scale)
+
+
+def eagle3(config, seed, scale):
+    """Over a part of the vocabulary only."""
+    return scaled(Eagle3Draft(head_config(config, config.vocab_size * 2 // 3), 3, jax.random.key(seed)), scale)
+
+
+def medusa(config, seed, scale):
+    sizes = MedusaConfig(config.vocab_size, config.hidden_size, num_heads=3, num_blocks=1)
+    return scaled(Medusa(sizes, jax.random.key(seed)), scale)
+
+
+def model(config, seed, scale):
+    return DraftModel(scaled(Llama(dataclasses.replace(config, num_layers=1), jax.random.key(seed)), scale))
+
+
+KINDS = {
+    "eagle1": Kind(eagle1, STATIC),
+    "eagle2": Kind(eagle1),
+    "eagle3": Kind(eagle3),
+    "eagle3 static": Kind(eagle3, STATIC),
+    "eagle3 adaptive": Kind(eagle3, TreeConfig(depth=3, top_k=3, num_nodes=9, stop_below=0.3)),
+    "medusa": Kind(medusa, STATIC),
+    "medusa dynamic": Kind(medusa),
+    "lookahead": Kind(lambda *_: Lookahead(window=4, ngram=3, guesses=3, remembered=4)),
+    "lookahead of bigrams": Kind(lambda *_: Lookahead(window=3, ngram=2, guesses=2, remembered=8)),
+    "prompt lookup": Kind(lambda *_: PromptLookup(length=4)),
+    "prompt lookup tree": Kind(lambda *_: PromptLookup(length=3, branches=3, ngram=2)),
+    "draft model": Kind(model, StaticTree.chain(3)),
+    "draft model tree": Kind(model, STATIC),
+    "draft model dynamic": Kind(model),
+    "toy": Kind(lambda *_: Successors(3)),
+}
