@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:
         draft,
         min(args.batch, len(jobs)),
         min(loaded.target.config.max_position_embeddings, longest + args.max_new_tokens),
-        tree=args.tree,
+        tree=models.chosen_tree(draft, args),
         buckets=args.buckets,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
         stop_tokens=stops,
@@ -203,7 +203,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         *("coupled", "seed", "num_samples", "log_probs"),
     )
     settings = {name: getattr(args, name) for name in names}
-    settings["tree"] = repr(args.tree)
+    settings["tree"] = [None if args.tree is None else repr(args.tree), args.stop_below]
     settings["logit_bias"] = [f"{id}={value:g}" for id, value in args.logit_bias]
     settings["prompts"] = hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest()[:16]
     return json.loads(json.dumps(settings))

@@ -1,10 +1,11 @@
-"""eagle-jax bench: plain against speculative decoding, side by side."""
+"""eagle-jax bench: plain against speculative decoding, or several drafts, side by side."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,18 @@ examples:
   eagle-jax bench --model llama-8b/ --prompts question.jsonl --max-new-tokens 1024 --json result.json
   eagle-jax bench --model llama-8b/ --batch 8 --tree 4,4,16 --repeats 5
   eagle-jax bench --target t1_target/ --draft t1_eagle3/ --prompts token_ids.jsonl --tree 8,10,60
+  eagle-jax bench --model vicuna-jax/ --drafts plain,lookahead,medusa=medusa-vicuna/,eagle1,eagle2 --plot drafts.png
+  eagle-jax bench --drafts plain,lookahead,prompt-lookup,eagle1,eagle2,eagle3 --tree 5,4,16
 
-Without --prompts: a few built-in ones, or random tokens if the model has no tokenizer.
+Without --prompts: a few built-in ones, or random tokens if the model has no tokenizer. Without a model, --drafts takes
+the embedded pair.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
+    from eagle_jax.cli import drafts
+
     add_model_arguments(parser)
     parser.add_argument(
         "--prompts",
@@ -32,6 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text, a prompt a line; or .jsonl, a line each: a string, or an object with prompt, text, turns (as in "
         "MT-bench, the first turn) or tokens (ids)",
     )
+    several = parser.add_argument_group("several drafts")
+    several.add_argument("--drafts", type=drafts.parse_specs, metavar="NAME,...", help=drafts.SPEC_HELP)
+    several.add_argument(
+        "--draft-tree",
+        type=drafts.parse_draft_tree,
+        action="append",
+        default=[],
+        metavar="NAME=TREE",
+        help="the tree of one of them, such as eagle1=paths.json or model=chain:4; repeatable",
+    )
+    several.add_argument("--plot", metavar="FILE", help="draw the comparison there: .png, .svg or .pdf")
     add_decoding_arguments(parser, max_new_tokens=128)
     parser.add_argument("--repeats", type=positive, default=3, metavar="R", help="timed runs (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=1, metavar="B", help="prompts a call (default: %(default)s)")
@@ -40,97 +57,125 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the table; returns 1 if a row ended in NaN or infinite logits."""
+    """Measures, prints the tables; returns 1 if a row ended in NaN or infinite logits."""
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
     from eagle_jax import convert
-    from eagle_jax.cli import measure, models, prompts
+    from eagle_jax.cli import bench_drafts, drafts, measure, models, prompts
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
+    if args.drafts is None and (args.plot or args.draft_tree):
+        raise ValueError("--plot and --draft-tree go with --drafts")
     notes = Console(stderr=True, highlight=False)
     with notes.status("loading"):
+        embedded = args.drafts is not None and args.model is None and args.target is None
+        if embedded:
+            args.target, args.raw = str(drafts.embedded_pair() / "target"), True  # it continues code, and knows no chat
         loaded = models.load_models(args)
         # Only text needs the tokenizer; a file of token ids does without.
         tokenizer = functools.cache(lambda: convert.tokenizer(loaded.folder))
-    if loaded.draft is None:
+    if args.drafts is None and loaded.draft is None:
         raise ValueError("there is no draft head here, so there is nothing to compare")
 
     def encode_text(text: str) -> list[int]:
         return prompts.encode(tokenizer(), text, args.raw)
 
     if args.prompts is None:
-        token_lists, source = prompts.default_prompts(loaded.target.config.vocab_size, encode_text)
+        texts = prompts.CODE_TEXTS if embedded else prompts.DEFAULT_TEXTS
+        token_lists, source = prompts.default_prompts(loaded.target.config.vocab_size, encode_text, texts)
     else:
         found, source = prompts.read_prompts(args.prompts, encode_text), args.prompts
         token_lists = [prompt.tokens for prompt in found]
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "stop_tokens": models.stop_tokens(loaded, args),
+        "sampling": with_logit_bias(sampling, args, loaded.target.config.vocab_size),
+        "key": random_key(args),
+        "batch": args.batch,
+        "repeats": args.repeats,
+    }
+    if args.drafts is not None:
+        return bench_drafts.run(args, loaded, embedded, token_lists, source, options, notes)
+    tree = models.chosen_tree(loaded.draft, args)
     calls = 2 * (args.repeats + 1) * -(-len(token_lists) // args.batch)
-    columns = SpinnerColumn(), "measuring", MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=notes, transient=True) as bar:
-        task = bar.add_task("measuring", total=calls)
-        comparison = measure.compare(
-            loaded.target,
-            loaded.draft,
-            token_lists,
-            tree=args.tree,
-            max_new_tokens=args.max_new_tokens,
-            stop_tokens=models.stop_tokens(loaded, args),
-            sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
-            key=random_key(args),
-            batch=args.batch,
-            repeats=args.repeats,
-            progress=lambda: bar.advance(task),
-        )
-    setting = measure.setting(loaded.target, args.tree)
+    with measure.progress_bar(notes, calls) as advance:
+        comparison = measure.compare(loaded.target, loaded.draft, token_lists, tree=tree, **options, progress=advance)
+    setting = measure.setting(loaded.target)
     console = Console(highlight=False)
-    console.print(measure.table(comparison, _title(args, setting, source)))
+    console.print(measure.table(comparison, f"{title(args, setting, source)}\n{models.describe_tree(tree)}"))
     if len(comparison.by_position) > 1:
         console.print(measure.position_table(comparison))
     console.print(measure.verdict(comparison), soft_wrap=True)
     if args.json is not None:
-        report = _report(args, setting, source, comparison)
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, _report(args, setting, tree, source, comparison))
     return 1 if comparison.plain.failed + comparison.speculative.failed else 0
 
 
-def _title(args: argparse.Namespace, setting: dict[str, Any], source: str) -> str:
-    tree = setting["tree"]
+def title(args: argparse.Namespace, setting: dict[str, Any], source: str) -> str:
+    """What was measured, where and when: two lines."""
+    from eagle_jax.cli import measure
+
     sampled = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, seed {args.seed}"
     return (
         f"{source}, batch {args.batch}, at most {args.max_new_tokens} new tokens, {sampled}, {args.repeats} repeats\n"
-        f"{setting['device']}, jax {setting['jax']}, {setting['dtype']}, tree: depth {tree['depth']}, "
-        f"top_k {tree['top_k']}, {tree['num_nodes']} nodes; {setting['date']}"
+        f"{measure.describe_setting(setting)}"
     )
 
 
-def _report(args: argparse.Namespace, setting: dict[str, Any], source: str, comparison: Any) -> dict[str, Any]:
-    def figures(result: Any) -> dict[str, Any]:
-        return {
-            "new_tokens": result.new_tokens,
-            "target_passes": result.cycles,
-            "accepted": result.accepted,
-            "tokens_a_pass": result.tokens_a_pass,
-            "ms_a_pass": result.ms_a_pass,
-            "tokens_a_second": result.rate,
-            "seconds": result.seconds,
-            "failed_rows": result.failed,
-        }
+def write_json(path: str, report: dict[str, Any]) -> None:
+    """Writes a report in one step, so that no half of it is ever there."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
+
+def figures(result: Any) -> dict[str, Any]:
+    """A result as JSON has it."""
     return {
-        **setting,
+        "new_tokens": result.new_tokens,
+        "target_passes": result.cycles,
+        "accepted": result.accepted,
+        "tokens_a_pass": result.tokens_a_pass,
+        "ms_a_pass": result.ms_a_pass,
+        "tokens_a_second": result.rate,
+        "seconds": result.seconds,
+        "failed_rows": result.failed,
+    }
+
+
+def asked_for(args: argparse.Namespace, source: str, rows: int) -> dict[str, Any]:
+    """What the command line asked for, as JSON has it."""
+    return {
         "model": args.model if args.model is not None else {"target": args.target, "draft": args.draft},
         "prompts": source,
-        "rows": len(comparison.plain.tokens),
+        "rows": rows,
         "batch": args.batch,
         "repeats": args.repeats,
         "max_new_tokens": args.max_new_tokens,
         "draft_window": args.draft_window,
         "sampling": {name: getattr(args, name) for name in (*RANGES, "coupled", "seed")},
         "logit_bias": [f"{id}={value:g}" for id, value in args.logit_bias],
+    }
+
+
+def positions(parts: Sequence[Any]) -> list[dict[str, Any]]:
+    """Ranges of positions as JSON has them."""
+    return [{**vars(part), "tokens_a_pass": part.tokens_a_pass} for part in parts]
+
+
+def _report(
+    args: argparse.Namespace, setting: dict[str, Any], tree: Any, source: str, comparison: Any
+) -> dict[str, Any]:
+    from eagle_jax.cli import measure
+
+    return {
+        **setting,
+        "tree": measure.tree_fields(tree),
+        **asked_for(args, source, len(comparison.plain.tokens)),
         "plain": figures(comparison.plain),
         "speculative": figures(comparison.speculative),
         "ratio": comparison.ratio,
         "identical_rows": comparison.identical,
         "differences": [vars(difference) for difference in comparison.differences or ()],
-        "by_position": [{**vars(part), "tokens_a_pass": part.tokens_a_pass} for part in comparison.by_position],
+        "by_position": positions(comparison.by_position),
     }

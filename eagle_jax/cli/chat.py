@@ -67,12 +67,13 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = convert.tokenizer(loaded.folder)
     conversation = Conversation(tokenizer, args.raw, args.system)
     context = _context(args.context, loaded.target)
+    draft = models.chosen_draft(loaded, args)
     rows = Rows(
         loaded.target,
-        models.chosen_draft(loaded, args),
+        draft,
         1,
         context,
-        tree=args.tree,
+        tree=models.chosen_tree(draft, args),
         buckets=(context,),
         reuse=True,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),

@@ -80,11 +80,7 @@ def _demo(out: Path) -> int:
 
     with notes.status("compiling and measuring"):
         comparison = measure.compare(loaded.target, loaded.draft, token_lists, **options, repeats=REPEATS)
-    setting = measure.setting(loaded.target, TREE)
-    title = (
-        f"{setting['device']}, jax {setting['jax']}, {setting['dtype']}, tree: depth {TREE.depth}, top_k {TREE.top_k}, "
-        f"{TREE.num_nodes} nodes; {setting['date']}"
-    )
+    title = f"{measure.describe_setting(measure.setting(loaded.target))}, {models.describe_tree(TREE)}"
     console.print(measure.table(comparison, title))
     console.print(measure.verdict(comparison), soft_wrap=True)
     if streamed != comparison.speculative.tokens:

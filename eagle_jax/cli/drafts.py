@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.cli.models import Models, parse_tree
+from eagle_jax.cli.models import Models, default_tree, describe_tree, parse_tree
 from eagle_jax.convert import load_draft
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.lookahead import Lookahead
@@ -18,9 +18,7 @@ from eagle_jax.drafts.prompt_lookup import PromptLookup
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
-from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
-
-CHAIN = 5  # tokens that a draft model guesses
+from eagle_jax.tree import PUBLISHED_TREES, TreePolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +35,8 @@ class Candidate:
         if self.draft is None:
             return ""
         if isinstance(self.draft, Lookahead | PromptLookup):
-            fields = dataclasses.asdict(self.draft)
-            return ", ".join(f"{name} {value}" for name, value in fields.items())
+            return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self.draft).items())
         return describe_tree(self.tree)
-
-
-def describe_tree(tree: TreePolicy) -> str:
-    """ "depth 8, top_k 10, 60 nodes"."""
-    if isinstance(tree, TreeConfig):
-        adaptive = f", stops below {tree.stop_below:g}" if tree.stop_below else ""
-        return f"depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes{adaptive}"
-    if tree.num_nodes == tree.depth + 1:
-        return f"chain of {tree.depth}"
-    return f"static, depth {tree.depth}, {tree.num_nodes} nodes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +48,13 @@ class _Name:
     tree: Callable[[Any], TreePolicy] | None = None
 
 
-def _medusa_tree(draft: Medusa) -> StaticTree:
-    """The published tree, cut off where the heads end."""
-    paths = PUBLISHED_TREES["medusa-mc-sim-7b-63"].paths
-    return StaticTree([path for path in paths if len(path) <= draft.config.num_heads])
-
-
 NAMES = {
     "plain": _Name(),
     "lookahead": _Name(weightless=Lookahead),
     "prompt-lookup": _Name(weightless=PromptLookup),
     "prompt-lookup-tree": _Name(weightless=lambda: PromptLookup(branches=4)),
-    "model": _Name(kind=DraftModel, tree=lambda draft: StaticTree.chain(CHAIN)),
-    "medusa": _Name(kind=Medusa, tree=_medusa_tree),
+    "model": _Name(kind=DraftModel, tree=default_tree),
+    "medusa": _Name(kind=Medusa, tree=default_tree),
     "eagle1": _Name(kind=Eagle1Draft, tree=lambda draft: PUBLISHED_TREES["eagle"]),
     "eagle2": _Name(kind=Eagle1Draft),
     "eagle3": _Name(kind=Eagle3Draft),

@@ -91,7 +91,7 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
         draft,
         tokens,
         lengths,
-        tree=args.tree,
+        tree=models.chosen_tree(draft, args),
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
         max_new_tokens=args.max_new_tokens,
         stop_tokens=models.stop_tokens(loaded, args),

@@ -5,13 +5,14 @@ Letters: B batch, P padded prompt.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ import eagle_jax
 from eagle_jax.cli import models
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.tree import TreeConfig
+from eagle_jax.tree import TreePolicy
 
 NEAR_TIE = 1e-4  # logits this close may change places between a pass of one token and one of many, in float32
 FIRST_RANGE = 256  # positions: the first range of `Comparison.by_position`
@@ -130,27 +131,42 @@ class Comparison:
 
     @property
     def by_position(self) -> list[Range]:
-        """The speculative texts in ranges of positions, prompt included, each twice as long as the one before."""
-        texts = list(zip(self.prompt_lengths, self.speculative.drafted, strict=True))
-        # Without each text's first token, which comes from the prompt's pass.
-        drafted = np.concatenate([np.asarray(flags[1:], bool) for _, flags in texts])
-        places = np.concatenate([length + 1 + np.arange(len(flags[1:])) for length, flags in texts])
-        found = []
-        start, end = 0, FIRST_RANGE
-        while (places >= start).any():
-            inside = drafted[(places >= start) & (places < end)]
-            if len(inside):
-                found.append(Range(start, end, len(inside), int((~inside).sum())))
-            start, end = end, 2 * end
-        return found
+        return by_position(self.speculative, self.prompt_lengths)
+
+
+def by_position(result: Result, prompt_lengths: Sequence[int]) -> list[Range]:
+    """A result's texts in ranges of positions, prompt included, each twice as long as the one before."""
+    texts = list(zip(prompt_lengths, result.drafted, strict=True))
+    # Without each text's first token, which comes from the prompt's pass.
+    drafted = np.concatenate([np.asarray(flags[1:], bool) for _, flags in texts])
+    places = np.concatenate([length + 1 + np.arange(len(flags[1:])) for length, flags in texts])
+    found = []
+    start, end = 0, FIRST_RANGE
+    while (places >= start).any():
+        inside = drafted[(places >= start) & (places < end)]
+        if len(inside):
+            found.append(Range(start, end, len(inside), int((~inside).sum())))
+        start, end = end, 2 * end
+    return found
 
 
 def compare(
+    target: Llama, draft: Any, token_lists: Sequence[Sequence[int]], *, tree: TreePolicy, **options: Any
+) -> Comparison:
+    """Decodes the prompts plain and speculative in turn; options as in `decode_in_turn`."""
+    methods = {"plain": (None, tree), "speculative": (draft, tree)}
+    results, rows = decode_in_turn(target, methods, token_lists, **options)
+    plain, speculative = results["plain"], results["speculative"]
+    return Comparison(
+        plain, speculative, list(map(len, rows)), differences(target, rows, plain, speculative, **options)
+    )
+
+
+def decode_in_turn(
     target: Llama,
-    draft: Any,
+    methods: Mapping[str, tuple[Any, TreePolicy]],
     token_lists: Sequence[Sequence[int]],
     *,
-    tree: TreeConfig,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
     sampling: SamplingConfig = SamplingConfig(),
@@ -158,24 +174,27 @@ def compare(
     batch: int = 1,
     repeats: int = 1,
     progress: Callable[[], None] = lambda: None,
-) -> Comparison:
-    """Decodes the prompts in batches, plain and speculative in turn, and takes each batch's median times.
+) -> tuple[dict[str, Result], list[Sequence[int]]]:
+    """Decodes the prompts in batches, by every method in turn, and takes each batch's median times.
 
     Args:
+      methods: {name: (draft or None, tree)}.
       sampling, key: as in `generate`; every batch has the same key.
       batch: rows a call; the last call is filled up with the first prompts.
-      progress: called after every call of `generate`, 2 * (repeats + 1) times a batch; the first two compile.
+      progress: called after every call of `generate`, repeats + 1 times a batch and method; the first compile.
+    Returns:
+      {name: Result}, and the prompt of every row.
     """
     count = -(-len(token_lists) // batch) * batch
     rows = [token_lists[i % len(token_lists)] for i in range(count)]
-    parts: dict[str, list[Result]] = {"plain": [], "speculative": []}
+    parts: dict[str, list[Result]] = {name: [] for name in methods}
     for start in range(0, count, batch):
         tokens, lengths = eagle_jax.pad(rows[start : start + batch])
         runs = {
             name: functools.partial(
                 eagle_jax.generate,
                 target,
-                head,
+                draft,
                 tokens,
                 lengths,
                 key=key,
@@ -185,7 +204,7 @@ def compare(
                 stop_tokens=stop_tokens,
                 capacity=models.capacity(target, int(lengths.max()), tokens.shape[1], max_new_tokens),
             )
-            for name, head in (("plain", None), ("speculative", draft))
+            for name, (draft, tree) in methods.items()
         }
         outputs: dict[str, eagle_jax.Output] = {}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -200,11 +219,22 @@ def compare(
                 progress()
         for name, output in outputs.items():
             parts[name].append(_result(output, jax.device_get(lengths), statistics.median(seconds[name])))
-    plain, speculative = _sum(parts["plain"]), _sum(parts["speculative"])
-    differences = None
-    if sampling.temperature == 0 or sampling.coupled:
-        differences = _differences(target if sampling.greedy else None, rows, plain.tokens, speculative.tokens)
-    return Comparison(plain, speculative, list(map(len, rows)), differences)
+    return {name: _sum(found) for name, found in parts.items()}, rows
+
+
+def differences(
+    target: Llama,
+    rows: Sequence[Sequence[int]],
+    plain: Result,
+    speculative: Result,
+    *,
+    sampling: SamplingConfig = SamplingConfig(),
+    **_: Any,
+) -> list[Difference] | None:
+    """Where the texts of the rows first differ; None where they may by chance."""
+    if sampling.temperature != 0 and not sampling.coupled:
+        return None
+    return _differences(target if sampling.greedy else None, rows, plain.tokens, speculative.tokens)
 
 
 def _result(output: eagle_jax.Output, prompt_lengths: np.ndarray, seconds: float) -> Result:
@@ -233,7 +263,7 @@ def _sum(results: list[Result]) -> Result:
 
 
 def _differences(
-    target: Llama | None, rows: list[Sequence[int]], plain: list[list[int]], speculative: list[list[int]]
+    target: Llama | None, rows: Sequence[Sequence[int]], plain: list[list[int]], speculative: list[list[int]]
 ) -> list[Difference]:
     """Where rows differ, with gaps if there is a target: its logits tell one only where nothing else chose."""
     found = []
@@ -257,8 +287,19 @@ def _gap(target: Llama, before: list[int], pair: list[int]) -> float:
     return float(last.max() - last[np.asarray(pair)].min())
 
 
-def setting(target: Llama, tree: TreeConfig) -> dict[str, Any]:
-    """What a figure depends on beside the models: versions, device, dtype, tree, date."""
+@contextlib.contextmanager
+def progress_bar(console: Any, calls: int) -> Iterator[Callable[[], None]]:
+    """A progress bar of this many calls; gives the function that advances it."""
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = SpinnerColumn(), "measuring", MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("measuring", total=calls)
+        yield lambda: bar.advance(task)
+
+
+def setting(target: Llama) -> dict[str, Any]:
+    """What a figure depends on beside the models: versions, device, dtype, date."""
     device = jax.devices()[0]
     kind = f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
     return {
@@ -266,8 +307,17 @@ def setting(target: Llama, tree: TreeConfig) -> dict[str, Any]:
         "jax": jax.__version__,
         "device": kind,
         "dtype": np.dtype(target.dtype).name,
-        "tree": dataclasses.asdict(tree),
     }
+
+
+def describe_setting(setting: dict[str, Any]) -> str:
+    """ "CPU, 2 cores, jax 0.10.2, float32; 2026-01-31"."""
+    return f"{setting['device']}, jax {setting['jax']}, {setting['dtype']}; {setting['date']}"
+
+
+def tree_fields(tree: TreePolicy) -> Any:
+    """A tree as JSON has it: its sizes, or its paths."""
+    return dataclasses.asdict(tree) if dataclasses.is_dataclass(tree) and not isinstance(tree, type) else repr(tree)
 
 
 def table(comparison: Comparison, title: str) -> Any:

@@ -11,9 +11,13 @@ from typing import Any
 from eagle_jax.convert import from_pretrained, load, parts
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import read_json, resolve
+from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle import EagleDraft, with_window
+from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.models.llama import Llama
 from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
+
+CHAIN = 5  # tokens that a draft model guesses, unless --tree says otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +44,16 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
     parser.add_argument(
         "--tree",
         type=parse_tree,
-        default=default,
         metavar="TREE",
         help="the draft tree: depth (draft tokens on the longest path), children a node, and nodes in all with the "
         f"root (default: {default.depth},{default.top_k},{default.num_nodes}); or a static one: chain:5, a published "
         f"one ({', '.join(PUBLISHED_TREES)}), or a .json file with a list of paths",
+    )
+    parser.add_argument(
+        "--stop-below",
+        type=probability,
+        metavar="P",
+        help="adaptive drafting: grow a tree no deeper once its best path's draft probability is below this",
     )
     parser.add_argument(
         "--draft-window",
@@ -96,6 +105,34 @@ def parse_tree(text: str) -> TreePolicy:
     )
 
 
+def chosen_tree(draft: Any, args: argparse.Namespace) -> TreePolicy:
+    """--tree with --stop-below, or what suits the draft: see `default_tree`."""
+    tree = default_tree(draft) if args.tree is None else args.tree
+    if args.stop_below is None:
+        return tree
+    if not isinstance(tree, TreeConfig):
+        raise ValueError(f"--stop-below is for dynamic trees such as --tree 8,10,60, not for a {describe_tree(tree)}")
+    return dataclasses.replace(tree, stop_below=args.stop_below)
+
+
+def default_tree(draft: Any) -> TreePolicy:
+    """The published tree for Medusa heads, cut off where the heads end; a chain for a draft model; else dynamic."""
+    if isinstance(draft, Medusa):
+        paths = PUBLISHED_TREES["medusa-mc-sim-7b-63"].paths
+        return StaticTree([path for path in paths if len(path) <= draft.config.num_heads])
+    return StaticTree.chain(CHAIN) if isinstance(draft, DraftModel) else TreeConfig()
+
+
+def describe_tree(tree: TreePolicy) -> str:
+    """ "tree: depth 8, top_k 10, 60 nodes"."""
+    if isinstance(tree, TreeConfig):
+        adaptive = f", stops below {tree.stop_below:g}" if tree.stop_below else ""
+        return f"tree: depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes{adaptive}"
+    if tree.num_nodes == tree.depth + 1:
+        return f"chain of {tree.depth}"
+    return f"static tree: depth {tree.depth}, {tree.num_nodes} nodes"
+
+
 def parse_window(text: str) -> tuple[int, int]:
     """A draft window from "4,1024"; the type of an argparse option."""
     first, _, recent = text.partition(",")
@@ -111,6 +148,17 @@ def parse_buckets(text: str) -> tuple[int, ...]:
     if not all(width.isdecimal() and int(width) for width in text.split(",")):
         raise argparse.ArgumentTypeError(f"must be positive integers, such as 64,256,1024; got {text!r}")
     return tuple(sorted(map(int, text.split(","))))
+
+
+def probability(text: str) -> float:
+    """A number from 0 to 1; the type of an argparse option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a probability, 0 to 1, got {text!r}")
+    return value
 
 
 def positive(text: str) -> int:

@@ -18,6 +18,16 @@ DEFAULT_TEXTS = (
     "List five European capitals and the river that each one lies on.",
     "A train leaves at 9:40 and arrives at 13:05. How long does the journey take? Show the steps.",
 )
+CODE_TEXTS = (  # for the embedded pair, which continues Python code
+    "def __init__(self",
+    "class Error(Exception):",
+    "    for key, value in self.items():",
+    'if __name__ == "__main__":',
+    "import os\nimport sys\n",
+    "    def test_",
+    'def read(self, size=-1):\n    """',
+    "    if not isinstance(",
+)
 RANDOM_PROMPTS, RANDOM_LENGTH = 4, 24  # of a model without a tokenizer
 
 
@@ -102,10 +112,12 @@ def _from_json(line: str, where: str) -> str | list[int]:
     raise ValueError(f'{where}: neither a string nor an object with "prompt", "text", "turns" or "tokens"')
 
 
-def default_prompts(vocab_size: int, encode_text: Callable[[str], list[int]]) -> tuple[list[list[int]], str]:
+def default_prompts(
+    vocab_size: int, encode_text: Callable[[str], list[int]], texts: Sequence[str] = DEFAULT_TEXTS
+) -> tuple[list[list[int]], str]:
     """Prompts of a bench without a file, and what they are: a few texts, or random tokens without a tokenizer."""
     try:
-        return [encode_text(text) for text in DEFAULT_TEXTS], f"{len(DEFAULT_TEXTS)} built-in prompts"
+        return [encode_text(text) for text in texts], f"{len(texts)} built-in prompts"
     except CheckpointError:
         random = np.random.default_rng(0).integers(vocab_size, size=(RANDOM_PROMPTS, RANDOM_LENGTH))
         return random.tolist(), f"{RANDOM_PROMPTS} prompts of random tokens (the model has no tokenizer)"

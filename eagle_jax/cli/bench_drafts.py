@@ -1,0 +1,180 @@
+"""eagle-jax bench --drafts: several drafts on the same prompts and the same target, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import eagle_jax
+from eagle_jax.cli import bench, measure
+from eagle_jax.cli.drafts import Candidate, candidates
+from eagle_jax.cli.models import Models, chosen_tree
+from eagle_jax.cli.phases import RUNS, Phases, measure_phases
+
+NOTES = (
+    "Tokens a cycle: the mean accepted length, bonus token counted, without each text's first token. Draft: growing "
+    "the tree and learning what was accepted; verify: the target's pass; rest: acceptance, commit, bookkeeping: each "
+    "alone, greedy, on the first batch of prompts. tok/s and ratio: of whole calls with the prompt's pass; medians, "
+    "without compilation. Identical: rows equal to plain decoding token for token."
+)
+SHOWN_DEPTHS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One draft's figures. differences: from the plain text, or None where texts may differ by chance."""
+
+    candidate: Candidate
+    result: measure.Result
+    phases: Phases
+    ratio: float | None
+    differences: list[measure.Difference] | None
+    by_position: list[measure.Range]
+
+    @property
+    def accepted_at(self) -> list[float]:
+        """The share of cycles whose draft token 1, 2, ... was accepted."""
+        counts = self.result.accepted
+        cycles = max(sum(counts), 1)
+        return [sum(counts[depth:]) / cycles for depth in range(1, len(counts))]
+
+    @property
+    def identical(self) -> int | None:
+        return None if self.differences is None else len(self.result.tokens) - len(self.differences)
+
+
+def run(
+    args: argparse.Namespace,
+    loaded: Models,
+    embedded: bool,
+    token_lists: Sequence[Sequence[int]],
+    source: str,
+    options: dict[str, Any],
+    notes: Console,
+) -> int:
+    """Measures, prints, writes; returns 1 if a row ended in NaN or infinite logits."""
+    from eagle_jax.cli import plot
+
+    if args.plot is not None:
+        plot.check(args.plot)
+    found = candidates(loaded, args.drafts, chosen_tree(None, args), dict(args.draft_tree), embedded)
+    measured = compare(loaded.target, found, token_lists, options, notes)
+    setting = measure.setting(loaded.target)
+    console = Console(highlight=False)
+    console.print(_table(measured, bench.title(args, setting, source)))
+    console.print(_depth_table(measured))
+    failed = sum(one.result.failed for one in measured)
+    if failed:
+        console.print(f"{failed} rows ended in NaN or infinite logits!")
+    if args.json is not None:
+        rows = len(measured[0].result.tokens)
+        report = {**setting, **bench.asked_for(args, source, rows), "drafts": [_report(one) for one in measured]}
+        bench.write_json(args.json, report)
+    if args.plot is not None:
+        plot.drafts(measured, measure.describe_setting(setting), args.plot)
+    return 1 if failed else 0
+
+
+def compare(
+    target: Any,
+    found: Sequence[Candidate],
+    token_lists: Sequence[Sequence[int]],
+    options: dict[str, Any],
+    notes: Console,
+) -> list[Measured]:
+    """Decodes the prompts by every candidate in turn; those of `measure.decode_in_turn` are the options."""
+    methods = {one.name: (one.draft, one.tree) for one in found}
+    calls = len(found) * (options["repeats"] + 1) * -(-len(token_lists) // options["batch"])
+    with measure.progress_bar(notes, calls + len(found)) as advance:
+        results, rows = measure.decode_in_turn(target, methods, token_lists, **options, progress=advance)
+        phases = []
+        for one in found:
+            phases.append(_phases(target, one, rows[: options["batch"]], options["repeats"]))
+            advance()
+    plain = next((results[one.name] for one in found if one.draft is None), None)
+    lengths = list(map(len, rows))
+    return [
+        Measured(
+            candidate=one,
+            result=results[one.name],
+            phases=phase,
+            ratio=None if plain is None else results[one.name].rate / plain.rate,
+            differences=None
+            if plain is None
+            else measure.differences(target, rows, plain, results[one.name], **options),
+            by_position=measure.by_position(results[one.name], lengths),
+        )
+        for one, phase in zip(found, phases, strict=True)
+    ]
+
+
+def _phases(target: Any, one: Candidate, rows: Sequence[Sequence[int]], repeats: int) -> Phases:
+    depth = 0 if one.draft is None else one.draft.depth(one.tree)
+    tokens, lengths = eagle_jax.pad(rows)
+    state = jax.jit(eagle_jax.prefill, static_argnames=("max_new_tokens", "tree"))(
+        target, one.draft, tokens, lengths, max_new_tokens=(RUNS + 1) * (depth + 1), tree=one.tree
+    )
+    return measure_phases(target, one.draft, one.tree, state, repeats)
+
+
+def _table(measured: Sequence[Measured], title: str) -> Table:
+    table = Table(title=title, title_justify="left", caption=NOTES, caption_justify="left")
+    table.add_column("draft", no_wrap=True)
+    table.add_column("proposes")
+    for name in (
+        "cycles",
+        "tokens a cycle",
+        "draft ms",
+        "verify ms",
+        "rest ms",
+        "cycle ms",
+        "tok/s",
+        "ratio",
+        "identical",
+    ):
+        table.add_column(name, justify="right")
+    for one in measured:
+        result, phases = one.result, one.phases
+        table.add_row(
+            one.candidate.name,
+            one.candidate.shape,
+            str(result.cycles),
+            f"{result.tokens_a_pass:.2f}",
+            *(f"{ms:.2f}" for ms in (phases.draft, phases.verify, phases.rest, phases.cycle)),
+            f"{result.rate:.1f}",
+            "" if one.ratio is None else f"{one.ratio:.2f}",
+            "" if one.identical is None else f"{one.identical} of {len(result.tokens)}",
+        )
+    return table
+
+
+def _depth_table(measured: Sequence[Measured]) -> Table:
+    """How far into a guess the target agrees."""
+    depths = min(SHOWN_DEPTHS, max(len(one.accepted_at) for one in measured))
+    table = Table(title="share of cycles that accepted the 1st, 2nd, ... draft token", title_justify="left")
+    table.add_column("draft", no_wrap=True)
+    for depth in range(1, depths + 1):
+        table.add_column(str(depth), justify="right")
+    for one in measured:
+        table.add_row(one.candidate.name, *(f"{share:.2f}" for share in one.accepted_at[:depths]))
+    return table
+
+
+def _report(one: Measured) -> dict[str, Any]:
+    return {
+        "name": one.candidate.name,
+        "proposes": one.candidate.shape,
+        **bench.figures(one.result),
+        "accepted_at_depth": one.accepted_at,
+        "ms_a_cycle": {**dataclasses.asdict(one.phases), "cycle": one.phases.cycle},
+        "ratio": one.ratio,
+        "identical_rows": one.identical,
+        "differences": [vars(difference) for difference in one.differences or ()],
+        "by_position": bench.positions(one.by_position),
+    }

@@ -1,0 +1,195 @@
+"""eagle-jax show: one cycle's draft tree, in the terminal and as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
+
+EXAMPLES = """\
+examples:
+  eagle-jax show --model llama-8b/ --prompt "Why is the sky blue?"
+  eagle-jax show --model llama-8b/ --prompt "Why is the sky blue?" --cycle 5 --tree 4,4,16 --out tree.svg
+  eagle-jax show --prompt "def __init__(self" --draft-name eagle1 --out tree.png
+  eagle-jax show --prompt "for i in range(" --draft-name lookahead --cycle 12
+
+Tokens with their cumulative draft probability, where the draft has one. Green: accepted; orange: the target's own next
+token. Without a model: the embedded pair.
+"""
+MAX_CYCLES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A node to draw. probability: cumulative, or None where the draft gives none. parent: None for the root."""
+
+    index: int
+    parent: int | None
+    depth: int
+    text: str
+    probability: float | None
+    accepted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a cycle did: nodes in the tree's order, the last one accepted, and the target's own token after it."""
+
+    nodes: list[Node]
+    last_accepted: int
+    bonus: str
+    omitted: int
+
+    def node(self, index: int) -> Node:
+        return next(node for node in self.nodes if node.index == index)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
+    from eagle_jax.cli import drafts
+
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the prompt")
+    parser.add_argument(
+        "--draft-name",
+        type=drafts.parse_specs,
+        metavar="NAME[=DIR]",
+        help="the draft to show, by its name in bench --drafts (default: the model's own)",
+    )
+    parser.add_argument("--cycle", type=positive, default=1, metavar="N", help="which cycle (default: the first)")
+    parser.add_argument("--out", metavar="FILE", help="draw the tree there: .png, .svg or .pdf")
+    add_decoding_arguments(parser, max_new_tokens=MAX_CYCLES)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decodes greedily up to the cycle, and shows its tree."""
+    from rich.console import Console
+
+    import eagle_jax
+    from eagle_jax import convert
+    from eagle_jax.cli import drafts, models, plot, prompts
+
+    if args.out is not None:
+        plot.check(args.out)
+    if args.draft_name is not None and len(args.draft_name) != 1:
+        raise ValueError("--draft-name: name one draft")
+    notes = Console(stderr=True, highlight=False)
+    with notes.status("loading"):
+        embedded = args.model is None and args.target is None
+        if embedded:
+            args.target, args.raw = str(drafts.embedded_pair() / "target"), True
+            args.draft_name = args.draft_name or {"eagle3": None}
+        loaded = models.load_models(args)
+        tokenizer = convert.tokenizer(loaded.folder)
+    if args.draft_name is not None:
+        (one,) = drafts.candidates(loaded, args.draft_name, models.chosen_tree(None, args), {}, embedded)
+        if args.tree is not None:
+            one = dataclasses.replace(one, tree=models.chosen_tree(one.draft, args))
+    elif loaded.draft is not None:
+        one = drafts.Candidate(type(loaded.draft).__name__, loaded.draft, models.chosen_tree(loaded.draft, args))
+    else:
+        raise ValueError("there is no draft here; name one: --draft-name")
+    if one.draft is None:
+        raise ValueError("plain decoding has no tree to show")
+
+    tokens, lengths = eagle_jax.pad([prompts.encode(tokenizer, args.prompt, args.raw)])
+    room = models.capacity(loaded.target, int(lengths[0]), tokens.shape[1], args.max_new_tokens)
+    with notes.status("decoding"):
+        before, step = decode_to(loaded.target, one.draft, one.tree, tokens, lengths, args.cycle, room)
+    text = np.asarray(before.tokens[0, : before.lengths[0]]).tolist()
+    spell = functools.partial(_spell, tokenizer)
+    drawn = describe(step.tree, step.acceptance, spell)
+    title = f"{one.name}, {one.shape}: cycle {args.cycle}"
+    console = Console(highlight=False)
+    console.print(f"... {tokenizer.decode(text[-40:-1])}", style="dim", markup=False)
+    console.print(terminal_tree(drawn, title))
+    if args.out is not None:
+        plot.tree(drawn, title, args.out)
+        notes.print(f"drawn to {args.out}", markup=False)
+    return 0
+
+
+def decode_to(target: Any, draft: Any, tree: Any, tokens: Any, lengths: Any, cycle: int, capacity: int | None) -> Any:
+    """The state before a cycle of the first row's greedy text, and the cycle's `Step`.
+
+    Raises:
+      ValueError: if the text ends before.
+    """
+    import jax
+
+    import eagle_jax
+    from eagle_jax import decode
+
+    depth = draft.depth(tree)
+    options = {"max_new_tokens": cycle * (depth + 1) + 1, "capacity": capacity, "tree": tree}
+    state = jax.jit(eagle_jax.prefill, static_argnames=tuple(options))(target, draft, tokens, lengths, **options)
+    advance = jax.jit(functools.partial(eagle_jax.cycle, tree=tree), donate_argnums=2)
+    for number in range(1, cycle + 1):
+        if bool(state.done[0]):
+            raise ValueError(
+                f"the text ends in cycle {number - 1}, at {int(state.lengths[0])} tokens, before --cycle {cycle}"
+            )
+        if number < cycle:
+            state = advance(target, draft, state)
+    return state, jax.jit(functools.partial(decode.step, tree=tree))(target, draft, state)
+
+
+def describe(tree: Any, acceptance: Any, spell: Any) -> Drawn:
+    """The first row's tree and what was accepted, for drawing. Nodes that stand for no guess are omitted.
+
+    Args:
+      spell: token id to text.
+    """
+    tokens, parents, depths, scores = (
+        np.asarray(field[0]) for field in (tree.tokens, tree.parents, tree.depths, tree.scores)
+    )
+    path = {int(i) for i in np.asarray(acceptance.path[0]) if i >= 0}
+    has_probabilities = not np.isin(scores, (0, -np.inf)).all()
+    kept = [i for i in range(len(tokens)) if scores[i] > -np.inf or i in path]
+    nodes = [
+        Node(
+            index=i,
+            parent=None if i == 0 else int(parents[i]),
+            depth=int(depths[i]),
+            text=spell(int(tokens[i])),
+            probability=float(np.exp(scores[i])) if has_probabilities and i else None,
+            accepted=i in path,
+        )
+        for i in kept
+    ]
+    last = max(path, key=lambda i: depths[i])
+    return Drawn(nodes, last, spell(int(acceptance.bonus[0])), len(tokens) - len(kept))
+
+
+def terminal_tree(drawn: Drawn, title: str) -> Any:
+    """The rich tree of a cycle."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def label(node: Node) -> Text:
+        text = Text(node.text, style="bold green" if node.accepted else "")
+        if node.probability is not None:
+            text.append(f"  {node.probability:.3f}", style="dim")
+        if node.accepted and node.index:
+            text.append("  accepted", style="green")
+        return text
+
+    whole = Tree(Text(title, style="bold"))
+    branches: dict[int, Any] = {}
+    for node in drawn.nodes:
+        above = whole if node.parent is None else branches[node.parent]
+        branches[node.index] = above.add(label(node))
+    branches[drawn.last_accepted].add(Text(f"{drawn.bonus}  the target's own", style="yellow"))
+    if drawn.omitted:
+        whole.add(Text(f"{drawn.omitted} nodes without a guess are not shown", style="dim"))
+    return whole
+
+
+def _spell(tokenizer: Any, token: int) -> str:
+    """A token as Python writes a string, without its quotes."""
+    return repr(tokenizer.decode([token]))[1:-1] or "''"
