@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -124,32 +125,24 @@ def _phases(target: Any, one: Candidate, rows: Sequence[Sequence[int]], repeats:
 
 
 def _table(measured: Sequence[Measured], title: str) -> Table:
-    table = Table(title=title, title_justify="left", caption=NOTES, caption_justify="left")
+    proposes = "\n".join(f"{one.candidate.name}: {one.candidate.shape}" for one in measured if one.candidate.shape)
+    table = Table(
+        title=f"{title}\n{proposes}", title_justify="left", caption=NOTES, caption_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("draft", no_wrap=True)
-    table.add_column("proposes")
-    for name in (
-        "cycles",
-        "tokens a cycle",
-        "draft ms",
-        "verify ms",
-        "rest ms",
-        "cycle ms",
-        "tok/s",
-        "ratio",
-        "identical",
-    ):
-        table.add_column(name, justify="right")
+    names = ("cycles", "tokens a cycle", "draft ms", "verify ms", "rest ms", "cycle ms", "tok/s", "ratio", "identical")
+    for name in names:
+        table.add_column(name, justify="right", min_width=5)
     for one in measured:
         result, phases = one.result, one.phases
         table.add_row(
             one.candidate.name,
-            one.candidate.shape,
             str(result.cycles),
             f"{result.tokens_a_pass:.2f}",
             *(f"{ms:.2f}" for ms in (phases.draft, phases.verify, phases.rest, phases.cycle)),
             f"{result.rate:.1f}",
             "" if one.ratio is None else f"{one.ratio:.2f}",
-            "" if one.identical is None else f"{one.identical} of {len(result.tokens)}",
+            "" if one.identical is None else f"{one.identical}/{len(result.tokens)}",
         )
     return table
 
@@ -157,7 +150,9 @@ def _table(measured: Sequence[Measured], title: str) -> Table:
 def _depth_table(measured: Sequence[Measured]) -> Table:
     """How far into a guess the target agrees."""
     depths = min(SHOWN_DEPTHS, max(len(one.accepted_at) for one in measured))
-    table = Table(title="share of cycles that accepted the 1st, 2nd, ... draft token", title_justify="left")
+    table = Table(
+        title="share of cycles that accepted the 1st, 2nd, ... draft token", title_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("draft", no_wrap=True)
     for depth in range(1, depths + 1):
         table.add_column(str(depth), justify="right")

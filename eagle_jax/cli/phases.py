@@ -45,36 +45,42 @@ def measure_phases(
     Args:
       state: prefilled with the draft, with room for RUNS cycles.
     """
-    programs = (_cycles, _verifications) if draft is None else (_cycles, _verifications, _proposals, _updates)
+    whole, _ = _time(_cycles, repeats, target, draft, state, tree=tree)
+    drafting, proposal = _time(_proposals, repeats, target, draft, state, tree=tree)
+    verifying, verified = _time(_verifications, repeats, target, draft, state, proposal.tree)
+    if draft is None:
+        drafting = 0.0
+    else:
+        updating, _ = _time(_updates, repeats, target, draft, state, proposal.tree, *verified, tree=tree)
+        drafting += updating
+    return Phases(draft=drafting, verify=verifying, rest=whole - verifying - drafting)
+
+
+def _time(program, repeats: int, *args: Any, **options: Any) -> tuple[float, Any]:
+    """Milliseconds of one of a program's RUNS, and its result."""
+    result = jax.block_until_ready(program(*args, **options))
     seconds = []
-    for program in programs:
-        run = functools.partial(program, target, draft, state, tree=None if draft is None else tree)
-        jax.block_until_ready(run())
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            jax.block_until_ready(run())
-            times.append((time.perf_counter() - began) / RUNS)
-        seconds.append(1000 * statistics.median(times))
-    whole, verifying, *drafting = seconds
-    return Phases(draft=sum(drafting), verify=verifying, rest=whole - verifying - sum(drafting))
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(program(*args, **options))
+        seconds.append(time.perf_counter() - began)
+    return 1000 * statistics.median(seconds) / RUNS, result
 
 
 def _again(part, state: DecodeState) -> Any:
     """Runs part(state) RUNS times, one after the other: the barrier makes each run wait for the one before."""
 
     def body(_, carry):
-        state, result = jax.lax.optimization_barrier(carry)
-        del result
+        state, _ = jax.lax.optimization_barrier(carry)
         return state, part(state)
 
-    return jax.lax.fori_loop(1, RUNS, body, (state, part(state)))[1]
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, state))
+    return jax.lax.fori_loop(0, RUNS, body, (state, nothing))[1]
 
 
 @functools.partial(jax.jit, static_argnames="tree")
 def _cycles(target, draft, state, *, tree):
-    options = {} if tree is None else {"tree": tree}
-    return jax.lax.fori_loop(0, RUNS, lambda _, state: cycle(target, draft, state, **options), state)
+    return jax.lax.fori_loop(0, RUNS, lambda _, state: cycle(target, draft, state, tree=tree), state)
 
 
 @functools.partial(jax.jit, static_argnames="tree")
@@ -82,22 +88,17 @@ def _proposals(target, draft, state, *, tree):
     return _again(lambda state: propose(target, draft, state, tree), state)
 
 
-@functools.partial(jax.jit, static_argnames="tree")
-def _verifications(target, draft, state, *, tree):
-    nodes = propose(target, draft, state, tree).tree
-
+@jax.jit
+def _verifications(target, draft, state, nodes):
     def part(state):
         out = verify(target, draft, state, nodes)
-        return target.logits(out.hidden), out.rows
+        return out, target.logits(out.hidden)
 
     return _again(part, state)
 
 
 @functools.partial(jax.jit, static_argnames="tree")
-def _updates(target, draft, state, *, tree):
-    nodes = propose(target, draft, state, tree).tree
-    out = verify(target, draft, state, nodes)
-    logits = target.logits(out.hidden)
+def _updates(target, draft, state, nodes, out, logits, *, tree):
     batch, depth = nodes.tokens.shape[0], draft.depth(tree)
     path = jnp.zeros((batch, depth + 1), jnp.int32)
     new = jnp.take_along_axis(nodes.tokens, path, axis=1)

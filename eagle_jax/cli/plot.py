@@ -77,7 +77,7 @@ def tree(drawn: Any, title: str, path: str) -> None:
             ends = [columns[node.parent], columns[node.index]], [-drawn.node(node.parent).depth, -node.depth]
             axes.plot(*ends, color=colour, linewidth=2.5 if node.accepted else 1, zorder=1)
     for node in drawn.nodes:
-        label = node.text if node.probability is None else f"{node.text}\n{node.probability:.2f}"
+        label = node.text if node.probability is None else f"{node.text}\n{node.probability:.2g}"
         _box(axes, columns[node.index], -node.depth, label, ACCEPTED if node.accepted else REJECTED)
     last = drawn.node(drawn.last_accepted)
     place = columns[last.index]

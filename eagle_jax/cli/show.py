@@ -174,7 +174,7 @@ def terminal_tree(drawn: Drawn, title: str) -> Any:
     def label(node: Node) -> Text:
         text = Text(node.text, style="bold green" if node.accepted else "")
         if node.probability is not None:
-            text.append(f"  {node.probability:.3f}", style="dim")
+            text.append(f"  {node.probability:.2g}", style="dim")
         if node.accepted and node.index:
             text.append("  accepted", style="green")
         return text
