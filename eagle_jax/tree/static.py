@@ -124,11 +124,13 @@ class StaticTree:
             jnp.broadcast_to(values, (batch, self.width, self.ranks))
             for values in children(logits[:, None], jnp.zeros((batch, 1), jnp.float32))
         )
-        mask = jnp.zeros((batch, self.width, (self.depth - 1) * self.width), bool)
-        tables = (jnp.arange(self.depth - 1), jnp.array(slots), jnp.array(ranks))
-        (carry, *_), more = jax.lax.scan(expand, (carry, mask, *first), tables)
-        # [L + 1, B, k, R], and where in it each node is.
-        scores, tokens = (jnp.concatenate([a[None], b]) for a, b in zip(first, more, strict=True))
+        grown = tuple(values[None] for values in first)
+        if self.depth > 1:  # even a scan of no steps would trace draft_fn
+            mask = jnp.zeros((batch, self.width, (self.depth - 1) * self.width), bool)
+            tables = (jnp.arange(self.depth - 1), jnp.array(slots), jnp.array(ranks))
+            (carry, *_), more = jax.lax.scan(expand, (carry, mask, *first), tables)
+            grown = tuple(jnp.concatenate(pair) for pair in zip(grown, more, strict=True))
+        scores, tokens = grown  # [L + 1, B, k, R], and where in it each node is:
         levels = np.array([len(path) - 1 for path in self.paths])
         places = np.array([before[len(path) - 1].index(path[:-1]) for path in self.paths])
         own = np.array([path[-1] for path in self.paths])
