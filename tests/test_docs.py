@@ -43,3 +43,11 @@ def test_the_service_loop():
     )
     for index, (whole, (prompt, *_, count)) in enumerate(zip(rows_of(together), requests, strict=True)):
         assert texts[index][0] == whole[len(prompt) : len(prompt) + count]
+
+
+def test_the_toy_draft_is_the_one_that_the_tests_run():
+    text = (DOCS / "drafts.md").read_text()
+    toy = (Path(__file__).parent / "drafts" / "successors.py").read_text()
+    _, code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert code == toy.split('"""\n\n', 1)[1]
+    assert len(toy.splitlines()) <= 40

@@ -23,8 +23,8 @@ def merge_chains(root: jax.Array, chains: jax.Array, valid: jax.Array) -> Tree:
     Node 1 + g * L + i is token i of chain g.
 
     Args:
-      root: [B]. chains: [B, G, L] token ids. valid: [B, G, L] bool, which of a chain's first tokens are guesses; the
-        others are nodes, too, of score -inf.
+      root: [B]. chains: [B, G, L] token ids. valid: [B, G, L] bool, which of the tokens are guesses; the others are
+        nodes, too, of score -inf.
     Returns:
       Tree with scores of 0 for guesses.
     """
