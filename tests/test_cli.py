@@ -164,7 +164,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, arguments, message, cap
         ([], "COMMAND"),
         (
             ["generate", "--tree", "8,10", "--prompt", "x"],
-            "a tree is depth,top_k,num_nodes, such as 8,10,60; got '8,10'",
+            "a tree is depth,top_k,num_nodes, such as 8,10,60; or chain:5",
         ),
         (["generate", "--tree", "1,1,9", "--prompt", "x"], "TreeConfig.num_nodes = 9 is more than"),
         (["generate", "--max-new-tokens", "0", "--prompt", "x"], "must be a positive integer, got '0'"),
@@ -178,7 +178,7 @@ def test_arguments_that_argparse_refuses(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["convert", "generate", "chat", "bench", "demo"])
+@pytest.mark.parametrize("command", ["convert", "generate", "chat", "bench", "show", "demo"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([command, "--help"])

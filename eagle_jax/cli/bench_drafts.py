@@ -68,8 +68,13 @@ def run(
     measured = compare(loaded.target, found, token_lists, options, notes)
     setting = measure.setting(loaded.target)
     console = Console(highlight=False)
-    console.print(_table(measured, bench.title(args, setting, source)))
-    console.print(_depth_table(measured))
+    proposes = [f"{one.name}: {one.shape}" for one in found if one.shape]
+    console.print("\n".join([bench.title(args, setting, source), *proposes]), soft_wrap=True, markup=False)
+    console.print(_table(measured))
+    console.print(NOTES)
+    if any(one.accepted_at for one in measured):
+        console.print("\nShare of cycles that accepted the 1st, 2nd, ... draft token:")
+        console.print(_depth_table(measured))
     failed = sum(one.result.failed for one in measured)
     if failed:
         console.print(f"{failed} rows ended in NaN or infinite logits!")
@@ -124,15 +129,12 @@ def _phases(target: Any, one: Candidate, rows: Sequence[Sequence[int]], repeats:
     return measure_phases(target, one.draft, one.tree, state, repeats)
 
 
-def _table(measured: Sequence[Measured], title: str) -> Table:
-    proposes = "\n".join(f"{one.candidate.name}: {one.candidate.shape}" for one in measured if one.candidate.shape)
-    table = Table(
-        title=f"{title}\n{proposes}", title_justify="left", caption=NOTES, caption_justify="left", box=box.SIMPLE_HEAD
-    )
+def _table(measured: Sequence[Measured]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("draft", no_wrap=True)
-    names = ("cycles", "tokens a cycle", "draft ms", "verify ms", "rest ms", "cycle ms", "tok/s", "ratio", "identical")
-    for name in names:
-        table.add_column(name, justify="right", min_width=5)
+    parts = ("draft\nms", "verify\nms", "rest\nms", "cycle\nms")
+    for name in ("cycles", "tokens\na cycle", *parts, "tok/s", "ratio", "identical\nrows"):
+        table.add_column(name, justify="right", no_wrap=True)
     for one in measured:
         result, phases = one.result, one.phases
         table.add_row(
@@ -150,14 +152,13 @@ def _table(measured: Sequence[Measured], title: str) -> Table:
 def _depth_table(measured: Sequence[Measured]) -> Table:
     """How far into a guess the target agrees."""
     depths = min(SHOWN_DEPTHS, max(len(one.accepted_at) for one in measured))
-    table = Table(
-        title="share of cycles that accepted the 1st, 2nd, ... draft token", title_justify="left", box=box.SIMPLE_HEAD
-    )
-    table.add_column("draft", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("draft token", no_wrap=True)
     for depth in range(1, depths + 1):
         table.add_column(str(depth), justify="right")
     for one in measured:
-        table.add_row(one.candidate.name, *(f"{share:.2f}" for share in one.accepted_at[:depths]))
+        if one.accepted_at:
+            table.add_row(one.candidate.name, *(f"{share:.2f}" for share in one.accepted_at[:depths]))
     return table
 
 

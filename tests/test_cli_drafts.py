@@ -1,0 +1,209 @@
+"""bench --drafts and show: names of drafts, the comparison, its picture, and the tree of a cycle."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import eagle_jax
+from eagle_jax import Medusa, MedusaConfig, PromptLookup, StaticTree, TreeConfig, convert
+from eagle_jax.cli import drafts, main, models, plot, show
+from eagle_jax.convert import to_official
+from eagle_jax.tree import PUBLISHED_TREES, Acceptance, Tree
+from tests.test_cli import OPTIONS, PROMPT, converted_pair
+from tests.toy import GOLDEN
+
+
+@pytest.fixture(scope="module")
+def folder(golden, tmp_path_factory):
+    return converted_pair(golden, tmp_path_factory.mktemp("drafts"))
+
+
+@pytest.fixture(scope="module")
+def medusa(folder, tmp_path_factory):
+    """A folder of three random Medusa heads for the golden target."""
+    target, _ = convert.load(folder)
+    sizes = MedusaConfig(target.config.vocab_size, target.config.hidden_size, num_heads=3)
+    out = tmp_path_factory.mktemp("medusa")
+    save_file(to_official(Medusa(sizes, jax.random.key(0))), out / "medusa_lm_head.safetensors")
+    (out / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
+    return out
+
+
+def test_bench_of_several_drafts(folder, tmp_path, capsys):
+    prompts = tmp_path / "question.jsonl"  # as MT-bench has them, and plain ones
+    prompts.write_text(json.dumps({"question_id": 81, "turns": [PROMPT, "more"]}) + '\n"import os\\nimport "\n')
+    report, picture = tmp_path / "out.json", tmp_path / "out.png"
+    arguments = ["--model", str(folder), "--prompts", str(prompts), "--drafts", "plain,prompt-lookup,eagle3"]
+    arguments += ["--repeats", "1"]
+    assert main(["bench", *arguments, *OPTIONS, "--json", str(report), "--plot", str(picture)]) == 0
+    result = json.loads(report.read_text())
+    assert (result["rows"], result["max_new_tokens"]) == (2, 24)
+    by_name = {one["name"]: one for one in result["drafts"]}
+    assert list(by_name) == ["plain", "prompt-lookup", "eagle3"]
+    for name, one in by_name.items():
+        assert one["new_tokens"] == 48 and one["identical_rows"] == 2
+        assert sum(one["accepted"]) == one["target_passes"]
+        assert one["tokens_a_pass"] == pytest.approx(46 / one["target_passes"])
+        shares = [sum(one["accepted"][depth:]) / one["target_passes"] for depth in range(1, len(one["accepted"]))]
+        assert one["accepted_at_depth"] == pytest.approx(shares)
+        parts = one["ms_a_cycle"]
+        assert parts["cycle"] == pytest.approx(parts["draft"] + parts["verify"] + parts["rest"])
+        assert parts["verify"] > 0 and (parts["draft"] > 0) == (name != "plain")
+        assert one["ratio"] == pytest.approx(one["tokens_a_second"] / by_name["plain"]["tokens_a_second"])
+    assert by_name["eagle3"]["target_passes"] < by_name["plain"]["target_passes"] == 46
+    out = capsys.readouterr().out
+    for words in ("draft", "verify", "rest", "tok/s", "prompt-lookup: length 10", "eagle3: tree: depth 3", "2/2"):
+        assert words in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png", "question.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("plain,eagle4", "unknown draft 'eagle4'; known: plain, lookahead"),
+        ("plain,plain", "plain is named twice"),
+        ("lookahead=dir", "lookahead has no weights"),
+    ],
+)
+def test_names_that_mean_nothing(spec, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        drafts.parse_specs(spec)
+
+
+def test_candidates_take_their_weights_and_trees(folder, medusa):
+    target, head = convert.load(folder)
+    loaded = models.Models(target, head, folder / "target")
+    whole = str(GOLDEN / "weights/t1_target")
+    specs = drafts.parse_specs(f"plain,lookahead,prompt-lookup-tree,model={whole},medusa={medusa},eagle3")
+    tree = TreeConfig(3, 2, 5)
+    found = drafts.candidates(loaded, specs, tree, {"model": StaticTree.chain(2)})
+    assert [one.name for one in found] == list(specs)
+    plain, _, lookup, model, heads, eagle3 = found
+    assert plain.draft is None and eagle3.draft is head and eagle3.tree == tree
+    assert lookup.draft == PromptLookup(branches=4)
+    assert type(model.draft) is eagle_jax.DraftModel and model.tree == StaticTree.chain(2)
+    assert heads.draft.config.num_heads == 3
+    assert heads.shape == "static tree: depth 3, 62 nodes"  # the published one, cut off at three heads
+    for spec, message in (
+        ("eagle1", "eagle1 needs weights that this model has not; name them: eagle1=DIR_OR_ID"),
+        (f"medusa={whole}", r"medusa=.*: holds a DraftModel, not a Medusa"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            drafts.candidates(loaded, drafts.parse_specs(spec), tree)
+
+
+def test_the_embedded_pair_has_heads_of_its_own():
+    target, _ = convert.from_pretrained(drafts.embedded_pair() / "target", dtype=jnp.float32)
+    loaded = models.Models(target, None, drafts.embedded_pair() / "target")
+    found = drafts.candidates(loaded, drafts.parse_specs("eagle1,eagle2,eagle3"), TreeConfig(), embedded=True)
+    assert found[0].draft is found[1].draft  # loaded once
+    assert found[0].tree == PUBLISHED_TREES["eagle"] and found[1].tree == TreeConfig()
+    assert [type(one.draft).__name__ for one in found] == ["Eagle1Draft", "Eagle1Draft", "Eagle3Draft"]
+    assert all(one.draft.dtype == jnp.float32 for one in found)
+
+
+def test_trees_on_the_command_line(tmp_path):
+    (tmp_path / "paths.json").write_text("[[0], [1], [0, 0]]")
+    for text, tree in (
+        ("8,10,60", TreeConfig()),
+        ("chain:3", StaticTree.chain(3)),
+        ("medusa-zephyr-stage2", PUBLISHED_TREES["medusa-zephyr-stage2"]),
+        (str(tmp_path / "paths.json"), StaticTree([[0], [1], [0, 0]])),
+    ):
+        assert models.parse_tree(text) == tree
+    (tmp_path / "bad.json").write_text("[[0, 0]]")
+    (tmp_path / "object.json").write_text("{}")
+    for text, message in (
+        (str(tmp_path / "bad.json"), "lacks its parent"),
+        (str(tmp_path / "object.json"), "a list of paths was expected"),
+        (str(tmp_path / "none.json"), "No such file"),
+        ("chain:0", "a tree is depth,top_k,num_nodes"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            models.parse_tree(text)
+    assert drafts.parse_draft_tree("eagle1=chain:2") == ("eagle1", StaticTree.chain(2))
+    with pytest.raises(argparse.ArgumentTypeError, match="trees are for model, medusa, eagle1"):
+        drafts.parse_draft_tree("lookahead=chain:2")
+
+
+def test_a_tree_that_suits_the_draft():
+    def args(tree=None, stop_below=None):
+        return SimpleNamespace(tree=tree, stop_below=stop_below)
+
+    assert models.chosen_tree(None, args()) == TreeConfig()
+    assert models.chosen_tree(None, args(stop_below=0.2)) == dataclasses.replace(TreeConfig(), stop_below=0.2)
+    with pytest.raises(ValueError, match=r"--stop-below is for dynamic trees .* not for a chain of 2"):
+        models.chosen_tree(None, args(StaticTree.chain(2), 0.2))
+
+
+def test_show_draws_a_cycle(folder, tmp_path, capsys):
+    picture = tmp_path / "tree.svg"
+    arguments = ["show", "--model", str(folder), "--prompt", PROMPT, "--cycle", "3", *OPTIONS]
+    assert main([*arguments, "--out", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "Eagle3Draft, tree: depth 3, top_k 2, 5 nodes: cycle 3" in out
+    # The accepted tokens and the target's own are those of the text, where each cycle ends with the target's own.
+    target, head = convert.load(folder)
+    tokens, lengths = eagle_jax.pad([list(PROMPT.encode())])
+    whole = eagle_jax.generate(target, head, tokens, lengths, tree=TreeConfig(3, 2, 5), max_new_tokens=24)
+    first = int(lengths[0])
+    own = [i for i in range(first + 1, int(whole.lengths[0])) if not whole.drafted[0, i]]
+    gained = bytes(np.asarray(whole.tokens[0, own[1] + 1 : own[2] + 1]).tolist()).decode()
+    lines = [line for line in out.splitlines() if "accepted" in line or "target's own" in line]
+    assert len(lines) == len(gained) > 1
+    for line, character in zip(lines, gained, strict=True):
+        assert repr(character)[1:-1] in line
+    assert "<svg" in picture.read_text()
+    with pytest.raises(ValueError, match=r"the text ends in cycle [1-8], at 24 tokens, before --cycle 9"):
+        show.decode_to(target, head, TreeConfig(3, 2, 5), tokens, lengths, 9, capacity=24)
+
+
+def test_show_leaves_out_nodes_without_a_guess():
+    tree = Tree(
+        tokens=jnp.array([[1, 2, 3, 4]]),
+        parents=jnp.array([[-1, 0, 1, 0]]),
+        depths=jnp.array([[0, 1, 2, 1]]),
+        scores=jnp.array([[0.0, 0.0, -jnp.inf, -jnp.inf]]),
+    )
+    acceptance = Acceptance(jnp.array([[0, 1, -1, -1]]), jnp.array([1]), jnp.array([9]))
+    drawn = show.describe(tree, acceptance, str)
+    assert [(node.text, node.probability, node.accepted) for node in drawn.nodes] == [
+        ("1", None, True),
+        ("2", None, True),
+    ]
+    assert (drawn.last_accepted, drawn.bonus, drawn.omitted) == (1, "9", 2)
+    guessed = dataclasses.replace(tree, scores=jnp.log(jnp.array([[1.0, 0.5, 0.25, 0.125]])))
+    drawn = show.describe(guessed, acceptance, str)
+    assert [node.probability for node in drawn.nodes] == [None, 0.5, 0.25, 0.125]
+    # A leaf has a column of its own; a parent stands above the middle of its children.
+    assert plot._columns(drawn) == {2: 0.0, 1: 0.0, 3: 1.0, 0: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["show", "--model", "MODEL", "--prompt", "x", "--out", "tree.gif"],
+            "a picture's name ends in .png, .svg, .pdf",
+        ),
+        (["show", "--model", "MODEL", "--prompt", "x", "--draft-name", "plain"], "plain decoding has no tree to show"),
+        (["show", "--model", "MODEL", "--prompt", "x", "--draft-name", "eagle3,lookahead"], "name one draft"),
+        (["bench", "--model", "MODEL", "--plot", "x.png"], "--plot and --draft-tree go with --drafts"),
+        (["bench", "--model", "MODEL", "--drafts", "plain,eagle2"], "eagle2 needs weights"),
+    ],
+)
+def test_what_cannot_be_is_one_line(folder, arguments, message, capsys):
+    assert main([str(folder) if argument == "MODEL" else argument for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert re.search(re.escape(message), err) and err.count("\n") == 1
