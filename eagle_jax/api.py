@@ -1,6 +1,7 @@
 """The public functions: generate, stream, propose, forward, draft_forward.
 
-Letters: B batch, P padded prompt, D tree depth, V vocabulary, Vd draft vocabulary, T tokens of a chunk.
+Letters: B batch, P padded prompt, D depth of the tree (draft.depth(tree)), V vocabulary, Vd draft vocabulary, T tokens
+of a chunk.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ def generate(
       lengths: [B] int32, 1 to P.
       key: one typed key (row i has fold_in(key, i)) or [B] keys, one a row; not needed by greedy decoding. A row's
         result depends on the row and its own key alone: not on its neighbours, nor on the batch.
+      tree: how the draft's tree grows: a TreeConfig, a StaticTree or another TreePolicy; static. Drafts with a shape of
+        their own ignore it.
       sampling: numbers for the whole batch, or [B], one a row; data, so that changing them compiles nothing.
       max_new_tokens: most new tokens a row.
       stop_tokens: token ids that end a row; the stop token is kept. None are taken from a config: leave it empty
