@@ -294,3 +294,27 @@ def test_the_sampled_rule_hands_on_what_the_tree_was_drawn_from():
     np.testing.assert_array_equal(with_q.path, everything.path)
     assert ((with_q.bonus >= 0) & (with_q.bonus < 8)).all()
     assert (sampled(tree, jnp.log(p), keys).length < with_q.length).any()
+
+
+def test_a_forbidden_token_is_refused_even_for_a_uniform_of_0():
+    tree, p, uniforms = random_batch(3, 1024, 7, 8)
+    forbidden = tree.tokens[:, 1:2]  # the root's first child
+    p = p.copy()
+    np.put_along_axis(p[:, 0], np.asarray(forbidden), 0, axis=1)
+    q = np.full_like(p, 1 / 8)
+    q[::2] = 0
+    acceptance, residual = drawn(tree, p, q, np.zeros_like(uniforms))
+    assert (acceptance.path[:, 1] != 1).all() and (acceptance.path[:, 1] > 1).any()
+    at_root = np.asarray(acceptance.length) == 0
+    assert (np.take_along_axis(np.asarray(residual), np.asarray(forbidden), axis=1)[at_root] == 0).all()
+
+
+def test_a_residual_of_nothing_falls_back_on_p():
+    """Rounding: q exceeds p by one step of float32 at the token drawn and nowhere falls below it."""
+    tree = batch_of([tuple(np.array(x, np.int32) for x in ([0, 2], [-1, 0], [0, 1]))])
+    p = np.full((1, 2, 3), np.float32(0.3333333))
+    q = p.copy()
+    q[0, 0, 2] = np.nextafter(p[0, 0, 2], np.float32(1))
+    acceptance, residual = drawn(tree, p, q, np.full((1, 1), ALMOST_1))
+    assert acceptance.length[0] == 0
+    np.testing.assert_array_equal(residual[0], p[0, 0])
