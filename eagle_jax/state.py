@@ -141,6 +141,18 @@ def token_keys(state: DecodeState, count: int) -> jax.Array:
     return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(state.keys, index)
 
 
+def draft_keys(state: DecodeState, count: int) -> jax.Array:
+    """Keys [B, count] for a draft's own draws in this cycle, independent of every key that chooses tokens."""
+    assert state.keys is not None
+    fold_in = jax.random.fold_in
+
+    def of_row(key, length):
+        own = fold_in(fold_in(key, jnp.uint32(2**32 - 1)), length)  # no token has this index
+        return jax.vmap(fold_in, in_axes=(None, 0))(own, jnp.arange(count))
+
+    return jax.vmap(of_row)(state.keys, state.lengths)
+
+
 def append(
     state: DecodeState,
     new: jax.Array,

@@ -19,7 +19,7 @@ from eagle_jax.models.config import ConfigError
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import warp
-from eagle_jax.state import ROW_TILE, DecodeState, at, token_keys
+from eagle_jax.state import ROW_TILE, DecodeState, at, draft_keys
 from eagle_jax.tree import DraftStep, StaticTree, Tree, TreePolicy, choice_noise
 
 
@@ -128,11 +128,9 @@ class DraftModel(Draft):
 
 def _draft_noise(state: DecodeState, depth: int, vocab_size: int) -> jax.Array:
     """Gumbel noise [B, D, V] for the tokens after nodes of each depth: the k largest of logits + noise are k draws
-    without putting back. Its keys are the cycle's own, and not those that the target chooses by.
+    without putting back.
     """
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(token_keys(state, 1)[:, 0])
-    keys = jax.vmap(lambda key: jax.vmap(lambda depth: jax.random.fold_in(key, depth))(jnp.arange(depth)))(keys)
-    return choice_noise(keys, vocab_size)
+    return choice_noise(draft_keys(state, depth), vocab_size)
 
 
 def _drawn(grown: Tree, tree: StaticTree, probs: jax.Array) -> Proposal:
