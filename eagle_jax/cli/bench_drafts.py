@@ -22,7 +22,7 @@ NOTES = (
     "Tokens a cycle: the mean accepted length, bonus token counted, without each text's first token. Draft: growing "
     "the tree and learning what was accepted; verify: the target's pass; rest: acceptance, commit, bookkeeping: each "
     "alone, greedy, on the first batch of prompts. tok/s and ratio: of whole calls with the prompt's pass; medians, "
-    "without compilation. Identical: rows equal to plain decoding token for token."
+    "without compilation. Same rows: equal to plain decoding token for token."
 )
 SHOWN_DEPTHS = 8
 
@@ -130,10 +130,10 @@ def _phases(target: Any, one: Candidate, rows: Sequence[Sequence[int]], repeats:
 
 
 def _table(measured: Sequence[Measured]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("draft", no_wrap=True)
     parts = ("draft\nms", "verify\nms", "rest\nms", "cycle\nms")
-    for name in ("cycles", "tokens\na cycle", *parts, "tok/s", "ratio", "identical\nrows"):
+    for name in ("cycles", "tokens\na cycle", *parts, "tok/s", "ratio", "same\nrows"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in measured:
         result, phases = one.result, one.phases
@@ -152,7 +152,7 @@ def _table(measured: Sequence[Measured]) -> Table:
 def _depth_table(measured: Sequence[Measured]) -> Table:
     """How far into a guess the target agrees."""
     depths = min(SHOWN_DEPTHS, max(len(one.accepted_at) for one in measured))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("draft token", no_wrap=True)
     for depth in range(1, depths + 1):
         table.add_column(str(depth), justify="right")
