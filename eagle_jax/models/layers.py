@@ -147,7 +147,7 @@ def attention(
     grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
 
     def part(keys, values, seen):  # seen [B, T or 1, rows]
-        return _softmax_part(grouped, keys, values, seen, tokens)
+        return softmax_part(grouped, keys, values, seen, tokens)
 
     result = part(k, v, mask)
     # XLA would merge the two products of the queries into one, with a copy of the cache behind the new rows.
@@ -158,7 +158,7 @@ def attention(
 
     def add_whole(result, cache):
         rows = jnp.arange(cache.k.shape[2])[None]
-        return _merge(result, part(cache.k, cache.v, visible(rows, rows < cache.length[:, None])))
+        return merge_parts(result, part(cache.k, cache.v, visible(rows, rows < cache.length[:, None])))
 
     def add_blocks(result, cache, rows):
         rows = min(rows, cache.k.shape[2])
@@ -169,7 +169,7 @@ def attention(
             block_v = jax.lax.dynamic_slice_in_dim(cache.v, start, rows, axis=2)
             row = start + jnp.arange(rows)[None]
             seen = (row >= index * rows) & (row < cache.length[:, None])
-            return _merge(result, part(block_k, block_v, visible(row, seen)))
+            return merge_parts(result, part(block_k, block_v, visible(row, seen)))
 
         return jax.lax.fori_loop(0, -(-jnp.max(cache.length) // rows), add_block, result)
 
@@ -184,7 +184,7 @@ def attention(
     return jnp.moveaxis(out, 3, 1).reshape(batch, tokens, heads, head_dim).astype(q.dtype)
 
 
-def _softmax_part(q, keys, values, seen, tokens):
+def softmax_part(q, keys, values, seen, tokens):
     """Attention of q [B, K, G * T, H] over some of the rows, before normalisation.
 
     Returns:
@@ -201,7 +201,7 @@ def _softmax_part(q, keys, values, seen, tokens):
     return top, weights.sum(axis=-1, keepdims=True), out
 
 
-def _merge(a, b):
+def merge_parts(a, b):
     """Two parts of one softmax as one."""
     top = jnp.maximum(a[0], b[0])
     scale_a, scale_b = jnp.exp(a[0] - top), jnp.exp(b[0] - top)

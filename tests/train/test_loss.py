@@ -1,0 +1,220 @@
+"""Losses of the heads: golden values and gradients, the real decoder's steps, what the corrected alignment counts."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eagle_jax
+from eagle_jax.convert import names, to_official
+from eagle_jax.drafts.protocol import Text
+from eagle_jax.models import params
+from eagle_jax.models.layers import attention
+from eagle_jax.train import attention as blocks
+from eagle_jax.train import eagle1_loss, eagle3_loss, loss
+from tests.toy import GOLDEN, golden_pair, random_eagle1, random_eagle3, random_prompts, random_target
+
+STEPS = 7
+WITHOUT = ("d2t", "t2d", "embed_tokens.weight")  # no gradient of these was recorded: tables, and a frozen embedding
+
+
+def batch_of(gold, case: str = "") -> tuple[jax.Array, jax.Array, jax.Array]:
+    ids = gold["input_ids_raw" if not case else f"{case}/input_ids"]
+    prefix = f"{case}/" if case else ""
+    lengths = gold[f"{prefix}attention_mask"].sum(axis=1)
+    return jnp.asarray(ids, jnp.int32), jnp.asarray(lengths, jnp.int32), jnp.asarray(gold[f"{prefix}loss_mask"])
+
+
+def assert_gradients(gradient, gold, prefix: str = "") -> None:
+    """Every recorded gradient and norm within 1e-4 of its largest magnitude."""
+    ours = {name: array for name, array in to_official(gradient).items() if name not in WITHOUT}
+    compared = 0
+    for name, array in ours.items():
+        if f"{prefix}grad/{name}" in gold:
+            theirs = gold[f"{prefix}grad/{name}"]
+            assert np.abs(array - theirs).max() <= 1e-4 * np.abs(theirs).max(), name
+            compared += 1
+        norm = gold[f"{prefix}gradnorm/{name}"]
+        np.testing.assert_allclose(np.linalg.norm(array.astype(np.float64)), norm, rtol=1e-4)
+    assert compared >= 3 and len(ours) >= 9
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "alignment"))
+def total_eagle3(draft, target, tokens, lengths, loss_mask, *, steps=STEPS, alignment="official"):
+    def total(draft):
+        losses, accuracies = eagle3_loss(draft, target, tokens, lengths, loss_mask, steps, alignment)
+        return (losses * 0.8 ** jnp.arange(steps)).sum(), (losses, accuracies)
+
+    return jax.value_and_grad(total, has_aux=True, allow_int=True)(draft)
+
+
+@pytest.mark.parametrize("case", ["init", "trained"])
+@pytest.mark.parametrize("head", ["dv96", "dv256"])
+def test_eagle3_equals_the_reference(head, case):
+    gold = np.load(GOLDEN / f"train_eagle3_{head}.npz")
+    target, draft = golden_pair(f"t1_eagle3_{head}")
+    if case == "init":
+        arrays = params.flatten(draft)
+        for path in [path for path in arrays if path != "target_ids"]:
+            official = gold["init_weights/" + names.official_name(names.EAGLE3, path)]
+            arrays[path] = jnp.asarray(official).reshape(arrays[path].shape)
+        draft = params.load(draft, arrays)
+    (whole, (losses, accuracies)), gradient = total_eagle3(draft, target, *batch_of(gold, case))
+    np.testing.assert_allclose(losses, gold[f"{case}/plosses"], rtol=1e-5)
+    np.testing.assert_allclose(whole, gold[f"{case}/loss"], rtol=1e-5)
+    np.testing.assert_allclose(accuracies, gold[f"{case}/acces"], atol=1e-6)
+    assert_gradients(gradient, gold, f"{case}/")
+
+
+@pytest.mark.parametrize("head", ["bias", "nobias"])
+def test_eagle1_equals_the_reference(head):
+    gold = np.load(GOLDEN / f"train_eagle1_{head}.npz")
+    target, draft = golden_pair(f"t2_eagle1_{head}", "t2_target")
+
+    def total(draft):
+        feature_loss, token_loss = eagle1_loss(draft, target, *batch_of(gold))
+        return feature_loss + 0.1 * token_loss, (feature_loss, token_loss)
+
+    (whole, (feature_loss, token_loss)), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(draft)
+    np.testing.assert_allclose(feature_loss, gold["vloss_main"], rtol=1e-5)
+    np.testing.assert_allclose(token_loss, gold["ploss_main"], rtol=1e-5)
+    np.testing.assert_allclose(whole, gold["loss_main"], rtol=1e-5)
+    assert_gradients(gradient, gold)
+
+
+def test_the_corrected_alignment_counts_what_is_predicted():
+    """Against the same hidden states, a row, a step and a token at a time."""
+    target, draft = random_target(0, 6.0), random_eagle3(1, 6.0)
+    tokens, lengths = random_prompts(2, 3, 14)
+    lengths = lengths.at[0].set(14)
+    mask = jnp.asarray(np.random.default_rng(3).integers(0, 2, (3, 14)))
+    (_, (losses, accuracies)), _ = total_eagle3(draft, target, tokens, lengths, mask, steps=3, alignment="corrected")
+    logits, hidden = _every_step(draft, target, tokens, lengths, 3)
+    del hidden
+    answers, _ = eagle_jax.forward(target, tokens, lengths)
+    ids = np.asarray(draft.target_ids[...])
+    for step in range(3):
+        entropies, matches, learned = [], [], 0
+        for row in range(3):
+            for place in range(int(lengths[row]) - step - 2):
+                if not mask[row, place + step + 2]:
+                    continue
+                learned += 1
+                wanted = np.asarray(answers[row, place + step + 1], np.float64)
+                if int(wanted.argmax()) not in ids.tolist():
+                    continue
+                p = np.exp(wanted[ids] - wanted[ids].max())
+                log_q = np.asarray(jax.nn.log_softmax(logits[step][row, place]), np.float64)
+                entropies.append(-(p / p.sum() * log_q).sum())
+                matches.append(ids[log_q.argmax()] == wanted.argmax())
+        np.testing.assert_allclose(losses[step], np.mean(entropies), rtol=1e-5)
+        np.testing.assert_allclose(accuracies[step], sum(matches) / learned, atol=1e-6)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _every_step(draft, target, tokens, lengths, steps):
+    """Logits and hidden states [B, S, ...] of every step, by plain attention under an explicit mask."""
+    batch, width = tokens.shape
+    _, features = eagle_jax.forward(target, tokens, lengths, draft)
+    hidden, logits, states = draft.fuse(features), [], []
+    keys, values = [], []
+    for step in range(steps):
+        ids = jnp.pad(tokens, [(0, 0), (0, step + 1)])[:, step + 1 :]
+        positions = jnp.broadcast_to(jnp.arange(width) + step, (batch, width))
+
+        def attend(q, k, v):
+            keys.append(k)
+            values.append(v)
+            own = jnp.broadcast_to(jnp.eye(width, dtype=bool), (batch, width, width))
+            causal = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
+            mask = jnp.concatenate(
+                [causal & (jnp.arange(width)[None, None] < lengths[:, None, None]), *[own] * (len(keys) - 1)], 2
+            )
+            return attention(q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), mask), None
+
+        hidden, _ = draft(target, hidden, ids, positions, attend, prompt_lengths=lengths)
+        states.append(hidden)
+        logits.append(draft.logits(target, hidden))
+    return logits, states
+
+
+def test_a_step_is_the_decoder_s_drafting_step():
+    """Row j of step k: what the decoder's head makes k drafting steps after it read the text's first j + 2 tokens."""
+    target, draft = golden_pair()
+    tokens, _ = random_prompts(4, 1, 16, vocab=120)
+    _, states = _every_step(draft, target, tokens, jnp.array([16]), 4)
+    place = 7
+    drafted = jax.jit(functools.partial(_drafted, place=place, steps=4))(target, draft, tokens)
+    for hidden, state in zip(drafted, states, strict=True):
+        np.testing.assert_allclose(hidden, state[0, place], atol=1e-5)
+
+
+def _drafted(target, draft, tokens, place, steps):
+    """The head's outputs [D] after the pair at `place`, by the decoder's own update, then a drafted token at a time."""
+    text = tokens[:, : place + 2]  # its last token is the root
+    count = jnp.array([place + 1])
+    mask = jnp.tri(place + 1, dtype=bool)[None]
+    positions = jnp.arange(place + 1)[None]
+    out = target(text[:, :-1], positions, mask, prompt_lengths=count, taps=draft.taps(target))
+    memory = draft.update(
+        target, draft.start(target, 1, 64), Text(text[:, :-1], text[:, 1:], jnp.array([0]), count, out, count)
+    )
+    kept = []
+
+    def attend(q, k, v):
+        kept.append((k, v))
+        keys, values = (jnp.concatenate(rows, axis=2) for rows in zip(*kept, strict=True))
+        return attention(q, keys, values, jnp.ones((1, 1, keys.shape[2]), bool), memory.cache.layer(0)), None
+
+    hidden = memory.hidden[:, None]
+    drafted = [hidden[0, 0]]
+    for step in range(1, steps):
+        token, position = tokens[:, place + 1 + step][:, None], jnp.array([[place + step]])
+        hidden, _ = draft(target, hidden, token, position, attend, prompt_lengths=count)
+        drafted.append(hidden[0, 0])
+    return drafted
+
+
+def test_blocks_and_chunks_change_nothing(monkeypatch):
+    target, draft = random_target(0, 6.0), random_eagle3(1, 6.0)
+    head1 = random_eagle1(2, 6.0)
+    tokens, lengths = random_prompts(5, 2, 23)
+    mask = jnp.ones((2, 23), jnp.int32)
+
+    def measure():
+        run = jax.jit(lambda draft: eagle3_loss(draft, target, tokens, lengths, mask, steps=3)[0].sum())
+        grad = jax.jit(jax.grad(lambda draft: sum(eagle1_loss(draft, target, tokens, lengths, mask))))(head1)
+        return run(draft), grad
+
+    whole, whole_gradient = measure()
+    monkeypatch.setattr(blocks, "BLOCK", 8)
+    monkeypatch.setattr(loss, "CHUNK", 7)
+    split, split_gradient = measure()
+    np.testing.assert_allclose(split, whole, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(whole_gradient), jax.tree.leaves(split_gradient), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+
+
+def test_noise_needs_a_key_and_changes_the_features():
+    target, draft = random_target(0, 6.0), random_eagle1(1, 6.0)
+    tokens, lengths = random_prompts(5, 2, 23)
+    run = jax.jit(functools.partial(eagle1_loss, draft, target, tokens, lengths, jnp.ones((2, 23), jnp.int32)))
+    assert run()[0] == run()[0] != run(jax.random.key(0))[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alignment": "exact"}, 'alignment must be "corrected" or "official"'),
+        ({"steps": 0}, "steps must be a positive"),
+    ],
+)
+def test_wrong_settings(changes, message):
+    target, draft = random_target(0), random_eagle3(1)
+    tokens, lengths = random_prompts(5, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        eagle3_loss(draft, target, tokens, lengths, jnp.ones((2, 8)), **changes)
