@@ -5,6 +5,7 @@ Warnings are errors by `filterwarnings` in pyproject.toml. GPU tests: `JAX_PLATF
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -34,6 +35,20 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("tests")
+
+
+# Linux lets a process map 65530 pieces of memory, unless told otherwise; compiled programs are hundreds each.
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 25_000
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """Drops compiled programs before there are too many for a process: XLA aborts then."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

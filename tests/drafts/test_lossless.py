@@ -37,7 +37,7 @@ def run(kind, seed, tokens, lengths, key=None, scale=12.0, **options) -> eagle_j
     )
 
 
-@pytest.mark.parametrize("kind", KINDS, indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_text_is_that_of_plain_decoding(kind):
     """Token for token, and ended by the same stop token or limit."""
     accepted, stopped = set(), set()
@@ -72,7 +72,7 @@ OWN_WAYS = [kind for kind in KINDS if kind not in OTHER_TREES]
 SEES_THE_WHOLE_TEXT = ("lookahead", "prompt lookup", "prompt lookup tree", "draft model")
 
 
-@pytest.mark.parametrize("kind", OWN_WAYS, indirect=True)
+@pytest.mark.parametrize("kind", OWN_WAYS)
 def test_sampled_rows_depend_on_themselves_alone(kind):
     """Neither on neighbours, nor on padding, nor on other keys; and a greedy row among them is the greedy text."""
     tokens, _ = prompts(2)
@@ -96,7 +96,7 @@ def test_sampled_rows_depend_on_themselves_alone(kind):
         assert rows_of(sampled(wide, lengths, keys)) == rows_of(together)
 
 
-@pytest.mark.parametrize("kind", ["eagle1", "medusa", "lookahead", "draft model tree"], indirect=True)
+@pytest.mark.parametrize("kind", ["eagle1", "medusa", "lookahead", "draft model tree"])
 def test_coupled_sampling_gives_the_text_of_plain_sampling(kind):
     tokens, lengths = prompts(5)
     key, sampling = jax.random.key(4), SamplingConfig(temperature=1.0, coupled=True)

@@ -21,7 +21,7 @@ EXACT = [*OWN_WAYS, "draft model dynamic"]
 MEMORIES = ["eagle1", "eagle3", "medusa", "lookahead", "prompt lookup", "draft model", "toy"]
 
 
-@pytest.mark.parametrize("kind", EXACT, indirect=True)
+@pytest.mark.parametrize("kind", EXACT)
 def test_sampled_text_has_the_target_s_distribution(kind):
     target, draft = target_of(0), KINDS[kind].build(CONFIG, 1, 12.0)
     controls = dict(temperature=0.8, top_k=8, top_p=0.95, repetition_penalty=1.2)
@@ -29,7 +29,7 @@ def test_sampled_text_has_the_target_s_distribution(kind):
     assert p_value(texts, exact_text_probabilities(target, **controls)) > FALSE_ALARM
 
 
-@pytest.mark.parametrize("kind", MEMORIES, indirect=True)
+@pytest.mark.parametrize("kind", MEMORIES)
 def test_prompts_put_into_a_running_batch_have_the_texts_of_generate(kind):
     """The second prompt of a row finds nothing of the first."""
     target, draft = target_of(0), KINDS[kind].build(CONFIG, 1, 12.0)
