@@ -15,7 +15,7 @@ import numpy as np
 from eagle_jax.drafts.noise import perturbed
 from eagle_jax.drafts.protocol import Draft, Proposal, Text
 from eagle_jax.models.cache import KVCache
-from eagle_jax.models.config import ConfigError
+from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import warp
@@ -50,11 +50,7 @@ class DraftModel(Draft):
         return self.model.config.rope.kind != "dynamic"
 
     def check_fits(self, target: Llama) -> None:
-        ours, theirs = self.model.config.vocab_size, target.config.vocab_size
-        if ours != theirs:
-            raise ConfigError(
-                f"the draft model does not fit the target: vocab_size is {ours} in the draft, {theirs} in the target"
-            )
+        require_same("vocab_size", self.model.config.vocab_size, target.config.vocab_size)
 
     def start(self, target: Llama, batch: int, rows: int) -> ModelMemory:
         config, dtype = self.model.config, self.model.dtype
@@ -88,15 +84,23 @@ class DraftModel(Draft):
         shape = (batch, config.num_kv_heads, (tree.depth - 1) * k, config.head_dim)
         scratch = [(jnp.zeros(shape, self.model.dtype),) * 2 for _ in range(config.num_layers)]
 
-        draws = isinstance(tree, StaticTree) and state.sampling is not None and noise is None
-        if draws:
-            noise = _draft_noise(state, tree.depth, config.vocab_size)
+        drawn_from = tree if isinstance(tree, StaticTree) and state.sampling is not None and noise is None else None
+        if drawn_from is not None:
+            # The k largest of logits + Gumbel noise are k draws without putting back.
+            noise = choice_noise(draft_keys(state, tree.depth), config.vocab_size)
 
-        def probabilities(logits):  # [B, T, V], zeros in greedy rows and where nothing is drawn (then [B, T, 0])
-            if not draws or state.sampling is None:
-                return jnp.zeros((*logits.shape[:2], 0))
+        def guesses(hidden, depth):
+            """Logits with their noise [B, T, V], and q: zeros in greedy rows, [B, T, 0] where nothing is drawn."""
+            logits = self.model.logits(hidden)
+            nothing = jnp.zeros((*logits.shape[:2], 0))
+            if noise is None or state.sampling is None:
+                return logits, nothing
+            warped = warp(logits, state.sampling)
+            noisy = perturbed(logits, warped, state.sampling, noise, depth)
+            if drawn_from is None:
+                return noisy, nothing
             sampled = (state.sampling.temperature > 0).reshape(-1, 1, 1)
-            return jnp.where(sampled, jax.nn.softmax(warp(logits, state.sampling), axis=-1), 0)
+            return noisy, jnp.where(sampled, jax.nn.softmax(warped, axis=-1), 0)
 
         def draft_fn(carry, step: DraftStep):
             scratch, probs = carry
@@ -112,25 +116,14 @@ class DraftModel(Draft):
 
             positions = jnp.broadcast_to((state.lengths + step.level)[:, None], step.tokens.shape)
             out = self.model.run(step.tokens, positions, attend, prompt_lengths=state.prompt_lengths)
-            logits = self.model.logits(out.hidden)
-            probs = jax.lax.dynamic_update_slice(probs, probabilities(logits), (0, 1 + step.level * tree.width, 0))
-            return perturbed(logits, state.sampling, noise, step.level + 1), (out.rows, probs)
+            logits, own = guesses(out.hidden, step.level + 1)
+            probs = jax.lax.dynamic_update_slice(probs, own, (0, 1 + step.level * tree.width, 0))
+            return logits, (out.rows, probs)
 
-        logits = self.model.logits(memory.hidden[:, None])
-        first = probabilities(logits)
+        logits, first = guesses(memory.hidden[:, None], 0)
         probs = jnp.zeros((batch, 1 + (tree.depth - 1) * k, first.shape[-1])).at[:, :1].set(first)
-        first_logits = perturbed(logits, state.sampling, noise, 0)[:, 0]
-        grown, (_, probs) = tree.grow(root, first_logits, (scratch, probs), draft_fn)
-        if not draws or not isinstance(tree, StaticTree):
-            return Proposal(grown)
-        return _drawn(grown, tree, probs)
-
-
-def _draft_noise(state: DecodeState, depth: int, vocab_size: int) -> jax.Array:
-    """Gumbel noise [B, D, V] for the tokens after nodes of each depth: the k largest of logits + noise are k draws
-    without putting back.
-    """
-    return choice_noise(draft_keys(state, depth), vocab_size)
+        grown, (_, probs) = tree.grow(root, logits[:, 0], (scratch, probs), draft_fn)
+        return Proposal(grown) if drawn_from is None else _drawn(grown, drawn_from, probs)
 
 
 def _drawn(grown: Tree, tree: StaticTree, probs: jax.Array) -> Proposal:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.drafts.noise import perturbed
+from eagle_jax.drafts.noise import coupled
 from eagle_jax.drafts.protocol import Draft, Proposal, Text
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.config import ConfigError, DraftConfig
@@ -115,7 +115,7 @@ class EagleDraft(Draft):
         ids = None if self.target_ids is None else self.target_ids[...]
 
         def logits_of(hidden, depth):  # [B, T, D] -> [B, T, Vd], for the tokens after nodes of a depth
-            return perturbed(self.logits(target, hidden), state.sampling, noise, depth, ids)
+            return coupled(self.logits(target, hidden), state.sampling, noise, depth, ids)
 
         def draft_fn(carry, step: DraftStep):
             hidden, scratch_k, scratch_v = carry  # hidden [B, k, D]: outputs of the previous step's nodes

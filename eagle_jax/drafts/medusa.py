@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from eagle_jax.drafts.noise import perturbed
+from eagle_jax.drafts.noise import coupled
 from eagle_jax.drafts.protocol import Draft, Proposal, Text
-from eagle_jax.models.config import ConfigError
+from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import dot, normal, zeros
 from eagle_jax.models.llama import Llama
 from eagle_jax.state import DecodeState, at
@@ -80,11 +80,7 @@ class Medusa(Draft, nnx.Module):
 
     def check_fits(self, target: Llama) -> None:
         for field in ("vocab_size", "hidden_size"):
-            ours, theirs = getattr(self.config, field), getattr(target.config, field)
-            if ours != theirs:
-                raise ConfigError(
-                    f"the draft does not fit the target: {field} is {ours} in the draft, {theirs} in the target"
-                )
+            require_same(field, getattr(self.config, field), getattr(target.config, field))
 
     def start(self, target: Llama, batch: int, rows: int) -> jax.Array:
         return jnp.zeros((batch, target.config.hidden_size), target.dtype)
@@ -109,7 +105,7 @@ class Medusa(Draft, nnx.Module):
 
         def after(depth):  # -> [B, 1, V], for the tokens after nodes of a depth
             own = jax.lax.dynamic_index_in_dim(logits, depth, axis=1)
-            return perturbed(own, state.sampling, noise, depth)
+            return coupled(own, state.sampling, noise, depth)
 
         def draft_fn(carry, step: DraftStep):
             own = after(step.level + 1)

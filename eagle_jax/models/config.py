@@ -213,6 +213,12 @@ class DraftConfig(LlamaConfig):
         )
 
 
+def require_same(what: str, ours: int, theirs: int) -> None:
+    """Raises ConfigError, naming both sizes, unless the draft's is the target's."""
+    if ours != theirs:
+        raise ConfigError(f"the draft does not fit the target: {what} is {ours} in the draft, {theirs} in the target")
+
+
 def tap_layers(config: DraftConfig | None, num_layers: int) -> tuple[int, ...]:
     """The target layers whose input an EAGLE-3 head reads, ascending (official code: 2, n // 2, n - 3).
 

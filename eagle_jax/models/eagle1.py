@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from eagle_jax.drafts.eagle import EagleDraft
-from eagle_jax.models.config import ConfigError, DraftConfig
+from eagle_jax.models.config import DraftConfig, require_same
 from eagle_jax.models.layers import Attend, add_bias, dot, normal, rope_angles, zeros
 from eagle_jax.models.llama import DecoderLayer, Llama, LlamaOutput
 
@@ -51,11 +51,7 @@ class Eagle1Draft(EagleDraft, nnx.Module):
     def check_fits(self, target: Llama) -> None:
         """Raises ConfigError, naming both numbers, if the head was not made for a target of this shape."""
         for field in ("vocab_size", "hidden_size"):
-            ours, theirs = getattr(self.config, field), getattr(target.config, field)
-            if ours != theirs:
-                raise ConfigError(
-                    f"the draft does not fit the target: {field} is {ours} in the draft, {theirs} in the target"
-                )
+            require_same(field, getattr(self.config, field), getattr(target.config, field))
 
     def fuse(self, features: jax.Array) -> jax.Array:
         """Target features [B, T, D] are hidden states already."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from eagle_jax.drafts.eagle import EagleDraft
-from eagle_jax.models.config import ConfigError, DraftConfig, tap_layers
+from eagle_jax.models.config import ConfigError, DraftConfig, require_same, tap_layers
 from eagle_jax.models.layers import MLP, Attend, Attention, dot, normal, ones, rms_norm, rope_angles
 from eagle_jax.models.llama import Llama, LlamaOutput
 
@@ -86,17 +86,13 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         config, t = self.config, target.config
         taps = self.taps(target)
 
-        def same(what: str, ours: int, theirs: int) -> None:
-            if ours != theirs:
-                raise ConfigError(
-                    f"the draft does not fit the target: {what} is {ours} in the draft, {theirs} in the target"
-                )
-
-        same("vocab_size", config.vocab_size, t.vocab_size)
-        same("target_hidden_size" if config.own_embedding else "hidden_size", config.target_hidden_size, t.hidden_size)
+        require_same("vocab_size", config.vocab_size, t.vocab_size)
+        require_same(
+            "target_hidden_size" if config.own_embedding else "hidden_size", config.target_hidden_size, t.hidden_size
+        )
         if self.embed is None:
-            same("hidden_size (the draft has no embedding of its own)", config.hidden_size, t.hidden_size)
-        same("width of the features that fc reads", self.fc.shape[1], len(taps) * t.hidden_size)
+            require_same("hidden_size (the draft has no embedding of its own)", config.hidden_size, t.hidden_size)
+        require_same("width of the features that fc reads", self.fc.shape[1], len(taps) * t.hidden_size)
         if max(taps) > t.num_layers:
             raise ConfigError(
                 f"the draft does not fit the target: it taps layer {max(taps)}, the target has {t.num_layers} layers"

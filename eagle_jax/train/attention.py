@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.models.layers import merge_parts, softmax_part
+from eagle_jax.models.layers import dot, merge_parts, softmax_part
 
 BLOCK = 512  # queries whose scores exist at a time
 
@@ -53,18 +53,11 @@ def own_part(q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array) -> tupl
     Args:
       q: [B, K, G, S, H]. k, v: [B, K, M, S, H].
     """
-    scores = jnp.einsum("bkgsh,bkmsh->bkgsm", q, k, precision=_precision(q), preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
+    scores = dot("bkgsh,bkmsh->bkgsm", q, k, jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where((jnp.arange(k.shape[2]) < count)[None, None, None, None], scores, -jnp.inf)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - top)
-    out = jnp.einsum(
-        "bkgsm,bkmsh->bkgsh",
-        weights.astype(v.dtype),
-        v,
-        precision=_precision(v),
-        preferred_element_type=jnp.float32,
-    )
+    out = dot("bkgsm,bkmsh->bkgsh", weights.astype(v.dtype), v, jnp.float32)
     return top, weights.sum(axis=-1, keepdims=True), out
 
 
@@ -81,7 +74,3 @@ def finished(part: tuple[jax.Array, ...], *more: tuple[jax.Array, ...]) -> jax.A
     _, total, out = part
     batch, _, _, width, head_dim = out.shape
     return jnp.moveaxis(out / total, 3, 1).reshape(batch, width, -1, head_dim)
-
-
-def _precision(x: jax.Array) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
