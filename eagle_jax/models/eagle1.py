@@ -78,6 +78,14 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         return self.layer(x, rotation, attend)
 
+    def before_logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] stands for the target's own, after its final norm."""
+        return hidden
+
+    def output_weight(self, target: Llama) -> jax.Array:
+        """[V, D]: the target's lm_head."""
+        return target.output_weight()
+
     def logits(self, target: Llama, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V], float32, by the target's lm_head."""
         return target.logits(hidden.astype(target.dtype))

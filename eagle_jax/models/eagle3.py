@@ -121,8 +121,15 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         return self.layer(embedding, hidden, rotation, attend)
 
+    def before_logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> what `output_weight` is multiplied with, [..., D]."""
+        return rms_norm(hidden, self.norm[...], self.config.rms_norm_eps)
+
+    def output_weight(self, target: Llama) -> jax.Array:
+        """[Vd, D]: the head's own lm_head."""
+        del target  # an EAGLE-1 head uses the target's lm_head here
+        return self.lm_head[...]
+
     def logits(self, target: Llama, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., Vd] over the draft vocabulary, float32."""
-        del target  # an EAGLE-1 head uses the target's lm_head here
-        normed = rms_norm(hidden, self.norm[...], self.config.rms_norm_eps)
-        return dot("...d,vd->...v", normed, self.lm_head[...], jnp.float32)
+        return dot("...d,vd->...v", self.before_logits(hidden), self.output_weight(target), jnp.float32)

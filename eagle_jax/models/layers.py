@@ -86,14 +86,15 @@ def rope_angles(
 
     Args:
       positions: [B, T].
-      prompt_lengths: [B], read by dynamic scaling only. A prompt is rotated as one text of its own length, and
-        every later token as the text that ends with it: what step-by-step decoding computes, so that a pass
-        over a tree and single steps agree.
+      prompt_lengths: [B], or [B, T] in rows of several documents; read by dynamic scaling only. A prompt is rotated
+        as one text of its own length, and every later token as the text that ends with it: what step-by-step
+        decoding computes, so that a pass over a tree and single steps agree.
     """
     frequencies = jnp.asarray(rope_frequencies(rope, head_dim))
     positions = positions[:, :, None, None]
     if rope.kind == "dynamic":
-        text_length = jnp.maximum(positions + 1, prompt_lengths[:, None, None, None]).astype(jnp.float32)
+        own_lengths = prompt_lengths.reshape(len(prompt_lengths), -1, 1, 1)
+        text_length = jnp.maximum(positions + 1, own_lengths).astype(jnp.float32)
         text_length = jnp.maximum(text_length, rope.original_length)
         stretch = rope.factor * text_length / rope.original_length - (rope.factor - 1)
         base = rope.theta * stretch ** (head_dim / (head_dim - 2))

@@ -115,7 +115,10 @@ class Llama(nnx.Module):
         tapped = jnp.concatenate([stream[tap] for tap in taps], axis=-1) if taps else None
         return LlamaOutput(rms_norm(x, self.norm[...], self.config.rms_norm_eps), tapped, rows)
 
+    def output_weight(self) -> jax.Array:
+        """[V, D]: lm_head, or the embedding where they are tied."""
+        return (self.embed if self.lm_head is None else self.lm_head)[...]
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] after the final norm -> logits [..., V] in float32."""
-        weight = self.embed if self.lm_head is None else self.lm_head
-        return dot("...d,vd->...v", hidden, weight[...], jnp.float32)
+        return dot("...d,vd->...v", hidden, self.output_weight(), jnp.float32)

@@ -5,24 +5,87 @@ V target vocabulary, Vd draft vocabulary.
 
 Step 0 of the training-time test reads the target's own features, step k what the head made of them k times: what a
 decoder's k-th drafting step reads. Row j of step k stands at position j + k and predicts the token at j + 2 + k.
+
+Each loss comes in three parts, so that a large batch can be had in pieces: `examples` of a batch (the target's pass),
+the weight of every position, and sums over positions, of which the loss is a quotient.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
-from eagle_jax.models.layers import dot
-from eagle_jax.models.llama import Llama, LlamaOutput
-from eagle_jax.train.attention import causal_part, finished, grouped, own_part
+from eagle_jax.models.llama import Llama
+from eagle_jax.train.attention import causal, causal_part, finished, grouped, own_part
+from eagle_jax.train.layout import Layout, layout
+from eagle_jax.train.vocabulary_loss import CHUNK, LossSums, Soft, likeliest_tokens, vocabulary_loss
 
 Alignment = Literal["corrected", "official"]
-CHUNK = 2048  # positions whose logits exist at a time
+
+
+class Examples(NamedTuple):
+    """A batch and what the target makes of it; held constant.
+
+    tokens, loss_mask: [B, S]. text: where the documents lie. features: [B, S, F], what the head reads.
+    answers: [B, S, H], the target's hidden states after its final norm.
+    known: [B, S + 1], 1 where the target's likeliest next token is in the draft's vocabulary; the last one says so of
+      an answer of zeros, whose likeliest token is id 0.
+    """
+
+    tokens: jax.Array
+    loss_mask: jax.Array
+    text: Layout
+    features: jax.Array
+    answers: jax.Array
+    known: jax.Array
+
+
+def examples(
+    draft: Eagle3Draft | Eagle1Draft,
+    target: Llama,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    loss_mask: jax.Array,
+    documents: jax.Array | None = None,
+    chunk: int = CHUNK,
+) -> Examples:
+    """Runs the target over whole rows, for `draft`; see `eagle3_loss`."""
+    text = layout(lengths, tokens.shape[1], documents)
+    taps = draft.taps(target)
+
+    def attend(index, q, k, v):
+        del index
+        return causal(q, k, v, text), None
+
+    out = target.run(tokens, text.positions, attend, prompt_lengths=text.end - text.first, taps=taps)
+    return with_features(draft, target, tokens, loss_mask, text, draft.features(out), out.hidden, chunk)
+
+
+def with_features(
+    draft: Eagle3Draft | Eagle1Draft,
+    target: Llama,
+    tokens: jax.Array,
+    loss_mask: jax.Array,
+    text: Layout,
+    features: jax.Array,
+    answers: jax.Array,
+    chunk: int = CHUNK,
+) -> Examples:
+    """Examples of a target pass that was made already."""
+    ids = draft.target_ids
+    if ids is None:
+        known = jnp.ones((tokens.shape[0], tokens.shape[1] + 1))
+    else:
+        table = jnp.zeros(target.config.vocab_size).at[ids[...]].set(1)
+        likeliest = likeliest_tokens(answers, target.output_weight(), chunk)
+        known = table[jnp.pad(likeliest, [(0, 0), (0, 1)])]
+    made = Examples(tokens, loss_mask.astype(jnp.float32), text, features, answers, known)
+    return jax.lax.stop_gradient(made)
 
 
 def eagle3_loss(
@@ -33,8 +96,12 @@ def eagle3_loss(
     loss_mask: jax.Array,
     steps: int = 7,
     alignment: Alignment = "corrected",
+    *,
+    documents: jax.Array | None = None,
+    divergence: Literal["cross_entropy", "kl"] = "cross_entropy",
+    chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """The training-time test's cross-entropy at every step, against the target's own distribution. Runs the target.
+    """The training-time test's loss at every step, against the target's own distribution. Runs the target.
 
     Memory does not grow with the steps but by their own keys and values, and no [B, S, V] logits exist: steps and
     chunks of the vocabulary loss are computed again for the gradient.
@@ -44,85 +111,118 @@ def eagle3_loss(
       tokens: [B, S] right-padded. lengths: [B].
       loss_mask: [B, S], 1 for the tokens to learn (an assistant's), 0 for the others.
       alignment: "corrected": row j of step k counts where token j + 2 + k, which it predicts, is to be learned, lies
-        inside the row and is in the draft's vocabulary; the loss is the mean over those. "official": as the official
-        trainer, for parity: weighed by loss_mask[j + k], mean over all B * S positions.
+        inside the document, and the target's own choice is in the draft's vocabulary; the loss is the mean over those.
+        "official": as the official trainer, for parity: weighed by loss_mask[j + k], mean over all B * S positions.
+      documents: [B, S], see `layout`, for several documents in a row; None: one a row.
+      divergence: "kl" takes the target's entropy off the cross-entropy; the gradient is the same.
+      chunk: positions whose logits exist at a time.
     Returns:
       losses and accuracies [steps] float32, unweighted. Accuracy: the share of positions to learn where the draft's
       likeliest token is the target's.
     """
-    if alignment not in ("corrected", "official"):
-        raise ValueError(f'alignment must be "corrected" or "official", got {alignment!r}')
     if type(steps) is not int or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
-    batch, width = tokens.shape
-    out = _target_pass(target, tokens, lengths, draft.taps(target))
-    features, answers = draft.features(out), out.hidden
-    head = target.embed if target.lm_head is None else target.lm_head
-    ids = None if draft.target_ids is None else draft.target_ids[...]
-    rows = jax.lax.stop_gradient(head[...] if ids is None else head[ids])  # [Vd, H]
+    if divergence not in ("cross_entropy", "kl"):
+        raise ValueError(f'divergence must be "cross_entropy" or "kl", got {divergence!r}')
+    if alignment == "official" and documents is not None:
+        raise ValueError('alignment "official" knows one document a row; pack documents with "corrected"')
+    made = examples(draft, target, tokens, lengths, loss_mask, documents, chunk)
+    learned, weights = eagle3_weights(made, steps, alignment)
+    sums = eagle3_sums(draft, target, made, weights, chunk=chunk)
+    total = tokens.size if alignment == "official" else jnp.maximum(weights.sum(axis=(1, 2)), 1)
+    loss = sums.loss - sums.entropy if divergence == "kl" else sums.loss
+    return loss / total, sums.match / (learned.sum(axis=(1, 2)) + 1e-6)
 
-    # Everything is read `steps + 1` places further on, at most; past the end there are zeros, as in the reference.
-    room = steps + 1
-    ahead_tokens, ahead_answers = _with_room(tokens, room), _with_room(answers, room)
-    known = _with_room(_in_vocabulary(target, answers, ids), room, fill=True if ids is None else (ids == 0).any())
-    ahead_mask = _with_room(loss_mask.astype(jnp.float32), room + 1)
+
+def eagle3_weights(
+    made: Examples, steps: int, alignment: Alignment = "corrected"
+) -> tuple[jax.Array, jax.Array]:
+    """Which rows of every step are to be learned, and which of them can be: [steps, B, S] each, float32."""
+    if alignment not in ("corrected", "official"):
+        raise ValueError(f'alignment must be "corrected" or "official", got {alignment!r}')
+    width = made.tokens.shape[1]
+    row = jnp.arange(width)[None]
+    # Past a row's end there are zeros, as in the reference.
+    mask = jnp.pad(made.loss_mask, [(0, 0), (0, steps + 1)])
+    known = jnp.pad(made.known, [(0, 0), (0, steps)], mode="edge")
+    learned, weights = [], []
+    for step in range(steps):
+        if alignment == "official":
+            learned.append(mask[:, step : step + width])
+            inside = row + step < width
+            weights.append(learned[-1] * known[:, step + 1 : step + 1 + width] * inside)
+        else:
+            inside = row + step + 2 < made.text.end
+            learned.append(mask[:, step + 2 : step + 2 + width] * inside)
+            weights.append(learned[-1] * known[:, step + 1 : step + 1 + width])
+    return jnp.stack(learned), jnp.stack(weights)
+
+
+def eagle3_sums(
+    draft: Eagle3Draft,
+    target: Llama,
+    made: Examples,
+    weights: jax.Array,
+    *,
+    dtype: Any = None,
+    chunk: int = CHUNK,
+) -> LossSums:
+    """The steps' cross-entropies, matches and the target's entropies, times `weights` [steps, B, S]: [steps] each.
+
+    Args:
+      dtype: the head computes in it; None: its own.
+    """
+    steps, batch, width = weights.shape
+    text, features, answers = made.text, made.features, made.answers
+    weight = target.output_weight()
+    rows = jax.lax.stop_gradient(weight if draft.target_ids is None else weight[draft.target_ids[...]])  # [Vd, H]
+    # Everything is read `steps` places further on, at most; past the end there are zeros, as in the reference.
+    ahead_tokens = jnp.pad(made.tokens, [(0, 0), (0, steps)])
+    ahead_answers = jnp.pad(answers, [(0, 0), (0, steps), (0, 0)])
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width, axis=1)
 
-    def weights_of(step):
-        """Which rows count, and which of them the target's token is in the draft's vocabulary: [B, S] each."""
-        if alignment == "official":
-            inside = jnp.arange(width)[None] + step < width
-            learned = cut(ahead_mask, step)
-            return learned, learned * cut(known, step + 1) * inside
-        inside = jnp.arange(width)[None] + step + 2 < lengths[:, None]
-        learned = cut(ahead_mask, step + 2) * inside
-        return learned, learned * cut(known, step + 1)
-
-    @jax.checkpoint
-    def measure(draft, hidden, step):
-        learned, weight = weights_of(step)
-        entropy, match = _cross_entropy(draft, target, hidden, cut(ahead_answers, step + 1), rows)
-        total = batch * width if alignment == "official" else jnp.maximum(weight.sum(), 1)
-        accuracy = (weight * match).sum() / (learned.sum() + 1e-6)
-        return (weight * entropy).sum() / total, accuracy
+    def measure(draft, hidden, step, importance):
+        teacher = Soft(cut(ahead_answers, step + 1), rows)
+        return vocabulary_loss(draft.before_logits(hidden), draft.output_weight(target), teacher, importance, chunk)
 
     def run(draft, hidden, step, attend):
-        positions = jnp.broadcast_to(jnp.arange(width) + step, (batch, width))
         tokens = cut(ahead_tokens, step + 1)
-        return draft(target, hidden, tokens, positions, attend, prompt_lengths=lengths)
+        return draft(target, hidden, tokens, text.positions + step, attend, prompt_lengths=text.end - text.first)
 
     def attend_first(q, k, v):
-        return finished(causal_part(grouped(q, k.shape[1]), k, v, lengths)).astype(q.dtype), (k, v)
+        return causal(q, k, v, text), (k, v)
 
     @jax.checkpoint
     def first(draft):
-        return run(draft, draft.fuse(features), 0, attend_first)
+        draft = in_dtype(draft, dtype)
+        hidden, rows = run(draft, draft.fuse(features), 0, attend_first)
+        return hidden, rows, measure(draft, hidden, 0, weights[0])
 
-    hidden, (first_k, first_v) = first(draft)
-    losses = [measure(draft, hidden, 0)]
+    hidden, (first_k, first_v), sums = first(draft)
     if steps == 1:
-        return _stack(losses)
+        return jax.tree.map(lambda value: value[None], sums)
     own_shape = (*first_k.shape[:2], steps - 1, *first_k.shape[2:])
 
     @jax.checkpoint
-    def further(carry, step):
+    def further(carry, step_and_importance):
         hidden, own_k, own_v = carry
+        step, importance = step_and_importance
 
         def attend(q, k, v):
             start = (0, 0, step - 1, 0, 0)
             keys = jax.lax.dynamic_update_slice(own_k, k[:, :, None], start)
             values = jax.lax.dynamic_update_slice(own_v, v[:, :, None], start)
             queries = grouped(q, k.shape[1])
-            mixed = finished(causal_part(queries, first_k, first_v, lengths), own_part(queries, keys, values, step))
+            mixed = finished(causal_part(queries, first_k, first_v, text), own_part(queries, keys, values, step))
             return mixed.astype(q.dtype), (keys, values)
 
-        hidden, (own_k, own_v) = run(draft, hidden, step, attend)
-        return (hidden, own_k, own_v), measure(draft, hidden, step)
+        cast = in_dtype(draft, dtype)
+        hidden, (own_k, own_v) = run(cast, hidden, step, attend)
+        return (hidden, own_k, own_v), measure(cast, hidden, step, importance)
 
     carry = (hidden, jnp.zeros(own_shape, first_k.dtype), jnp.zeros(own_shape, first_v.dtype))
-    _, (more_losses, more_accuracies) = jax.lax.scan(further, carry, jnp.arange(1, steps))
-    loss, accuracy = losses[0]
-    return jnp.append(loss, more_losses), jnp.append(accuracy, more_accuracies)
+    _, more = jax.lax.scan(further, carry, (jnp.arange(1, steps), weights[1:]))
+    return jax.tree.map(lambda one, others: jnp.append(one, others), sums, more)
 
 
 def eagle1_loss(
@@ -132,100 +232,65 @@ def eagle1_loss(
     lengths: jax.Array,
     loss_mask: jax.Array,
     key: jax.Array | None = None,
+    *,
+    documents: jax.Array | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """EAGLE-1's feature regression and soft cross-entropy (arXiv 2401.15077, section 4.2). Runs the target.
 
     Args:
-      As `eagle3_loss`. loss_mask of a row's last token does not count: there is no feature after it.
+      As `eagle3_loss`. loss_mask of a document's last token does not count: there is no feature after it.
       key: adds the official uniform noise to the features, (u - 0.5) * 0.2 * 512 / length; None: none.
     Returns:
       The mean SmoothL1 between predicted and true features, and the mean cross-entropy of their distributions over the
       target's vocabulary; the official loss is the first + 0.1 times the second.
     """
-    batch, width = tokens.shape
-    out = _target_pass(target, tokens, lengths, ())
-    inside = jnp.arange(width)[None] < lengths[:, None]
-    features = jnp.where(inside[:, :, None], draft.features(out), 0)
-    answers = _with_room(features, 1)[:, 1:]
+    made = examples(draft, target, tokens, lengths, loss_mask, documents, chunk)
+    weights = eagle1_weights(made)
+    feature, sums = eagle1_sums(draft, target, made, weights, key, chunk=chunk)
+    total = weights.sum() + 1e-5
+    return feature / total, sums.loss / total
+
+
+def eagle1_weights(made: Examples) -> jax.Array:
+    """Which positions are to be learned, [B, S] float32: those with a feature after them."""
+    return made.loss_mask * (jnp.arange(made.tokens.shape[1])[None] < made.text.end - 1)
+
+
+def eagle1_sums(
+    draft: Eagle1Draft,
+    target: Llama,
+    made: Examples,
+    weights: jax.Array,
+    key: jax.Array | None = None,
+    *,
+    dtype: Any = None,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, LossSums]:
+    """The SmoothL1 of features, and the tokens' cross-entropies and matches, times `weights` [B, S], summed."""
+    text, features = made.text, made.features
+    draft = in_dtype(draft, dtype)
+    following = jnp.pad(made.tokens, [(0, 0), (0, 1)])[:, 1:]
+    answers = jnp.pad(features, [(0, 0), (0, 1), (0, 0)])[:, 1:]
     if key is not None:
         noise = jax.random.uniform(key, features.shape, jnp.float32, -0.5, 0.5) * 0.2 * 512
-        features = features + (noise / lengths[:, None, None]).astype(features.dtype)
+        features = features + (noise / (text.end - text.first)[:, :, None]).astype(features.dtype)
 
     def attend(q, k, v):
-        return finished(causal_part(grouped(q, k.shape[1]), k, v, lengths)).astype(q.dtype), None
+        return causal(q, k, v, text), None
 
-    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    following = _with_room(tokens, 1)[:, 1:]
-    hidden, _ = draft(target, draft.fuse(features), following, positions, attend, prompt_lengths=lengths)
-    weight = loss_mask * (jnp.arange(width)[None] < lengths[:, None] - 1)
-    total = weight.sum() + 1e-5
+    hidden, _ = draft(
+        target, draft.fuse(features), following, text.positions, attend, prompt_lengths=text.end - text.first
+    )
     difference = jnp.abs(hidden.astype(jnp.float32) - answers.astype(jnp.float32))
     smooth = jnp.where(difference < 1, 0.5 * difference**2, difference - 0.5).mean(axis=-1)
-    head = target.embed if target.lm_head is None else target.lm_head
-    entropy, _ = _cross_entropy(draft, target, hidden, answers, jax.lax.stop_gradient(head[...]))
-    return (weight * smooth).sum() / total, (weight * entropy).sum() / total
+    weight = jax.lax.stop_gradient(target.output_weight())
+    sums = vocabulary_loss(hidden.astype(weight.dtype), weight, Soft(answers, weight), weights, chunk)
+    return (weights * smooth).sum(), sums
 
 
-def _target_pass(target: Llama, tokens: jax.Array, lengths: jax.Array, taps: tuple[int, ...]) -> LlamaOutput:
-    """The target over whole rows, held constant. Padding sees the row, and is not seen."""
-    batch, width = tokens.shape
-
-    def attend(index, q, k, v):
-        del index
-        return finished(causal_part(grouped(q, k.shape[1]), k, v, lengths)).astype(q.dtype), None
-
-    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    out = target.run(tokens, positions, attend, prompt_lengths=lengths, taps=taps)
-    return jax.lax.stop_gradient(out)
-
-
-def _in_vocabulary(target: Llama, hidden: jax.Array, ids: jax.Array | None) -> jax.Array:
-    """[B, S]: 1 where the target's likeliest next token is in the draft's vocabulary."""
-    if ids is None:
-        return jnp.ones(hidden.shape[:2])
-    table = jnp.zeros(target.config.vocab_size).at[ids].set(1)
-    return _in_chunks(lambda hidden: table[jnp.argmax(target.logits(hidden), axis=-1)], hidden)
-
-
-def _cross_entropy(
-    draft: Eagle3Draft | Eagle1Draft, target: Llama, hidden: jax.Array, answers: jax.Array, rows: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of the draft's distribution against the target's, and whether both choose one token: [B, S] each.
-
-    Args:
-      hidden: [B, S, D], the head's. answers: [B, S, H], the target's hidden states for the same tokens.
-      rows: [Vd, H] of the target's lm_head, for the draft's vocabulary.
-    """
-
-    def compare(hidden, answers):
-        logits = jax.nn.log_softmax(draft.logits(target, hidden), axis=-1)
-        wanted = jax.lax.stop_gradient(dot("td,vd->tv", answers, rows, jnp.float32))
-        match = jnp.argmax(logits, axis=-1) == jnp.argmax(wanted, axis=-1)
-        return -(jax.nn.softmax(wanted, axis=-1) * logits).sum(axis=-1), match
-
-    return _in_chunks(compare, hidden, answers)
-
-
-def _in_chunks(fn, *arrays: jax.Array):
-    """fn of all positions of arrays [B, S, X], CHUNK at a time; a chunk is computed again for its gradient."""
-    batch, width = arrays[0].shape[:2]
-    chunk = min(CHUNK, batch * width)
-    count = -(-batch * width // chunk)
-
-    def split(values):
-        flat = values.reshape(batch * width, -1)
-        return jnp.pad(flat, [(0, count * chunk - batch * width), (0, 0)]).reshape(count, chunk, -1)
-
-    results = jax.lax.map(jax.checkpoint(lambda parts: fn(*parts)), tuple(map(split, arrays)))
-    return jax.tree.map(lambda values: values.reshape(-1)[: batch * width].reshape(batch, width), results)
-
-
-def _with_room(values: jax.Array, room: int, fill: bool | jax.Array = False) -> jax.Array:
-    """values [B, S, ...] with `room` more places, of zeros, or of ones if `fill`."""
-    more = jnp.zeros((values.shape[0], room, *values.shape[2:]), values.dtype)
-    return jnp.concatenate([values, jnp.where(fill, 1, more).astype(values.dtype)], axis=1)
-
-
-def _stack(results):
-    losses, accuracies = zip(*results, strict=True)
-    return jnp.stack(losses), jnp.stack(accuracies)
+def in_dtype(model: Any, dtype: Any) -> Any:
+    """A model with its floating-point arrays in `dtype`; None leaves them."""
+    if dtype is None:
+        return model
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, model)
