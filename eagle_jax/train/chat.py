@@ -8,10 +8,11 @@ before (leaves out earlier reasoning, say) has no such prefixes, and is refused 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
@@ -49,6 +50,7 @@ MAY_FOLLOW = {  # "": at the beginning
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+NOT_KEPT = ("from", "value", "weight")  # of a message's keys
 MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 USE_MARKS = "give a chat template that marks them with {% generation %} and {% endgeneration %}"
 
@@ -87,7 +89,7 @@ def conversation_tokens(
     try:
         template = tokenizer.get_chat_template(chat_template, tools)
     except ValueError as error:
-        raise ValueError("conversations need a chat template, and the tokenizer has none: give chat_template") from error
+        raise ValueError(f"conversations need a chat template, give chat_template: {error}") from error
     if MARK.search(template):
         text, spans = _marked(tokenizer, template, chat, tools)
         tokens, spans = _token_spans(tokenizer, text, spans, straddling=True)
@@ -133,7 +135,8 @@ def _normal_message(message: Any, name: str) -> dict[str, Any]:
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else parts
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(parts) else parts
     calls = message.get("tool_calls")
     if content is None and role == "assistant":
         content = ""
@@ -141,7 +144,7 @@ def _normal_message(message: Any, name: str) -> dict[str, Any]:
         raise Fault("bad message", f"{name}: the content is neither a string nor a list of text parts")
     if role == "assistant" and not content.strip() and not calls:
         raise Fault("empty answer", f"{name}: the assistant says nothing")
-    kept = {key: value for key, value in message.items() if key not in ("from", "value", "weight")}
+    kept = {key: value for key, value in message.items() if value is not None and key not in NOT_KEPT}
     if isinstance(calls, list):
         kept["tool_calls"] = [_parsed_call(call) for call in calls]
     return {**kept, "role": role, "content": content}
@@ -162,24 +165,165 @@ def _unsure(message: str) -> NoReturn:
     raise Fault("mask unsure", f"it is not sure which tokens are the assistant's: {message}; {USE_MARKS}")
 
 
-def _render(tokenizer: Any, template: str, chat: Sequence[Mapping[str, Any]], tools: Any, prompt: bool = False) -> str:
-    """The text of a conversation; with `prompt`, up to where the assistant answers."""
+@contextlib.contextmanager
+def _template_errors() -> Iterator[None]:
+    """Turns what a template raises into a Fault of the conversation, or an error of the template itself."""
+    import jinja2
+
+    try:
+        yield
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
+    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise Fault("template refuses", f"the chat template refuses this conversation: {error}") from error
+
+
+def _rendered_again(
+    tokenizer: Any, template: str, chat: list[dict[str, Any]], tools: list[Any] | None
+) -> tuple[str, list[Span]]:
+    """The text of a conversation, and the span of each answer by rendering its beginnings."""
+
+    def render(count: int, prompt: bool) -> str:
+        with _template_errors():
+            return tokenizer.apply_chat_template(
+                chat[:count], tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
+            )
+
+    text = render(len(chat), prompt=False)
+    spans = []
+    for index, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        name = f"message {index + 1}"
+        try:
+            before = render(index, prompt=True)
+            after = text if index + 1 == len(chat) else render(index + 1, prompt=False)
+        except Fault as error:
+            _unsure(f"the chat template refuses what comes before or up to {name} ({error})")
+        if not (text.startswith(after) and after.startswith(before)):
+            _unsure(f"the chat template writes what comes before or up to {name} otherwise when more follows it")
+        content, answer = message["content"].strip(), after[len(before) :].strip()
+        # Without a generation prompt, a header such as "assistant:" would seem to be the answer's.
+        if not (content and answer.startswith(content)) and before == render(index, prompt=False):
+            _unsure(
+                f"the chat template has no generation prompt, and {name} begins with something else than its content"
+            )
+        spans.append((len(before), len(after)))
+    return text, spans
+
+
+def _marked(
+    tokenizer: Any, template: str, chat: list[dict[str, Any]], tools: list[Any] | None
+) -> tuple[str, list[Span]]:
+    """The text of a conversation, and the spans that the template marks."""
+    special = json.dumps(tokenizer.special_tokens_map)
+    probes = [
+        message if message["role"] == "tool" else {**message, "content": _probe(index)}
+        for index, message in enumerate(chat)
+    ]
+    _check_marks(template, special, json.dumps(probes), json.dumps(tools))
+    text, spans = _render_marks(template, special, chat, tools)
+    answers = sum(message["role"] == "assistant" for message in chat)
+    if len(spans) < answers:
+        _unsure(f"the chat template marks {len(spans)} pieces of text for {answers} answers")
+    return text, spans
+
+
+def _render_marks(template: str, special: str, chat: Any, tools: Any) -> tuple[str, list[Span]]:
+    """The text of a conversation, and the spans of its marks that hold any text.
+
+    `apply_chat_template(return_assistant_tokens_mask=True)` makes its mask of these, but drops all that follows a mark
+    which begins with a character of no token, learns all that follows one which ends so, and of a character of several
+    tokens it learns the first only.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     with _template_errors():
-        return tokenizer.apply_chat_template(
-            list(chat), tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        rendered: Any = render_jinja_template(
+            conversations=[chat],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **json.loads(special),
         )
+    (text,), (spans,) = rendered
+    return text, [(start, end) for start, end in spans if start < end]
 
 
-class _template_errors:
-    """Turns what a template raises into a Fault."""
+def _probe(index: int) -> str:
+    return f"probe{index}end"
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        import jinja2
+@functools.lru_cache(maxsize=1024)
+def _check_marks(template: str, special: str, probes: str, tools: str) -> None:
+    """Checks that the marks hold every answer, and nothing of the others, on a conversation of the same roles.
 
-        if isinstance(error, jinja2.TemplateSyntaxError):
-            raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
-        if isinstance(error, (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)):
-            raise Fault("template refuses", f"the chat template refuses this conversation: {error}") from error
+    Inside a macro, say, marks give wrong places. Conversations of the same roles share a check: it is cached.
+
+    Args:
+      special: JSON of the special tokens. probes: JSON of the messages, with probes as contents. tools: JSON.
+    """
+    chat = json.loads(probes)
+    try:
+        text, spans = _render_marks(template, special, chat, json.loads(tools))
+    except Fault as error:
+        _unsure(f"the chat template cannot be tried on other contents ({error})")
+    for index, message in enumerate(chat):
+        places = [found.span() for found in re.finditer(_probe(index), text)]
+        marked = any(first <= start and end <= last for start, end in places for first, last in spans)
+        own, name = message["role"] == "assistant", f"message {index + 1}, of role {message['role']!r},"
+        if marked and not own:
+            _unsure(f"{name} stands inside the chat template's marks")
+        # What is said beside a tool call, a template may leave out.
+        if own and not marked and (places or not message.get("tool_calls")):
+            _unsure(f"{name} stands outside the chat template's marks")
+
+
+def _token_spans(tokenizer: Any, text: str, spans: list[Span], straddling: bool) -> tuple[list[int], list[Span]]:
+    """The tokens of a text, and its spans of characters as spans of tokens.
+
+    A span begins or ends between two tokens if the text up to there, tokenised alone, gives the tokens before it.
+
+    Args:
+      straddling: a token that reaches over the edge of a span belongs to it; else such a span is refused.
+    """
+    # The template wrote the special tokens. A length above the tokenizer's own limit is no concern of its warning.
+    encode = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
+    tokens = encode(text)["input_ids"]
+    edges = sorted({place for span in spans for place in span if 0 < place < len(text)})
+    starts = encode([text[:place] for place in edges])["input_ids"] if edges else []
+    exact = {0: 0, len(text): len(tokens)}
+    exact |= {place: len(ids) for place, ids in zip(edges, starts, strict=True) if tokens[: len(ids)] == ids}
+    found = []
+    for start, end in spans:
+        if (start in exact and end in exact) or not straddling or not tokenizer.is_fast:
+            first, last = exact.get(start), exact.get(end)
+        else:
+            offsets = encode(text, return_offsets_mapping=True)["offset_mapping"]
+            inside = [index for index, (begin, stop) in enumerate(offsets) if begin < end and start < stop]
+            first = exact.get(start, min(inside, default=None))
+            last = exact.get(end, max(inside, default=-1) + 1)
+        if first is None or last is None or first >= last:
+            _unsure(f"no token begins or ends where the text {_short(text[start:end])} does")
+        found.append((first, last))
+    return tokens, found
+
+
+def _without_tail(tokenizer: Any, tokens: list[int], span: Span) -> Span:
+    """A span of tokens without the white space after its last special token, which only a template writes."""
+    start, end = span
+    special = _special_tokens(tokenizer)
+    last = next((index for index in reversed(range(start, end)) if tokens[index] in special), None)
+    if last is None or tokenizer.decode(tokens[last + 1 : end]).strip():
+        return span
+    return start, last + 1
+
+
+@functools.lru_cache(maxsize=4)
+def _special_tokens(tokenizer: Any) -> frozenset[int]:
+    added = {token for token, text in tokenizer.added_tokens_decoder.items() if text.special}
+    return frozenset(added.union(tokenizer.all_special_ids))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:20]} ... {text[-15:]}")

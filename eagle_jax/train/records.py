@@ -1,0 +1,303 @@
+"""Training data: JSONL of texts, token ids or conversations, as tokens and the mask of those to learn.
+
+A line is a JSON object of one of these forms; its other keys are ignored, and so are blank lines:
+
+  {"text": "..."}                               all of it is learned
+  {"prompt": "...", "completion": "..."}        the completion is learned
+  {"tokens": [1, 2], "loss_mask": [0, 1]}       without a loss_mask, all of it is learned
+  {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}        OpenAI; tools are optional
+  {"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}   ShareGPT; a system text is optional
+
+Of a conversation the assistant's answers are learned: see `eagle_jax.train.chat`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import collections
+import dataclasses
+import functools
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from eagle_jax.train.chat import Fault, Kind, conversation_tokens
+
+OnError: TypeAlias = Literal["refuse", "skip"]
+TooLong: TypeAlias = Literal["refuse", "skip", "truncate", "split"]
+Encoded: TypeAlias = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]  # tokens, mask: both [T]
+
+FORMATS = {  # the keys that make a record one of a format
+    "text": ("text",),
+    "prompt and completion": ("prompt", "completion"),
+    "tokens": ("tokens",),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+}
+MESSAGES_KEPT = 3  # of each kind of fault, in a report
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A sequence to train on. tokens: [T] int32. loss_mask: [T] uint8, 1 for the tokens to learn; at least one is."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+
+
+class DataError(ValueError):
+    """A record that cannot be used. The message begins "path:line: kind: "; path, line and kind are attributes."""
+
+    def __init__(self, path: str, line: int, kind: Kind, message: str):
+        super().__init__(f"{path}:{line}: {kind}: {message}")
+        self.path, self.line, self.kind = path, line, kind
+
+
+@dataclasses.dataclass
+class ReadReport:
+    """What `read_records` has read so far.
+
+    files, lines: begun, without blank lines. records, tokens, learned: given out; learned counts the mask's ones.
+    truncated, split: over-long lines that were cut; left_out: parts of split ones without anything to learn.
+    faults: {kind: lines}, of those skipped or refused. messages: {kind: the first few}.
+    """
+
+    files: int = 0
+    lines: int = 0
+    records: int = 0
+    tokens: int = 0
+    learned: int = 0
+    truncated: int = 0
+    split: int = 0
+    left_out: int = 0
+    faults: collections.Counter[Kind] = dataclasses.field(default_factory=collections.Counter)
+    messages: dict[Kind, list[str]] = dataclasses.field(default_factory=dict)
+
+    def add_fault(self, error: DataError) -> None:
+        """Counts a line that was skipped or refused."""
+        self.faults[error.kind] += 1
+        kept = self.messages.setdefault(error.kind, [])
+        if len(kept) < MESSAGES_KEPT:
+            kept.append(str(error))
+
+    def add_record(self, record: Record) -> None:
+        """Counts a record that is given out."""
+        self.records += 1
+        self.tokens += len(record.tokens)
+        self.learned += int(record.loss_mask.sum())
+
+    def summary(self) -> str:
+        """Plain words, for a log: a line of counts, then one for each kind of fault with its first message."""
+        line = f"{_count(self.records, 'record')} of {_count(self.lines, 'line')} in {_count(self.files, 'file')}: "
+        line += f"{_count(self.tokens, 'token')}, {self.learned:,} to learn"
+        if self.truncated:
+            line += f"; {_count(self.truncated, 'line')} truncated"
+        if self.split:
+            line += f"; {_count(self.split, 'line')} split ({_count(self.left_out, 'part')} without anything to learn)"
+        if self.faults:
+            line += f"; {_count(self.faults.total(), 'line')} not used"
+        faults = [f"  {count:,} {kind}, first {self.messages[kind][0]}" for kind, count in self.faults.most_common()]
+        return "\n".join([line, *faults])
+
+
+def read_records(
+    files: Sequence[str | os.PathLike[str]],
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    max_length: int,
+    on_error: OnError = "refuse",
+    too_long: TooLong | None = None,
+    chat_template: str | None = None,
+    add_end: bool = True,
+    report: ReadReport | None = None,
+) -> Iterator[Record]:
+    """The records of JSONL files, in their order; read as they are asked for.
+
+    Args:
+      files: .jsonl, or .jsonl.gz. UTF-8, with or without a byte order mark.
+      tokenizer: of transformers; None if all lines are token ids.
+      vocab_size: ids are below it.
+      max_length: most tokens of a record.
+      on_error: what to do with a line that cannot be used. "refuse" raises, "skip" counts it in the report.
+      too_long: the same for a line of more tokens; None: as on_error. "truncate" keeps its beginning. "split" makes
+        parts of it, all of max_length but the last, and leaves out those without anything to learn.
+      chat_template: Jinja, in place of the tokenizer's own.
+      add_end: texts and completions end with the tokenizer's end-of-text token, if it has one.
+      report: counts as records are given out. Read it when all are.
+    Raises:
+      DataError: at a line that cannot be used, if that is refused.
+      ValueError: at once for a wrong setting; at the first line that needs a tokenizer or a chat template without one.
+    """
+    if on_error not in get_args(OnError):
+        raise ValueError(f"on_error must be one of {', '.join(get_args(OnError))}, got {on_error!r}")
+    if too_long is not None and too_long not in get_args(TooLong):
+        raise ValueError(f"too_long must be None or one of {', '.join(get_args(TooLong))}, got {too_long!r}")
+    if vocab_size < 1 or max_length < 1:
+        raise ValueError(f"vocab_size and max_length must be positive, got {vocab_size} and {max_length}")
+    paths = [os.fspath(path) for path in ([files] if isinstance(files, (str, os.PathLike)) else files)]
+    encode = functools.partial(_encode, tokenizer=tokenizer, chat_template=chat_template, add_end=add_end)
+    fit = functools.partial(_fit, vocab_size=vocab_size, max_length=max_length, cut=too_long)
+    return _records(paths, encode, fit, on_error, too_long or on_error, ReadReport() if report is None else report)
+
+
+def _records(
+    paths: Sequence[str],
+    encode: Callable[[dict[str, Any]], Encoded],
+    fit: Callable[[Encoded, ReadReport], list[Record]],
+    on_error: str,
+    too_long: str,
+    report: ReadReport,
+) -> Iterator[Record]:
+    for path in paths:
+        report.files += 1
+        for number, line in _lines(path):
+            report.lines += 1
+            try:
+                records = fit(encode(_parse(line)), report)
+            except Fault as fault:
+                error = DataError(path, number, fault.kind, str(fault))
+                report.add_fault(error)
+                if (too_long if fault.kind == "too long" else on_error) == "refuse":
+                    raise error from fault
+                continue
+            for record in records:
+                report.add_record(record)
+                yield record
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes | Fault]]:
+    """The lines that are not blank, with their numbers; a Fault is the last one of a damaged file."""
+    number = 0
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if content.strip():
+                    yield number, content
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            yield number + 1, Fault("damaged file", f"the rest cannot be unpacked ({error})")
+
+
+def _parse(line: bytes | Fault) -> dict[str, Any]:
+    """The JSON object of a line."""
+    if isinstance(line, Fault):
+        raise line
+    try:
+        entry = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line.lower():  # half of a surrogate pair is no character, and tokenizers fail on it
+            json.dumps(entry, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Fault(
+            "not UTF-8", f"byte {error.start + 1} of the line is {line[error.start]:#04x}; save as UTF-8"
+        ) from None
+    except UnicodeEncodeError:
+        raise Fault("not UTF-8", "the line has half of a surrogate pair (\\ud800 to \\udfff alone)") from None
+    except json.JSONDecodeError as error:
+        raise Fault("invalid JSON", f"{error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+        raise Fault("invalid JSON", str(error)) from None
+    if not isinstance(entry, dict):
+        raise Fault("unknown format", f"a line must be a JSON object, and this one is a {type(entry).__name__}")
+    return entry
+
+
+def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, add_end: bool) -> Encoded:
+    """The tokens of a record and its mask."""
+    held = [name for name, keys in FORMATS.items() if all(entry.get(key) is not None for key in keys)]
+    if len(held) != 1:
+        what = f"holds {' and '.join(map(repr, held))}" if held else f"has the keys {', '.join(map(repr, entry))}"
+        raise Fault("unknown format", f"a record must be exactly one of {', '.join(FORMATS)}; this one {what}")
+    (kind,) = held
+    if kind == "tokens":
+        return _given_tokens(entry["tokens"], entry.get("loss_mask"))
+    if tokenizer is None:
+        raise ValueError(f"a record of {kind} needs a tokenizer, and there is none: give one, or token ids as data")
+    if kind == "messages":
+        tools = entry.get("tools") or None
+        if tools is not None and not isinstance(tools, list):
+            raise Fault("bad message", f'"tools" must be a list, and is a {type(tools).__name__}')
+        return conversation_tokens(tokenizer, entry["messages"], chat_template=chat_template, tools=tools)
+    if kind == "conversations":
+        messages, system = entry["conversations"], entry.get("system")
+        if system and isinstance(messages, list):
+            messages = [{"role": "system", "content": system}, *messages]
+        return conversation_tokens(tokenizer, messages, chat_template=chat_template)
+    for key in FORMATS[kind]:
+        if not isinstance(entry[key], str):
+            raise Fault("unknown format", f"{key!r} must be a string, and is a {type(entry[key]).__name__}")
+    if not entry[FORMATS[kind][-1]]:
+        raise Fault("empty text", f"{FORMATS[kind][-1]!r} is empty")
+    if kind == "text":
+        tokens = _with_end(tokenizer(entry["text"], verbose=False)["input_ids"], tokenizer, add_end)
+        return tokens, np.ones(len(tokens), np.uint8)
+    return _prompt_and_completion(tokenizer, entry["prompt"], entry["completion"], add_end)
+
+
+def _given_tokens(tokens: Any, mask: Any) -> Encoded:
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise Fault("bad tokens", '"tokens" must be a list of integers')
+    if mask is None:
+        return tokens, np.ones(len(tokens), np.uint8)
+    if not isinstance(mask, list) or not all(type(bit) is int and bit in (0, 1) for bit in mask):
+        raise Fault("bad loss mask", '"loss_mask" must be a list of 0 and 1')
+    if len(mask) != len(tokens):
+        raise Fault("bad loss mask", f'"loss_mask" has {len(mask)} entries for {len(tokens)} tokens')
+    return tokens, mask
+
+
+def _prompt_and_completion(tokenizer: Any, prompt: str, completion: str, add_end: bool) -> Encoded:
+    """The tokens of both together, if the prompt's are the first of them; else of each apart, as a decoder has them."""
+    before = tokenizer(prompt, verbose=False)["input_ids"]
+    if before[-1:] == [tokenizer.eos_token_id]:  # some tokenizers end every text themselves
+        before = before[:-1]
+    tokens = tokenizer(prompt + completion, verbose=False)["input_ids"]
+    if tokens[: len(before)] != before:
+        tokens = before + tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = _with_end(tokens, tokenizer, add_end)
+    mask = np.ones(len(tokens), np.uint8)
+    mask[: len(before)] = 0
+    return tokens, mask
+
+
+def _with_end(tokens: list[int], tokenizer: Any, add_end: bool) -> list[int]:
+    end = tokenizer.eos_token_id
+    return tokens if not add_end or end is None or tokens[-1:] == [end] else [*tokens, end]
+
+
+def _fit(encoded: Encoded, report: ReadReport, *, vocab_size: int, max_length: int, cut: str | None) -> list[Record]:
+    """A record of at most max_length tokens, or if it is split several; checked."""
+    tokens, mask = encoded
+    ids = np.asarray(tokens)  # of a width that holds them all
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(outside):
+        first = outside[0]
+        raise Fault("token id out of range", f"token {first + 1} is {tokens[first]}; ids are 0 to {vocab_size - 1}")
+    record = Record(np.asarray(tokens, np.int32), np.asarray(mask, np.uint8))
+    if not record.loss_mask.any():
+        raise Fault("nothing to learn", f"none of its {len(record.tokens)} tokens is to be learned")
+    if len(tokens) <= max_length:
+        return [record]
+    if cut not in ("truncate", "split"):
+        raise Fault("too long", f"{len(tokens)} tokens, and at most {max_length} are allowed (max_length)")
+    starts = range(0, len(tokens) if cut == "split" else 1, max_length)
+    parts = [
+        Record(record.tokens[start : start + max_length], record.loss_mask[start : start + max_length])
+        for start in starts
+    ]
+    kept = [part for part in parts if part.loss_mask.any()]
+    if not kept:
+        raise Fault("nothing to learn", f"none of its first {max_length} tokens is to be learned; the rest is cut off")
+    report.truncated += cut == "truncate"
+    report.split += cut == "split"
+    report.left_out += len(parts) - len(kept)
+    return kept
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
