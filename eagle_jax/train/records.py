@@ -179,7 +179,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes | Fault]]:
             for number, line in enumerate(file, start=1):
                 content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if content.strip():
-                    yield number, content
+                    yield number, content.rstrip()
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             yield number + 1, Fault("damaged file", f"the rest cannot be unpacked ({error})")
 
