@@ -59,6 +59,11 @@ EAGLE1: dict[str, str] = {
     **{f"layer.{path}": f"layers.0.{name}" for path, name in LAYER.items()},
 }
 
+# EAGLE-1 heads in the format of speculators (up to its version 0.3).
+EAGLE1_FUSION: dict[str, str] = {
+    path: name.replace("layers.0.", "transformer.").replace("fc.", "fusion_fc.") for path, name in EAGLE1.items()
+}
+
 # A tensor of Medusa heads: prefix, head, place in the head, kind. Newer files have the prefix, older ones none.
 # Two digits bound the table that the names of a file can ask for.
 MEDUSA_PREFIX = "medusa_head."
@@ -67,8 +72,8 @@ MEDUSA = re.compile(rf"({re.escape(MEDUSA_PREFIX)})?(\d{{1,2}})\.(\d{{1,2}})\.(l
 # Vocabulary tables of an EAGLE-3 head: no weights, so read and written apart from them.
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 
-# Tensors of no meaning, which old exporters wrote.
-IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+# Tensors of no meaning: old exporters wrote the frequencies, speculators a copy of the target's last weights.
+IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|verifier_(norm|lm_head)\.weight")
 
 # Paths whose dimensions `axis` and `axis + 1` (heads and head dim) are one dimension of the official tensor.
 HEAD_AXIS: dict[str, int] = {
@@ -122,6 +127,8 @@ def draft_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str
         return "eagle3", EAGLE3_LAYERS
     if "fc.weight" in tensor_names and any(name.startswith("layers.0.") for name in tensor_names):
         return "eagle1", EAGLE1
+    if "fusion_fc.weight" in tensor_names:
+        return "eagle1", EAGLE1_FUSION
     medusa = [match for match in map(MEDUSA.fullmatch, tensor_names) if match]
     if medusa:
         return "medusa", _medusa_table(medusa)

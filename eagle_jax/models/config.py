@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from eagle_jax.models.speculators import flat_config
+
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
 
 # Fields of other architectures (or of Llama derivatives) that change the forward pass, with the values that
@@ -68,6 +70,9 @@ NEUTRAL_DRAFT_VALUES: dict[str, tuple[Any, ...]] = {
     "use_last_layernorm": (False,),
     "parallel_drafting": (False,),
     "mlp_only": (False,),
+    "layernorms": (False,),
+    "use_aux_norm": (False,),
+    "add_para_norm": (False,),
 }
 
 
@@ -186,11 +191,15 @@ class DraftConfig(LlamaConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json", own_embedding: bool = False) -> DraftConfig:
-        """Reads a head's config dictionary; `own_embedding` comes from its tensor names.
+        """Reads a head's config dictionary, that of speculators too; `own_embedding` comes from its tensor names.
 
         Raises:
           ConfigError: as LlamaConfig.from_hf.
         """
+        try:
+            hf = flat_config(hf, where)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         refuse_unknown_mathematics(hf, NEUTRAL_VALUES | NEUTRAL_DRAFT_VALUES, where)
         fields = _llama_fields({"num_hidden_layers": 1} | dict(hf), where)
         if fields["num_layers"] != 1:
