@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from eagle_jax.cli import bench, chat, demo, generate, show
+from eagle_jax.cli import bench, chat, demo, export, generate, show
 from eagle_jax.convert import __main__ as convert
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -64,5 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     add("chat", chat, "talk with a model that remembers the conversation", chat.EXAMPLES)
     add("bench", bench, "measure plain against speculative decoding on the same prompts", bench.EXAMPLES)
     add("show", show, "draw the draft tree of one cycle, and what was accepted of it", show.EXAMPLES)
+    add("export", export, "write an EAGLE head for the official code, SGLang or vLLM", export.EXAMPLES)
     add("demo", demo, "convert the embedded pair, generate both ways, compare", demo.EXAMPLES)
     return parser

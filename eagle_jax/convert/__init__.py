@@ -1,8 +1,9 @@
 """Conversion of official checkpoints. Importing this is cheap: file formats are imported where they are read."""
 
 from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.exporting import export
 from eagle_jax.convert.loading import from_pretrained, load, load_draft, tokenizer
 from eagle_jax.convert.official import to_official
 from eagle_jax.convert.write import convert
 
-__all__ = ["CheckpointError", "convert", "from_pretrained", "load", "load_draft", "to_official", "tokenizer"]
+__all__ = ["CheckpointError", "convert", "export", "from_pretrained", "load", "load_draft", "to_official", "tokenizer"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from eagle_jax.convert import parts
 from eagle_jax.convert.error import CheckpointError
-from eagle_jax.convert.match import Match, as_draft, build, match_draft, match_pair, parameter_dtype
+from eagle_jax.convert.match import (
+    PARAMETER_DTYPES,
+    Match,
+    as_draft,
+    build,
+    match_draft,
+    match_pair,
+    own_dtype,
+    parameter_dtype,
+)
 from eagle_jax.convert.read import open_checkpoint, read_json
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
@@ -83,6 +93,33 @@ def load_draft(path: str | Path, target: Llama, *, dtype: Any = None, mesh: Mesh
         draft = as_draft(_fill(match_draft(open_checkpoint(path), dtype), mesh))
     draft.check_fits(target)
     return draft
+
+
+def load_head(source: str | Path, draft: str | Path | None = None) -> tuple[Llama, Draft | None]:
+    """A draft in its own dtype, and its target without weights but for the embedding: what `export` needs.
+
+    Args:
+      source: a converted folder, whose draft is taken; with `draft`, the target's official checkpoint.
+      draft: the draft's official checkpoint.
+    Raises:
+      CheckpointError, ConfigError: as `load` and `from_pretrained`.
+    """
+    if draft is not None:
+        target_match, draft_match = match_pair(source, draft, None)
+        assert draft_match is not None  # a draft was named
+        draft_match = match_draft(draft_match.checkpoint, _weights_dtype(draft_match))
+        return _with_embedding(target_match.model, target_match.read("embed")), as_draft(_fill(draft_match, None))
+    folder = Path(source)
+    entries = _entries(folder)
+    target = _checked_model(folder / parts.TARGET, entries[parts.TARGET])
+    leaves = {"embed": params.flatten(target)["embed"]}
+    ((_, embedding),) = _load_parts(folder / parts.TARGET, entries[parts.TARGET], leaves, None)
+    target = _with_embedding(target, embedding["embed"])
+    if parts.DRAFT not in entries:
+        return target, None
+    loaded = as_draft(_load_model(folder / parts.DRAFT, entries[parts.DRAFT], None, None))
+    loaded.check_fits(target)
+    return target, loaded
 
 
 def tokenizer(path: str | Path) -> Any:
@@ -157,27 +194,51 @@ def _entry(model: dict[str, Any], dtype: str) -> _Entry:
 
 
 def _load_model(folder: Path, entry: _Entry, dtype: np.dtype | None, mesh: Mesh | None) -> Any:
+    model = _checked_model(folder, entry)
+    arrays: dict[str, jax.Array] = {}
+    for part, restored in _load_parts(folder, entry, params.flatten(model), mesh):
+        arrays |= restored if dtype in (None, model.dtype) else _cast(restored, dtype, part)
+    return params.load(model, arrays)
+
+
+def _checked_model(folder: Path, entry: _Entry) -> Any:
+    """The abstract model that config.json describes; the manifest must describe the same."""
     config_path = folder / "config.json"
     if parts.file_sha256(config_path) != entry.config_sha256:
         raise CheckpointError(f"{config_path}: was changed after the conversion; {_AGAIN}")
     hf, stored_dtype = read_json(config_path), parameter_dtype(entry.dtype)
     where, own_embedding = str(config_path), entry.own_embedding
     model = build(entry.kind, hf, where, stored_dtype, own_embedding=own_embedding, shapes=entry.shapes)
-    leaves = params.flatten(model)
-    expected = {path: parts.describe(leaf) for path, leaf in leaves.items()}
+    expected = {path: parts.describe(leaf) for path, leaf in params.flatten(model).items()}
     if entry.arrays != expected:
         differing = sorted(path for path in entry.arrays | expected if entry.arrays.get(path) != expected.get(path))
         raise CheckpointError(f"{folder}: the manifest and config.json disagree on {', '.join(differing)}; {_AGAIN}")
-    arrays: dict[str, jax.Array] = {}
+    return model
+
+
+def _load_parts(
+    folder: Path, entry: _Entry, leaves: dict[str, Any], mesh: Mesh | None
+) -> Iterator[tuple[Path, dict[str, jax.Array]]]:
+    """The parts that hold these leaves, one after the other: (its folder, its arrays)."""
     for part, paths in parts.parts_of(leaves).items():
         part_folder = folder / parts.PARAMETERS / part
         if not part_folder.is_dir():
             raise CheckpointError(f"{part_folder}: this part is missing; {_AGAIN}")
         if parts.folder_sha256(part_folder) != entry.checksums.get(part):
             raise CheckpointError(f"{part_folder}: damaged or changed after the conversion; {_AGAIN}")
-        restored = parts.restore_part(part_folder, {path: _placed(path, leaves[path], mesh) for path in paths})
-        arrays |= restored if dtype in (None, stored_dtype) else _cast(restored, dtype, part_folder)
-    return params.load(model, arrays)
+        yield part_folder, parts.restore_part(part_folder, {path: _placed(path, leaves[path], mesh) for path in paths})
+
+
+def _with_embedding(target: Llama, embed: Any) -> Llama:
+    """An abstract target with its real embedding."""
+    return params.load(target, params.flatten(target) | {"embed": embed})
+
+
+def _weights_dtype(match: Match) -> np.dtype:
+    """What a checkpoint's weights are stored in, where that is one dtype that models are kept in; else its config's."""
+    found = {tensor.dtype for tensor in match.tensors.values()}
+    one = found.pop() if len(found) == 1 else None
+    return parameter_dtype(one) if one in PARAMETER_DTYPES else own_dtype(match.checkpoint)
 
 
 def _fill(match: Match, mesh: Mesh | None) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from eagle_jax.convert import parts
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.match import Match, match_pair
+from eagle_jax.convert.place import new_folder
 from eagle_jax.models import params
 
 # Small files that are copied from the target's folder.
@@ -70,11 +70,7 @@ def convert(
     target_match, draft_match = match_pair(target, draft, dtype)
     matches = {parts.TARGET: target_match} | ({} if draft_match is None else {parts.DRAFT: draft_match})
 
-    # The names are fixed, so that the next run finds and removes what a killed one left.
-    partial, old = (out.with_name(f".{out.name}.{state}") for state in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         parameter_bytes = sum(_parameter_bytes(match) for match in matches.values())
         _check_room(partial, parameter_bytes)
         report = _Report(progress, parameter_bytes + sum(_source_bytes(match) for match in matches.values()))
@@ -89,14 +85,6 @@ def convert(
         _copy_small_files(target_match.checkpoint.folder, partial / parts.TARGET)
         # Last: a folder without a manifest does not load.
         (partial / parts.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            os.rename(out, old)
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
     return out
 
 

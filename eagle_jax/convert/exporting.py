@@ -1,0 +1,153 @@
+"""export: an EAGLE head -> a folder that the official code, SGLang or vLLM loads; read back and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from eagle_jax.convert import names
+from eagle_jax.convert.engines import Plan, plan
+from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.match import finite_values, match_draft, parameter_dtype
+from eagle_jax.convert.place import new_folder
+from eagle_jax.convert.read import Tensor, open_checkpoint
+from eagle_jax.drafts.protocol import Draft
+from eagle_jax.models import params
+from eagle_jax.models.llama import Llama
+
+SAFETENSORS, CONFIG = "model.safetensors", "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written. shapes: {tensor name: (shape, dtype)}; num_bytes: of all files; config: config.json."""
+
+    format: str
+    folder: Path
+    files: tuple[str, ...]
+    shapes: Mapping[str, tuple[tuple[int, ...], str]]
+    num_bytes: int
+    config: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def export(
+    draft: Draft, target: Llama, out: str | Path, *, format: str, dtype: Any = None, overwrite: bool = False
+) -> Exported:
+    """Writes an EAGLE head for another engine, reads the folder back, and compares every tensor bit for bit.
+
+    Args:
+      draft: an Eagle3Draft or Eagle1Draft.
+      target: the model it drafts for; none of its weights is written. It may be abstract, or abstract but for `embed`.
+      out: the folder to write: the weights and config.json.
+      format: "official", "sglang" or "vllm"; see docs/export.md.
+      dtype: "float32", "bfloat16" or "float16", to cast; None keeps the head's own. The vocabulary tables d2t [Vd]
+        int64 and t2d [V] bool stay as they are.
+      overwrite: replace what `out` holds.
+    Raises:
+      ConfigError: a head that the engine cannot run as it is; nothing is written.
+      CheckpointError: an `out` that is taken, weights that are not finite or too large for `dtype`, or a folder that
+        reads back differently. Nothing is left behind.
+    """
+    out = Path(out).resolve()
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is a file; choose another output folder")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise CheckpointError(f"{out}: is not empty; choose another output folder, or replace it with --overwrite")
+    planned = plan(draft, target, format)
+    kept = parameter_dtype(draft.dtype if dtype is None else dtype)  # type: ignore[attr-defined]
+    tensors = {name: _cast(name, array, kept) for name, array in planned.tensors.items()}
+    leaves = {path: _cast(path, np.asarray(leaf), kept) for path, leaf in params.flatten(draft).items()}
+    leaves |= {path: _cast(path, array, kept) for path, array in planned.added.items()}
+    config = planned.config | {"torch_dtype": kept.name}
+
+    file, notes = planned.file, planned.notes
+    if file != SAFETENSORS and importlib.util.find_spec("torch") is None:
+        notes += (
+            f"{SAFETENSORS} in place of {file}, which needs PyTorch; the engine reads it where there is no {file}",
+        )
+        file = SAFETENSORS
+    with new_folder(out) as folder:
+        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        write_tensors(folder / file, tensors)
+        verify(folder, planned, config, tensors, leaves)
+        num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    shapes = {name: (array.shape, array.dtype.name) for name, array in tensors.items()}
+    return Exported(format, out, (file, CONFIG), shapes, num_bytes, config, notes)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a .safetensors or a PyTorch file."""
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+        return
+    import torch
+
+    def as_torch(array: np.ndarray) -> torch.Tensor:
+        # A copy: arrays of JAX are read-only. NumPy has no bfloat16 of its own: the bits pass as int16.
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+        return torch.from_numpy(array.copy())
+
+    torch.save({name: as_torch(array) for name, array in tensors.items()}, path)
+
+
+def verify(
+    folder: Path,
+    planned: Plan,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    leaves: Mapping[str, np.ndarray],
+) -> None:
+    """Reads a written folder as any checkpoint, and compares it bit for bit with what it was to hold.
+
+    Args:
+      config, tensors: what was written. leaves: the head's parameters by path.
+    Raises:
+      CheckpointError: naming what differs.
+    """
+    checkpoint = open_checkpoint(folder)
+    match = match_draft(checkpoint, leaves["fc"].dtype)
+    differing = [f"{CONFIG}: {name}" for name in config if checkpoint.config.get(name) != config[name]]
+    read, expected = (dataclasses.asdict(one) for one in (match.model.config, planned.expected))
+    differing += [f"{CONFIG}: {name}" for name in expected if read[name] != expected[name]]
+    if match.kind != planned.kind:
+        differing.append(f"the kind of head ({match.kind})")
+    for name in sorted(tensors.keys() | checkpoint.tensors.keys()):
+        found = checkpoint.tensors.get(name)
+        if found is None or name not in tensors or not _same_bits(found.load(), tensors[name]):
+            differing.append(f"tensor {name}")
+    paths = params.flatten(match.model)
+    differing += [
+        f"parameter {path}"
+        for path in sorted(paths.keys() | leaves.keys())
+        if path not in paths or path not in leaves or not _same_bits(match.read(path), leaves[path])
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder}: what was written reads back differently: {', '.join(differing[:5])}; the disk or a library "
+            "that writes these files is at fault, nothing was kept"
+        )
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    ours, theirs = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
+    return np.array_equal(ours, theirs)
+
+
+def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Checked weights in `dtype`; a vocabulary table as it is."""
+    if name in (names.DRAFT_TO_TARGET, names.TARGET_TO_DRAFT, "target_ids"):
+        return array
+    return finite_values(Tensor(name, Path("the head"), array.shape, array.dtype.name, lambda: array), dtype)
