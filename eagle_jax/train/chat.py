@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -282,7 +283,9 @@ def _check_marks(template: str, special: str, probes: str, tools: str) -> None:
 def _token_spans(tokenizer: Any, text: str, spans: list[Span], straddling: bool) -> tuple[list[int], list[Span]]:
     """The tokens of a text, and its spans of characters as spans of tokens.
 
-    A span begins or ends between two tokens if the text up to there, tokenised alone, gives the tokens before it.
+    A span begins or ends between two tokens if the pieces of the text, tokenised each alone, give the same tokens. If
+    they do not (many tokenizers write something before any text), the text up to there must give the tokens before it:
+    surer of single places, but the work grows with the square of the turns.
 
     Args:
       straddling: a token that reaches over the edge of a span belongs to it; else such a span is refused.
@@ -290,19 +293,24 @@ def _token_spans(tokenizer: Any, text: str, spans: list[Span], straddling: bool)
     # The template wrote the special tokens. A length above the tokenizer's own limit is no concern of its warning.
     encode = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
     tokens = encode(text)["input_ids"]
-    edges = sorted({place for span in spans for place in span if 0 < place < len(text)})
-    starts = encode([text[:place] for place in edges])["input_ids"] if edges else []
-    exact = {0: 0, len(text): len(tokens)}
-    exact |= {place: len(ids) for place, ids in zip(edges, starts, strict=True) if tokens[: len(ids)] == ids}
+    edges = sorted({0, len(text), *(place for span in spans for place in span)})
+    pieces = encode([text[start:end] for start, end in itertools.pairwise(edges)])["input_ids"]
+    if list(itertools.chain.from_iterable(pieces)) == tokens:
+        exact = dict(zip(edges, itertools.accumulate(map(len, pieces), initial=0), strict=True))
+    else:
+        starts = encode([text[:place] for place in edges[1:]])["input_ids"]
+        exact = {place: len(ids) for place, ids in zip(edges[1:], starts, strict=True) if tokens[: len(ids)] == ids}
+        exact[0] = 0
+    offsets = []
+    if straddling and tokenizer.is_fast and len(exact) < len(edges):
+        offsets = encode(text, return_offsets_mapping=True)["offset_mapping"]
     found = []
     for start, end in spans:
-        if (start in exact and end in exact) or not straddling or not tokenizer.is_fast:
-            first, last = exact.get(start), exact.get(end)
-        else:
-            offsets = encode(text, return_offsets_mapping=True)["offset_mapping"]
+        first, last = exact.get(start), exact.get(end)
+        if offsets and (first is None or last is None):
             inside = [index for index, (begin, stop) in enumerate(offsets) if begin < end and start < stop]
-            first = exact.get(start, min(inside, default=None))
-            last = exact.get(end, max(inside, default=-1) + 1)
+            first = min(inside, default=None) if first is None else first
+            last = max(inside, default=-1) + 1 if last is None else last
         if first is None or last is None or first >= last:
             _unsure(f"no token begins or ends where the text {_short(text[start:end])} does")
         found.append((first, last))
@@ -321,8 +329,7 @@ def _without_tail(tokenizer: Any, tokens: list[int], span: Span) -> Span:
 
 @functools.lru_cache(maxsize=4)
 def _special_tokens(tokenizer: Any) -> frozenset[int]:
-    added = {token for token, text in tokenizer.added_tokens_decoder.items() if text.special}
-    return frozenset(added.union(tokenizer.all_special_ids))
+    return frozenset(token for token, text in tokenizer.added_tokens_decoder.items() if text.special)
 
 
 def _short(text: str) -> str:

@@ -135,6 +135,32 @@ def test_a_token_across_the_edge_of_a_mark_is_learned(trim_offsets):
     assert answers_of(byte_level(joined, trim_offsets=trim_offsets), chat("Hello", "Hello wor")) == [" Hello world"]
 
 
+def test_a_token_across_one_edge_of_a_mark():
+    """The other edge is where it is, though trimmed offsets have no characters for white space there."""
+    template = "{% for m in messages %}{{ m.role }}:<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    content = "{{ m.content }}<|im_end|>"
+    marked = "{% if m.role == 'user' %}" + content + "{% else %}{% generation %}{{ m.content }}{% endgeneration %}"
+    ends = template.replace(content, marked + "ld<|im_end|>{% endif %}")
+    messages = chat("Hello", "\n\n Hello wor")
+    assert answers_of(byte_level(ends, trim_offsets=True), messages) == ["\n\n Hello world"]
+    starts = template.replace("<|im_start|>", " ").replace(content, marked + "<|im_end|>{% endif %}")
+    messages = chat("Hello", "Hello \n")
+    assert answers_of(byte_level(starts, trim_offsets=True), messages) == [" Hello \n"]
+
+
+def test_an_answer_that_the_template_leaves_out():
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}A{% endif %}{% endfor %}"
+    template = template.replace(
+        "A", "{% if add_generation_prompt or not loop.last or messages[loop.index] %}A{% endif %}"
+    )
+    assert fault_of(make(template), chat("Hello", "fine")).kind == "mask unsure"
+
+
+def test_special_tokens_of_a_template_with_marks():
+    tokens, _ = conversation_tokens(make("{{ bos_token }}" + templates.MARKED), HELLO)
+    assert tokens[0] == 0 and np.count_nonzero(tokens == 0) == 1
+
+
 def test_a_token_across_the_edge_without_marks_is_refused():
     fault = fault_of(make(templates.SPACED), chat("Hello", "Hello"))
     assert fault.kind == "mask unsure" and "no token begins or ends" in str(fault) and "{% generation %}" in str(fault)
@@ -353,6 +379,7 @@ def test_tools(marks):
         {"role": "assistant", "content": "fine"},
     ]
     tokens, mask = conversation_tokens(tokenizer, messages, tools=[{"name": "look"}])
+    assert "answer to" not in tokenizer.decode(tokens)
     assert tokenizer.decode(tokens).startswith('tools: [{"name": "look"}]\n<|im_start|>user\nHello')
     assert learned(tokenizer, tokens, mask) == ['call look {"at": 1}<|im_end|>', "fine<|im_end|>"]
 
