@@ -218,10 +218,7 @@ def _marked(
 ) -> tuple[str, list[Span]]:
     """The text of a conversation, and the spans that the template marks."""
     special = json.dumps(tokenizer.special_tokens_map)
-    probes = [
-        message if message["role"] == "tool" else {**message, "content": _probe(index)}
-        for index, message in enumerate(chat)
-    ]
+    probes = [{**message, "content": _probe(index)} for index, message in enumerate(chat)]
     _check_marks(template, special, json.dumps(probes), json.dumps(tools))
     text, spans = _render_marks(template, special, chat, tools)
     answers = sum(message["role"] == "assistant" for message in chat)
@@ -298,9 +295,8 @@ def _token_spans(tokenizer: Any, text: str, spans: list[Span], straddling: bool)
     if list(itertools.chain.from_iterable(pieces)) == tokens:
         exact = dict(zip(edges, itertools.accumulate(map(len, pieces), initial=0), strict=True))
     else:
-        starts = encode([text[:place] for place in edges[1:]])["input_ids"]
-        exact = {place: len(ids) for place, ids in zip(edges[1:], starts, strict=True) if tokens[: len(ids)] == ids}
-        exact[0] = 0
+        starts = encode([text[:place] for place in edges])["input_ids"]
+        exact = {place: len(ids) for place, ids in zip(edges, starts, strict=True) if tokens[: len(ids)] == ids}
     offsets = []
     if straddling and tokenizer.is_fast and len(exact) < len(edges):
         offsets = encode(text, return_offsets_mapping=True)["offset_mapping"]

@@ -144,8 +144,8 @@ def test_a_token_across_one_edge_of_a_mark():
     messages = chat("Hello", "\n\n Hello wor")
     assert answers_of(byte_level(ends, trim_offsets=True), messages) == ["\n\n Hello world"]
     starts = template.replace("<|im_start|>", " ").replace(content, marked + "<|im_end|>{% endif %}")
-    messages = chat("Hello", "Hello \n")
-    assert answers_of(byte_level(starts, trim_offsets=True), messages) == [" Hello \n"]
+    messages = chat("Hello", "Hello ")
+    assert answers_of(byte_level(starts, trim_offsets=True), messages) == [" Hello "]
 
 
 def test_an_answer_that_the_template_leaves_out():
@@ -261,6 +261,12 @@ def test_white_space_after_the_end_mark():
     assert answers_of(make(after), chat("Hello", "fine")) == ["fine<|im_end|>END\n"]
 
 
+def test_white_space_after_an_added_token_that_is_not_special():
+    tokenizer = byte_level(templates.PLAIN)
+    tokenizer.add_tokens(["</think>"])
+    assert answers_of(tokenizer, chat("Hello", "fine</think>")) == ["fine</think>\n"]
+
+
 SHAREGPT_NAMES = [("system", "human", "gpt"), ("system", "user", "chatgpt"), ("developer", "human", "model")]
 
 
@@ -344,7 +350,7 @@ def test_a_system_message_in_the_user_turn():
 
 
 def test_no_template_is_an_error_of_the_settings():
-    with pytest.raises(ValueError, match="chat_template") as raised:
+    with pytest.raises(ValueError, match="conversations need a chat template, give chat_template") as raised:
         conversation_tokens(make(None), HELLO)
     assert not isinstance(raised.value, Fault)
     with pytest.raises(ValueError, match="not valid Jinja: line 1") as raised:
@@ -360,6 +366,7 @@ def test_template_in_place_of_the_tokenizers():
 
 TOOLS = (
     "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.tool_call_id is defined %}answer to {{ m.tool_call_id }}{% endif %}"
     "{% if m.role == 'assistant' %}GENERATION{% if m.tool_calls %}"
     "{% for call in m.tool_calls %}call {{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}"
     "{% else %}{{ m.content }}{% endif %}<|im_end|>END{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"

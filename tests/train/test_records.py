@@ -152,6 +152,7 @@ FAULTS: list[tuple[object, Kind, str]] = [
     ({"tokens": [1, 2.0]}, "bad tokens", "list of integers"),
     ({"tokens": [1, 2], "loss_mask": [1]}, "bad loss mask", "1 entries for 2 tokens"),
     ({"tokens": [1, 2], "loss_mask": [1, 2]}, "bad loss mask", "0 and 1"),
+    ({"tokens": [1, 2], "loss_mask": [1, True]}, "bad loss mask", "0 and 1"),
     ({"tokens": [1, 2], "loss_mask": [[1], [2]]}, "bad loss mask", "0 and 1"),
     ({"tokens": [1, 2], "loss_mask": "11"}, "bad loss mask", "0 and 1"),
     ({"messages": "a"}, "bad message", "no list"),
