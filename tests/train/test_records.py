@@ -129,6 +129,8 @@ def test_tools(read):
     entry = {"messages": chat("Hello", "fine"), "tools": [{"name": "look"}]}
     tokens = read(entry, chat_template=template, max_length=100)[0].tokens
     assert TOKENIZER.decode(tokens).startswith('[{"name": "look"}]<|im_start|>')
+    none = read({"messages": chat("Hello", "fine"), "tools": []}, chat_template=template, max_length=100)[0].tokens
+    assert TOKENIZER.decode(none).startswith("null<|im_start|>")  # templates ask whether there are any, by `is none`
 
 
 GOOD = {"tokens": [3, 4]}
@@ -241,7 +243,7 @@ def test_fault_in_gz(tmp_path):
         list(read_records([path], None, **LIMITS))
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "other"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "packed", "other"])
 def test_damaged_gz(tmp_path, damage):
     path = write(tmp_path / "a.jsonl.gz", *[{"tokens": [number % 300] * (number % 7 + 1)} for number in range(3000)])
     content = bytearray(path.read_bytes())
@@ -249,11 +251,13 @@ def test_damaged_gz(tmp_path, damage):
         del content[len(content) // 2 :]
     elif damage == "changed":
         content[-8] ^= 255  # of the checksum
+    elif damage == "packed":
+        content[10:20] = b"\xff" * 10  # just after the header
     else:
         content[:] = b'{"tokens": [1]}\n'
     path.write_bytes(content)
     after = write(tmp_path / "b.jsonl", GOOD)
-    line = {"cut": r"\d+", "changed": 3001, "other": 1}[damage]
+    line = {"cut": r"\d+", "changed": 3001, "packed": 1, "other": 1}[damage]
     with pytest.raises(DataError, match=rf"a\.jsonl\.gz:{line}: damaged file"):
         list(read_records([path, after], None, **LIMITS))
     report = ReadReport()
