@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from eagle_jax.cli import bench, chat, demo, export, generate, show
+from eagle_jax.cli import bench, chat, demo, export, generate, show, train
 from eagle_jax.convert import __main__ as convert
 
+TWO_WORDS = ("train regenerate", "train memory")
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 CONVERT_EXAMPLES = """\
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argparse itself exits with 2 for arguments that it refuses.
     """
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -36,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # ConfigError and CheckpointError are ValueErrors
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """["train", "regenerate", ...] -> ["train regenerate", ...]: commands of two words are one name to argparse."""
+    words = " ".join(argv[:2])
+    return [words, *argv[2:]] if words in TWO_WORDS else list(argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,5 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     add("bench", bench, "measure plain against speculative decoding on the same prompts", bench.EXAMPLES)
     add("show", show, "draw the draft tree of one cycle, and what was accepted of it", show.EXAMPLES)
     add("export", export, "write an EAGLE head for the official code, SGLang or vLLM", export.EXAMPLES)
+    add("train", train, "train a draft head, or a small target", train.EXAMPLES)
     add("demo", demo, "convert the embedded pair, generate both ways, compare", demo.EXAMPLES)
     return parser

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from eagle_jax.drafts.eagle import EagleDraft, with_window
 from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.models.llama import Llama
 from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
+from eagle_jax.tree.named import tree_named
 
 CHAIN = 5  # tokens that a draft model guesses, unless --tree says otherwise
 
@@ -82,27 +82,12 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
 
 
 def parse_tree(text: str) -> TreePolicy:
-    """A tree from "8,10,60", "chain:5", the name of a published one, or a JSON file of paths; an argparse type."""
-    kind, _, depth = text.partition(":")
+    """`tree_named` as an argparse type."""
     try:
-        if kind == "chain" and depth.isdecimal() and int(depth):
-            return StaticTree.chain(int(depth))
-        if text in PUBLISHED_TREES:
-            return PUBLISHED_TREES[text]
-        if Path(text).suffix == ".json":
-            paths = json.loads(Path(text).read_text(encoding="utf-8"))
-            if not isinstance(paths, list):
-                raise ValueError("a list of paths was expected, such as [[0], [1], [0, 0]]")
-            return StaticTree(paths)
-        sizes = text.split(",")
-        if len(sizes) == 3 and all(size.strip().isdecimal() for size in sizes):
-            return TreeConfig(*map(int, sizes))
+        return tree_named(text)
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
-    raise argparse.ArgumentTypeError(
-        f"a tree is depth,top_k,num_nodes, such as 8,10,60; or chain:5; or {', '.join(PUBLISHED_TREES)}; or a .json "
-        f"file of paths; got {text!r}"
-    )
+        message = str(error) if text in str(error) else f"{text}: {error}"
+        raise argparse.ArgumentTypeError(message) from error
 
 
 def chosen_tree(draft: Any, args: argparse.Namespace) -> TreePolicy:

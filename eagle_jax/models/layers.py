@@ -50,6 +50,14 @@ class Window(NamedTuple):
 
 def dot(equation: str, x: jax.Array, weight: jax.Array, out_dtype: Any = None) -> jax.Array:
     """`einsum` in the operands' own precision: float32 stays float32 on GPUs and TPUs too."""
+    operands, result = equation.split("->")
+    left, right = operands.split(",")
+    if left[:2].isalpha() and left[:2] == result[:2] and not set(left[:2]) & set(right):
+        # "btd,fd->btf" as "bd,fd->bf" of B * T rows: the gradient of a CPU is twice as fast so.
+        rows = dot(
+            f"{left[0]}{left[2:]},{right}->{left[0]}{result[2:]}", x.reshape(-1, *x.shape[2:]), weight, out_dtype
+        )
+        return rows.reshape(*x.shape[:2], *rows.shape[1:])
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=out_dtype or x.dtype)
 

@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Model = TypeVar("Model")
 
-# Axis names of a mesh; an axis that a mesh lacks is left out of every spec.
-DATA, TENSOR = "data", "tensor"
+# Axis names of a mesh: of the batch; of batch and parameters, in training; of the parts of a product. An axis that a
+# mesh lacks is left out of every spec.
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 
 # Last components of a path -> the mesh axis of each dimension. Heads, MLP width and vocabulary are split;
 # paths not named here (norms, fc, small tables, Medusa's blocks) are replicated.
@@ -66,12 +67,18 @@ def load(model: Model, arrays: Mapping[str, Any]) -> Model:
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The PartitionSpec of the array at `path`; a dimension that its axis does not divide is replicated."""
+    """The PartitionSpec of the array at `path`; a dimension that its axis does not divide is replicated.
+
+    A mesh with the axis "fsdp" splits the largest dimension that is left, of matrices, by it.
+    """
     axes = PARTITION_RULES.get(".".join(path.split(".")[-2:])) or PARTITION_RULES.get(path.split(".")[-1])
-    if axes is None:
-        return PartitionSpec()
+    axes = axes or (None,) * len(shape)
     fits = [a if a in mesh.shape and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape, strict=True)]
-    return PartitionSpec(*fits)
+    if FSDP in mesh.shape and len(shape) > 1:
+        free = [i for i, a in enumerate(fits) if a is None and shape[i] % mesh.shape[FSDP] == 0]
+        if free:
+            fits[max(free, key=lambda i: shape[i])] = FSDP
+    return PartitionSpec(*fits) if any(fits) else PartitionSpec()
 
 
 def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

@@ -134,9 +134,7 @@ def eagle3_loss(
     return loss / total, sums.match / (learned.sum(axis=(1, 2)) + 1e-6)
 
 
-def eagle3_weights(
-    made: Examples, steps: int, alignment: Alignment = "corrected"
-) -> tuple[jax.Array, jax.Array]:
+def eagle3_weights(made: Examples, steps: int, alignment: Alignment = "corrected") -> tuple[jax.Array, jax.Array]:
     """Which rows of every step are to be learned, and which of them can be: [steps, B, S] each, float32."""
     if alignment not in ("corrected", "official"):
         raise ValueError(f'alignment must be "corrected" or "official", got {alignment!r}')
@@ -172,7 +170,7 @@ def eagle3_sums(
     Args:
       dtype: the head computes in it; None: its own.
     """
-    steps, batch, width = weights.shape
+    steps, _, width = weights.shape
     text, features, answers = made.text, made.features, made.answers
     weight = target.output_weight()
     rows = jax.lax.stop_gradient(weight if draft.target_ids is None else weight[draft.target_ids[...]])  # [Vd, H]

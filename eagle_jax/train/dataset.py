@@ -1,0 +1,117 @@
+"""Tokenised documents in memory-mapped files, and how they fill the rows of batches.
+
+    folder/tokens.npy     int32 [T]      all documents, one after the other
+    folder/mask.npy       uint8 [T]      1 for the tokens to learn
+    folder/offsets.npy    int64 [N + 1]  where each document starts
+    folder/about.json                    what it was made from
+
+Letters: N documents, T tokens in all, S positions of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eagle_jax.convert.place import new_folder
+
+OPEN_ROWS = 64  # rows that a document may still go into
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Documents: tokens [T], mask [T], offsets [N + 1]."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask of one."""
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return self.tokens[part], self.mask[part]
+
+    def row(self, documents: Sequence[int], width: int) -> dict[str, np.ndarray]:
+        """A row of `width` positions that holds these documents, and padding."""
+        row = {name: np.zeros(width, np.int32) for name in ("tokens", "loss_mask", "documents")}
+        start = 0
+        for number, index in enumerate(documents):
+            tokens, mask = self.document(index)
+            end = start + len(tokens)
+            row["tokens"][start:end], row["loss_mask"][start:end], row["documents"][start:end] = tokens, mask, number
+            start = end
+        row["documents"][start:] = len(documents)
+        return row | {"lengths": np.array(start, np.int32)}
+
+
+def write(folder: Path, records: Iterable[Any], about: dict[str, Any]) -> Dataset:
+    """Writes records (their `tokens` and `loss_mask`) to a folder, whole or not at all."""
+    lengths = [0]
+    with new_folder(folder.resolve()) as place:
+        with open(place / "tokens", "wb") as tokens, open(place / "mask", "wb") as mask:
+            for record in records:
+                tokens.write(np.asarray(record.tokens, np.int32).tobytes())
+                mask.write(np.asarray(record.loss_mask, np.uint8).tobytes())
+                lengths.append(len(record.tokens))
+        if len(lengths) == 1:
+            raise ValueError("there is no document to learn from")
+        for name, dtype in (("tokens", np.int32), ("mask", np.uint8)):
+            np.save(place / f"{name}.npy", np.memmap(place / name, dtype, "r"))
+            os.remove(place / name)
+        np.save(place / "offsets.npy", np.cumsum(np.array(lengths, np.int64)))
+        (place / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+    return read(folder)
+
+
+def read(folder: Path) -> Dataset:
+    """What `write` wrote."""
+    return Dataset(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "mask", "offsets")))
+
+
+def about(folder: Path) -> dict[str, Any] | None:
+    """What a folder's documents were made from; None if there are none."""
+    path = folder / "about.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def pack(lengths: Sequence[int] | np.ndarray, width: int, seed: int = 0) -> list[list[int]]:
+    """Documents by row, none cut: each goes into the fullest of some open rows that has room for it.
+
+    Args:
+      lengths: [N], none above `width`.
+      seed: of the order in which documents are looked at.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []  # of every open row; rows[-len(room):] are open, the oldest is closed first
+    for index in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        length = int(lengths[index])
+        best = min((place for place in range(len(room)) if room[place] >= length), key=room.__getitem__, default=None)
+        if best is None:
+            rows.append([])
+            room.append(width)
+            if len(room) > OPEN_ROWS:
+                del room[0]
+            best = len(room) - 1
+        rows[len(rows) - len(room) + best].append(index)
+        room[best] -= length
+    return rows
+
+
+def in_buckets(lengths: Sequence[int] | np.ndarray, buckets: Sequence[int]) -> dict[int, list[list[int]]]:
+    """One document a row: {row length: rows}, each document in the shortest bucket that holds it."""
+    which = np.searchsorted(np.asarray(buckets), np.asarray(lengths))
+    rows = {bucket: np.flatnonzero(which == i)[:, None].tolist() for i, bucket in enumerate(buckets)}
+    return {bucket: chosen for bucket, chosen in rows.items() if chosen}

@@ -1,0 +1,172 @@
+"""Evaluation while training: the loss on held-out rows, and real decoding of held-out prompts by the tree decoder.
+
+Letters: B prompts, P padded prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import eagle_jax
+from eagle_jax.models import params
+from eagle_jax.models.llama import Llama
+from eagle_jax.train import loader
+from eagle_jax.train.dataset import Dataset
+from eagle_jax.train.loss import in_dtype
+from eagle_jax.train.objective import Objective
+from eagle_jax.train.step import Arrays
+from eagle_jax.tree import TreePolicy
+
+# Logits this close, relative to the largest, may change places between a pass of one token and one of many.
+NEAR_TIE = {"float32": 1e-4, "bfloat16": 2**-5}
+NGRAM = 4
+
+
+class NotLossless(RuntimeError):
+    """Speculative greedy text that is not the plain one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """tokens [B, P], lengths [B]; plain [B, P + new]: the target's own greedy text, ends [B] its length."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    plain: np.ndarray
+    ends: np.ndarray
+
+
+def prompts_of(held_out: Dataset, count: int, prompt_tokens: int) -> list[np.ndarray]:
+    """Beginnings of held-out documents, spread evenly: a conversation up to its first answer, or prompt_tokens tokens.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    found = []
+    for index in range(len(held_out)):
+        tokens, mask = held_out.document(index)
+        first = int(np.argmax(mask > 0))
+        end = first or prompt_tokens
+        if end < len(tokens):
+            found.append(np.asarray(tokens[:end]))
+    if not found:
+        raise ValueError(f"no held-out document is longer than a prompt of {prompt_tokens} tokens")
+    return [found[i] for i in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
+
+
+def plain_text(target: Llama, prompts: list[np.ndarray], new_tokens: int, stop_tokens: tuple[int, ...]) -> Prompts:
+    """The prompts with the target's own greedy continuation."""
+    tokens, lengths = eagle_jax.pad([prompt.tolist() for prompt in prompts])
+    out = eagle_jax.generate(target, None, tokens, lengths, max_new_tokens=new_tokens, stop_tokens=stop_tokens)
+    return Prompts(*map(np.asarray, (tokens, lengths, out.tokens, out.lengths)))
+
+
+def accepted_length(
+    target: Llama,
+    draft: Any,
+    prompts: Prompts,
+    tree: TreePolicy,
+    new_tokens: int,
+    stop_tokens: tuple[int, ...],
+) -> dict[str, Any]:
+    """Decodes greedily with a head: tokens a cycle, bonus counted, and the share of cycles that got to each depth.
+
+    Raises:
+      NotLossless: if a text is not the plain one, near-ties of the logits aside.
+    """
+    tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
+    out = eagle_jax.generate(
+        target, draft, tokens, lengths, tree=tree, max_new_tokens=new_tokens, stop_tokens=stop_tokens
+    )
+    parted = check_equal(target, prompts, np.asarray(out.tokens), np.asarray(out.lengths))
+    accepted = np.asarray(out.accepted).sum(axis=0)
+    cycles = max(int(accepted.sum()), 1)
+    reached = accepted[::-1].cumsum()[::-1][1:] / cycles
+    new = np.asarray(out.lengths - lengths) - 1  # the first one comes from the prompt's pass
+    return {"tokens_a_cycle": new.sum() / cycles, "reached": reached, "near_ties": parted}
+
+
+def check_equal(target: Llama, prompts: Prompts, tokens: np.ndarray, ends: np.ndarray) -> int:
+    """How many rows part from the plain text, each at a near-tie.
+
+    Raises:
+      NotLossless: at anything else.
+    """
+    parted = 0
+    for row, (ours, theirs) in enumerate(zip(tokens, prompts.plain, strict=True)):
+        end = max(int(ends[row]), int(prompts.ends[row]))
+        different = np.flatnonzero(ours[:end] != theirs[:end])
+        if not len(different):
+            continue
+        place = int(different[0])
+        logits = _logits_at(target, theirs, place)
+        gap = float(np.abs(logits[theirs[place]] - logits[ours[place]]) / np.abs(logits).max())
+        if place >= min(int(ends[row]), int(prompts.ends[row])) or gap > NEAR_TIE[jnp.dtype(target.dtype).name]:
+            raise NotLossless(
+                f"held-out prompt {row + 1}, position {place}: speculative decoding wrote token {ours[place]}, the "
+                f"target alone {theirs[place]}; its logits are {gap:.2g} of the largest apart"
+            )
+        parted += 1
+    return parted
+
+
+@functools.partial(jax.jit, static_argnames=())
+def _row_logits(target, tokens, lengths):
+    return eagle_jax.forward(target, tokens, lengths)[0]
+
+
+def _logits_at(target: Llama, tokens: np.ndarray, place: int) -> np.ndarray:
+    """The target's logits for the token at `place` of a row."""
+    logits = _row_logits(target, jnp.asarray(tokens)[None], jnp.array([place]))
+    return np.asarray(logits[0, place - 1])
+
+
+def distinct_ngrams(prompts: Prompts, size: int = NGRAM) -> float:
+    """Of the target's own new text, the share of n-grams that are distinct; the mean over prompts."""
+    shares = []
+    for start, end, row in zip(prompts.lengths, prompts.ends, prompts.plain, strict=True):
+        new = row[start:end].tolist()
+        grams = [tuple(new[i : i + size]) for i in range(len(new) - size + 1)]
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
+    return float(np.mean(shares)) if shares else 1.0
+
+
+def held_out_loss(
+    objective: Objective,
+    model: Any,
+    frozen: Arrays,
+    target: Llama | None,
+    held_out: Dataset,
+    rows,
+    counts,
+    batches: int,
+):
+    """A function of the masters: the mean loss and metrics over the first batches of held-out rows, without noise."""
+
+    @jax.jit
+    def measure(masters, target, frozen, batch):
+        whole = params.load(model, masters | frozen)
+        prepared = objective.prepare(whole, target, batch)
+        return objective.sums(whole, target, prepared, objective.counts(prepared), jax.random.key(0))[1]
+
+    data = loader.batches(held_out, rows, counts, 0)
+    number = min(batches, loader.steps_of(rows, counts, 1))
+
+    def run(masters: Arrays, on_mesh) -> dict[str, Any]:
+        found = [measure(masters, target, frozen, on_mesh(data[index])) for index in range(number)]
+        mean = jax.tree.map(lambda *values: np.mean(jax.device_get(values), axis=0), *found)
+        return {f"held_out_{name}": value for name, value in mean.items()}
+
+    return run
+
+
+def as_draft(model: Any, masters: Arrays, frozen: Arrays, dtype: str) -> Any:
+    """The head that the masters are now, in the dtype of the computation."""
+    return in_dtype(params.load(model, masters | frozen), dtype)

@@ -1,0 +1,55 @@
+"""Batches of a run, in a fixed order: by grain, so that any step's batch is known without those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from eagle_jax.train.dataset import Dataset
+
+Batch = dict[str, np.ndarray]
+
+
+def batches(
+    dataset: Dataset,
+    rows: Mapping[int, Sequence[Sequence[int]]],
+    batch_rows: Mapping[int, int],
+    seed: int,
+    *,
+    process: int = 0,
+    processes: int = 1,
+) -> grain.MapDataset:
+    """Endless batches, shuffled anew every epoch; `to_iter_dataset` of it saves and restores its place.
+
+    Args:
+      rows: {row length: documents of each row}. batch_rows: {row length: rows of a batch, of all processes}.
+      process: this one of `processes`, each of which gets its own part of every batch's rows.
+    Returns:
+      Of {"tokens", "loss_mask", "documents": [rows, S], "lengths": [rows]}, int32.
+    """
+    parts, weights = [], []
+    for number, (width, own) in enumerate(sorted(rows.items())):
+        count = batch_rows[width]
+
+        def made(chosen: np.ndarray, width: int = width, own: Sequence[Sequence[int]] = own) -> Batch:
+            mine = np.split(chosen, processes)[process]
+            made_rows = [dataset.row(own[index], width) for index in mine]
+            return {name: np.stack([row[name] for row in made_rows]) for name in made_rows[0]}
+
+        indices = grain.MapDataset.range(len(own)).seed(seed + number).shuffle().repeat()
+        parts.append(indices.batch(count).map(made))
+        weights.append(len(own) / count)
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, np.divide(weights, sum(weights)).tolist())
+
+
+def iterator(dataset: grain.MapDataset) -> Any:
+    """Reads ahead in threads; has `get_state` and `set_state`."""
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def steps_of(rows: Mapping[int, Sequence[Any]], batch_rows: Mapping[int, int], epochs: float) -> int:
+    """Steps that go through the rows `epochs` times."""
+    return max(1, round(epochs * sum(len(own) / batch_rows[width] for width, own in rows.items())))

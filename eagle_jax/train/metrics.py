@@ -1,0 +1,82 @@
+"""Metrics of a run: JSON lines, TensorBoard, and a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Metrics:
+    """Appends {"step": ..., name: number or list} lines to metrics.jsonl, and the numbers to tensorboard/."""
+
+    def __init__(self, folder: Path, step: int):
+        """step: the one that a run goes on from; lines behind it, of a run that was killed, are dropped."""
+        from tensorboardX import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read(self.path) if line["step"] <= step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, self.path)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers, and lists of them, which TensorBoard shows as name/0, name/1, ..."""
+        plain = {name: np.asarray(value, np.float64).tolist() for name, value in values.items()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step} | plain) + "\n")
+        for name, value in plain.items():
+            many = enumerate(value) if isinstance(value, list) else ()
+            for tag, number in [(f"{name}/{i}", v) for i, v in many] or [(name, value)]:
+                self.board.add_scalar(tag, number, step)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last one that was cut off is left out."""
+    lines = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+def plot(folder: Path) -> Path | None:
+    """Draws loss and accepted length over the steps to plot.png; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    lines = read(folder / "metrics.jsonl")
+    figure = Figure(figsize=(9, 5))
+    axes = figure.add_subplot()
+    for name, label in (("loss", "loss"), ("held_out_loss", "held-out loss")):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    points = [(line["step"], line["tokens_a_cycle"]) for line in lines if "tokens_a_cycle" in line]
+    if points:
+        right = axes.twinx()
+        right.plot(*zip(*points, strict=True), color="tab:green", marker="o", markersize=3, label="tokens a cycle")
+        right.set_ylabel("accepted length (tokens a target pass)")
+        right.legend(loc="upper right")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper center")
+    figure.tight_layout()
+    path = folder / "plot.png"
+    partial = folder / ".plot.png"
+    figure.savefig(partial, dpi=120, format="png")
+    os.replace(partial, path)
+    return path

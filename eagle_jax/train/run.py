@@ -1,0 +1,301 @@
+"""A training run: data, models and state from settings, then steps with checkpoints, evaluation and metrics.
+
+output/settings.yaml    what the run was started with
+output/data/            tokenised documents, see dataset.py
+output/checkpoints/     see checkpoint.py; a run that was ended goes on from the latest
+output/metrics.jsonl    a line every log_every steps and every evaluation; output/tensorboard/ the same
+output/final/, best/    the trained model as official checkpoint files, of the last step and of the best evaluation
+output/plot.png         loss and accepted length over the steps
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from eagle_jax.models import params
+from eagle_jax.train import dataset, evaluate, loader, metrics, save, setup, step
+from eagle_jax.train.checkpoint import Checkpoints
+from eagle_jax.train.config import TrainSettings
+from eagle_jax.train.dataset import Dataset
+from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
+from eagle_jax.train.setup import Say
+from eagle_jax.train.step import Arrays, TrainState
+from eagle_jax.train.vocabulary_loss import CHUNK
+from eagle_jax.tree.named import tree_named
+
+TERMINATED = 143  # what a shell reports for a program that SIGTERM ended
+# Settings that a run may go on with in another form. All others make it another run.
+MAY_CHANGE = {"output", "steps", "epochs", "mesh", "accumulation", "checkpoints", "evaluation", "log_every"}
+
+
+def log(message: str) -> None:
+    """To standard error, with the time."""
+    print(f"{datetime.datetime.now():%H:%M:%S} {message}", file=sys.stderr, flush=True)
+
+
+def train(settings: TrainSettings, say: Say = log) -> int:
+    """Starts the run in settings.output, or goes on with it.
+
+    Returns:
+      An exit code: 0, or 143 after SIGTERM, which ends a run at its next step with everything saved.
+    Raises:
+      ValueError: bad data (DataError), models that do not fit, or settings other than the run was started with.
+    """
+    output = Path(settings.output)
+    mesh = make_mesh(settings)
+    _check_settings(output, settings)
+    origin = setup.source(settings)
+    train_data = setup.documents(settings.data.train, settings.data, origin, output / "data" / "train", say)
+    held_out = (
+        setup.documents(settings.data.held_out, settings.data, origin, output / "data" / "held_out", say)
+        if settings.data.held_out
+        else None
+    )
+    rows, counts = rows_of(train_data, settings)
+    total = settings.steps or loader.steps_of(rows, counts, settings.epochs or 1)
+
+    target = None if settings.kind == "target" else setup.load_target(settings, mesh)
+    model = setup.new_model(settings, origin, target, train_data, say)
+    masters, frozen = step.split(model, () if settings.kind == "target" else step.FROZEN)
+    frozen = {path: jax.device_put(array, params.sharding(path, array.shape, mesh)) for path, array in frozen.items()}
+    model = jax.eval_shape(lambda: model)
+    update = step.optimizer(settings.optimizer, total)
+    start = functools.partial(step.initial_state, update=update, seed=settings.seed)
+    abstract = jax.eval_shape(start, masters)
+    shardings = step.state_shardings(abstract, mesh)
+    batches = loader.iterator(
+        loader.batches(
+            train_data, rows, counts, settings.seed, process=jax.process_index(), processes=jax.process_count()
+        )
+    )
+    checkpoints = Checkpoints(output / "checkpoints", settings.checkpoints.keep)
+    try:
+        if checkpoints.latest is None:
+            state = jax.jit(start, out_shardings=shardings)(masters)
+        else:
+            state, place = checkpoints.restore(checkpoints.latest, abstract, mesh)
+            batches.set_state(place)
+            say(f"going on from step {int(state.step)} of {total}")
+        del masters
+
+        objective = objective_of(settings)
+        evaluator = None
+        if held_out is not None:
+            evaluator = Evaluator(settings, mesh, objective, model, frozen, target, held_out, origin)
+
+        def advance(state, frozen, target, batch):
+            return step.train_step(
+                state, model, frozen, target, batch, objective=objective, update=update, pieces=settings.accumulation
+            )
+
+        advance = jax.jit(advance, donate_argnums=0, out_shardings=(shardings, None))
+        state = _loop(
+            settings,
+            state,
+            lambda state, batch: advance(state, frozen, target, on_mesh(batch, mesh)),
+            batches,
+            evaluator,
+            checkpoints,
+            total,
+            say,
+        )
+        metrics.plot(output)
+        number = int(state.step)
+        if number < total:
+            say(f"ended by SIGTERM after step {number}; the same command goes on from there")
+            return TERMINATED
+
+        def write(masters: Arrays, folder: Path) -> None:
+            trained = params.load(model, masters | frozen)
+            if target is None:
+                save.save_target(trained, Path(str(settings.model)), folder, settings.save_dtype)
+            else:
+                save.save_head(trained, target, folder, settings.save_dtype)
+            say(f"written: {folder}")
+
+        write(state.masters, output / "final")
+        best = checkpoints.best
+        if best is not None:
+            write(checkpoints.restore(best, abstract, mesh)[0].masters, output / "best")
+        return 0
+    finally:
+        checkpoints.close()
+
+
+def _loop(
+    settings: TrainSettings,
+    state: TrainState,
+    advance: Callable[[TrainState, loader.Batch], tuple[TrainState, dict[str, jax.Array]]],
+    batches: Any,
+    evaluator: Evaluator | None,
+    checkpoints: Checkpoints,
+    total: int,
+    say: Say,
+) -> TrainState:
+    """Steps from `state` on until the last, or SIGTERM."""
+    number = int(state.step)
+    records = metrics.Metrics(Path(settings.output), number)
+    clock = _Clock(number, total)
+    with _termination() as terminated:
+        while number < total and not terminated():
+            state, values = advance(state, next(batches))
+            number += 1
+            last = number == total
+            if number % settings.log_every == 0 or last:
+                values = jax.device_get(values)
+                speed = settings.batch_tokens * clock.rate(number)
+                records.add(number, values | {"tokens_a_second": speed})
+                say(f"step {number}/{total}  {_words(values)}  {speed:,.0f} tok/s  ETA {clock.left(number)}")
+            score = None
+            if evaluator is not None and (number % settings.evaluation.every == 0 or last):
+                before = time.monotonic()
+                values, score = evaluator(state.masters)
+                clock.leave_out(time.monotonic() - before)
+                records.add(number, values)
+                say(f"step {number}/{total}  {_words(values)}")
+            if score is not None or number % settings.checkpoints.every == 0 or last or terminated():
+                checkpoints.save(state, batches.get_state(), score)
+    records.close()
+    return state
+
+
+class Evaluator:
+    """Called with the masters: metrics of held-out data, and their score, higher is better.
+
+    A head's score is the tokens a cycle that it brings, a target's is its loss, negative.
+    """
+
+    def __init__(self, settings, mesh, objective, model, frozen, target, held_out, origin):
+        self.settings, self.mesh, self.model, self.frozen, self.target = settings, mesh, model, frozen, target
+        self.loss = evaluate.held_out_loss(
+            objective, model, frozen, target, held_out, *rows_of(held_out, settings), settings.evaluation.loss_batches
+        )
+        self.tree = tree_named(settings.evaluation.tree)
+        end = origin.tokenizer.eos_token_id
+        self.stop_tokens = () if end is None else (end,)
+        self.prompts = evaluate.prompts_of(held_out, settings.evaluation.prompts, settings.evaluation.prompt_tokens)
+        self.plain = None  # a head's target writes it once, at the first evaluation
+
+    def __call__(self, masters: Arrays) -> tuple[dict[str, Any], float]:
+        values = self.loss(masters, lambda batch: on_mesh(batch, self.mesh))
+        settings = self.settings.evaluation
+        trained = evaluate.as_draft(self.model, masters, self.frozen, self.settings.dtype)
+        target = trained if self.target is None else self.target
+        if self.target is None or self.plain is None:
+            self.plain = evaluate.plain_text(target, self.prompts, settings.new_tokens, self.stop_tokens)
+        values["distinct_4grams"] = evaluate.distinct_ngrams(self.plain)
+        if self.target is None:
+            return values, -float(values["held_out_loss"])
+        values |= evaluate.accepted_length(
+            target, trained, self.plain, self.tree, settings.new_tokens, self.stop_tokens
+        )
+        return values, float(values["tokens_a_cycle"])
+
+
+def on_mesh(batch: loader.Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch, of which every process holds its own rows, spread over the mesh."""
+
+    def place(array):
+        spec = PartitionSpec((params.DATA, params.FSDP), *[None] * (array.ndim - 1))
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+
+    return {name: place(array) for name, array in batch.items()}
+
+
+def make_mesh(settings: TrainSettings) -> Mesh:
+    """The mesh that the settings ask for, of all devices."""
+    axes = settings.mesh.model_dump()
+    needed, there = int(np.prod(list(axes.values()))), jax.device_count()
+    if needed > there:
+        raise ValueError(f"mesh {axes} needs {needed} devices, there are {there}")
+    types = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=jax.devices()[:needed])
+
+
+def rows_of(data: Dataset, settings: TrainSettings) -> tuple[dict[int, list[list[int]]], dict[int, int]]:
+    """How documents fill rows, {row length: documents of each row}, and the rows of a batch by row length."""
+    length = settings.data.row_length
+    if settings.data.packing:
+        rows = {length: dataset.pack(data.lengths, length, settings.seed)}
+    else:
+        rows = dataset.in_buckets(data.lengths, settings.data.buckets or (length,))
+    return rows, {width: settings.rows(width) for width in rows}
+
+
+def objective_of(settings: TrainSettings) -> Objective:
+    """The loss that the settings ask for."""
+    loss, dtype = settings.loss, jnp.dtype(settings.dtype)
+    chunk = CHUNK * settings.mesh.data * settings.mesh.fsdp
+    if settings.kind == "eagle3":
+        return Eagle3Objective(loss.weights, loss.alignment, loss.divergence, dtype, chunk)
+    if settings.kind == "eagle1":
+        return Eagle1Objective(loss.token_weight, loss.noise, dtype, chunk)
+    return TargetObjective(dtype, chunk)
+
+
+def _check_settings(output: Path, settings: TrainSettings) -> None:
+    """Notes the settings of a new run; refuses to go on with one under others."""
+    path = output / "settings.yaml"
+    ours = settings.model_dump(mode="json")
+    if path.is_file():
+        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+        differing = sorted(k for k in ours if k not in MAY_CHANGE and ours[k] != theirs.get(k))
+        if differing:
+            raise ValueError(
+                f"{output} holds a run with other settings ({', '.join(differing)}); choose another output, or those "
+                "settings"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / ".settings.yaml"
+    partial.write_text(yaml.safe_dump(ours, sort_keys=False), encoding="utf-8")
+    os.replace(partial, path)
+
+
+@contextmanager
+def _termination() -> Iterator[Any]:
+    """Yields a function that tells whether SIGTERM came; it does not end the program in the meantime."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Clock:
+    """Speed and time left, without the first step (which compiles) and what is left out."""
+
+    def __init__(self, step: int, total: int):
+        self.first, self.total, self.start = step, total, time.monotonic()
+
+    def rate(self, step: int) -> float:
+        """Steps a second so far."""
+        return (step - self.first) / max(time.monotonic() - self.start, 1e-9)
+
+    def leave_out(self, seconds: float) -> None:
+        self.start += seconds
+
+    def left(self, step: int) -> datetime.timedelta:
+        return datetime.timedelta(seconds=round((self.total - step) / self.rate(step)))
+
+
+def _words(values: dict[str, Any]) -> str:
+    def word(value: Any) -> str:
+        return " ".join(f"{number:.4g}" for number in np.atleast_1d(np.asarray(value)))
+
+    return "  ".join(f"{name} {word(value)}" for name, value in values.items())

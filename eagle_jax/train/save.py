@@ -1,0 +1,34 @@
+"""Trained models as official checkpoint folders, which every reader of heads and of Llama models takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from eagle_jax.convert import to_official
+from eagle_jax.convert.exporting import CONFIG, SAFETENSORS, export, write_tensors
+from eagle_jax.convert.place import new_folder
+from eagle_jax.convert.read import read_json
+from eagle_jax.convert.write import COPIED
+from eagle_jax.models.llama import Llama
+from eagle_jax.train.loss import in_dtype
+
+
+def save_target(model: Llama, config: Path, folder: Path, dtype: str) -> None:
+    """Writes a language model with its config.json and the tokenizer files that lie beside `config`."""
+    with new_folder(folder.resolve()) as place:
+        write_tensors(place / SAFETENSORS, to_official(in_dtype(jax.device_get(model), dtype)))
+        text = json.dumps(read_json(config) | {"torch_dtype": dtype}, indent=1)
+        (place / CONFIG).write_text(text + "\n")
+        for pattern in COPIED:
+            for file in config.parent.glob(pattern):
+                shutil.copyfile(file, place / file.name)
+
+
+def save_head(head: Any, target: Llama, folder: Path, dtype: str) -> None:
+    """Writes a head in the official format, and reads it back."""
+    export(jax.device_get(head), target, folder, format="official", dtype=dtype, overwrite=True)

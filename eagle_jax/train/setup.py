@@ -1,0 +1,151 @@
+"""What a run starts with: tokenised documents, the target, and the model to train."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from eagle_jax import convert
+from eagle_jax.convert import parts
+from eagle_jax.convert.read import read_json, resolve
+from eagle_jax.models import params
+from eagle_jax.models.config import DraftConfig, LlamaConfig, RopeConfig
+from eagle_jax.models.eagle1 import Eagle1Draft
+from eagle_jax.models.eagle3 import Eagle3Draft
+from eagle_jax.models.llama import Llama
+from eagle_jax.train import dataset
+from eagle_jax.train.config import DataSettings, TrainSettings
+from eagle_jax.train.dataset import Dataset
+from eagle_jax.train.records import ReadReport, read_records
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the target (of heads), or its config and tokenizer (of a target's own training), come from."""
+
+    folder: Path
+    tokenizer: Any
+    config: LlamaConfig
+
+
+def source(settings: TrainSettings) -> Source:
+    """Opens what settings.target or settings.model name."""
+    if settings.kind == "target":
+        assert settings.model is not None
+        path = Path(settings.model)
+        return Source(path.parent, convert.tokenizer(path.parent), LlamaConfig.from_hf(read_json(path), str(path)))
+    assert settings.target is not None
+    folder = Path(settings.target)
+    folder = folder / parts.TARGET if parts.is_conversion(folder) else resolve(settings.target)
+    config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    return Source(folder, convert.tokenizer(folder), config)
+
+
+def documents(files: Sequence[str], settings: DataSettings, origin: Source, folder: Path, say: Say) -> Dataset:
+    """The tokenised documents of some files; from `folder` if it holds those of the same files and settings."""
+    digests = {str(name): _digest(Path(name)) for name in files}
+    template = None if settings.chat_template is None else Path(settings.chat_template).read_text(encoding="utf-8")
+    about = {
+        "files": digests,
+        "row_length": settings.row_length,
+        "on_error": settings.on_error,
+        "too_long": settings.too_long,
+        "add_end": settings.add_end,
+        "chat_template": template,
+        "tokenizer": hashlib.sha256(origin.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+    }
+    if dataset.about(folder) == about:
+        return dataset.read(folder)
+    report = ReadReport()
+    records = read_records(
+        files,
+        origin.tokenizer,
+        vocab_size=origin.config.vocab_size,
+        max_length=settings.row_length,
+        on_error=settings.on_error,
+        too_long=settings.too_long,
+        add_end=settings.add_end,
+        chat_template=template,
+        report=report,
+    )
+    made = dataset.write(folder, records, about)
+    say(report.summary())
+    return made
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:
+    """A head's target, sharded over the mesh, in the dtype of the computation."""
+    assert settings.target is not None
+    if parts.is_conversion(Path(settings.target)):
+        return convert.load(settings.target, dtype=settings.dtype, mesh=mesh)[0]
+    return convert.from_pretrained(settings.target, dtype=settings.dtype, mesh=mesh)[0]
+
+
+def new_model(settings: TrainSettings, origin: Source, target: Llama | None, train: Dataset, say: Say) -> Any:
+    """The model to train, float32: random weights, or those of settings.head.start."""
+    key = jax.random.key(settings.seed)
+    if settings.kind == "target":
+        return Llama(origin.config, key)
+    assert target is not None
+    if settings.head.start is not None:
+        head = convert.load_draft(settings.head.start, target, dtype="float32")
+        wanted = Eagle3Draft if settings.kind == "eagle3" else Eagle1Draft
+        if not isinstance(head, wanted):
+            raise ValueError(f"head.start: {settings.head.start} is a {type(head).__name__}, kind is {settings.kind}")
+        return head
+    config = head_config(settings, origin.config)
+    if settings.kind == "eagle1":
+        return Eagle1Draft(config, key)
+    taps = 3 if config.taps is None else len(config.taps)
+    head = Eagle3Draft(config, taps, key)
+    if head.target_ids is None:
+        return head
+    ids, coverage = frequent_tokens(train, config.vocab_size, config.draft_vocab_size)
+    say(f"draft vocabulary: {len(ids)} of {config.vocab_size} tokens, {coverage:.2%} of the tokens to learn")
+    return params.load(head, params.flatten(head) | {"target_ids": jnp.asarray(ids)})
+
+
+def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
+    """A head of the target's shape, but for what settings.head says."""
+    head = settings.head
+    fields = dataclasses.asdict(target) | dict(
+        num_layers=1,
+        intermediate_size=head.intermediate_size or target.intermediate_size,
+        num_heads=head.num_heads or target.num_heads,
+        num_kv_heads=head.num_kv_heads or target.num_kv_heads,
+        rope=RopeConfig(head.rope_theta),
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+    )
+    vocabulary = head.draft_vocab_size or target.vocab_size
+    if vocabulary > target.vocab_size:
+        raise ValueError(f"head.draft_vocab_size {vocabulary} is more than the target's {target.vocab_size}")
+    if settings.kind == "eagle1":
+        return DraftConfig(**fields, target_hidden_size=target.hidden_size, fc_bias=True)
+    return DraftConfig(**fields, target_hidden_size=target.hidden_size, draft_vocab_size=vocabulary, taps=head.taps)
+
+
+def frequent_tokens(train: Dataset, vocab_size: int, count: int) -> tuple[np.ndarray, float]:
+    """The most frequent tokens to learn, ties by id, ascending; and their share of all of those."""
+    seen = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(train.tokens), 1 << 24):
+        part = slice(start, start + (1 << 24))
+        seen += np.bincount(train.tokens[part][train.mask[part] > 0], minlength=vocab_size)
+    ids = np.sort(np.argsort(-seen, kind="stable")[:count]).astype(np.int32)
+    return ids, float(seen[ids].sum() / max(seen.sum(), 1))

@@ -1,0 +1,168 @@
+"""One step of training: gradients of a batch in pieces, and the optimiser's update of float32 masters.
+
+Trainable arrays are a flat {path: array} dictionary, float32; so the optimiser's state has the same paths, and one
+table of rules shards both.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eagle_jax.models import params
+from eagle_jax.models.llama import Llama
+from eagle_jax.train.config import OptimizerSettings
+from eagle_jax.train.objective import Batch, Metrics, Objective
+
+Arrays = dict[str, jax.Array]
+FROZEN = ("embed", "target_ids")  # of a head: its embedding is the target's, its vocabulary is chosen
+
+
+class TrainState(NamedTuple):
+    """step: int32. masters: {path: float32}. optimizer: optax's. key: of the run; step s uses fold_in(key, s)."""
+
+    step: jax.Array
+    masters: Arrays
+    optimizer: Any
+    key: jax.Array
+
+
+def split(model: Any, frozen: tuple[str, ...]) -> tuple[Arrays, Arrays]:
+    """A model's arrays to train, as float32, and those to leave."""
+    arrays = params.flatten(model)
+    kept = {path: array for path, array in arrays.items() if path in frozen}
+    return {path: array.astype(jnp.float32) for path, array in arrays.items() if path not in kept}, kept
+
+
+def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
+    """The learning rate of every step as a fraction of its peak."""
+    warmup, last = settings.warmup_steps, settings.decay_steps or steps
+    decay = max(last - warmup, 1)
+    final = settings.final_fraction
+    after = {
+        "constant": optax.constant_schedule(1.0),
+        "linear": optax.linear_schedule(1.0, final, decay),
+        "cosine": optax.cosine_decay_schedule(1.0, decay, final),
+        "trapezoid": optax.linear_schedule(1.0, final, max(decay // 5, 1), decay - max(decay // 5, 1)),
+    }[settings.schedule]
+    return optax.join_schedules([optax.linear_schedule(1 / max(warmup, 1), 1.0, max(warmup - 1, 1)), after], [warmup])
+
+
+def optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW or Muon, over {path: array}."""
+    shape = schedule(settings, steps)
+
+    def rate(peak: float) -> optax.Schedule:
+        return lambda step: peak * shape(step)
+
+    def decayed(masters: Arrays) -> dict[str, bool]:
+        return {path: array.ndim > 1 for path, array in masters.items()}
+
+    peak, (b1, b2) = settings.learning_rate, settings.betas
+    if settings.name == "adamw":
+        update = optax.adamw(rate(peak), b1, b2, weight_decay=settings.weight_decay, mask=decayed)
+    else:
+        update = optax.contrib.muon(
+            rate(peak),
+            weight_decay=settings.weight_decay,
+            adam_b1=b1,
+            adam_b2=b2,
+            adam_learning_rate=rate(settings.adam_learning_rate or peak),
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        )
+    clips = []
+    if settings.clip_value is not None:
+        clips.append(optax.clip(settings.clip_value))
+    if settings.clip_norm is not None:
+        clips.append(optax.clip_by_global_norm(settings.clip_norm))
+    return optax.chain(*clips, update)
+
+
+def _matrices(masters: Arrays) -> dict[str, Any]:
+    """What Muon makes orthogonal: products inside the layers, [out, in] or [heads, head dim, in]."""
+    dims = {2: optax.contrib.MuonDimensionNumbers((1,), (0,)), 3: optax.contrib.MuonDimensionNumbers((2,), (0, 1))}
+    outside = ("embed", "lm_head")
+
+    def of(path: str, array: Any) -> Any:  # Muon asks with parts of the dictionary masked, too
+        return None if path in outside or "bias" in path else dims.get(getattr(array, "ndim", 0))
+
+    return {path: of(path, array) for path, array in masters.items()}
+
+
+def train_step(
+    state: TrainState,
+    model: Any,
+    frozen: Arrays,
+    target: Llama | None,
+    batch: Batch,
+    *,
+    objective: Objective,
+    update: optax.GradientTransformation,
+    pieces: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One update. Pure; jit it with `state` donated.
+
+    Args:
+      model: abstract, of the kind that is trained. frozen: its arrays that are not in state.masters.
+      target: a head's target, held constant; None where a target is trained.
+      batch: rows [B, ...], B a multiple of `pieces`.
+      pieces: how many the batch is gone through in; the result is the same, but for rounding.
+    Returns:
+      The new state, and the metrics of the batch with "grad_norm", before clipping.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+
+    def prepare(piece):
+        return objective.prepare(params.load(model, state.masters | frozen), target, piece)
+
+    def gradient(prepared, counts, key):
+        def of(masters):
+            return objective.sums(params.load(model, masters | frozen), target, prepared, counts, key)
+
+        (_, metrics), gradient = jax.value_and_grad(of, has_aux=True)(state.masters)
+        return gradient, metrics
+
+    if pieces == 1:
+        prepared = prepare(batch)
+        result = gradient(prepared, objective.counts(prepared), key)
+    else:
+        # Row i goes to piece i % pieces: rows that a device holds stay there.
+        split_rows = {name: jnp.swapaxes(a.reshape(-1, pieces, *a.shape[1:]), 0, 1) for name, a in batch.items()}
+        prepared = jax.lax.map(prepare, split_rows)
+        counts = jax.tree.map(lambda c: c.sum(axis=0), jax.vmap(objective.counts)(prepared))
+
+        def add(total, piece):
+            return jax.tree.map(jnp.add, total, gradient(piece[0], counts, piece[1])), None
+
+        keys = jax.random.split(key, pieces)
+        first = jax.tree.map(lambda value: value[0], prepared)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, first, counts, key))
+        result, _ = jax.lax.scan(add, zeros, (prepared, keys))
+    gradients, metrics = result
+    updates, optimizer = update.update(gradients, state.optimizer, state.masters)
+    masters = optax.apply_updates(state.masters, updates)
+    new = TrainState(state.step + 1, masters, optimizer, state.key)
+    return new, metrics | {"grad_norm": optax.global_norm(gradients)}
+
+
+def initial_state(masters: Arrays, update: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.int32(0), masters, update.init(masters), jax.random.key(seed))
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """The sharding of every array of an (abstract) state, by the table of rules in models/params.py."""
+
+    def of(path, leaf):
+        names = [str(getattr(key, "key", "")) for key in path]
+        path_of = next((name for name in names if name in state.masters), None)
+        if path_of is None or leaf.shape != state.masters[path_of].shape:
+            return NamedSharding(mesh, PartitionSpec())
+        return params.sharding(path_of, leaf.shape, mesh)
+
+    return jax.tree_util.tree_map_with_path(of, state)
