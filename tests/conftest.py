@@ -31,7 +31,7 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "
 jax.config.update("jax_compilation_cache_max_size", 2**30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    jax.config.update("jax_num_cpu_devices", 4)  # enough for a mesh of two axes
+    jax.config.update("jax_num_cpu_devices", 8)  # enough for a mesh of three axes
 
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("tests")

@@ -71,14 +71,14 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
     A mesh with the axis "fsdp" splits the largest dimension that is left, of matrices, by it.
     """
-    axes = PARTITION_RULES.get(".".join(path.split(".")[-2:])) or PARTITION_RULES.get(path.split(".")[-1])
-    axes = axes or (None,) * len(shape)
+    rule = PARTITION_RULES.get(".".join(path.split(".")[-2:])) or PARTITION_RULES.get(path.split(".")[-1])
+    axes = rule or (None,) * len(shape)
     fits = [a if a in mesh.shape and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape, strict=True)]
     if FSDP in mesh.shape and len(shape) > 1:
         free = [i for i, a in enumerate(fits) if a is None and shape[i] % mesh.shape[FSDP] == 0]
         if free:
             fits[max(free, key=lambda i: shape[i])] = FSDP
-    return PartitionSpec(*fits) if any(fits) else PartitionSpec()
+    return PartitionSpec(*fits) if rule or any(fits) else PartitionSpec()
 
 
 def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

@@ -147,7 +147,7 @@ def train_step(
     updates, optimizer = update.update(gradients, state.optimizer, state.masters)
     masters = optax.apply_updates(state.masters, updates)
     new = TrainState(state.step + 1, masters, optimizer, state.key)
-    return new, metrics | {"grad_norm": optax.global_norm(gradients)}
+    return new, metrics | {"grad_norm": optax.tree.norm(gradients)}
 
 
 def initial_state(masters: Arrays, update: optax.GradientTransformation, seed: int) -> TrainState:

@@ -1,0 +1,203 @@
+"""A step's loss and gradient do not depend on how the batch is laid out, cut into pieces or spread over devices."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig
+from eagle_jax.models import params
+from eagle_jax.train import step
+from eagle_jax.train.config import OptimizerSettings
+from eagle_jax.train.dataset import Dataset, pack
+from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, TargetObjective
+from eagle_jax.train.run import on_mesh
+from eagle_jax.train.vocabulary_loss import Labels, Soft, likeliest_tokens, vocabulary_loss
+from tests.toy import scaled
+
+TARGET = LlamaConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=4
+)
+HEAD = DraftConfig(
+    **{**TARGET.__dict__, "num_layers": 1}, draft_vocab_size=40, target_hidden_size=32, fc_bias=True, taps=(0, 1, 2)
+)
+KINDS = ("eagle3", "eagle1", "target")
+OBJECTIVES = {
+    "eagle3": Eagle3Objective((1.0, 0.8, 0.64), chunk=37),
+    "eagle1": Eagle1Objective(noise=False, chunk=37),
+    "target": TargetObjective(chunk=37),
+}
+WIDTH = 24
+# An optimiser that changes nothing and keeps the gradient.
+KEEP = optax.GradientTransformation(
+    lambda masters: jax.tree.map(jnp.zeros_like, masters),
+    lambda gradients, state, masters=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
+)
+
+
+@functools.cache
+def models(kind: str) -> tuple[Any, Llama | None]:
+    target = scaled(Llama(TARGET, jax.random.key(0)), 6.0)
+    if kind == "target":
+        return target, None
+    if kind == "eagle1":
+        return scaled(Eagle1Draft(HEAD, jax.random.key(1)), 6.0), target
+    head = scaled(Eagle3Draft(HEAD, 3, jax.random.key(1)), 6.0)
+    ids = np.sort(np.random.default_rng(2).choice(96, 40, replace=False)).astype(np.int32)
+    return params.load(head, params.flatten(head) | {"target_ids": jnp.asarray(ids)}), target
+
+
+@functools.cache
+def documents() -> Dataset:
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(2, 14, 24)
+    tokens = rng.integers(0, 96, lengths.sum()).astype(np.int32)
+    mask = rng.integers(0, 3, lengths.sum()).clip(max=1).astype(np.uint8)
+    return Dataset(tokens, mask, np.concatenate([[0], lengths.cumsum()]))
+
+
+def batch_of(rows: list[list[int]], width: int = WIDTH) -> dict[str, np.ndarray]:
+    made = [documents().row(row, width) for row in rows]
+    return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+def padded() -> dict[str, np.ndarray]:
+    return batch_of([[index] for index in range(24)], 16)
+
+
+def gradient_of(kind: str, batch: dict[str, Any], pieces: int = 1, objective: Any = None, mesh: Any = None):
+    """Metrics and {path: gradient} of a step."""
+    model, target = models(kind)
+    masters, frozen = step.split(model, () if kind == "target" else step.FROZEN)
+    state = step.initial_state(masters, KEEP, 0)
+    if mesh is not None:
+
+        def place(path, leaf):
+            return jax.device_put(leaf, params.sharding(params.path_name(path), leaf.shape, mesh))
+
+        state = jax.device_put(state, step.state_shardings(state, mesh))
+        frozen, target = jax.tree_util.tree_map_with_path(place, (frozen, target))
+        batch = on_mesh(batch, mesh)
+
+    @jax.jit
+    def run(state, frozen, target, batch):
+        return step.train_step(
+            state, model, frozen, target, batch, objective=objective or OBJECTIVES[kind], update=KEEP, pieces=pieces
+        )
+
+    state, metrics = run(state, frozen, target, batch)
+    return jax.device_get(metrics), jax.device_get(state.optimizer)
+
+
+@functools.cache
+def padded_gradient(kind: str):
+    return gradient_of(kind, padded())
+
+
+def assert_same(ours, theirs) -> None:
+    """Losses within 1e-6, gradients within 1e-5 of the largest magnitude of each array."""
+    for name in theirs[0]:
+        np.testing.assert_allclose(ours[0][name], theirs[0][name], rtol=3e-6, err_msg=name)
+    np.testing.assert_allclose(ours[0]["loss"], theirs[0]["loss"], rtol=1e-6)
+    assert ours[1].keys() == theirs[1].keys() and len(theirs[1]) > 5
+    for path, gradient in theirs[1].items():
+        largest = np.abs(gradient).max()
+        assert largest > 0, path
+        assert np.abs(ours[1][path] - gradient).max() <= 1e-5 * largest, path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_learn_what_padded_ones_do(kind):
+    rows = pack(documents().lengths, WIDTH)
+    assert max(map(len, rows)) > 2 and sum(map(len, rows)) == 24
+    assert_same(gradient_of(kind, batch_of(rows)), padded_gradient(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_in_pieces_is_the_large_batch(kind):
+    assert_same(gradient_of(kind, padded(), pieces=4), padded_gradient(kind))
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=["data", "fsdp", "tensor", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_devices_compute_what_one_does(kind, axes):
+    mesh = jax.make_mesh(axes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    assert_same(gradient_of(kind, padded(), mesh=mesh), padded_gradient(kind))
+
+
+def test_the_official_alignment_in_pieces():
+    objective = Eagle3Objective((1.0, 0.8), alignment="official", chunk=37)
+    whole = gradient_of("eagle3", padded(), objective=objective)
+    assert_same(gradient_of("eagle3", padded(), pieces=2, objective=objective), whole)
+
+
+def test_kl_is_the_cross_entropy_but_for_a_constant():
+    soft = padded_gradient("eagle3")
+    kl = gradient_of("eagle3", padded(), objective=Eagle3Objective((1.0, 0.8, 0.64), divergence="kl"))
+    assert (kl[0]["losses"] < soft[0]["losses"]).all() and (kl[0]["losses"] > 0).all()
+    for path, gradient in soft[1].items():
+        assert np.abs(kl[1][path] - gradient).max() <= 1e-5 * np.abs(gradient).max(), path
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 33, 1000])
+@pytest.mark.parametrize("soft", [True, False])
+def test_the_vocabulary_loss_in_chunks_is_the_plain_one(soft, chunk):
+    keys = jax.random.split(jax.random.key(5), 5)
+    x, weight = jax.random.normal(keys[0], (3, 11, 8)), jax.random.normal(keys[1], (19, 8))
+    hidden, rows = jax.random.normal(keys[2], (3, 11, 6)), jax.random.normal(keys[3], (19, 6))
+    ids = jax.random.randint(keys[4], (3, 11), 0, 19)
+    importance = jnp.arange(33.0).reshape(3, 11) % 3
+    wanted = jax.nn.softmax(hidden @ rows.T) if soft else jax.nn.one_hot(ids, 19)
+
+    def plain(x, weight):
+        return (importance * -(wanted * jax.nn.log_softmax(x @ weight.T)).sum(-1)).sum()
+
+    def ours(x, weight):
+        return vocabulary_loss(x, weight, Soft(hidden, rows) if soft else Labels(ids), importance, chunk)
+
+    sums = ours(x, weight)
+    np.testing.assert_allclose(sums.loss, plain(x, weight), rtol=1e-6)
+    match = (x @ weight.T).argmax(-1) == wanted.argmax(-1)
+    np.testing.assert_allclose(sums.match, (importance * match).sum())
+    entropy = -(wanted * jnp.log(jnp.where(wanted > 0, wanted, 1))).sum(-1)
+    np.testing.assert_allclose(sums.entropy, (importance * entropy).sum(), rtol=1e-5, atol=1e-5)
+    theirs = jax.grad(plain, argnums=(0, 1))(x, weight)
+    for a, b in zip(jax.grad(lambda *args: 2 * ours(*args).loss, argnums=(0, 1))(x, weight), theirs, strict=True):
+        np.testing.assert_allclose(a, 2 * b, atol=1e-5)
+    np.testing.assert_array_equal(likeliest_tokens(hidden, rows, chunk), (hidden @ rows.T).argmax(-1))
+
+
+def test_bfloat16_computes_near_float32_masters():
+    """The masters and their gradient stay float32; only the products are rounded."""
+    objective = Eagle3Objective((1.0, 0.8, 0.64), dtype=jnp.bfloat16)
+    metrics, gradient = gradient_of("eagle3", padded(), objective=objective)
+    theirs = padded_gradient("eagle3")
+    assert all(array.dtype == np.float32 for array in gradient.values())
+    np.testing.assert_allclose(metrics["losses"], theirs[0]["losses"], rtol=0.03)
+    for path, array in theirs[1].items():
+        cosine = (gradient[path] * array).sum() / np.linalg.norm(gradient[path]) / np.linalg.norm(array)
+        assert cosine > 0.98, path
+    assert any(np.abs(gradient[path] - array).max() > 1e-4 * np.abs(array).max() for path, array in theirs[1].items())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_schedules_and_clipping(name):
+    settings = OptimizerSettings(name=name, learning_rate=0.1, warmup_steps=4, schedule="trapezoid", clip_value=1.0)
+    rates = [float(step.schedule(settings, 54)(i)) for i in range(54)]
+    np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
+    assert rates[43] == 1.0 and rates[44] <= 1.0 and 0 < rates[53] < 0.15
+    linear = step.schedule(OptimizerSettings(warmup_steps=0, final_fraction=0.5), 10)
+    np.testing.assert_allclose([float(linear(i)) for i in (0, 5, 10)], [1.0, 0.75, 0.5], rtol=1e-6)
+
+    masters = {"layers.0.mlp.up": jnp.ones((4, 6)), "layers.0.attention.q": jnp.ones((2, 3, 6)), "norm": jnp.ones(6)}
+    update = step.optimizer(settings, 54)
+    gradient = jax.tree.map(lambda a: 100 * jax.random.normal(jax.random.key(1), a.shape), masters)
+    changes, _ = update.update(gradient, update.init(masters), masters)
+    assert all(0 < np.abs(change).max() < 0.1 for change in jax.tree.leaves(changes))
