@@ -86,7 +86,7 @@ def conversation_tokens(
       Fault: if the conversation cannot be used, or it is not sure which tokens are the assistant's.
       ValueError: if there is no chat template, or it is not valid Jinja.
     """
-    chat = _normal(messages)
+    chat = normal_messages(messages)
     try:
         template = tokenizer.get_chat_template(chat_template, tools)
     except ValueError as error:
@@ -104,7 +104,7 @@ def conversation_tokens(
     return np.asarray(tokens, np.int32), mask
 
 
-def _normal(messages: Any) -> list[dict[str, Any]]:
+def normal_messages(messages: Any) -> list[dict[str, Any]]:
     """The messages with "role" and a "content" that is a string; checked for their order."""
     if not isinstance(messages, list):
         raise Fault("bad message", "the messages are no list")
@@ -167,7 +167,7 @@ def _unsure(message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _template_errors() -> Iterator[None]:
+def template_errors() -> Iterator[None]:
     """Turns what a template raises into a Fault of the conversation, or an error of the template itself."""
     import jinja2
 
@@ -185,7 +185,7 @@ def _rendered_again(
     """The text of a conversation, and the span of each answer by rendering its beginnings."""
 
     def render(count: int, prompt: bool) -> str:
-        with _template_errors():
+        with template_errors():
             return tokenizer.apply_chat_template(
                 chat[:count], tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
             )
@@ -236,7 +236,7 @@ def _render_marks(template: str, special: str, chat: Any, tools: Any) -> tuple[s
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with _template_errors():
+    with template_errors():
         rendered: Any = render_jinja_template(
             conversations=[chat],
             tools=tools,

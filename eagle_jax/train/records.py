@@ -156,10 +156,10 @@ def _records(
 ) -> Iterator[Record]:
     for path in paths:
         report.files += 1
-        for number, line in _lines(path):
+        for number, line in numbered_lines(path):
             report.lines += 1
             try:
-                records = fit(encode(_parse(line)), report)
+                records = fit(encode(parsed(line)), report)
             except Fault as fault:
                 error = DataError(path, number, fault.kind, str(fault))
                 report.add_fault(error)
@@ -171,7 +171,7 @@ def _records(
                 yield record
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes | Fault]]:
+def numbered_lines(path: str) -> Iterator[tuple[int, bytes | Fault]]:
     """The lines that are not blank, with their numbers; a Fault is the last one of a damaged file."""
     number = 0
     with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
@@ -184,7 +184,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes | Fault]]:
             yield number + 1, Fault("damaged file", f"the rest cannot be unpacked ({error})")
 
 
-def _parse(line: bytes | Fault) -> dict[str, Any]:
+def parsed(line: bytes | Fault) -> dict[str, Any]:
     """The JSON object of a line."""
     if isinstance(line, Fault):
         raise line
@@ -209,37 +209,54 @@ def _parse(line: bytes | Fault) -> dict[str, Any]:
 
 def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, add_end: bool) -> Encoded:
     """The tokens of a record and its mask."""
-    held = [name for name, keys in FORMATS.items() if all(entry.get(key) is not None for key in keys)]
-    if len(held) != 1:
-        what = f"holds {' and '.join(map(repr, held))}" if held else f"has the keys {', '.join(map(repr, entry))}"
-        raise Fault("unknown format", f"a record must be exactly one of {', '.join(FORMATS)}; this one {what}")
-    (kind,) = held
+    kind = format_of(entry)
     if kind == "tokens":
-        return _given_tokens(entry["tokens"], entry.get("loss_mask"))
+        return given_tokens(entry["tokens"], entry.get("loss_mask"))
     if tokenizer is None:
         raise ValueError(f"a record of {kind} needs a tokenizer, and there is none: give one, or token ids as data")
-    if kind == "messages":
-        tools = entry.get("tools") or None
-        if tools is not None and not isinstance(tools, list):
-            raise Fault("bad message", f'"tools" must be a list, and is a {type(tools).__name__}')
-        return conversation_tokens(tokenizer, entry["messages"], chat_template=chat_template, tools=tools)
-    if kind == "conversations":
-        messages, system = entry["conversations"], entry.get("system")
-        if system and isinstance(messages, list):
-            messages = [{"role": "system", "content": system}, *messages]
-        return conversation_tokens(tokenizer, messages, chat_template=chat_template)
-    for key in FORMATS[kind]:
-        if not isinstance(entry[key], str):
-            raise Fault("unknown format", f"{key!r} must be a string, and is a {type(entry[key]).__name__}")
-    if not entry[FORMATS[kind][-1]]:
-        raise Fault("empty text", f"{FORMATS[kind][-1]!r} is empty")
+    if kind in ("messages", "conversations"):
+        messages, tools = conversation_of(entry)
+        return conversation_tokens(tokenizer, messages, chat_template=chat_template, tools=tools)
+    check_texts(entry, kind)
     if kind == "text":
         tokens = _with_end(tokenizer(entry["text"], verbose=False)["input_ids"], tokenizer, add_end)
         return tokens, np.ones(len(tokens), np.uint8)
     return _prompt_and_completion(tokenizer, entry["prompt"], entry["completion"], add_end)
 
 
-def _given_tokens(tokens: Any, mask: Any) -> Encoded:
+def format_of(entry: dict[str, Any]) -> str:
+    """The one of FORMATS that a record is."""
+    held = [name for name, keys in FORMATS.items() if all(entry.get(key) is not None for key in keys)]
+    if len(held) != 1:
+        what = f"holds {' and '.join(map(repr, held))}" if held else f"has the keys {', '.join(map(repr, entry))}"
+        raise Fault("unknown format", f"a record must be exactly one of {', '.join(FORMATS)}; this one {what}")
+    (kind,) = held
+    return kind
+
+
+def check_texts(entry: dict[str, Any], kind: str) -> None:
+    """Refuses a text, or a prompt and completion, that are no strings, or nothing to learn."""
+    for key in FORMATS[kind]:
+        if not isinstance(entry[key], str):
+            raise Fault("unknown format", f"{key!r} must be a string, and is a {type(entry[key]).__name__}")
+    if not entry[FORMATS[kind][-1]]:
+        raise Fault("empty text", f"{FORMATS[kind][-1]!r} is empty")
+
+
+def conversation_of(entry: dict[str, Any]) -> tuple[Any, list[Any] | None]:
+    """The messages and the tools of a record of messages or conversations."""
+    if entry.get("messages") is not None:
+        tools = entry.get("tools") or None
+        if tools is not None and not isinstance(tools, list):
+            raise Fault("bad message", f'"tools" must be a list, and is a {type(tools).__name__}')
+        return entry["messages"], tools
+    messages, system = entry["conversations"], entry.get("system")
+    if system and isinstance(messages, list):
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages, None
+
+
+def given_tokens(tokens: Any, mask: Any) -> Encoded:
     if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise Fault("bad tokens", '"tokens" must be a list of integers')
     if mask is None:
@@ -253,9 +270,7 @@ def _given_tokens(tokens: Any, mask: Any) -> Encoded:
 
 def _prompt_and_completion(tokenizer: Any, prompt: str, completion: str, add_end: bool) -> Encoded:
     """The tokens of both together, if the prompt's are the first of them; else of each apart, as a decoder has them."""
-    before = tokenizer(prompt, verbose=False)["input_ids"]
-    if before[-1:] == [tokenizer.eos_token_id]:  # some tokenizers end every text themselves
-        before = before[:-1]
+    before = beginning_tokens(tokenizer, prompt)
     tokens = tokenizer(prompt + completion, verbose=False)["input_ids"]
     if tokens[: len(before)] != before:
         tokens = before + tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
@@ -263,6 +278,12 @@ def _prompt_and_completion(tokenizer: Any, prompt: str, completion: str, add_end
     mask = np.ones(len(tokens), np.uint8)
     mask[: len(before)] = 0
     return tokens, mask
+
+
+def beginning_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that goes on."""
+    tokens = tokenizer(text, verbose=False)["input_ids"]
+    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens  # some tokenizers end every text
 
 
 def _with_end(tokens: list[int], tokenizer: Any, add_end: bool) -> list[int]:
