@@ -147,6 +147,7 @@ def held_out_loss(
     rows,
     counts,
     batches: int,
+    features=None,
 ):
     """A function of the masters: the mean loss and metrics over the first batches of held-out rows, without noise."""
 
@@ -156,7 +157,7 @@ def held_out_loss(
         prepared = objective.prepare(whole, target, batch)
         return objective.sums(whole, target, prepared, objective.counts(prepared), jax.random.key(0))[1]
 
-    data = loader.batches(held_out, rows, counts, 0)
+    data = loader.batches(held_out, rows, counts, 0, features=features)
     number = min(batches, loader.steps_of(rows, counts, 1))
 
     def run(masters: Arrays, on_mesh) -> dict[str, Any]:

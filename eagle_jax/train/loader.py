@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -19,6 +19,7 @@ def batches(
     batch_rows: Mapping[int, int],
     seed: int,
     *,
+    features: Callable[[int, np.ndarray], Batch] | None = None,
     process: int = 0,
     processes: int = 1,
 ) -> grain.MapDataset:
@@ -26,9 +27,10 @@ def batches(
 
     Args:
       rows: {row length: documents of each row}. batch_rows: {row length: rows of a batch, of all processes}.
+      features: adds what a file holds of rows: called with their length and their places in rows[length].
       process: this one of `processes`, each of which gets its own part of every batch's rows.
     Returns:
-      Of {"tokens", "loss_mask", "documents": [rows, S], "lengths": [rows]}, int32.
+      Of {"tokens", "loss_mask", "documents": [rows, S], "lengths": [rows]}, int32; and `features`.
     """
     parts, weights = [], []
     for number, (width, own) in enumerate(sorted(rows.items())):
@@ -37,7 +39,8 @@ def batches(
         def made(chosen: np.ndarray, width: int = width, own: Sequence[Sequence[int]] = own) -> Batch:
             mine = np.split(chosen, processes)[process]
             made_rows = [dataset.row(own[index], width) for index in mine]
-            return {name: np.stack([row[name] for row in made_rows]) for name in made_rows[0]}
+            batch = {name: np.stack([row[name] for row in made_rows]) for name in made_rows[0]}
+            return batch if features is None else batch | features(width, mine)
 
         indices = grain.MapDataset.range(len(own)).seed(seed + number).shuffle().repeat()
         parts.append(indices.batch(count).map(made))

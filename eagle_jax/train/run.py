@@ -28,7 +28,7 @@ import yaml
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eagle_jax.models import params
-from eagle_jax.train import dataset, evaluate, loader, metrics, save, setup, step
+from eagle_jax.train import dataset, evaluate, features, loader, metrics, save, setup, step
 from eagle_jax.train.checkpoint import Checkpoints
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.dataset import Dataset
@@ -40,7 +40,7 @@ from eagle_jax.tree.named import tree_named
 
 TERMINATED = 143  # what a shell reports for a program that SIGTERM ended
 # Settings that a run may go on with in another form. All others make it another run.
-MAY_CHANGE = {"output", "steps", "epochs", "mesh", "accumulation", "checkpoints", "evaluation", "log_every"}
+MAY_CHANGE = {"output", "features", "steps", "epochs", "mesh", "accumulation", "checkpoints", "evaluation", "log_every"}
 
 
 def log(message: str) -> None:
@@ -78,9 +78,22 @@ def train(settings: TrainSettings, say: Say = log) -> int:
     start = functools.partial(step.initial_state, update=update, seed=settings.seed)
     abstract = jax.eval_shape(start, masters)
     shardings = step.state_shardings(abstract, mesh)
+    splits = {"train": (train_data, rows)}
+    if held_out is not None:
+        splits["held_out"] = (held_out, rows_of(held_out, settings)[0])
+    read = {}  # by split: what a file holds of the rows
+    if settings.features is not None and target is not None:
+        stored = features.stored(settings, model, target, splits)
+        read = {split: functools.partial(stored.batch, split) for split in splits}
     batches = loader.iterator(
         loader.batches(
-            train_data, rows, counts, settings.seed, process=jax.process_index(), processes=jax.process_count()
+            train_data,
+            rows,
+            counts,
+            settings.seed,
+            features=read.get("train"),
+            process=jax.process_index(),
+            processes=jax.process_count(),
         )
     )
     checkpoints = Checkpoints(output / "checkpoints", settings.checkpoints.keep)
@@ -96,7 +109,8 @@ def train(settings: TrainSettings, say: Say = log) -> int:
         objective = objective_of(settings)
         evaluator = None
         if held_out is not None:
-            evaluator = Evaluator(settings, mesh, objective, model, frozen, target, held_out, origin)
+            stored_rows = read.get("held_out")
+            evaluator = Evaluator(settings, mesh, objective, model, frozen, target, held_out, origin, stored_rows)
 
         def advance(state, frozen, target, batch):
             return step.train_step(
@@ -180,10 +194,17 @@ class Evaluator:
     A head's score is the tokens a cycle that it brings, a target's is its loss, negative.
     """
 
-    def __init__(self, settings, mesh, objective, model, frozen, target, held_out, origin):
+    def __init__(self, settings, mesh, objective, model, frozen, target, held_out, origin, stored_rows=None):
         self.settings, self.mesh, self.model, self.frozen, self.target = settings, mesh, model, frozen, target
         self.loss = evaluate.held_out_loss(
-            objective, model, frozen, target, held_out, *rows_of(held_out, settings), settings.evaluation.loss_batches
+            objective,
+            model,
+            frozen,
+            target,
+            held_out,
+            *rows_of(held_out, settings),
+            settings.evaluation.loss_batches,
+            stored_rows,
         )
         self.tree = tree_named(settings.evaluation.tree)
         end = origin.tokenizer.eos_token_id

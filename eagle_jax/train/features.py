@@ -1,0 +1,289 @@
+"""The target's hidden states of a run's rows, in files: written once, read by every run over the same rows.
+
+    folder/manifest.json           what the files were made from, and their checksums
+    folder/train-2048-00000.npy    rows of a length, of train or held_out: [positions, F + H] or [positions, H]
+
+A shard holds a few rows, one after the other, without their padding but for its first position (see STORED_PADDING): of
+each position the F numbers that the head reads, then the H of the target's last hidden state; of EAGLE-1, which reads
+that one, it is there once. bfloat16 is stored as uint16, bit by bit.
+
+Letters: N rows, S positions of a row, F width of the features, H width of the target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from eagle_jax.models.llama import Llama
+from eagle_jax.train import fingerprint
+from eagle_jax.train.config import TrainSettings
+from eagle_jax.train.dataset import Dataset
+
+SHARD_BYTES = 256 << 20
+# The official alignment reads the answer behind a document's last token.
+STORED_PADDING = 1
+MANIFEST = "manifest.json"
+AGAIN = "run `eagle-jax train` with the same settings and --precompute"
+
+Rows = Mapping[int, Sequence[Sequence[int]]]  # {row length: documents of each row}, as `run.rows_of` has them
+Say = Callable[[str], None]
+
+
+class FeaturesError(ValueError):
+    """A folder of features that is not this run's, not finished, or damaged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What the positions hold. features: F, or 0 where the head reads the last hidden state. hidden: H."""
+
+    dtype: str
+    features: int
+    hidden: int
+
+    @property
+    def width(self) -> int:
+        return self.features + self.hidden
+
+    @property
+    def stored(self) -> np.dtype:
+        """The dtype of the files."""
+        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
+
+    @property
+    def real(self) -> np.dtype:
+        return np.dtype(ml_dtypes.bfloat16) if self.dtype == "bfloat16" else self.stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Rows of one length. starts: [N + 1], where each row's positions begin. shard_rows: rows of a shard."""
+
+    split: str
+    length: int
+    starts: np.ndarray
+    shard_rows: int
+
+    def shard_of(self, row: int) -> int:
+        return row // self.shard_rows
+
+    def shards(self) -> range:
+        return range(-(-(len(self.starts) - 1) // self.shard_rows))
+
+    def rows(self, shard: int) -> range:
+        """Those of a shard."""
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, len(self.starts) - 1))
+
+    def positions(self, shard: int) -> int:
+        """How many a shard holds."""
+        rows = self.rows(shard)
+        return int(self.starts[rows.stop] - self.starts[rows.start])
+
+    @property
+    def title(self) -> str:
+        return f"{self.split}-{self.length}"
+
+    def name(self, shard: int) -> str:
+        return f"{self.title}-{shard:05d}.npy"
+
+
+def contents_of(settings: TrainSettings, head: Any, target: Llama) -> Contents:
+    """What this run's head reads."""
+    hidden = target.config.hidden_size
+    return Contents(settings.dtype, len(head.taps(target)) * hidden, hidden)
+
+
+def groups_of(settings: TrainSettings, splits: Mapping[str, tuple[Dataset, Rows]], contents: Contents) -> list[Group]:
+    """The rows of a run, {"train" or "held_out": documents and how they fill rows}, and how they go into new shards."""
+    groups = []
+    for split, (data, rows) in splits.items():
+        lengths = data.lengths
+        for length, own in sorted(rows.items()):
+            stored = [min(int(lengths[list(row)].sum()) + STORED_PADDING, length) for row in own]
+            starts = np.concatenate([[0], np.cumsum(stored, dtype=np.int64)])
+            together = pass_rows(settings, length)  # so many rows are computed at once: a shard holds them all
+            fitting = SHARD_BYTES // (length * contents.width * contents.stored.itemsize)
+            groups.append(Group(split, length, starts, max(1, fitting // together) * together))
+    return groups
+
+
+def pass_rows(settings: TrainSettings, length: int) -> int:
+    """Rows that go through the target at a time, in training too."""
+    return settings.rows(length) // settings.accumulation
+
+
+def stored(settings: TrainSettings, head: Any, target: Llama, splits: Mapping[str, tuple[Dataset, Rows]]) -> Features:
+    """Opens settings.features for a run."""
+    contents = contents_of(settings, head, target)
+    made, groups = made_from(settings, head, target, splits, contents), groups_of(settings, splits, contents)
+    return Features(Path(str(settings.features)), made, contents, groups)
+
+
+def made_from(
+    settings: TrainSettings,
+    head: Any,
+    target: Llama,
+    splits: Mapping[str, tuple[Dataset, Rows]],
+    contents: Contents,
+) -> dict[str, Any]:
+    """All that the numbers depend on, as JSON has it."""
+    made: dict[str, Any] = {
+        "kind": settings.kind,
+        "taps": list(head.taps(target)),
+        "dtype": contents.dtype,
+        "width": contents.width,
+        "target": fingerprint.of_model(target),
+        "alignment": "official" if settings.loss.alignment == "official" else "corrected",
+    }
+    for split, (data, rows) in splits.items():
+        digest = hashlib.sha256()
+        for array in (data.tokens, data.offsets):
+            for start in range(0, len(array), 1 << 24):  # they may be larger than memory
+                digest.update(array[start : start + (1 << 24)].tobytes())
+        digest.update(json.dumps(sorted((length, list(map(list, own))) for length, own in rows.items())).encode())
+        made[f"{split} rows"] = digest.hexdigest()
+    return made
+
+
+def write(
+    folder: Path,
+    made: dict[str, Any],
+    contents: Contents,
+    groups: Sequence[Group],
+    compute: Callable[[Group, range], np.ndarray],
+    say: Say,
+) -> None:
+    """Writes the shards that are not there yet.
+
+    Args:
+      made: `made_from`. compute: the positions of some rows of a group, [positions, F + H or H].
+    Raises:
+      FeaturesError: if the folder holds other features. OSError: if the disk is too small.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = _manifest(folder) or {"made_from": {}, "shard_rows": {}, "shards": {}}
+    _check_same(folder, manifest["made_from"], made)
+    groups = _as_written(groups, manifest)
+    manifest["made_from"] |= made
+    manifest["shard_rows"] |= {group.title: group.shard_rows for group in groups}
+    known = manifest["shards"]
+    missing = [
+        (group, shard)
+        for group in groups
+        for shard in group.shards()
+        if not _is_whole(folder / group.name(shard), known.get(group.name(shard)))
+    ]
+    position = contents.width * contents.stored.itemsize
+    needed = sum(group.positions(shard) for group, shard in missing) * position
+    total = sum(len(group.shards()) for group in groups)
+    say(f"features: {total} shards, {total - len(missing)} there already; {needed / 1e9:,.2f} GB to write to {folder}")
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"{folder}: the features take {needed / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB left")
+    for group, shard in missing:
+        name = group.name(shard)
+        array = compute(group, group.rows(shard))
+        assert (array.shape, array.dtype) == ((group.positions(shard), contents.width), contents.real)
+        partial = folder / f".{name}"
+        with open(partial, "wb") as file:
+            np.save(file, array.view(contents.stored))
+            file.flush()
+            os.fsync(file.fileno())
+        known[name] = {"bytes": partial.stat().st_size, "sha256": fingerprint.of_file(partial)}
+        os.replace(partial, folder / name)
+        _replace(folder / MANIFEST, manifest)
+        say(f"written: {folder / name}, rows {group.rows(shard).stop} of {len(group.starts) - 1}")
+
+
+class Features:
+    """Reads a folder that `write` wrote; a shard's checksum is compared when it is first read.
+
+    Raises:
+      FeaturesError: if the folder is not there, holds features of another run's rows, or lacks some.
+    """
+
+    def __init__(self, folder: Path, made: dict[str, Any], contents: Contents, groups: Sequence[Group]):
+        self.folder, self.contents = folder, contents
+        manifest = _manifest(folder)
+        if manifest is None:
+            raise FeaturesError(f"{folder}: there are no features ({MANIFEST}); {AGAIN} {folder}")
+        _check_same(folder, manifest["made_from"], made)
+        groups = _as_written(groups, manifest)
+        self.groups = {(group.split, group.length): group for group in groups}
+        self.known = manifest["shards"]
+        for group in groups:
+            for name in map(group.name, group.shards()):
+                if not _is_whole(folder / name, self.known.get(name)):
+                    raise FeaturesError(f"{folder / name}: this shard of the features is missing or cut; {self._fix()}")
+        self.verified: set[str] = set()
+
+    def _fix(self) -> str:
+        return f"{AGAIN} {self.folder}, which writes what is missing"
+
+    def batch(self, split: str, length: int, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Features [rows, S, F] and answers [rows, S, H] of rows of a length; zeros in what was padding."""
+        contents, group = self.contents, self.groups[split, length]
+        made = np.zeros((len(rows), length, contents.width), contents.real)
+        for place, row in enumerate(map(int, rows)):
+            shard = group.shard_of(row)
+            first = group.starts[group.rows(shard).start]
+            part = self._shard(group.name(shard))[group.starts[row] - first : group.starts[row + 1] - first]
+            made[place, : len(part)] = part.view(contents.real)
+        answers = made[..., contents.features :]
+        return {"features": made[..., : contents.features] if contents.features else answers, "answers": answers}
+
+    def _shard(self, name: str) -> np.ndarray:
+        """A shard, memory-mapped. Not kept open: there may be more than a process can hold."""
+        path = self.folder / name
+        if name not in self.verified:
+            if fingerprint.of_file(path) != self.known[name]["sha256"]:
+                raise FeaturesError(f"{path}: this shard of the features is damaged; remove it and {self._fix()}")
+            self.verified.add(name)
+        return np.load(path, mmap_mode="r")
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FeaturesError(f"{path}: not JSON ({error}); remove the folder and {AGAIN} {folder}") from error
+
+
+def _check_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuses features that were made from something else, but for rows of a split that they have none of."""
+    different = [name for name in ours if name in theirs and theirs[name] != ours[name]]
+    if different:
+        raise FeaturesError(
+            f"{folder} holds features of another run ({', '.join(different)} differ): they fit one target, one kind of "
+            f"head, one data set and one way of filling rows; {AGAIN} ANOTHER_FOLDER, or remove this one first"
+        )
+
+
+def _as_written(groups: Sequence[Group], manifest: dict[str, Any]) -> list[Group]:
+    """The groups with the shards of a folder: a run with batches of another size may have made them."""
+    rows = manifest["shard_rows"]
+    return [dataclasses.replace(group, shard_rows=rows.get(group.title, group.shard_rows)) for group in groups]
+
+
+def _is_whole(path: Path, known: dict[str, Any] | None) -> bool:
+    return known is not None and path.is_file() and path.stat().st_size == known["bytes"]
+
+
+def _replace(path: Path, values: dict[str, Any]) -> None:
+    """Writes JSON, whole or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

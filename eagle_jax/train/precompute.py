@@ -1,0 +1,67 @@
+"""Writes the target's hidden states of all rows of a run: `eagle-jax train --precompute`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from eagle_jax.train import features, setup
+from eagle_jax.train.config import TrainSettings
+from eagle_jax.train.features import Group
+from eagle_jax.train.run import log, make_mesh, objective_of, on_mesh, rows_of
+from eagle_jax.train.setup import Say
+
+
+def precompute(settings: TrainSettings, folder: Path, say: Say = log) -> int:
+    """Runs the target over the rows of train and held_out; goes on with what an earlier call began.
+
+    Rows go through it as many at a time as in a step's piece, so that the numbers are those of the live target.
+
+    Raises:
+      ValueError: for a run that has no head, or on several hosts; FeaturesError, OSError: see `features.write`.
+    """
+    if settings.kind == "target":
+        raise ValueError("--precompute is for heads: a target has no features")
+    if jax.process_count() > 1:
+        raise ValueError("--precompute runs on one host; the training that reads the folder may run on several")
+    mesh = make_mesh(settings)
+    origin = setup.source(settings)
+    splits = {}
+    for split, files in (("train", settings.data.train), ("held_out", settings.data.held_out)):
+        if files:
+            data = setup.documents(files, settings.data, origin, Path(settings.output) / "data" / split, say)
+            splits[split] = data, rows_of(data, settings)[0]
+    target = setup.load_target(settings, mesh)
+    head = setup.new_model(settings, origin, target, splits["train"][0], say)
+    objective = objective_of(settings)
+    contents = features.contents_of(settings, head, target)
+    groups = features.groups_of(settings, splits, contents)
+
+    @jax.jit
+    def run(head, target, batch):
+        prepared = objective.prepare(head, target, batch)
+        return prepared.features, prepared.answers
+
+    def compute(group: Group, chosen: range) -> np.ndarray:
+        """In pieces of one shape; the last one is filled up with its last row."""
+        data, rows = splits[group.split]
+        own, count = rows[group.length], features.pass_rows(settings, group.length)
+        parts = []
+        for start in range(chosen.start, chosen.stop, count):
+            indices = [min(start + place, chosen.stop - 1) for place in range(count)]
+            made = [data.row(own[index], group.length) for index in indices]
+            batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
+            read, answers = jax.device_get(run(head, target, on_mesh(batch, mesh)))
+            whole = np.concatenate([read, answers], axis=-1) if contents.features else answers
+            for place, index in enumerate(range(start, min(start + count, chosen.stop))):
+                parts.append(whole[place, : group.starts[index + 1] - group.starts[index]])
+        return np.concatenate(parts)
+
+    began = time.monotonic()
+    made = features.made_from(settings, head, target, splits, contents)
+    features.write(folder, made, contents, groups, compute, say)
+    say(f"features are in {folder} after {time.monotonic() - began:,.0f} s; train with features={folder}")
+    return 0
