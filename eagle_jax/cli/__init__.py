@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from eagle_jax.cli import bench, chat, demo, export, generate, show, train
+from eagle_jax.cli import bench, chat, demo, export, generate, show, train, train_regenerate
 from eagle_jax.convert import __main__ as convert
 
-TWO_WORDS = ("train regenerate", "train memory")
+TWO_WORDS = ("train regenerate",)
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 CONVERT_EXAMPLES = """\
@@ -73,5 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     add("show", show, "draw the draft tree of one cycle, and what was accepted of it", show.EXAMPLES)
     add("export", export, "write an EAGLE head for the official code, SGLang or vLLM", export.EXAMPLES)
     add("train", train, "train a draft head, or a small target", train.EXAMPLES)
+    add(
+        "train regenerate",
+        train_regenerate,
+        "let the target write the answers of a training set, which heads learn best from",
+        train_regenerate.EXAMPLES,
+    )
     add("demo", demo, "convert the embedded pair, generate both ways, compare", demo.EXAMPLES)
     return parser

@@ -12,6 +12,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from eagle_jax.train.step import TrainState, state_shardings
 
+NOT_EVALUATED = -1e30  # the score of a checkpoint that was not evaluated
+
 
 class Checkpoints:
     """A folder of checkpoints: the latest few, and the best by its evaluation."""
@@ -23,7 +25,7 @@ class Checkpoints:
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
-                checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False),
+                checkpoint_managers.BestN(get_metric_fn=score, n=1),
             ]
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=score)
@@ -37,7 +39,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_plain(state)), place=ocp.args.JsonSave({"state": json.dumps(place)})
         )
-        self.manager.save(step, args=items, metrics=None if score is None else {"score": score})
+        self.manager.save(step, args=items, metrics={"score": NOT_EVALUATED if score is None else score})
 
     @property
     def latest(self) -> int | None:
@@ -46,7 +48,8 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The step with the highest score; None where nothing was evaluated."""
-        return self.manager.best_step() if any(self.manager.metrics(s) for s in self.manager.all_steps()) else None
+        best = self.manager.best_step()
+        return None if best is None or self.manager.metrics(best)["score"] == NOT_EVALUATED else best
 
     def restore(self, step: int, like: TrainState, mesh: Any) -> tuple[TrainState, dict[str, Any]]:
         """The state of a step, straight into its shardings on `mesh`, and the place in the data.

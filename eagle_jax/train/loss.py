@@ -18,10 +18,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from eagle_jax.models import params
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.llama import Llama
 from eagle_jax.train.attention import causal, causal_part, finished, grouped, own_part
+from eagle_jax.train.later_steps import later_steps, with_step
 from eagle_jax.train.layout import Layout, layout
 from eagle_jax.train.vocabulary_loss import CHUNK, LossSums, Soft, likeliest_tokens, vocabulary_loss
 
@@ -171,56 +173,69 @@ def eagle3_sums(
       dtype: the head computes in it; None: its own.
     """
     steps, _, width = weights.shape
-    text, features, answers = made.text, made.features, made.answers
     weight = target.output_weight()
     rows = jax.lax.stop_gradient(weight if draft.target_ids is None else weight[draft.target_ids[...]])  # [Vd, H]
+    floats, constants = _floats(draft)
     # Everything is read `steps` places further on, at most; past the end there are zeros, as in the reference.
-    ahead_tokens = jnp.pad(made.tokens, [(0, 0), (0, steps)])
-    ahead_answers = jnp.pad(answers, [(0, 0), (0, steps), (0, 0)])
+    constants |= {
+        "target": target,
+        "rows": rows,
+        "text": made.text,
+        "tokens": jnp.pad(made.tokens, [(0, 0), (0, steps)]),
+        "answers": jnp.pad(made.answers, [(0, 0), (0, steps), (0, 0)]),
+        "weights": weights,
+    }
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width, axis=1)
 
-    def measure(draft, hidden, step, importance):
-        teacher = Soft(cut(ahead_answers, step + 1), rows)
-        return vocabulary_loss(draft.before_logits(hidden), draft.output_weight(target), teacher, importance, chunk)
-
-    def run(draft, hidden, step, attend):
-        tokens = cut(ahead_tokens, step + 1)
-        return draft(target, hidden, tokens, text.positions + step, attend, prompt_lengths=text.end - text.first)
-
-    def attend_first(q, k, v):
-        return causal(q, k, v, text), (k, v)
+    def one(floats, constants, hidden, step, attend):
+        """A step on its input hidden [B, S, D], or on features (None): its output, what `attend` keeps, its sums."""
+        head = in_dtype(params.load(draft, floats | constants["integers"]), dtype)
+        if hidden is None:
+            hidden = head.fuse(constants["features"])
+        target, text = constants["target"], constants["text"]
+        hidden, kept = head(
+            target,
+            hidden,
+            cut(constants["tokens"], step + 1),
+            text.positions + step,
+            attend,
+            prompt_lengths=text.end - text.first,
+        )
+        teacher = Soft(cut(constants["answers"], step + 1), constants["rows"])
+        importance = jax.lax.dynamic_index_in_dim(constants["weights"], step, keepdims=False)
+        x, weight = head.before_logits(hidden), head.output_weight(target)
+        return hidden, kept, vocabulary_loss(x, weight, teacher, importance, chunk)
 
     @jax.checkpoint
-    def first(draft):
-        draft = in_dtype(draft, dtype)
-        hidden, rows = run(draft, draft.fuse(features), 0, attend_first)
-        return hidden, rows, measure(draft, hidden, 0, weights[0])
+    def first(floats, constants):
+        def attend(q, k, v):
+            return causal(q, k, v, constants["text"]), (k, v)
 
-    hidden, (first_k, first_v), sums = first(draft)
+        return one(floats, constants, None, 0, attend)
+
+    def later(floats, constants, hidden, rows, own, step):
+        def attend(q, k, v):
+            queries = grouped(q, k.shape[1])
+            own_k, own_v = (with_step(old, new, step) for old, new in zip(own, (k, v), strict=True))
+            mixed = finished(
+                causal_part(queries, rows[0], rows[1], constants["text"]), own_part(queries, own_k, own_v, step)
+            )
+            return mixed.astype(q.dtype), (k, v)
+
+        return one(floats, constants, hidden, step, attend)
+
+    hidden, kept, sums = first(floats, constants | {"features": made.features})
     if steps == 1:
         return jax.tree.map(lambda value: value[None], sums)
-    own_shape = (*first_k.shape[:2], steps - 1, *first_k.shape[2:])
-
-    @jax.checkpoint
-    def further(carry, step_and_importance):
-        hidden, own_k, own_v = carry
-        step, importance = step_and_importance
-
-        def attend(q, k, v):
-            start = (0, 0, step - 1, 0, 0)
-            keys = jax.lax.dynamic_update_slice(own_k, k[:, :, None], start)
-            values = jax.lax.dynamic_update_slice(own_v, v[:, :, None], start)
-            queries = grouped(q, k.shape[1])
-            mixed = finished(causal_part(queries, first_k, first_v, text), own_part(queries, keys, values, step))
-            return mixed.astype(q.dtype), (keys, values)
-
-        cast = in_dtype(draft, dtype)
-        hidden, (own_k, own_v) = run(cast, hidden, step, attend)
-        return (hidden, own_k, own_v), measure(cast, hidden, step, importance)
-
-    carry = (hidden, jnp.zeros(own_shape, first_k.dtype), jnp.zeros(own_shape, first_v.dtype))
-    _, more = jax.lax.scan(further, carry, (jnp.arange(1, steps), weights[1:]))
+    more = later_steps(later, steps, floats, constants, hidden, kept)
     return jax.tree.map(lambda one, others: jnp.append(one, others), sums, more)
+
+
+def _floats(model: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """A model's arrays: those that have a gradient, and {"integers": the others}."""
+    arrays = params.flatten(model)
+    integers = {path: array for path, array in arrays.items() if not jnp.issubdtype(array.dtype, jnp.floating)}
+    return {path: array for path, array in arrays.items() if path not in integers}, {"integers": integers}
 
 
 def eagle1_loss(
