@@ -35,6 +35,7 @@ Kind: TypeAlias = Literal[
     "token id out of range",
     "nothing to learn",
     "too long",
+    "failed",
 ]
 Span: TypeAlias = tuple[int, int]  # characters of a text, or tokens: the first, and the one after the last
 

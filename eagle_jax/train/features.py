@@ -28,6 +28,7 @@ from eagle_jax.models.llama import Llama
 from eagle_jax.train import fingerprint
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.dataset import Dataset
+from eagle_jax.train.say import Say
 
 SHARD_BYTES = 256 << 20
 # The official alignment reads the answer behind a document's last token.
@@ -36,7 +37,6 @@ MANIFEST = "manifest.json"
 AGAIN = "run `eagle-jax train` with the same settings and --precompute"
 
 Rows = Mapping[int, Sequence[Sequence[int]]]  # {row length: documents of each row}, as `run.rows_of` has them
-Say = Callable[[str], None]
 
 
 class FeaturesError(ValueError):

@@ -11,8 +11,8 @@ import numpy as np
 from eagle_jax.train import features, setup
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.features import Group
-from eagle_jax.train.run import log, make_mesh, objective_of, on_mesh, rows_of
-from eagle_jax.train.setup import Say
+from eagle_jax.train.run import make_mesh, objective_of, on_mesh, rows_of
+from eagle_jax.train.say import Say, log
 
 
 def precompute(settings: TrainSettings, folder: Path, say: Say = log) -> int:

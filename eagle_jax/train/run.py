@@ -14,7 +14,6 @@ import datetime
 import functools
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from eagle_jax.train.checkpoint import Checkpoints
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
-from eagle_jax.train.setup import Say
+from eagle_jax.train.say import Say, log
 from eagle_jax.train.step import Arrays, TrainState
 from eagle_jax.train.vocabulary_loss import CHUNK
 from eagle_jax.tree.named import tree_named
@@ -41,11 +40,6 @@ from eagle_jax.tree.named import tree_named
 TERMINATED = 143  # what a shell reports for a program that SIGTERM ended
 # Settings that a run may go on with in another form. All others make it another run.
 MAY_CHANGE = {"output", "features", "steps", "epochs", "mesh", "accumulation", "checkpoints", "evaluation", "log_every"}
-
-
-def log(message: str) -> None:
-    """To standard error, with the time."""
-    print(f"{datetime.datetime.now():%H:%M:%S} {message}", file=sys.stderr, flush=True)
 
 
 def train(settings: TrainSettings, say: Say = log) -> int:

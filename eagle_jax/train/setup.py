@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ from eagle_jax.train import dataset
 from eagle_jax.train.config import DataSettings, TrainSettings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.records import ReadReport, read_records
-
-Say = Callable[[str], None]
+from eagle_jax.train.say import Say
 
 
 @dataclasses.dataclass(frozen=True)

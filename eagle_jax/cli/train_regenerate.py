@@ -1,0 +1,116 @@
+"""eagle-jax train regenerate: the answers of a training set, written by the target itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from eagle_jax.cli.models import add_model_arguments, parse_tree, parse_window, positive
+from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config, with_logit_bias
+
+EXAMPLES = """\
+examples:
+  eagle-jax train regenerate --target vicuna/ --data sharegpt.jsonl --out own.jsonl --batch 16
+  eagle-jax train regenerate --model llama-8b/ --data chats.jsonl --out own.jsonl --temperature 0.7 --seed 1
+
+Conversations get new answers, turn by turn; texts and tokens keep their first --prompt-tokens, prompts stay whole, and
+the target goes on. Every line tells its source and how it ended. With a draft the same texts come sooner. A run that
+was stopped goes on where it was, if started again.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".jsonl or .jsonl.gz: text, prompt, tokens, messages or conversations a line, as for training",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file to write")
+    parser.add_argument("--overwrite", action="store_true", help="write it anew, if it is there or was begun")
+    parser.add_argument("--batch", type=positive, default=8, metavar="B", help="texts at a time (default: %(default)s)")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="of a text, or of tokens without a prompt, the first N are the prompt (default: %(default)s)",
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        default=2048,
+        metavar="N",
+        help="most tokens of a text with its prompt, or of a conversation (default: %(default)s)",
+    )
+    parser.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="of lines that cannot be used")
+    parser.add_argument("--limit", type=positive, metavar="N", help="use the first N lines only")
+    parser.add_argument("--chat-template", metavar="FILE", help="Jinja, in place of the tokenizer's own")
+    parser.add_argument("--tree", type=parse_tree, metavar="TREE", help="the draft tree, as for `eagle-jax generate`")
+    parser.add_argument("--draft-window", type=parse_window, metavar="FIRST,RECENT", help="as for `eagle-jax generate`")
+    parser.add_argument("--ignore-eos", action="store_true", help="decode on after an end-of-text token")
+    parser.add_argument("--stop-token", type=int, action="append", default=[], metavar="ID", help="end after it, too")
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the new training set; returns 1 if the model's numbers broke down in one of its texts."""
+    from eagle_jax import convert
+    from eagle_jax.cli import models
+    from eagle_jax.cli.rows import Rows
+    from eagle_jax.prompt import BUCKETS
+    from eagle_jax.train import fingerprint
+    from eagle_jax.train.progress import check_place
+    from eagle_jax.train.regenerate import CYCLES, Options, Source, regenerate
+    from eagle_jax.train.say import log
+
+    sampling, out = sampling_config(args), Path(args.out)  # before the models are loaded, which may take long
+    template = None if args.chat_template is None else Path(args.chat_template).read_text(encoding="utf-8")
+    check_place(out, args.overwrite)
+    for path in args.data:
+        open(path, "rb").close()
+    loaded = models.load_models(args)
+    target, draft = loaded.target, loaded.draft
+    length = min(args.max_length, target.config.max_position_embeddings)
+    if args.prompt_tokens >= length:
+        raise ValueError(
+            f"--prompt-tokens {args.prompt_tokens} leave no room for new ones: a text has {length} at most"
+        )
+    options = Options(
+        max_length=length,
+        max_new_tokens=args.max_new_tokens,
+        prompt_tokens=args.prompt_tokens,
+        on_error=args.on_error,
+        limit=args.limit,
+        chat_template=template,
+        seed=args.seed,
+    )
+    stops = models.stop_tokens(loaded, args)
+    tree = models.default_tree(draft) if args.tree is None else args.tree
+    rows = Rows(
+        target,
+        draft,
+        args.batch,
+        length,
+        tree=tree,
+        buckets=BUCKETS,
+        sampling=with_logit_bias(sampling, args, target.config.vocab_size),
+        stop_tokens=stops,
+    )
+    rows.compile(CYCLES)
+    settings = {
+        "target": fingerprint.of_model(target),
+        "draft": None if draft is None else [fingerprint.of_model(draft), repr(tree), args.draft_window],
+        "sampling": repr(sampling),
+        "logit_bias": [f"{id}={value:g}" for id, value in args.logit_bias],
+    }
+    source = Source(convert.tokenizer(loaded.folder), target.config.vocab_size, stops)
+    failed = regenerate(args.data, out, rows, args.batch, source, options, settings, log, args.overwrite)
+    if failed:
+        print(f"error: in {failed} texts the model's logits became NaN or infinite", file=sys.stderr)
+    return 1 if failed else 0
