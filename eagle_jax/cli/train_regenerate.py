@@ -78,9 +78,7 @@ def run(args: argparse.Namespace) -> int:
     target, draft = loaded.target, loaded.draft
     length = min(args.max_length, target.config.max_position_embeddings)
     if args.prompt_tokens >= length:
-        raise ValueError(
-            f"--prompt-tokens {args.prompt_tokens} leave no room for new ones: a text has {length} at most"
-        )
+        raise ValueError(f"--prompt-tokens {args.prompt_tokens} leave no room for more: a text has at most {length}")
     options = Options(
         max_length=length,
         max_new_tokens=args.max_new_tokens,

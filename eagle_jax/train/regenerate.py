@@ -147,12 +147,12 @@ def regenerate(
     made_from["files"] = [fingerprint.of_file(path) for path in files]
     made_from["tokenizer"] = fingerprint.of_tokenizer(source.tokenizer)
     made_from["stop_tokens"] = list(source.stop_tokens)
+    total = 0
+    for job in jobs(files, source, options):
+        total += 1
+        if job.error is not None and options.on_error == "refuse":
+            raise job.error
     with Progress(out, json.loads(json.dumps(made_from)), overwrite) as progress:
-        total = 0
-        for job in jobs(files, source, options):
-            total += 1
-            if job.error is not None and options.on_error == "refuse":
-                raise job.error
         if progress.inputs:
             say(f"going on after {progress.inputs} of {total} lines")
         meter = _Meter(say, total, progress.inputs)

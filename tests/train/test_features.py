@@ -1,0 +1,285 @@
+"""Hidden states from a file: the same training as with the live target, and no other run's or damaged ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from eagle_jax.cli import main
+from eagle_jax.train import features, fingerprint, loader, loss, metrics, setup
+from eagle_jax.train.config import TrainSettings, read_settings
+from eagle_jax.train.dataset import Dataset
+from eagle_jax.train.features import FeaturesError
+from eagle_jax.train.precompute import precompute
+from eagle_jax.train.run import make_mesh, objective_of, rows_of
+from tests.train.chat_templates import byte_level
+from tests.train.models import VOCAB, write_target
+
+PACKED = {"row_length": 32}
+BUCKETED = {"row_length": 32, "packing": False, "buckets": [16, 32]}
+OFFICIAL = {"row_length": 32, "packing": False}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a target and data; documents of 3 to 32 tokens, some of which fill a row."""
+    folder = tmp_path_factory.mktemp("features")
+    write_target(folder / "target", byte_level())
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 24), ("held_out", 9)):
+        sizes = [32, 3, *rng.integers(3, 33, count - 2)]
+        documents = [{"tokens": rng.integers(9, VOCAB, size).tolist()} for size in sizes]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    return folder
+
+
+def write_config(place: Path, output: Path, kind: str, data: dict, /, **settings) -> Path:
+    values = {
+        "kind": kind,
+        "target": str(place / "target"),
+        "output": str(output),
+        "data": {"train": [str(place / "train.jsonl")], "held_out": [str(place / "held_out.jsonl")]} | data,
+        "head": {"draft_vocab_size": 64} if kind == "eagle3" else {},
+        "loss": {"steps": 2},
+        "optimizer": {"learning_rate": 1e-3, "clip_norm": None},
+        "steps": 3,
+        "batch_tokens": 128,
+        "accumulation": 2,
+        "dtype": "float32",
+        "save_dtype": "float32",
+        "evaluation": {"tree": "chain:2", "new_tokens": 3, "prompts": 1, "prompt_tokens": 2, "every": 100},
+        "log_every": 1,
+    } | settings
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+SHARD_BYTES = 4 * 32 * 4 * 32 * 4  # four of EAGLE-3's rows, eight of EAGLE-1's
+
+
+def test_a_run_reads_its_features_from_the_file_and_is_the_same(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "SHARD_BYTES", SHARD_BYTES)
+    config = write_config(place, tmp_path / "live", "eagle3", PACKED)
+    assert main(["train", "--config", str(config)]) == 0
+    assert main(["train", "--config", str(config), "--precompute", str(tmp_path / "features")]) == 0
+    monkeypatch.delattr(loss, "examples")  # the target's pass
+    stored = ["train", "--config", str(config), f"features={tmp_path / 'features'}", f"output={tmp_path / 'stored'}"]
+    assert main(stored) == 0
+    ours, theirs = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("stored", "live"))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 3]
+    assert len({line["loss"] for line in ours[:3]}) == 3 and "held_out_loss" in ours[3]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"tokens_a_second"}:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-5 if a["step"] > 1 else 1e-6, err_msg=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What `train` has of a run."""
+
+    settings: TrainSettings
+    target: Any
+    head: Any
+    splits: dict[str, tuple[Dataset, Any]]
+
+    def stored(self, folder: Path) -> features.Features:
+        return features.stored(
+            self.settings.model_copy(update={"features": str(folder)}), self.head, self.target, self.splits
+        )
+
+    def batches(self, split: str, stored: features.Features | None):
+        data, rows = self.splits[split]
+        counts = {length: self.settings.rows(length) for length in rows}
+        read = None if stored is None else functools.partial(stored.batch, split)
+        return loader.batches(data, rows, counts, 0, features=read), loader.steps_of(rows, counts, 1)
+
+
+def case(place: Path, config: Path) -> Case:
+    settings = read_settings(config)
+    mesh, origin = make_mesh(settings), setup.source(settings)
+    splits = {}
+    for split in ("train", "held_out"):
+        files = [str(place / f"{split}.jsonl")]
+        data = setup.documents(files, settings.data, origin, Path(settings.output) / "data" / split, lambda _: None)
+        splits[split] = data, rows_of(data, settings)[0]
+    target = setup.load_target(settings, mesh)
+    head = setup.new_model(settings, origin, target, splits["train"][0], lambda _: None)
+    return Case(settings, target, head, splits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "settings"),
+    [
+        ("eagle1", BUCKETED, {}),
+        ("eagle3", OFFICIAL, {"loss": {"steps": 2, "alignment": "official"}}),
+    ],
+    ids=["eagle1-bucketed", "eagle3-official"],
+)
+def test_losses_and_gradients_are_those_of_the_live_target(place, tmp_path, monkeypatch, kind, data, settings):
+    monkeypatch.setattr(features, "SHARD_BYTES", SHARD_BYTES)
+    config = write_config(place, tmp_path / "run", kind, data, **settings)
+    assert precompute(read_settings(config), tmp_path / "features", lambda _: None) == 0
+    made = case(place, config)
+    objective = objective_of(made.settings)
+
+    @jax.jit
+    def gradient(head, target, batch):
+        prepared = objective.prepare(head, target, batch)
+        counts = objective.counts(prepared)
+        return jax.value_and_grad(
+            lambda head: objective.sums(head, target, prepared, counts, jax.random.key(0))[0], allow_int=True
+        )(head)
+
+    stored = made.stored(tmp_path / "features")
+    for split in ("train", "held_out"):
+        (live, count), (read, _) = made.batches(split, None), made.batches(split, stored)
+        widths = {}
+        for index in range(count):  # one batch of each row length
+            widths[live[index]["tokens"].shape[1]] = index
+        assert len(widths) == len(made.splits[split][1])
+        for index in widths.values():
+            ours, theirs = (gradient(made.head, made.target, batches[index]) for batches in (read, live))
+            assert "features" in read[index] and "features" not in live[index]
+            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+                if a.dtype != jax.dtypes.float0:
+                    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_bfloat16_is_stored_bit_by_bit(place, tmp_path):
+    config = write_config(place, tmp_path / "run", "eagle3", PACKED, dtype="bfloat16")
+    precompute(read_settings(config), tmp_path / "features", lambda _: None)
+    made = case(place, config)
+    batch = made.batches("train", made.stored(tmp_path / "features"))[0][0]
+    expected = jax.jit(loss.examples)(
+        made.head, made.target, *(batch[name] for name in ("tokens", "lengths", "loss_mask", "documents"))
+    )
+    text = np.arange(32) < batch["lengths"][:, None]
+    for name in ("features", "answers"):
+        assert batch[name].dtype == jax.numpy.bfloat16
+        ours, theirs = (np.asarray(array, np.float32)[text] for array in (batch[name], getattr(expected, name)))
+        np.testing.assert_allclose(ours, theirs, rtol=2**-6, atol=2**-6)
+
+
+@pytest.fixture(scope="module")
+def written(place, tmp_path_factory) -> tuple[Path, Path]:
+    """The settings and the features of a run, in several shards."""
+    folder = tmp_path_factory.mktemp("written")
+    config = write_config(place, folder / "run", "eagle3", PACKED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "SHARD_BYTES", SHARD_BYTES // 2)
+        precompute(read_settings(config), folder / "features", lambda _: None)
+    return config, folder / "features"
+
+
+def test_precomputing_goes_on_with_whole_shards(place, written, tmp_path):
+    config, folder = written
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[-2].startswith("train-32-") and names[0].startswith("held_out-32-") and len(names) >= 6
+    ours = tmp_path / "features"
+    shutil.copytree(folder, ours)
+    (ours / names[-2]).unlink()
+    (ours / names[1]).write_bytes(b"cut")
+    before = {path.name: path.stat().st_mtime_ns for path in ours.iterdir()}
+    said: list[str] = []
+    precompute(read_settings(config), ours, said.append)
+    after = {path.name: path.stat().st_mtime_ns for path in ours.iterdir()}
+    assert {name for name in after if after[name] != before.get(name)} == {names[-2], names[1], "manifest.json"}
+    assert any(f"{len(names) - 1} shards, {len(names) - 3} there already" in line for line in said)
+    for name in names:
+        assert (ours / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_missing_damaged_and_strange_shards_are_refused(place, written, tmp_path):
+    config, folder = written
+    made = case(place, config)
+    made.stored(folder).batch("train", 32, [0, 1])
+    ours = tmp_path / "features"
+    with pytest.raises(FeaturesError, match=r"there are no features.*--precompute"):
+        made.stored(ours)
+    shutil.copytree(folder, ours)
+    shard = ours / "train-32-00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    damaged = made.stored(ours)
+    damaged.batch("held_out", 32, [0])
+    with pytest.raises(FeaturesError, match=r"train-32-00000\.npy: this shard of the features is damaged; remove it"):
+        next(iter(loader.iterator(made.batches("train", damaged)[0])))  # through the reading thread
+    shard.write_bytes(content[:-1])
+    with pytest.raises(FeaturesError, match=r"train-32-00000\.npy: this shard of the features is missing or cut"):
+        made.stored(ours)
+    shard.unlink()
+    with pytest.raises(FeaturesError, match=r"train-32-00000\.npy: .*missing.*--precompute .*, which writes what is"):
+        made.stored(ours)
+    (ours / "manifest.json").write_text("{")
+    with pytest.raises(FeaturesError, match="not JSON"):
+        made.stored(ours)
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"seed": 1}, "train rows"),
+        ({"head": {"taps": [0, 1, 1]}}, "taps"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"kind": "eagle1"}, "kind"),
+        ("data", "train rows"),
+        ("target", "target"),
+    ],
+    ids=["seed", "taps", "dtype", "kind", "data", "target"],
+)
+def test_features_of_another_run_are_refused(place, written, tmp_path, change, differs):
+    _, folder = written
+    other = shutil.copytree(place, tmp_path / "place")
+    if change == "data":
+        lines = (other / "train.jsonl").read_text().splitlines()
+        (other / "train.jsonl").write_text("\n".join(lines[::-1]))
+    elif change == "target":
+        tensors = load_file(other / "target" / "model.safetensors")
+        tensors["model.norm.weight"][5] += 0.5
+        save_file(tensors, other / "target" / "model.safetensors", metadata={"format": "pt"})
+    settings = change if isinstance(change, dict) else {}
+    config = write_config(other, tmp_path / "run", "eagle3", PACKED, **settings)
+    with pytest.raises(FeaturesError, match=rf"features of another run \(.*{differs}.* differ\).*--precompute"):
+        case(other, config).stored(folder)
+    if change == "data":
+        with pytest.raises(FeaturesError, match="features of another run"):
+            precompute(read_settings(config), folder, lambda _: None)
+
+
+def test_settings_that_features_do_not_depend_on(place, written, tmp_path):
+    """Batches of another size read the same shards; a target has no features."""
+    config = write_config(place, tmp_path / "run", "eagle3", PACKED, batch_tokens=64, accumulation=1)
+    ours, theirs = case(place, config), case(place, written[0])
+    rows = range(len(ours.splits["train"][1][32]))
+    for name, array in theirs.stored(written[1]).batch("train", 32, rows).items():
+        np.testing.assert_array_equal(ours.stored(written[1]).batch("train", 32, rows)[name], array)
+    target = {"kind": "target", "target": None, "model": str(place / "target" / "config.json")}
+    with pytest.raises(ValueError, match="--precompute is for heads"):
+        precompute(read_settings(write_config(place, tmp_path / "own", "target", PACKED, **target)), tmp_path / "no")
+
+
+def test_a_model_is_known_by_every_number_and_its_place():
+    def digest(**changes):
+        arrays = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float16)} | changes
+        return fingerprint.of_model(jax.tree.map(jax.numpy.asarray, arrays))
+
+    base = np.arange(12, dtype=np.float32)
+    swapped, nudged = base.copy(), base.copy()
+    swapped[[3, 7]] = swapped[[7, 3]]
+    nudged[11] = np.nextafter(nudged[11], 0)
+    other = [digest(a=swapped.reshape(3, 4)), digest(a=nudged.reshape(3, 4)), digest(a=base.reshape(4, 3))]
+    other += [digest(b=np.ones(5, np.float32)), digest(c=np.ones(1, np.float32)), digest(b=np.ones(4, np.float16))]
+    assert len({digest(), *other}) == 7 and digest() == digest(a=base.reshape(3, 4).copy())
