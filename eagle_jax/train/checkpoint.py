@@ -48,6 +48,7 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The step with the highest score; None where nothing was evaluated."""
+        self.manager.wait_until_finished()
         best = self.manager.best_step()
         return None if best is None or self.manager.metrics(best)["score"] == NOT_EVALUATED else best
 

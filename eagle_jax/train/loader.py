@@ -11,6 +11,7 @@ import numpy as np
 from eagle_jax.train.dataset import Dataset
 
 Batch = dict[str, np.ndarray]
+EPOCHS = 2**20  # endless; grain cannot mix datasets that say so of themselves
 
 
 def batches(
@@ -42,7 +43,7 @@ def batches(
             batch = {name: np.stack([row[name] for row in made_rows]) for name in made_rows[0]}
             return batch if features is None else batch | features(width, mine)
 
-        indices = grain.MapDataset.range(len(own)).seed(seed + number).shuffle().repeat()
+        indices = grain.MapDataset.range(len(own)).seed(seed + number).shuffle().repeat(EPOCHS)
         parts.append(indices.batch(count).map(made))
         weights.append(len(own) / count)
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, np.divide(weights, sum(weights)).tolist())

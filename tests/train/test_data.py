@@ -1,0 +1,151 @@
+"""Documents on disk, rows, batches, the draft's vocabulary, and settings."""
+
+from __future__ import annotations
+
+import collections
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eagle_jax.train import dataset, loader, setup
+from eagle_jax.train.config import read_settings
+
+SETTINGS = """\
+kind: eagle3
+target: target/
+output: out/
+data: {train: [a.jsonl], row_length: 64}
+batch_tokens: 256
+steps: 10
+"""
+
+
+def made(tmp_path, lengths, seed: int = 0) -> dataset.Dataset:
+    rng = np.random.default_rng(seed)
+    records = [SimpleNamespace(tokens=rng.integers(0, 50, n), loss_mask=rng.integers(0, 2, n)) for n in lengths]
+    written = dataset.write(tmp_path / "data", records, {"made": "here"})
+    for index, record in enumerate(records):
+        tokens, mask = written.document(index)
+        np.testing.assert_array_equal(tokens, record.tokens)
+        np.testing.assert_array_equal(mask, record.loss_mask)
+    return written
+
+
+def test_documents_are_written_whole_or_not_at_all(tmp_path):
+    assert made(tmp_path, [3, 1, 7]).lengths.tolist() == [3, 1, 7]
+    assert dataset.about(tmp_path / "data") == {"made": "here"}
+
+    def broken():
+        yield SimpleNamespace(tokens=[1], loss_mask=[1])
+        raise ValueError("line 2")
+
+    with pytest.raises(ValueError, match="line 2"):
+        dataset.write(tmp_path / "data", broken(), {})
+    assert len(dataset.read(tmp_path / "data")) == 3
+    with pytest.raises(ValueError, match="no document"):
+        dataset.write(tmp_path / "other", [], {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+    assert dataset.about(tmp_path / "other") is None
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=200), st.integers(0, 3))
+def test_rows_hold_every_document_once_and_are_well_filled(lengths, seed):
+    rows = dataset.pack(lengths, 20, seed)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    filled = [sum(lengths[index] for index in row) for row in rows]
+    assert max(filled) <= 20
+    if len(rows) <= dataset.OPEN_ROWS and len(rows) > 1:  # no two open rows would fit into one
+        assert sum(sorted(filled)[:2]) > 20
+
+
+def test_a_packed_row(tmp_path):
+    data = made(tmp_path, [3, 1, 7])
+    row = data.row([2, 0], 12)
+    assert row["tokens"].tolist() == [*data.document(2)[0], *data.document(0)[0], 0, 0]
+    assert row["loss_mask"].tolist() == [*data.document(2)[1], *data.document(0)[1], 0, 0]
+    assert row["documents"].tolist() == [0] * 7 + [1] * 3 + [2] * 2 and row["lengths"] == 10
+
+
+def test_buckets():
+    assert dataset.in_buckets([4, 5, 8, 1, 16], (4, 8, 16)) == {4: [[0], [3]], 8: [[1], [2]], 16: [[4]]}
+
+
+def test_batches_go_through_every_row_each_epoch_in_an_order_that_can_be_taken_up(tmp_path):
+    data = made(tmp_path, [4] * 12)
+    rows = {4: [[index] for index in range(12)]}
+    batches = loader.batches(data, rows, {4: 4}, seed=1)
+    epochs = []
+    for epoch in range(2):
+        seen = [tuple(row) for step in range(3) for row in batches[3 * epoch + step]["tokens"].tolist()]
+        assert collections.Counter(seen) == collections.Counter(tuple(data.document(i)[0].tolist()) for i in range(12))
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+
+    first = loader.iterator(batches)
+    for _ in range(4):
+        next(first)
+    place = first.get_state()
+    expected = [next(first) for _ in range(3)]
+    again = loader.iterator(loader.batches(data, rows, {4: 4}, seed=1))
+    again.set_state(place)
+    for batch in expected:
+        np.testing.assert_array_equal(next(again)["tokens"], batch["tokens"])
+
+    halves = [loader.batches(data, rows, {4: 4}, seed=1, process=p, processes=2)[5]["tokens"] for p in range(2)]
+    np.testing.assert_array_equal(np.concatenate(halves), batches[5]["tokens"])
+
+
+def test_batches_of_buckets_have_one_length_each_and_their_share(tmp_path):
+    data = made(tmp_path, [4] * 8 + [8] * 4)
+    rows = dataset.in_buckets(data.lengths, (4, 8))
+    batches = loader.batches(data, rows, {4: 2, 8: 1}, seed=0)
+    shapes = collections.Counter(batches[step]["tokens"].shape for step in range(16))
+    assert shapes == {(2, 4): 8, (1, 8): 8}
+    assert loader.steps_of(rows, {4: 2, 8: 1}, 2) == 16
+
+
+def test_the_draft_s_vocabulary_is_what_is_learned_most_often():
+    #                        7 is frequent, but not learned; 2 and 5 tie, the lower id wins
+    tokens = np.array([7, 7, 7, 7, 1, 1, 1, 5, 5, 2, 2, 9])
+    mask = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1], np.uint8)
+    data = dataset.Dataset(tokens, mask, np.array([0, 12]))
+    ids, coverage = setup.frequent_tokens(data, 10, 2)
+    assert ids.tolist() == [1, 2] and ids.dtype == np.int32 and coverage == 5 / 8
+
+
+def test_settings_are_read_with_overrides(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(SETTINGS)
+    settings = read_settings(path, ["optimizer.learning_rate=1e-3", "loss.steps=2", "data.held_out=[b.jsonl]"])
+    assert settings.optimizer.learning_rate == 1e-3 and settings.loss.weights == (1.0, 0.8)
+    assert settings.data.held_out == ("b.jsonl",) and settings.rows(64) == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lerning_rate=1", "optimizer.lerning_rate: no such setting"),
+        ("nonsense=1", "nonsense: no such setting"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate: .*number"),
+        ("kind=eagle2", "kind: .*'eagle3', 'eagle1' or 'target'"),
+        ("epochs=1", "steps or epochs"),
+        ("kind=target", "kind target needs model"),
+        ("loss.alignment=official", "set data.packing: false"),
+        ("loss.step_weights=[1]", "step_weights has 1 entries for 7 steps"),
+        ("data.buckets=[32,64]", "set packing: false"),
+        ("data.row_length=512", "make 0 rows of 512"),
+        ("mesh.fsdp=3", "mesh.fsdp = 3 does not divide"),
+        ("data.train=[]", "name at least one file"),
+        ("steps", "key=value"),
+        ("kind.deep=1", "kind is no section"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(tmp_path, override, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(SETTINGS)
+    with pytest.raises(ValueError, match=message):
+        read_settings(path, [override])
+    assert read_settings(path).steps == 10

@@ -1,0 +1,211 @@
+"""Whole runs through the real entry: ended in any way they go on bit for bit, and heads learn what they are taught."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import eagle_jax
+from eagle_jax.convert import from_pretrained
+from eagle_jax.models import params
+from eagle_jax.train import evaluate, metrics
+from eagle_jax.train.config import TrainSettings
+from eagle_jax.train.run import TERMINATED, train
+from eagle_jax.train.save import save_target
+from tests.train.chat_templates import byte_level
+from tests.train.models import VOCAB, write_target
+
+TOTAL, EVERY = 12, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A target, and documents of token ids: its own greedy text."""
+    root = tmp_path_factory.mktemp("run")
+    write_target(root / "target", byte_level())
+    target, _ = from_pretrained(root / "target")
+    sure = params.flatten(target)["lm_head"] * 8  # of its next token
+    target = params.load(target, params.flatten(target) | {"lm_head": sure})
+    save_target(target, root / "target-source" / "config.json", root / "target", "float32")
+    prompts = np.random.default_rng(1).integers(8, VOCAB, (8, 6)).astype(np.int32)
+    out = eagle_jax.generate(target, None, prompts, np.full(8, 6), max_new_tokens=26)
+    lines = [json.dumps({"tokens": row}) for row in np.asarray(out.tokens).tolist()]
+    (root / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def settings_of(folder: Path, output: str, **changes: Any) -> TrainSettings:
+    values: dict[str, Any] = dict(
+        kind="eagle3",
+        target=str(folder / "target"),
+        output=str(folder / output),
+        data={"train": [str(folder / "train.jsonl")], "row_length": 64},
+        head={"draft_vocab_size": 200},
+        loss={"steps": 3},
+        optimizer={"learning_rate": 1e-2, "schedule": "constant"},
+        batch_tokens=128,
+        steps=TOTAL,
+        dtype="float32",
+        save_dtype="float32",
+        checkpoints={"every": EVERY},
+        log_every=1,
+    )
+    return TrainSettings(**values | changes)
+
+
+def quiet(message: str) -> None:
+    del message
+
+
+def weights(settings: TrainSettings, which: str = "final") -> dict[str, np.ndarray]:
+    import torch
+
+    folder = Path(settings.output) / which
+    if (folder / "model.safetensors").exists():
+        return load_file(folder / "model.safetensors")
+    loaded = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    return {name: tensor.numpy() for name, tensor in loaded.items()}
+
+
+def assert_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> TrainSettings:
+    """A run that nothing interrupted."""
+    settings = settings_of(folder, "whole")
+    assert train(settings, quiet) == 0
+    return settings
+
+
+def until(settings: TrainSettings, folder: Path, step: int, number: int) -> int:
+    """Starts the command line's run, sends it a signal once `step` is logged, and returns its exit code."""
+    path = folder / "killed.yaml"
+    path.write_text(settings.model_dump_json())
+    command = [sys.executable, "-m", "eagle_jax", "train", "--config", str(path)]
+    environment = dict(os.environ) | {
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+    }
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if f"step {step}/" in line:
+                process.send_signal(number)
+        assert any(f"step {step}/" in line for line in lines), "".join(lines)
+    return process.returncode
+
+
+def test_killed_and_taken_up_again_is_the_same_run(folder, whole):
+    settings = settings_of(folder, "killed")
+    assert until(settings, folder, 10, signal.SIGKILL) == -signal.SIGKILL
+    said: list[str] = []
+    assert train(settings, said.append) == 0
+    assert any("going on from step 8 of 12" in line or "going on from step 4 of 12" in line for line in said)
+    assert_bits(weights(settings), weights(whole))
+    lines, expected = (metrics.read(Path(run.output) / "metrics.jsonl") for run in (settings, whole))
+    assert [line["step"] for line in lines] == list(range(1, TOTAL + 1))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    assert expected[-1]["loss"] < expected[0]["loss"]
+
+
+def test_sigterm_saves_and_the_run_goes_on(folder, whole):
+    settings = settings_of(folder, "terminated", checkpoints={"every": 100})
+    assert until(settings, folder, 5, signal.SIGTERM) == TERMINATED
+    said: list[str] = []
+    assert train(settings, said.append) == 0
+    (line,) = (line for line in said if "going on from step" in line)
+    assert 5 <= int(line.split("step ")[1].split()[0]) < TOTAL
+    assert_bits(weights(settings), weights(whole))
+
+
+def test_a_checkpoint_restores_onto_another_mesh(folder, whole):
+    settings = settings_of(folder, "mesh", steps=EVERY)
+    assert train(settings, quiet) == 0
+    assert train(settings_of(folder, "mesh", mesh={"data": 1, "fsdp": 2, "tensor": 2}), quiet) == 0
+    ours, theirs = weights(settings), weights(whole)
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name].astype(float), array.astype(float), atol=2e-4, err_msg=name)
+
+
+def test_a_run_is_not_gone_on_with_under_other_settings(folder, whole):
+    with pytest.raises(ValueError, match=r"other settings \(loss, seed\)"):
+        train(settings_of(folder, "whole", seed=1, loss={"steps": 2}), quiet)
+
+
+@pytest.mark.parametrize("kind", ["eagle1", "target"])
+def test_other_kinds_are_resumed_bit_for_bit(folder, kind):
+    changes: dict[str, Any] = {"kind": kind, "head": {}, "accumulation": 2}
+    if kind == "target":
+        changes |= {"target": None, "model": str(folder / "target" / "config.json")}
+    straight, halves = settings_of(folder, f"{kind}-a", **changes), settings_of(folder, f"{kind}-b", **changes)
+    assert train(straight, quiet) == 0
+    assert train(halves.model_copy(update={"steps": 7}), quiet) == 0
+    assert train(halves, quiet) == 0
+    assert_bits(weights(halves), weights(straight))
+    losses = [line["loss"] for line in metrics.read(Path(straight.output) / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("kind", "depth"), [("eagle3", 3), ("eagle1", 1)])  # EAGLE-1 learns no later step
+def test_a_head_that_knows_a_text_by_heart_has_every_draft_accepted(folder, kind, depth):
+    data = {"train": [str(folder / "train.jsonl")], "held_out": [str(folder / "train.jsonl")], "row_length": 64}
+    settings = settings_of(
+        folder,
+        f"{kind}-overfit",
+        kind=kind,
+        data=data,
+        head={},
+        steps=300,
+        batch_tokens=256,
+        loss={"steps": 3, "noise": False, "token_weight": 1.0},
+        optimizer={"learning_rate": 1e-2, "schedule": "linear", "warmup_steps": 10, "clip_norm": 1.0},
+        checkpoints={"every": 1000},
+        evaluation={"every": 150, "prompts": 8, "prompt_tokens": 6, "new_tokens": 20, "tree": f"chain:{depth}"},
+        log_every=50,
+    )
+    said: list[str] = []
+    assert train(settings, said.append) == 0
+    lines = [line for line in metrics.read(Path(settings.output) / "metrics.jsonl") if "reached" in line]
+    assert [line["step"] for line in lines] == [150, 300]
+    assert lines[-1]["reached"] == [1.0] * depth, said  # every drafted token, so depth + 1 a cycle
+    assert lines[-1]["tokens_a_cycle"] > 0.8 * (depth + 1)  # the last cycle of a row is cut off at its end
+    assert {path.name for path in Path(settings.output).iterdir()} >= {"best", "final", "plot.png", "tensorboard"}
+    target, head = from_pretrained(folder / "target", Path(settings.output) / "best")
+    assert eagle_jax.propose(target, head, np.ones((1, 4), np.int32), np.array([4])).tokens.shape[0] == 1
+
+
+def test_text_that_is_not_the_target_s_own_ends_the_evaluation(folder):
+    target, _ = from_pretrained(folder / "target")
+    prompts = evaluate.plain_text(target, [np.arange(10, 16)], 8, ())
+    assert evaluate.check_equal(target, prompts, prompts.plain, prompts.ends) == 0
+    wrong = prompts.plain.copy()
+    wrong[0, 9] = (wrong[0, 9] + 1) % VOCAB
+    with pytest.raises(evaluate.NotLossless, match="prompt 1, position 9"):
+        evaluate.check_equal(target, prompts, wrong, prompts.ends)
+    with pytest.raises(evaluate.NotLossless, match="position 13"):  # a text that ends early
+        evaluate.check_equal(target, prompts, np.where(np.arange(14) < 13, prompts.plain, 0), prompts.ends - 1)
+
+
+def test_distinct_ngrams_tell_loops():
+    def share(new: list[int]) -> float:
+        row = np.array([[9, 9, *new]])
+        return evaluate.distinct_ngrams(evaluate.Prompts(row[:, :2], np.array([2]), row, np.array([2 + len(new)])))
+
+    assert share([1, 2, 3, 4, 5, 6, 7]) == 1.0
+    assert share([1, 1, 1, 1, 1, 1, 1]) == 1 / 4
