@@ -14,6 +14,7 @@ import eagle_jax
 from eagle_jax import DraftConfig, Eagle3Draft, Llama, LlamaConfig, SamplingConfig, TreeConfig
 from eagle_jax.models import params
 from tests.aot import compile_for, gpu_devices, tpu_devices
+from tools import train_memory
 
 LLAMA_8B = dict(
     vocab_size=128256,
@@ -96,3 +97,14 @@ def test_generate_needs_little_beside_its_caches(device):
     # The caches are made inside the program, so they are among its temporaries.
     assert compiled.memory_analysis().temp_size_in_bytes - caches < target_cache / 5
     assert "callback" not in compiled.as_text()
+
+
+def test_training_s_memory_does_not_grow_with_the_steps():
+    """8192 tokens, bfloat16 target included; growth beyond the steps' own keys and values."""
+    steps = {count: train_memory.compiled_step(gpu_devices()[0], count, 4, 2048) for count in (1, 7)}
+    one, seven = (train_memory.memory(compiled) for compiled in steps.values())
+    own = train_memory.keys_and_values(7, 8192) - train_memory.keys_and_values(1, 8192)
+    assert one.arguments > 16e9 and seven.peak < 80e9
+    assert seven.peak - own < 1.1 * one.peak
+    # Logits of all positions exist nowhere.
+    assert not re.search(r"\[(4,2048|8192),(32000|128256)\]", steps[7].as_text())

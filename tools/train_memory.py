@@ -51,7 +51,7 @@ class Memory(NamedTuple):
     peak: int
 
 
-def measure(device: Any, steps: int, rows: int, width: int) -> Memory:
+def compiled_step(device: Any, steps: int, rows: int, width: int) -> jax.stages.Compiled:
     """A step of `rows` rows of `width` tokens, bfloat16 target and products, float32 masters, AdamW."""
     config = DraftConfig.from_hf(HEAD_8B)
     target = params.abstract(lambda key: Llama(LlamaConfig.from_hf(LLAMA_8B), key, jnp.bfloat16))
@@ -69,7 +69,12 @@ def measure(device: Any, steps: int, rows: int, width: int) -> Memory:
     def one(state, frozen, target, batch):
         return step.train_step(state, draft, frozen, target, batch, objective=objective, update=update)
 
-    kept = aot.compile_for(device, one, state, frozen, target, batch, donate_argnums=0).memory_analysis()
+    return aot.compile_for(device, one, state, frozen, target, batch, donate_argnums=0)
+
+
+def memory(compiled: jax.stages.Compiled) -> Memory:
+    """What the compiler says that a program needs."""
+    kept = compiled.memory_analysis()
     peak = kept.argument_size_in_bytes + kept.temp_size_in_bytes + kept.output_size_in_bytes - kept.alias_size_in_bytes
     return Memory(kept.argument_size_in_bytes, kept.temp_size_in_bytes, peak)
 
@@ -93,11 +98,11 @@ def main() -> None:
     print("steps  arguments  temporaries   peak  own keys and values  growth beyond them")
     first = None
     for steps in args.steps:
-        memory = measure(DEVICES[args.device](), steps, args.rows, args.width)
+        needed = memory(compiled_step(DEVICES[args.device](), steps, args.rows, args.width))
         own = keys_and_values(steps, tokens)
-        first = first or (memory.peak, own)
-        growth = (memory.peak - first[0] - (own - first[1])) / first[0]
-        cells = (memory.arguments / 1e9, memory.temporaries / 1e9, memory.peak / 1e9, own / 1e9)
+        first = first or (needed.peak, own)
+        growth = (needed.peak - first[0] - (own - first[1])) / first[0]
+        cells = (needed.arguments / 1e9, needed.temporaries / 1e9, needed.peak / 1e9, own / 1e9)
         print("{:5d}  {:9.2f}  {:11.2f}  {:5.2f}  {:19.2f}  {:17.1%}".format(steps, *cells, growth), flush=True)
 
 
