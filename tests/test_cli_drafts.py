@@ -110,7 +110,10 @@ def test_the_embedded_pair_has_heads_of_its_own():
     assert found[0].draft is found[1].draft  # loaded once
     assert found[0].tree == PUBLISHED_TREES["eagle"] and found[1].tree == TreeConfig()
     assert [type(one.draft).__name__ for one in found] == ["Eagle1Draft", "Eagle1Draft", "Eagle3Draft"]
-    assert all(one.draft.dtype == jnp.float32 for one in found)
+    assert all(one.draft.dtype == jnp.float32 and one.draft.config.window is None for one in found)
+    specs = drafts.parse_specs("lookahead,eagle3")
+    found = drafts.candidates(loaded, specs, TreeConfig(), embedded=True, window=(4, 64))
+    assert found[1].draft.config.window == (4, 64)  # of the EAGLE heads; others have no such thing
 
 
 def test_trees_on_the_command_line(tmp_path):

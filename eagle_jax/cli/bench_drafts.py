@@ -64,7 +64,7 @@ def run(
 
     if args.plot is not None:
         plot.check(args.plot)
-    found = candidates(loaded, args.drafts, chosen_tree(None, args), dict(args.draft_tree), embedded)
+    found = candidates(loaded, args.drafts, chosen_tree(None, args), dict(args.draft_tree), embedded, args.draft_window)
     measured = compare(loaded.target, found, token_lists, options, notes)
     setting = measure.setting(loaded.target)
     console = Console(highlight=False)

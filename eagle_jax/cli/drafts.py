@@ -12,6 +12,7 @@ from typing import Any
 from eagle_jax.cli.models import Models, default_tree, describe_tree, parse_tree
 from eagle_jax.convert import load_draft
 from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.eagle import EagleDraft, with_window
 from eagle_jax.drafts.lookahead import Lookahead
 from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.drafts.prompt_lookup import PromptLookup
@@ -104,12 +105,14 @@ def candidates(
     tree: TreePolicy,
     trees: dict[str, TreePolicy] | None = None,
     embedded: bool = False,
+    window: tuple[int, int] | None = None,
 ) -> list[Candidate]:
     """The drafts that the specs name, made for the target.
 
     Args:
       tree: of the dynamic ones. trees: of single ones, instead of their own.
       embedded: whether the target is the embedded pair's, which has heads of its own for some names.
+      window: --draft-window, of the EAGLE heads that are loaded here.
     Raises:
       ValueError: for a draft with weights whose folder is not named. CheckpointError, ConfigError: as `load_draft`.
     """
@@ -124,7 +127,8 @@ def candidates(
                 return models.draft
             raise ValueError(f"{name} needs weights that this model has not; name them: {name}=DIR_OR_ID")
         if source not in loaded:
-            loaded[source] = load_draft(source, models.target)
+            draft = load_draft(source, models.target)
+            loaded[source] = with_window(draft, *window) if window and isinstance(draft, EagleDraft) else draft
         if not isinstance(loaded[source], kind):
             raise ValueError(f"{name}={source}: holds a {type(loaded[source]).__name__}, not a {kind.__name__}")
         return loaded[source]

@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         loaded = models.load_models(args)
         tokenizer = convert.tokenizer(loaded.folder)
     if args.draft_name is not None:
-        (one,) = drafts.candidates(loaded, args.draft_name, models.chosen_tree(None, args), {}, embedded)
+        tree = models.chosen_tree(None, args)
+        (one,) = drafts.candidates(loaded, args.draft_name, tree, {}, embedded, args.draft_window)
         if args.tree is not None:
             one = dataclasses.replace(one, tree=models.chosen_tree(one.draft, args))
     elif loaded.draft is not None:

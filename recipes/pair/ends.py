@@ -1,0 +1,56 @@
+"""Where the target's own greedy text begins to repeat itself, it is to end.
+
+    python recipes/pair/ends.py REGENERATED.jsonl OUT.jsonl
+
+Reads what `eagle-jax train regenerate` wrote, and cuts every text before the second occurrence of four tokens in a row;
+there the end-of-text token is what is learned, and nothing else. Texts that end without repeating themselves teach
+their end, too. A small model loops on greedily where it should have ended.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+END = 1  # <|eos|>
+SIZE = 4
+SHORTEST = 8  # new tokens
+
+
+def main(source: Path, out: Path) -> None:
+    lines, looped, ended = [], 0, 0
+    for text in source.read_text(encoding="utf-8").splitlines():
+        record = json.loads(text)
+        tokens, start = record["tokens"], record["loss_mask"].index(1)
+        place = repeats(tokens[start:])
+        if place is not None:
+            looped += 1
+            tokens = tokens[: start + place]
+        elif tokens[-1] == END:
+            ended += 1
+            tokens = tokens[:-1]
+        else:
+            continue
+        if len(tokens) - start >= SHORTEST:
+            mask = [0] * len(tokens) + [1]
+            lines.append(json.dumps({"tokens": [*tokens, END], "loss_mask": mask}))
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{looped} texts repeat themselves, {ended} end; {len(lines)} written")
+
+
+def repeats(tokens: list[int]) -> int | None:
+    """Where four tokens in a row come for the second time: the place of the first of them."""
+    seen = set()
+    for place in range(len(tokens) - SIZE + 1):
+        gram = tuple(tokens[place : place + SIZE])
+        if gram in seen:
+            return place
+        seen.add(gram)
+    return None
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
