@@ -48,15 +48,13 @@ class DataSettings(Settings):
 
 
 class HeadSettings(Settings):
-    """The head to train.
+    """The shape of a new head.
 
-    start: a head to go on from (a folder or hub id); None: random weights, of the target's shape.
     draft_vocab_size: EAGLE-3's, chosen by frequency; None: the target's vocabulary.
     intermediate_size, num_heads, num_kv_heads, rope_theta: the target's own by default (rope_theta: 10000, which the
     official trainer uses). taps: the target layers that EAGLE-3 reads; None: 2, n // 2 and n - 3.
     """
 
-    start: str | None = None
     draft_vocab_size: pydantic.PositiveInt | None = None
     intermediate_size: pydantic.PositiveInt | None = None
     num_heads: pydantic.PositiveInt | None = None
@@ -151,6 +149,7 @@ class TrainSettings(Settings):
     kind: what is trained: an EAGLE-3 head, an EAGLE-1 head, or a target (next-token loss).
     target: a head's target, a folder or hub id. model: a target's config.json, for random weights, beside which its
     tokenizer lies.
+    start: a model of the kind to go on from, a folder or hub id; None: random weights.
     output: the run's folder. features: a folder that `eagle-jax train --precompute` wrote; None: the live target.
     steps or epochs: how long. batch_tokens: tokens a step, in all rows. accumulation: pieces that a step's batch is
     gone through in. dtype: of the computation; masters are float32. save_dtype: of the model that is written.
@@ -160,6 +159,7 @@ class TrainSettings(Settings):
     output: str
     target: str | None = None
     model: str | None = None
+    start: str | None = None
     features: str | None = None
     data: DataSettings
     head: HeadSettings = HeadSettings()

@@ -166,6 +166,11 @@ def _loop(
             last = number == total
             if number % settings.log_every == 0 or last:
                 values = jax.device_get(values)
+                if not np.isfinite(values["loss"]):
+                    raise ValueError(
+                        f"the loss is {values['loss']} at step {number}; lower optimizer.learning_rate, and go on from the "
+                        "latest checkpoint or in another output"
+                    )
                 speed = settings.batch_tokens * clock.rate(number)
                 records.add(number, values | {"tokens_a_second": speed})
                 say(f"step {number}/{total}  {_words(values)}  {speed:,.0f} tok/s  ETA {clock.left(number)}")

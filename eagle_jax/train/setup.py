@@ -96,16 +96,21 @@ def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:
 
 
 def new_model(settings: TrainSettings, origin: Source, target: Llama | None, train: Dataset, say: Say) -> Any:
-    """The model to train, float32: random weights, or those of settings.head.start."""
+    """The model to train, float32: random weights, or those of settings.start."""
     key = jax.random.key(settings.seed)
+    if settings.kind == "target" and settings.start is not None:
+        model = convert.from_pretrained(settings.start, dtype="float32")[0]
+        if model.config != origin.config:
+            raise ValueError(f"start: {settings.start} has another config than {settings.model}")
+        return model
     if settings.kind == "target":
         return Llama(origin.config, key)
     assert target is not None
-    if settings.head.start is not None:
-        head = convert.load_draft(settings.head.start, target, dtype="float32")
+    if settings.start is not None:
+        head = convert.load_draft(settings.start, target, dtype="float32")
         wanted = Eagle3Draft if settings.kind == "eagle3" else Eagle1Draft
         if not isinstance(head, wanted):
-            raise ValueError(f"head.start: {settings.head.start} is a {type(head).__name__}, kind is {settings.kind}")
+            raise ValueError(f"start: {settings.start} is a {type(head).__name__}, kind is {settings.kind}")
         return head
     config = head_config(settings, origin.config)
     if settings.kind == "eagle1":

@@ -1,10 +1,10 @@
 """Where the target's own greedy text begins to repeat itself, it is to end.
 
-    python recipes/pair/ends.py REGENERATED.jsonl OUT.jsonl
+    python recipes/pair/ends.py REGENERATED.jsonl CORPUS.jsonl OUT.jsonl
 
 Reads what `eagle-jax train regenerate` wrote, and cuts every text before the second occurrence of four tokens in a row;
 there the end-of-text token is what is learned, and nothing else. Texts that end without repeating themselves teach
-their end, too. A small model loops on greedily where it should have ended.
+their end, too. As many texts of the corpus stand beside them. A small model loops on greedily where it should have ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIZE = 4
 SHORTEST = 8  # new tokens
 
 
-def main(source: Path, out: Path) -> None:
+def main(source: Path, corpus: Path, out: Path) -> None:
     lines, looped, ended = [], 0, 0
     for text in source.read_text(encoding="utf-8").splitlines():
         record = json.loads(text)
@@ -35,6 +35,7 @@ def main(source: Path, out: Path) -> None:
         if len(tokens) - start >= SHORTEST:
             mask = [0] * len(tokens) + [1]
             lines.append(json.dumps({"tokens": [*tokens, END], "loss_mask": mask}))
+    lines += corpus.read_text(encoding="utf-8").splitlines()[-len(lines) :]
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{looped} texts repeat themselves, {ended} end; {len(lines)} written")
 
@@ -51,6 +52,6 @@ def repeats(tokens: list[int]) -> int | None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

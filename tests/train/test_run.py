@@ -209,3 +209,26 @@ def test_distinct_ngrams_tell_loops():
 
     assert share([1, 2, 3, 4, 5, 6, 7]) == 1.0
     assert share([1, 1, 1, 1, 1, 1, 1]) == 1 / 4
+
+
+def test_a_run_that_diverges_ends_with_an_error(folder):
+    hot = {"learning_rate": 1e30, "schedule": "constant", "clip_norm": None}
+    with pytest.raises(ValueError, match="the loss is .* at step .*lower optimizer.learning_rate"):
+        train(settings_of(folder, "hot", optimizer=hot), quiet)
+
+
+def test_a_run_starts_from_a_model_of_its_kind(folder, whole):
+    head = str(Path(whole.output) / "final")
+    more = settings_of(folder, "more", start=head, steps=1, optimizer={"learning_rate": 1e-9, "schedule": "constant"})
+    assert train(more, quiet) == 0
+    for name, array in weights(whole).items():
+        np.testing.assert_allclose(weights(more)[name].astype(float), array.astype(float), atol=1e-7, err_msg=name)
+    with pytest.raises(ValueError, match="is a Eagle3Draft, kind is eagle1"):
+        train(settings_of(folder, "wrong", kind="eagle1", start=head, head={}), quiet)
+    shape = folder / "target" / "config.json"
+    with pytest.raises(ValueError, match="another config"):
+        changes = json.loads(shape.read_text()) | {"rope_theta": 500.0}
+        (folder / "target" / "other.json").write_text(json.dumps(changes))
+        other = str(folder / "target" / "other.json")
+        start = str(folder / "target")
+        train(settings_of(folder, "other", kind="target", target=None, model=other, start=start, head={}), quiet)
