@@ -168,8 +168,8 @@ def _loop(
                 values = jax.device_get(values)
                 if not np.isfinite(values["loss"]):
                     raise ValueError(
-                        f"the loss is {values['loss']} at step {number}; lower optimizer.learning_rate, and go on from the "
-                        "latest checkpoint or in another output"
+                        f"the loss is {values['loss']} at step {number}; lower optimizer.learning_rate, and go on from "
+                        "the latest checkpoint or in another output"
                     )
                 speed = settings.batch_tokens * clock.rate(number)
                 records.add(number, values | {"tokens_a_second": speed})

@@ -4,7 +4,8 @@
 
 Reads what `eagle-jax train regenerate` wrote, and cuts every text before the second occurrence of four tokens in a row;
 there the end-of-text token is what is learned, and nothing else. Texts that end without repeating themselves teach
-their end, too. As many texts of the corpus stand beside them. A small model loops on greedily where it should have ended.
+their end, too. As many texts of the corpus stand beside them. A small model loops on greedily where it should have
+ended.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ def test_distinct_ngrams_tell_loops():
 
 def test_a_run_that_diverges_ends_with_an_error(folder):
     hot = {"learning_rate": 1e30, "schedule": "constant", "clip_norm": None}
-    with pytest.raises(ValueError, match="the loss is .* at step .*lower optimizer.learning_rate"):
+    with pytest.raises(ValueError, match=r"the loss is .* at step .*lower optimizer\.learning_rate"):
         train(settings_of(folder, "hot", optimizer=hot), quiet)
 
 
