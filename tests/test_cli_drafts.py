@@ -141,11 +141,16 @@ def test_trees_on_the_command_line(tmp_path):
 
 
 def test_a_tree_that_suits_the_draft():
-    def args(tree=None, stop_below=None):
-        return SimpleNamespace(tree=tree, stop_below=stop_below)
+    def args(tree=None, stop_below=None, score_temperature=None):
+        return SimpleNamespace(tree=tree, stop_below=stop_below, score_temperature=score_temperature)
 
     assert models.chosen_tree(None, args()) == TreeConfig()
     assert models.chosen_tree(None, args(stop_below=0.2)) == dataclasses.replace(TreeConfig(), stop_below=0.2)
+    both = dataclasses.replace(TreeConfig(), stop_below=0.2, score_temperature=0.5)
+    assert models.chosen_tree(None, args(stop_below=0.2, score_temperature=0.5)) == both
+    assert models.describe_tree(both).endswith("60 nodes, stops below 0.2, score temperature 0.5")
+    with pytest.raises(ValueError, match=r"--score-temperature is for dynamic trees"):
+        models.chosen_tree(None, args(StaticTree.chain(2), score_temperature=0.5))
     with pytest.raises(ValueError, match=r"--stop-below is for dynamic trees .* not for a chain of 2"):
         models.chosen_tree(None, args(StaticTree.chain(2), 0.2))
 

@@ -203,7 +203,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         *("coupled", "seed", "num_samples", "log_probs"),
     )
     settings = {name: getattr(args, name) for name in names}
-    settings["tree"] = [None if args.tree is None else repr(args.tree), args.stop_below]
+    settings["tree"] = [None if args.tree is None else repr(args.tree), args.stop_below, args.score_temperature]
     settings["logit_bias"] = [f"{id}={value:g}" for id, value in args.logit_bias]
     settings["prompts"] = hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest()[:16]
     return json.loads(json.dumps(settings))

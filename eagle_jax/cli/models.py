@@ -17,6 +17,7 @@ from eagle_jax.models.llama import Llama
 from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
 from eagle_jax.tree.named import tree_named
 
+GROWTH = ("stop_below", "score_temperature")  # options of dynamic trees, by the names of TreeConfig
 CHAIN = 5  # tokens that a draft model guesses, unless --tree says otherwise
 
 
@@ -56,6 +57,12 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         help="adaptive drafting: grow a tree no deeper once its best path's draft probability is below this",
     )
     parser.add_argument(
+        "--score-temperature",
+        type=positive_number,
+        metavar="T",
+        help="divide the draft's logits by T for growing a tree: below 1 deeper, above 1 wider; changes no text",
+    )
+    parser.add_argument(
         "--draft-window",
         type=parse_window,
         metavar="FIRST,RECENT",
@@ -91,13 +98,13 @@ def parse_tree(text: str) -> TreePolicy:
 
 
 def chosen_tree(draft: Any, args: argparse.Namespace) -> TreePolicy:
-    """--tree with --stop-below, or what suits the draft: see `default_tree`."""
+    """--tree with --stop-below and --score-temperature, or what suits the draft: see `default_tree`."""
     tree = default_tree(draft) if args.tree is None else args.tree
-    if args.stop_below is None:
-        return tree
-    if not isinstance(tree, TreeConfig):
-        raise ValueError(f"--stop-below is for dynamic trees such as --tree 8,10,60, not for a {describe_tree(tree)}")
-    return dataclasses.replace(tree, stop_below=args.stop_below)
+    changes = {name: getattr(args, name) for name in GROWTH if getattr(args, name) is not None}
+    if changes and not isinstance(tree, TreeConfig):
+        option = "--" + next(iter(changes)).replace("_", "-")
+        raise ValueError(f"{option} is for dynamic trees such as --tree 8,10,60, not for a {describe_tree(tree)}")
+    return dataclasses.replace(tree, **changes) if changes else tree  # type: ignore[type-var]
 
 
 def default_tree(draft: Any) -> TreePolicy:
@@ -111,8 +118,9 @@ def default_tree(draft: Any) -> TreePolicy:
 def describe_tree(tree: TreePolicy) -> str:
     """ "tree: depth 8, top_k 10, 60 nodes"."""
     if isinstance(tree, TreeConfig):
-        adaptive = f", stops below {tree.stop_below:g}" if tree.stop_below else ""
-        return f"tree: depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes{adaptive}"
+        more = f", stops below {tree.stop_below:g}" if tree.stop_below else ""
+        more += f", score temperature {tree.score_temperature:g}" if tree.score_temperature != 1 else ""
+        return f"tree: depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes{more}"
     if tree.num_nodes == tree.depth + 1:
         return f"chain of {tree.depth}"
     return f"static tree: depth {tree.depth}, {tree.num_nodes} nodes"
@@ -143,6 +151,17 @@ def probability(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be a probability, 0 to 1, got {text!r}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A positive number; the type of an argparse option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value
 
 

@@ -237,6 +237,32 @@ def test_a_draft_as_sure_as_the_threshold_grows_on():
         assert jnp.isfinite(tree.scores[0, 1:]).sum() == 2 + 2 * expected
 
 
+@pytest.mark.parametrize("temperature", [0.25, 3])
+def test_a_score_temperature_grows_what_divided_logits_do(temperature):
+    config = TreeConfig(depth=4, top_k=3, num_nodes=16)
+    draft = oracle.ToyDraft(4, 12, 40)
+    roots, ids = jnp.array([3, 7]), jnp.asarray(draft.target_ids)
+    logits = jnp.broadcast_to(jnp.asarray(draft.logits([]), jnp.float32), (2, 12))
+
+    def divided(carry, step):
+        logits, carry = draft.draft_fn(carry, step)
+        return logits / temperature, carry
+
+    expected = grow_with(roots, logits / temperature, draft.carry(2, config), divided, ids, config)
+    changed = dataclasses.replace(config, score_temperature=temperature)
+    tree = grow_with(roots, logits, draft.carry(2, config), draft.draft_fn, ids, changed)
+    plain = grow_with(roots, logits, draft.carry(2, config), draft.draft_fn, ids, config)
+    for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert (np.asarray(tree.scores) != plain.scores)[:, 1:].all()
+
+
+@pytest.mark.parametrize("value", [0, -1.0, True, "x", float("nan"), float("inf"), None])
+def test_a_score_temperature_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match=r"score_temperature must be a positive number, got"):
+        TreeConfig(score_temperature=value)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.5, True, "x", float("nan"), float("inf"), None])
 def test_a_threshold_that_is_no_probability_is_refused(value):
     with pytest.raises(ValueError, match=r"stop_below must be a probability, 0 to 1, got"):
