@@ -12,15 +12,22 @@ mkdir -p $out/shape
 cp $here/target.json $out/shape/config.json
 cp $out/corpus/tokenizer/* $out/shape/
 
+regenerate() { # TARGET OUT LINES: greedy text of the target
+    [ -f "$2" ] || eagle-jax train regenerate --target "$1" --data $out/corpus/train.jsonl --out "$2" \
+        --limit "$3" --prompt-tokens 24 --max-new-tokens 128 --batch 32 --dtype float32
+}
+
 eagle-jax train --config $here/target.yaml
+# It learns to end where it would repeat itself.
+regenerate $out/runs/target/final $out/greedy.jsonl 512
+[ -f $out/ends.jsonl ] || python $here/ends.py $out/greedy.jsonl $out/corpus/train.jsonl $out/ends.jsonl
+eagle-jax train --config $here/ends.yaml
 # The heads learn on the target's own greedy text, and on the corpus.
-[ -f $out/regenerated.jsonl ] || eagle-jax train regenerate --target $out/runs/target/final \
-    --data $out/corpus/train.jsonl --out $out/regenerated.jsonl \
-    --limit 3000 --prompt-tokens 24 --max-new-tokens 160 --batch 32 --dtype float32
+regenerate $out/runs/ends/final $out/regenerated.jsonl 1200
 eagle-jax train --config $here/eagle3.yaml
 eagle-jax train --config $here/eagle1.yaml
 
-for part in "target target" "eagle3 head" "eagle1 head_eagle1"; do
+for part in "ends target" "eagle3 head" "eagle1 head_eagle1"; do
     set -- $part
     rm -rf "eagle_jax/pair/$2"
     cp -r "$out/runs/$1/final" "eagle_jax/pair/$2"
