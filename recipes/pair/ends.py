@@ -2,10 +2,10 @@
 
     python recipes/pair/ends.py REGENERATED.jsonl CORPUS.jsonl OUT.jsonl
 
-Reads what `eagle-jax train regenerate` wrote, and cuts every text before the second occurrence of eight tokens in a row;
-there it is to end. What is learned is the new text up to there, as it is, and its end. Texts that end without repeating
-themselves are kept whole. A quarter as many texts of the corpus stand beside them. A small model loops on greedily where
-it should have ended.
+Reads what `eagle-jax train regenerate` wrote, and cuts every text before the second occurrence of eight tokens in a
+row; there it is to end. What is learned is the new text up to there, as it is, and its end. Texts that end without
+repeating themselves are kept whole. A quarter as many texts of the corpus stand beside them. A small model loops on
+greedily where it should have ended.
 """
 
 from __future__ import annotations

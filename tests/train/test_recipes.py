@@ -1,0 +1,68 @@
+"""The recipe of the embedded pair: its settings are settings, and its scripts do what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from eagle_jax.train.config import read_settings
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "pair"
+PAIR = Path(__file__).parents[2] / "eagle_jax" / "pair"
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, RECIPE / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["target", "ends", "eagle3", "eagle1"])
+def test_settings(name):
+    settings = read_settings(RECIPE / f"{name}.yaml")
+    assert settings.kind == {"ends": "target"}.get(name, name)
+    assert subprocess.run(["sh", "-n", str(RECIPE / "make.sh")], check=False).returncode == 0
+
+
+def test_heads_have_the_same_budget():
+    heads = [read_settings(RECIPE / f"{name}.yaml") for name in ("eagle3", "eagle1")]
+    same = [(s.steps, s.batch_tokens, s.data, s.target, s.optimizer, s.seed) for s in heads]
+    assert same[0] == same[1]
+
+
+def test_texts_end_where_they_repeat_themselves(tmp_path):
+    ends = script("ends")
+    assert ends.repeats(list(range(30))) is None
+    assert ends.repeats([*range(12), *range(2, 12)]) == 12
+    prompt, new = [40, 41], list(range(10, 22))
+    texts = [
+        {"tokens": prompt + new + new, "loss_mask": [0, 0] + [1] * 24},  # a loop
+        {"tokens": [*prompt, *new, ends.END], "loss_mask": [0, 0] + [1] * 13},  # an end
+        {"tokens": prompt + new, "loss_mask": [0, 0] + [1] * 12},  # neither
+        {"tokens": prompt + [7] * 20, "loss_mask": [0, 0] + [1] * 20},  # nothing but a loop
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    (tmp_path / "corpus.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    ends.main(tmp_path / "in.jsonl", tmp_path / "corpus.jsonl", tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    whole = {"tokens": [*prompt, *new, ends.END], "loss_mask": [0, 0] + [1] * 13}
+    assert lines == [whole, whole, {"text": "b"}]
+
+
+def test_the_corpus_is_functions_and_classes(tmp_path):
+    source = "import os\n\nX = 1\n\n@cache\ndef f(a):\n    return a\n\n\nclass A:\n    def g(self):\n        pass\n"
+    (tmp_path / "a.py").write_text(source)
+    pieces = list(script("corpus").pieces(tmp_path / "a.py"))
+    assert pieces == ["@cache\ndef f(a):\n    return a\n", "class A:\n    def g(self):\n        pass\n"]
+    (tmp_path / "b.py").write_text("def f(:\n")
+    assert list(script("corpus").pieces(tmp_path / "b.py")) == []
+
+
+def test_the_embedded_pair_is_small():
+    assert sum(path.stat().st_size for path in PAIR.rglob("*") if path.is_file()) <= 14e6
