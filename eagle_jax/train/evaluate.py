@@ -12,16 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import eagle_jax
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
-from eagle_jax.train import loader
+from eagle_jax.train import loader, setup
+from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.loss import in_dtype
 from eagle_jax.train.objective import Objective
 from eagle_jax.train.step import Arrays
 from eagle_jax.tree import TreePolicy
+from eagle_jax.tree.named import tree_named
 
 # Logits this close, relative to the largest, may change places between a pass of one token and one of many.
 NEAR_TIE = {"float32": 1e-4, "bfloat16": 2**-5}
@@ -138,36 +141,61 @@ def distinct_ngrams(prompts: Prompts, size: int = NGRAM) -> float:
     return float(np.mean(shares)) if shares else 1.0
 
 
-def held_out_loss(
-    objective: Objective,
-    model: Any,
-    frozen: Arrays,
-    target: Llama | None,
-    held_out: Dataset,
-    rows,
-    counts,
-    batches: int,
-    features=None,
-):
-    """A function of the masters: the mean loss and metrics over the first batches of held-out rows, without noise."""
+class Evaluator:
+    """Called with the masters: metrics of held-out data, and their score, higher is better.
 
-    @jax.jit
-    def measure(masters, target, frozen, batch):
-        whole = params.load(model, masters | frozen)
-        prepared = objective.prepare(whole, target, batch)
-        return objective.sums(whole, target, prepared, objective.counts(prepared), jax.random.key(0))[1]
+    A head's score is the tokens a cycle that it brings, a target's is its loss, negative.
+    """
 
-    data = loader.batches(held_out, rows, counts, 0, features=features)
-    number = min(batches, loader.steps_of(rows, counts, 1))
+    def __init__(
+        self,
+        settings: TrainSettings,
+        mesh: Mesh,
+        objective: Objective,
+        model: Any,
+        frozen: Arrays,
+        target: Llama | None,
+        held_out: Dataset,
+        origin: setup.Source,
+        features: Any = None,
+    ):
+        """model: abstract; frozen: its arrays that are not trained. features: as in `loader.batches`."""
+        self.settings, self.mesh, self.model, self.frozen, self.target = settings, mesh, model, frozen, target
+        rows, counts = setup.rows_of(held_out, settings)
+        self.batches = loader.batches(held_out, rows, counts, 0, features=features)
+        self.count = min(settings.evaluation.loss_batches, loader.steps_of(rows, counts, 1))
+        self.tree = tree_named(settings.evaluation.tree)
+        end = origin.tokenizer.eos_token_id
+        self.stop_tokens = () if end is None else (end,)
+        self.prompts = prompts_of(held_out, settings.evaluation.prompts, settings.evaluation.prompt_tokens)
+        self.plain: Prompts | None = None  # a head's target writes it once, at the first evaluation
 
-    def run(masters: Arrays, on_mesh) -> dict[str, Any]:
-        found = [measure(masters, target, frozen, on_mesh(data[index])) for index in range(number)]
-        mean = jax.tree.map(lambda *values: np.mean(jax.device_get(values), axis=0), *found)
+        @jax.jit
+        def measure(masters, frozen, target, batch):
+            whole = params.load(model, masters | frozen)
+            prepared = objective.prepare(whole, target, batch)
+            return objective.sums(whole, target, prepared, objective.counts(prepared), jax.random.key(0))[1]
+
+        self.measure = measure
+
+    def __call__(self, masters: Arrays) -> tuple[dict[str, Any], float]:
+        values = self.loss(masters)
+        settings = self.settings.evaluation
+        trained = in_dtype(params.load(self.model, masters | self.frozen), self.settings.dtype)
+        target = trained if self.target is None else self.target
+        if self.target is None or self.plain is None:
+            self.plain = plain_text(target, self.prompts, settings.new_tokens, self.stop_tokens)
+        values["distinct_4grams"] = distinct_ngrams(self.plain)
+        if self.target is None:
+            return values, -float(values["held_out_loss"])
+        values |= accepted_length(target, trained, self.plain, self.tree, settings.new_tokens, self.stop_tokens)
+        return values, float(values["tokens_a_cycle"])
+
+    def loss(self, masters: Arrays) -> dict[str, Any]:
+        """The mean loss and metrics over the first batches of held-out rows."""
+        found = []
+        for index in range(self.count):
+            batch = loader.on_mesh(self.batches[index], self.mesh)
+            found.append(jax.device_get(self.measure(masters, self.frozen, self.target, batch)))
+        mean = jax.tree.map(lambda *values: np.mean(values, axis=0), *found)
         return {f"held_out_{name}": value for name, value in mean.items()}
-
-    return run
-
-
-def as_draft(model: Any, masters: Arrays, frozen: Arrays, dtype: str) -> Any:
-    """The head that the masters are now, in the dtype of the computation."""
-    return in_dtype(params.load(model, masters | frozen), dtype)

@@ -36,7 +36,7 @@ STORED_PADDING = 1
 MANIFEST = "manifest.json"
 AGAIN = "run `eagle-jax train` with the same settings and --precompute"
 
-Rows = Mapping[int, Sequence[Sequence[int]]]  # {row length: documents of each row}, as `run.rows_of` has them
+Rows = Mapping[int, Sequence[Sequence[int]]]  # {row length: documents of each row}, as `setup.rows_of` has them
 
 
 class FeaturesError(ValueError):

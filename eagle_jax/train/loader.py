@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from eagle_jax.models import params
 from eagle_jax.train.dataset import Dataset
 
 Batch = dict[str, np.ndarray]
@@ -57,3 +60,13 @@ def iterator(dataset: grain.MapDataset) -> Any:
 def steps_of(rows: Mapping[int, Sequence[Any]], batch_rows: Mapping[int, int], epochs: float) -> int:
     """Steps that go through the rows `epochs` times."""
     return max(1, round(epochs * sum(len(own) / batch_rows[width] for width, own in rows.items())))
+
+
+def on_mesh(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch, of which every process holds its own rows, spread over the mesh."""
+
+    def place(array):
+        spec = PartitionSpec((params.DATA, params.FSDP), *[None] * (array.ndim - 1))
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+
+    return {name: place(array) for name, array in batch.items()}

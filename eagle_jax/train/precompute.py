@@ -11,8 +11,9 @@ import numpy as np
 from eagle_jax.train import features, setup
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.features import Group
-from eagle_jax.train.run import make_mesh, objective_of, on_mesh, rows_of
+from eagle_jax.train.loader import on_mesh
 from eagle_jax.train.say import Say, log
+from eagle_jax.train.setup import make_mesh, objective_of, rows_of
 
 
 def precompute(settings: TrainSettings, folder: Path, say: Say = log) -> int:

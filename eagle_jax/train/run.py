@@ -21,21 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import yaml
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eagle_jax.models import params
-from eagle_jax.train import dataset, evaluate, features, loader, metrics, save, setup, step
+from eagle_jax.train import features, loader, metrics, save, setup, step
 from eagle_jax.train.checkpoint import Checkpoints
 from eagle_jax.train.config import TrainSettings
-from eagle_jax.train.dataset import Dataset
-from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
+from eagle_jax.train.evaluate import Evaluator
 from eagle_jax.train.say import Say, log
 from eagle_jax.train.step import Arrays, TrainState
-from eagle_jax.train.vocabulary_loss import CHUNK
-from eagle_jax.tree.named import tree_named
 
 TERMINATED = 143  # what a shell reports for a program that SIGTERM ended
 # Settings that a run may go on with in another form. All others make it another run.
@@ -51,7 +46,7 @@ def train(settings: TrainSettings, say: Say = log) -> int:
       ValueError: bad data (DataError), models that do not fit, or settings other than the run was started with.
     """
     output = Path(settings.output)
-    mesh = make_mesh(settings)
+    mesh = setup.make_mesh(settings)
     _check_settings(output, settings)
     origin = setup.source(settings)
     train_data = setup.documents(settings.data.train, settings.data, origin, output / "data" / "train", say)
@@ -60,7 +55,7 @@ def train(settings: TrainSettings, say: Say = log) -> int:
         if settings.data.held_out
         else None
     )
-    rows, counts = rows_of(train_data, settings)
+    rows, counts = setup.rows_of(train_data, settings)
     total = settings.steps or loader.steps_of(rows, counts, settings.epochs or 1)
 
     target = None if settings.kind == "target" else setup.load_target(settings, mesh)
@@ -74,7 +69,7 @@ def train(settings: TrainSettings, say: Say = log) -> int:
     shardings = step.state_shardings(abstract, mesh)
     splits = {"train": (train_data, rows)}
     if held_out is not None:
-        splits["held_out"] = (held_out, rows_of(held_out, settings)[0])
+        splits["held_out"] = (held_out, setup.rows_of(held_out, settings)[0])
     read = {}  # by split: what a file holds of the rows
     if settings.features is not None and target is not None:
         stored = features.stored(settings, model, target, splits)
@@ -100,7 +95,7 @@ def train(settings: TrainSettings, say: Say = log) -> int:
             say(f"going on from step {int(state.step)} of {total}")
         del masters
 
-        objective = objective_of(settings)
+        objective = setup.objective_of(settings)
         evaluator = None
         if held_out is not None:
             stored_rows = read.get("held_out")
@@ -115,7 +110,7 @@ def train(settings: TrainSettings, say: Say = log) -> int:
         state = _loop(
             settings,
             state,
-            lambda state, batch: advance(state, frozen, target, on_mesh(batch, mesh)),
+            lambda state, batch: advance(state, frozen, target, loader.on_mesh(batch, mesh)),
             batches,
             evaluator,
             checkpoints,
@@ -185,87 +180,6 @@ def _loop(
                 checkpoints.save(state, batches.get_state(), score)
     records.close()
     return state
-
-
-class Evaluator:
-    """Called with the masters: metrics of held-out data, and their score, higher is better.
-
-    A head's score is the tokens a cycle that it brings, a target's is its loss, negative.
-    """
-
-    def __init__(self, settings, mesh, objective, model, frozen, target, held_out, origin, stored_rows=None):
-        self.settings, self.mesh, self.model, self.frozen, self.target = settings, mesh, model, frozen, target
-        self.loss = evaluate.held_out_loss(
-            objective,
-            model,
-            frozen,
-            target,
-            held_out,
-            *rows_of(held_out, settings),
-            settings.evaluation.loss_batches,
-            stored_rows,
-        )
-        self.tree = tree_named(settings.evaluation.tree)
-        end = origin.tokenizer.eos_token_id
-        self.stop_tokens = () if end is None else (end,)
-        self.prompts = evaluate.prompts_of(held_out, settings.evaluation.prompts, settings.evaluation.prompt_tokens)
-        self.plain = None  # a head's target writes it once, at the first evaluation
-
-    def __call__(self, masters: Arrays) -> tuple[dict[str, Any], float]:
-        values = self.loss(masters, lambda batch: on_mesh(batch, self.mesh))
-        settings = self.settings.evaluation
-        trained = evaluate.as_draft(self.model, masters, self.frozen, self.settings.dtype)
-        target = trained if self.target is None else self.target
-        if self.target is None or self.plain is None:
-            self.plain = evaluate.plain_text(target, self.prompts, settings.new_tokens, self.stop_tokens)
-        values["distinct_4grams"] = evaluate.distinct_ngrams(self.plain)
-        if self.target is None:
-            return values, -float(values["held_out_loss"])
-        values |= evaluate.accepted_length(
-            target, trained, self.plain, self.tree, settings.new_tokens, self.stop_tokens
-        )
-        return values, float(values["tokens_a_cycle"])
-
-
-def on_mesh(batch: loader.Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch, of which every process holds its own rows, spread over the mesh."""
-
-    def place(array):
-        spec = PartitionSpec((params.DATA, params.FSDP), *[None] * (array.ndim - 1))
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
-
-    return {name: place(array) for name, array in batch.items()}
-
-
-def make_mesh(settings: TrainSettings) -> Mesh:
-    """The mesh that the settings ask for, of all devices."""
-    axes = settings.mesh.model_dump()
-    needed, there = int(np.prod(list(axes.values()))), jax.device_count()
-    if needed > there:
-        raise ValueError(f"mesh {axes} needs {needed} devices, there are {there}")
-    types = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=jax.devices()[:needed])
-
-
-def rows_of(data: Dataset, settings: TrainSettings) -> tuple[dict[int, list[list[int]]], dict[int, int]]:
-    """How documents fill rows, {row length: documents of each row}, and the rows of a batch by row length."""
-    length = settings.data.row_length
-    if settings.data.packing:
-        rows = {length: dataset.pack(data.lengths, length, settings.seed)}
-    else:
-        rows = dataset.in_buckets(data.lengths, settings.data.buckets or (length,))
-    return rows, {width: settings.rows(width) for width in rows}
-
-
-def objective_of(settings: TrainSettings) -> Objective:
-    """The loss that the settings ask for."""
-    loss, dtype = settings.loss, jnp.dtype(settings.dtype)
-    chunk = CHUNK * settings.mesh.data * settings.mesh.fsdp
-    if settings.kind == "eagle3":
-        return Eagle3Objective(loss.weights, loss.alignment, loss.divergence, dtype, chunk)
-    if settings.kind == "eagle1":
-        return Eagle1Objective(loss.token_weight, loss.noise, dtype, chunk)
-    return TargetObjective(dtype, chunk)
 
 
 def _check_settings(output: Path, settings: TrainSettings) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from eagle_jax import convert
 from eagle_jax.convert import parts
@@ -24,8 +24,10 @@ from eagle_jax.models.llama import Llama
 from eagle_jax.train import dataset
 from eagle_jax.train.config import DataSettings, TrainSettings
 from eagle_jax.train.dataset import Dataset
+from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
 from eagle_jax.train.records import ReadReport, read_records
 from eagle_jax.train.say import Say
+from eagle_jax.train.vocabulary_loss import CHUNK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,3 +155,34 @@ def frequent_tokens(train: Dataset, vocab_size: int, count: int) -> tuple[np.nda
         seen += np.bincount(train.tokens[part][train.mask[part] > 0], minlength=vocab_size)
     ids = np.sort(np.argsort(-seen, kind="stable")[:count]).astype(np.int32)
     return ids, float(seen[ids].sum() / max(seen.sum(), 1))
+
+
+def make_mesh(settings: TrainSettings) -> Mesh:
+    """The mesh that the settings ask for, of all devices."""
+    axes = settings.mesh.model_dump()
+    needed, there = int(np.prod(list(axes.values()))), jax.device_count()
+    if needed > there:
+        raise ValueError(f"mesh {axes} needs {needed} devices, there are {there}")
+    types = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=jax.devices()[:needed])
+
+
+def rows_of(data: Dataset, settings: TrainSettings) -> tuple[dict[int, list[list[int]]], dict[int, int]]:
+    """How documents fill rows, {row length: documents of each row}, and the rows of a batch by row length."""
+    length = settings.data.row_length
+    if settings.data.packing:
+        rows = {length: dataset.pack(data.lengths, length, settings.seed)}
+    else:
+        rows = dataset.in_buckets(data.lengths, settings.data.buckets or (length,))
+    return rows, {width: settings.rows(width) for width in rows}
+
+
+def objective_of(settings: TrainSettings) -> Objective:
+    """The loss that the settings ask for."""
+    loss, dtype = settings.loss, jnp.dtype(settings.dtype)
+    chunk = CHUNK * settings.mesh.data * settings.mesh.fsdp
+    if settings.kind == "eagle3":
+        return Eagle3Objective(loss.weights, loss.alignment, loss.divergence, dtype, chunk)
+    if settings.kind == "eagle1":
+        return Eagle1Objective(loss.token_weight, loss.noise, dtype, chunk)
+    return TargetObjective(dtype, chunk)

@@ -21,7 +21,7 @@ from eagle_jax.train.config import TrainSettings, read_settings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.features import FeaturesError
 from eagle_jax.train.precompute import precompute
-from eagle_jax.train.run import make_mesh, objective_of, rows_of
+from eagle_jax.train.setup import make_mesh, objective_of, rows_of
 from tests.train.chat_templates import byte_level
 from tests.train.models import VOCAB, write_target
 

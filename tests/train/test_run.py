@@ -198,8 +198,9 @@ def test_text_that_is_not_the_target_s_own_ends_the_evaluation(folder):
     wrong[0, 9] = (wrong[0, 9] + 1) % VOCAB
     with pytest.raises(evaluate.NotLossless, match="prompt 1, position 9"):
         evaluate.check_equal(target, prompts, wrong, prompts.ends)
-    with pytest.raises(evaluate.NotLossless, match="position 13"):  # a text that ends early
-        evaluate.check_equal(target, prompts, np.where(np.arange(14) < 13, prompts.plain, 0), prompts.ends - 1)
+    early = np.where(np.arange(prompts.plain.shape[1])[None] < 13, prompts.plain, 0)  # a text that ends early
+    with pytest.raises(evaluate.NotLossless, match="position 13"):
+        evaluate.check_equal(target, prompts, early, prompts.ends - 1)
 
 
 def test_distinct_ngrams_tell_loops():

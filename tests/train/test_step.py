@@ -17,8 +17,8 @@ from eagle_jax.models import params
 from eagle_jax.train import step
 from eagle_jax.train.config import OptimizerSettings
 from eagle_jax.train.dataset import Dataset, pack
+from eagle_jax.train.loader import on_mesh
 from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, TargetObjective
-from eagle_jax.train.run import on_mesh
 from eagle_jax.train.vocabulary_loss import Labels, Soft, likeliest_tokens, vocabulary_loss
 from tests.toy import scaled
 
