@@ -15,18 +15,8 @@ from eagle_jax import DraftConfig, Eagle3Draft, Llama, LlamaConfig, SamplingConf
 from eagle_jax.models import params
 from tests.aot import compile_for, gpu_devices, tpu_devices
 from tools import train_memory
+from tools.train_memory import HEAD_8B, LLAMA_8B
 
-LLAMA_8B = dict(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=131072,
-    rms_norm_eps=1e-5,
-)
-HEAD_8B = LLAMA_8B | dict(num_hidden_layers=1, draft_vocab_size=32000)
 ROWS, PROMPT = 8192, 512
 
 DEVICES = {"H200": gpu_devices, "TPU v5p": lambda: tpu_devices("v5p:2x2x1")}

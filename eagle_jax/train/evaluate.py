@@ -6,7 +6,6 @@ Letters: B prompts, P padded prompt.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -119,7 +118,7 @@ def check_equal(target: Llama, prompts: Prompts, tokens: np.ndarray, ends: np.nd
     return parted
 
 
-@functools.partial(jax.jit, static_argnames=())
+@jax.jit
 def _row_logits(target, tokens, lengths):
     return eagle_jax.forward(target, tokens, lengths)[0]
 

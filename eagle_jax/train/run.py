@@ -47,7 +47,7 @@ def train(settings: TrainSettings, say: Say = log) -> int:
     """
     output = Path(settings.output)
     mesh = setup.make_mesh(settings)
-    _check_settings(output, settings)
+    note_settings = _check_settings(output, settings)
     origin = setup.source(settings)
     train_data = setup.documents(settings.data.train, settings.data, origin, output / "data" / "train", say)
     held_out = (
@@ -85,6 +85,7 @@ def train(settings: TrainSettings, say: Say = log) -> int:
             processes=jax.process_count(),
         )
     )
+    note_settings()
     checkpoints = Checkpoints(output / "checkpoints", settings.checkpoints.keep)
     try:
         if checkpoints.latest is None:
@@ -182,8 +183,8 @@ def _loop(
     return state
 
 
-def _check_settings(output: Path, settings: TrainSettings) -> None:
-    """Notes the settings of a new run; refuses to go on with one under others."""
+def _check_settings(output: Path, settings: TrainSettings) -> Callable[[], None]:
+    """Refuses to go on with a run under other settings; returns what notes these, once the run can begin."""
     path = output / "settings.yaml"
     ours = settings.model_dump(mode="json")
     if path.is_file():
@@ -194,10 +195,13 @@ def _check_settings(output: Path, settings: TrainSettings) -> None:
                 f"{output} holds a run with other settings ({', '.join(differing)}); choose another output, or those "
                 "settings"
             )
-    output.mkdir(parents=True, exist_ok=True)
-    partial = output / ".settings.yaml"
-    partial.write_text(yaml.safe_dump(ours, sort_keys=False), encoding="utf-8")
-    os.replace(partial, path)
+
+    def note() -> None:
+        partial = output / ".settings.yaml"
+        partial.write_text(yaml.safe_dump(ours, sort_keys=False), encoding="utf-8")
+        os.replace(partial, path)
+
+    return note
 
 
 @contextmanager

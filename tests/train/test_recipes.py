@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -28,6 +29,12 @@ def test_settings(name):
     settings = read_settings(RECIPE / f"{name}.yaml")
     assert settings.kind == {"ends": "target"}.get(name, name)
     assert subprocess.run(["sh", "-n", str(RECIPE / "make.sh")], check=False).returncode == 0
+
+
+def test_the_settings_in_the_docs(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (RECIPE.parents[1] / "docs" / "training.md").read_text(), re.DOTALL)
+    (tmp_path / "run.yaml").write_text(block)
+    assert read_settings(tmp_path / "run.yaml").kind == "eagle3"
 
 
 def test_heads_have_the_same_budget():

@@ -212,6 +212,17 @@ def test_distinct_ngrams_tell_loops():
     assert share([1, 1, 1, 1, 1, 1, 1]) == 1 / 4
 
 
+def test_bad_data_is_named_and_leaves_no_run_behind(folder):
+    (folder / "bad.jsonl").write_text((folder / "train.jsonl").read_text() + "{\n")
+    data = {"train": [str(folder / "bad.jsonl")], "row_length": 64}
+    with pytest.raises(ValueError, match=r"bad\.jsonl:9: invalid JSON"):
+        train(settings_of(folder, "bad", data=data), quiet)
+    said: list[str] = []
+    skipping = settings_of(folder, "bad", data=data | {"on_error": "skip"})
+    assert train(skipping, said.append) == 0
+    assert "1 invalid JSON" in said[0]
+
+
 def test_a_run_that_diverges_ends_with_an_error(folder):
     hot = {"learning_rate": 1e30, "schedule": "constant", "clip_norm": None}
     with pytest.raises(ValueError, match=r"the loss is .* at step .*lower optimizer\.learning_rate"):
