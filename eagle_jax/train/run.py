@@ -15,7 +15,7 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from eagle_jax.models import params
 from eagle_jax.train import features, loader, metrics, save, setup, step
 from eagle_jax.train.checkpoint import Checkpoints
 from eagle_jax.train.config import TrainSettings
+from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.evaluate import Evaluator
 from eagle_jax.train.say import Say, log
 from eagle_jax.train.step import Arrays, TrainState
 
+SETTINGS = "settings.yaml"
 TERMINATED = 143  # what a shell reports for a program that SIGTERM ended
 # Settings that a run may go on with in another form. All others make it another run.
 MAY_CHANGE = {"output", "features", "steps", "epochs", "mesh", "accumulation", "checkpoints", "evaluation", "log_every"}
@@ -49,12 +51,13 @@ def train(settings: TrainSettings, say: Say = log) -> int:
     mesh = setup.make_mesh(settings)
     note_settings = _check_settings(output, settings)
     origin = setup.source(settings)
-    train_data = setup.documents(settings.data.train, settings.data, origin, output / "data" / "train", say)
-    held_out = (
-        setup.documents(settings.data.held_out, settings.data, origin, output / "data" / "held_out", say)
-        if settings.data.held_out
-        else None
-    )
+    begun = (output / SETTINGS).is_file()
+
+    def documents(split: str, files: Sequence[str]) -> Dataset:
+        return setup.documents(files, settings.data, origin, output / "data" / split, say, begun)
+
+    train_data = documents("train", settings.data.train)
+    held_out = documents("held_out", settings.data.held_out) if settings.data.held_out else None
     rows, counts = setup.rows_of(train_data, settings)
     total = settings.steps or loader.steps_of(rows, counts, settings.epochs or 1)
 
@@ -185,7 +188,7 @@ def _loop(
 
 def _check_settings(output: Path, settings: TrainSettings) -> Callable[[], None]:
     """Refuses to go on with a run under other settings; returns what notes these, once the run can begin."""
-    path = output / "settings.yaml"
+    path = output / SETTINGS
     ours = settings.model_dump(mode="json")
     if path.is_file():
         theirs = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from eagle_jax.models.config import DraftConfig, LlamaConfig, RopeConfig
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.llama import Llama
-from eagle_jax.train import dataset
+from eagle_jax.train import dataset, fingerprint
 from eagle_jax.train.config import DataSettings, TrainSettings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
@@ -52,21 +51,32 @@ def source(settings: TrainSettings) -> Source:
     return Source(folder, convert.tokenizer(folder), config)
 
 
-def documents(files: Sequence[str], settings: DataSettings, origin: Source, folder: Path, say: Say) -> Dataset:
-    """The tokenised documents of some files; from `folder` if it holds those of the same files and settings."""
-    digests = {str(name): _digest(Path(name)) for name in files}
+def documents(
+    files: Sequence[str], settings: DataSettings, origin: Source, folder: Path, say: Say, begun: bool = False
+) -> Dataset:
+    """The tokenised documents of some files; from `folder` if it holds those of the same files and settings.
+
+    Args:
+      begun: whether a run has learned from the folder's documents.
+    Raises:
+      ValueError: if the files are no longer those of a run that has begun. DataError: see `read_records`.
+    """
     template = None if settings.chat_template is None else Path(settings.chat_template).read_text(encoding="utf-8")
     about = {
-        "files": digests,
+        "files": [fingerprint.of_file(name) for name in files],
         "row_length": settings.row_length,
         "on_error": settings.on_error,
         "too_long": settings.too_long,
         "add_end": settings.add_end,
         "chat_template": template,
-        "tokenizer": hashlib.sha256(origin.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": fingerprint.of_tokenizer(origin.tokenizer),
     }
-    if dataset.about(folder) == about:
+    old = dataset.about(folder)
+    if old == about:
         return dataset.read(folder)
+    if begun and old is not None:
+        changed = ", ".join(name for name in about if old.get(name) != about[name])
+        raise ValueError(f"{folder}: the data changed since this run began ({changed}); choose another output")
     report = ReadReport()
     records = read_records(
         files,
@@ -82,11 +92,6 @@ def documents(files: Sequence[str], settings: DataSettings, origin: Source, fold
     made = dataset.write(folder, records, about)
     say(report.summary())
     return made
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:

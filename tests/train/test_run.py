@@ -221,6 +221,9 @@ def test_bad_data_is_named_and_leaves_no_run_behind(folder):
     skipping = settings_of(folder, "bad", data=data | {"on_error": "skip"})
     assert train(skipping, said.append) == 0
     assert "1 invalid JSON" in said[0]
+    (folder / "bad.jsonl").write_text((folder / "train.jsonl").read_text() * 2)
+    with pytest.raises(ValueError, match=r"the data changed since this run began \(files\)"):
+        train(skipping, quiet)
 
 
 def test_a_run_that_diverges_ends_with_an_error(folder):
