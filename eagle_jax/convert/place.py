@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written beside its place and renamed into it."""
+"""Folders and files that appear whole or not at all: written beside their place and renamed into it."""
 
 from __future__ import annotations
 
@@ -26,3 +26,15 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to, which takes its place when the block ends; after an error it goes."""
+    partial = path.with_name(f".{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

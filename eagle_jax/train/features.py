@@ -24,6 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from eagle_jax.convert.place import new_file
 from eagle_jax.models.llama import Llama
 from eagle_jax.train import fingerprint
 from eagle_jax.train.config import TrainSettings
@@ -194,14 +195,13 @@ def write(
         name = group.name(shard)
         array = compute(group, group.rows(shard))
         assert (array.shape, array.dtype) == ((group.positions(shard), contents.width), contents.real)
-        partial = folder / f".{name}"
-        with open(partial, "wb") as file:
-            np.save(file, array.view(contents.stored))
-            file.flush()
-            os.fsync(file.fileno())
-        known[name] = {"bytes": partial.stat().st_size, "sha256": fingerprint.of_file(partial)}
-        os.replace(partial, folder / name)
-        _replace(folder / MANIFEST, manifest)
+        with new_file(folder / name) as partial:
+            with open(partial, "wb") as file:
+                np.save(file, array.view(contents.stored))
+                file.flush()
+                os.fsync(file.fileno())
+            known[name] = {"bytes": partial.stat().st_size, "sha256": fingerprint.of_file(partial)}
+        _write_json(folder / MANIFEST, manifest)
         say(f"written: {folder / name}, rows {group.rows(shard).stop} of {len(group.starts) - 1}")
 
 
@@ -282,8 +282,7 @@ def _is_whole(path: Path, known: dict[str, Any] | None) -> bool:
     return known is not None and path.is_file() and path.stat().st_size == known["bytes"]
 
 
-def _replace(path: Path, values: dict[str, Any]) -> None:
+def _write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes JSON, whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

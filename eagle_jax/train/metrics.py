@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from eagle_jax.convert.place import new_file
 
 
 class Metrics:
@@ -20,9 +21,8 @@ class Metrics:
 
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read(self.path) if line["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self.path)
+        with new_file(self.path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
@@ -76,7 +76,6 @@ def plot(folder: Path) -> Path | None:
         axes.legend(loc="upper center")
     figure.tight_layout()
     path = folder / "plot.png"
-    partial = folder / ".plot.png"
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, path)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     return path

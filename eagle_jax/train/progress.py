@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from eagle_jax.convert.place import new_file
+
 START_ANEW = "to write it anew, give --overwrite"
 
 
@@ -65,12 +67,10 @@ class Progress:
         self.records += len(records)
         self.bytes += len(content)
         names = ("settings", "inputs", "records", "bytes", "faults")
-        new = self.note.with_name(f".{self.note.name}")
-        with open(new, "w", encoding="utf-8") as file:
+        with new_file(self.note) as new, open(new, "w", encoding="utf-8") as file:
             json.dump({name: getattr(self, name) for name in names}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(new, self.note)
 
     def finish(self) -> None:
         """The file appears under its name."""

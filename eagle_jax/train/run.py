@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ import jax
 import numpy as np
 import yaml
 
+from eagle_jax.convert.place import new_file
 from eagle_jax.models import params
 from eagle_jax.train import features, loader, metrics, save, setup, step
 from eagle_jax.train.checkpoint import Checkpoints
@@ -200,9 +200,8 @@ def _check_settings(output: Path, settings: TrainSettings) -> Callable[[], None]
             )
 
     def note() -> None:
-        partial = output / ".settings.yaml"
-        partial.write_text(yaml.safe_dump(ours, sort_keys=False), encoding="utf-8")
-        os.replace(partial, path)
+        with new_file(path) as partial:
+            partial.write_text(yaml.safe_dump(ours, sort_keys=False), encoding="utf-8")
 
     return note
 
