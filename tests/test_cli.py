@@ -92,7 +92,7 @@ def test_bench_reports_both_ways(folder, golden, tmp_path, capsys):
     arguments = ["--model", str(folder), "--prompts", str(tokens), "--repeats", "1", "--json", str(report)]
     assert main(["bench", *arguments, *OPTIONS]) == 0
     result = json.loads(report.read_text())
-    assert result["tree"] == {"depth": 3, "top_k": 2, "num_nodes": 5}
+    assert result["tree"] == {"depth": 3, "top_k": 2, "num_nodes": 5, "score_temperature": 1.0}
     assert (result["dtype"], result["rows"], result["identical_rows"]) == ("float32", 2, 2)
     assert result["differences"] == []
     plain, speculative = result["plain"], result["speculative"]
