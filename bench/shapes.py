@@ -1,0 +1,95 @@
+"""Shapes of Llama models, and pairs of a target and its EAGLE-3 head of a shape: abstract, or with random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eagle_jax import DraftConfig, Eagle3Draft, Llama, LlamaConfig
+from eagle_jax.models import params
+from eagle_jax.models.config import tap_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A target, and an EAGLE-3 head of one layer of the same kind with a vocabulary of its own."""
+
+    target: LlamaConfig
+    head: DraftConfig
+
+    def with_layers(self, layers: int) -> Shape:
+        """The same with fewer (or more) layers in the target."""
+        return dataclasses.replace(self, target=dataclasses.replace(self.target, num_layers=layers))
+
+
+def llama_shape(sizes: dict[str, Any], draft_vocab_size: int = 32000) -> Shape:
+    """The shape of a target with these fields of a Hugging Face config, and of a head as wide as it is."""
+    shared = dict(max_position_embeddings=131072, rms_norm_eps=1e-5) | sizes
+    head = shared | dict(num_hidden_layers=1, draft_vocab_size=draft_vocab_size, tie_word_embeddings=False)
+    return Shape(LlamaConfig.from_hf(shared), DraftConfig.from_hf(head))
+
+
+SHAPES: dict[str, Shape] = {
+    # of no published model: small enough for tests to run
+    "tiny": llama_shape(
+        dict(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+        draft_vocab_size=128,
+    ),
+    # Llama-3.2-1B
+    "1b": llama_shape(
+        dict(
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            tie_word_embeddings=True,
+        )
+    ),
+    # Llama-3.1-8B; the head is that of yuhuili/EAGLE3-LLaMA3.1-Instruct-8B
+    "8b": llama_shape(
+        dict(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+        )
+    ),
+    # Llama-3.3-70B
+    "70b": llama_shape(
+        dict(
+            vocab_size=128256,
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+        )
+    ),
+}
+
+
+def abstract_pair(shape: Shape, dtype: Any = jnp.bfloat16) -> tuple[Llama, Eagle3Draft]:
+    """Target and head with shapes and dtypes in place of arrays."""
+    return params.abstract(lambda key: random_pair(shape, key, dtype))
+
+
+def random_pair(shape: Shape, key: jax.Array, dtype: Any = jnp.bfloat16) -> tuple[Llama, Eagle3Draft]:
+    """Target and head with random weights. `key` is consumed; jit it, or every weight exists in float32 first."""
+    target_key, head_key = jax.random.split(key)
+    taps = len(tap_layers(shape.head, shape.target.num_layers))
+    return Llama(shape.target, target_key, dtype), Eagle3Draft(shape.head, taps, head_key, dtype)
