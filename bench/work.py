@@ -1,0 +1,131 @@
+"""Bytes and FLOPs of each part of decoding, from shapes alone: what no implementation can do without.
+
+Letters: B batch, T tokens a row of a pass, S context (rows of the cache that are filled), W queries a drafting step,
+D tree depth, N nodes. Of a model: L layers, d width, f MLP width, n query heads, k key-value heads, h head dim,
+V output vocabulary, e bytes a number. A head with its own embedding costs the same as one with its target's.
+
+A pass of B x T tokens over a stack of layers, with the weights
+
+    layer    = n h i + 2 k h i + d n h + 3 d f + norms      i: the width that attention reads, d, or 2 d in EAGLE-3 heads
+    output   = V d                                          where logits are computed
+
+    bytes    = e (L layer + output)      every weight is read once, however many tokens there are
+             + e B T d                   of the embedding the rows of the tokens alone
+             + e B S 2 k h L             keys and values of the context, read once a row of the batch
+             + e B T 2 k h L             keys and values of the new tokens, written
+    FLOPs    = 2 B T (L matrices + output)        a multiplication and an addition a weight and token
+             + 4 B T (S + T) n h L                scores, and weighted values, under a mask
+
+Activations and logits count nothing: they can stay on the chip. Nor do rows of a cache beyond its length, although a
+pass that reads a cache whole reads those too.
+
+    plain    a pass with T = 1
+    verify   a pass with T = N
+    step     a pass of the head with T = W, and its output; it reads the earlier steps' keys and values, too
+    propose  the head's output once, for the children of the root, and D - 1 steps
+    extend   a pass of the head with T = D + 1 behind fc (d of the head x taps d of the target), without an output
+    commit   D + 1 rows of keys and values of every layer, read and written
+    cycle    propose + verify + commit + extend
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from eagle_jax.models.config import DraftConfig, LlamaConfig, tap_layers
+from eagle_jax.tree import TreePolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a part moves, in bytes, and what it computes, in FLOPs."""
+
+    bytes: float
+    flops: float
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(self.bytes * factor, self.flops * factor)
+
+    def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
+        """The least time that a device with these ceilings can take: moving and computing at the same time."""
+        return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycle:
+    """The parts of a speculative cycle, in the order in which they run, and of one drafting step of `propose`."""
+
+    propose: Work
+    verify: Work
+    commit: Work
+    extend: Work
+    step: Work
+
+    @property
+    def parts(self) -> dict[str, Work]:
+        """What a cycle is the sum of: each waits for the one before."""
+        return {"propose": self.propose, "verify": self.verify, "commit": self.commit, "extend": self.extend}
+
+    @property
+    def total(self) -> Work:
+        return self.propose + self.verify + self.commit + self.extend
+
+
+def plain_work(target: LlamaConfig, batch: int, context: int, itemsize: int = 2) -> Work:
+    """One token a row by the target alone.
+
+    Args:
+      context: S, rows of the cache that are filled.
+      itemsize: e, 2 for bfloat16.
+    """
+    return verify_work(target, 1, batch, context, itemsize)
+
+
+def verify_work(target: LlamaConfig, nodes: int, batch: int, context: int, itemsize: int = 2) -> Work:
+    """The target's pass over a tree of N nodes a row."""
+    return _pass(target, target.hidden_size, batch, nodes, context, itemsize) + _output(
+        target.vocab_size, target.hidden_size, batch * nodes, itemsize
+    )
+
+
+def cycle_work(
+    target: LlamaConfig, head: DraftConfig, tree: TreePolicy, batch: int, context: int, itemsize: int = 2
+) -> Cycle:
+    """One cycle of an EAGLE-3 head; arguments as in `plain_work`."""
+    width = 2 * head.hidden_size
+    first = _output(head.draft_vocab_size, head.hidden_size, batch, itemsize)
+    # The first step finds no rows of earlier ones, the last D - 2 times W: on average half of that.
+    scratch = max(tree.depth - 2, 0) * tree.width // 2
+    step = _pass(head, width, batch, tree.width, context + scratch, itemsize) + _output(
+        head.draft_vocab_size, head.hidden_size, batch * tree.width, itemsize
+    )
+    gained = tree.depth + 1
+    features = len(tap_layers(head, target.num_layers)) * head.target_hidden_size
+    rows = 2 * target.num_kv_heads * target.head_dim * target.num_layers
+    return Cycle(
+        propose=first + step * (tree.depth - 1),
+        verify=verify_work(target, tree.num_nodes, batch, context, itemsize),
+        commit=Work(2 * itemsize * batch * gained * rows, 0),
+        extend=_output(head.hidden_size, features, batch * gained, itemsize)
+        + _pass(head, width, batch, gained, context, itemsize),
+        step=step,
+    )
+
+
+def _pass(config: LlamaConfig, reads: int, batch: int, tokens: int, context: int, itemsize: int) -> Work:
+    """All layers of a model on B x T embedded tokens; `reads`: the width that attention reads."""
+    d, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    matrices = reads * (heads + 2 * kv) + heads * d + 3 * d * config.intermediate_size
+    norms = d + reads
+    layers = config.num_layers
+    moved = layers * (matrices + norms) + batch * tokens * d + batch * (context + tokens) * 2 * kv * layers
+    computed = 2 * batch * tokens * layers * (matrices + 2 * (context + tokens) * heads)
+    return Work(itemsize * moved, computed)
+
+
+def _output(outputs: int, inputs: int, tokens: int, itemsize: int) -> Work:
+    """One matrix [outputs, inputs] on some tokens."""
+    return Work(itemsize * outputs * inputs, 2 * tokens * outputs * inputs)
