@@ -1,4 +1,4 @@
-"""The helpers of aot.py: the compilers of a TPU and of an H200 run here, and this process stays on its CPU."""
+"""bench/compilers.py: the compilers of a TPU and of an H200 run here, and this process stays on its CPU."""
 
 import jax
 import jax.numpy as jnp

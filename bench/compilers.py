@@ -1,0 +1,142 @@
+"""Compiling for accelerators that are not there: TPUs and an H200, with their real compilers, on a CPU machine.
+
+It shows memory, donation, copies and kernel counts of the program that the accelerator would run, not times.
+Needs the `aot` extra: `make test` unpacks it into `$VENV/aot` rather than installing it, because a JAX that finds the
+plugin of an accelerator it does not have complains at each start. Work on this process's own CPU goes on as usual.
+
+    find_compilers()
+    device = gpu_devices()[0]
+    compiled = compile_for(device, step, jax.ShapeDtypeStruct((8, 8), jnp.float32), donate_argnums=0)
+    Memory.of(compiled), text(compiled)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Sharding, SingleDeviceSharding
+
+COMPILERS = Path(sys.prefix) / "aot"
+CACHE_FROM = "jax_persistent_cache_min_compile_time_secs"
+H200 = Path(__file__).parent / "h200_target_config.txt"
+# libtpu reads these when it is loaded: ask no metadata server, write no logs, and share the machine with other
+# processes (it would hold a lock file, which is for processes that use a real TPU).
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+class CompilerMissing(Exception):
+    """The compiler of an accelerator is not installed."""
+
+
+class Memory(NamedTuple):
+    """Bytes a chip: arguments (weights, state), temporaries, and the most at one time."""
+
+    arguments: int
+    temporaries: int
+    peak: int
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> Memory:
+        """What the compiler says that a program needs; donated arguments count once."""
+        kept = compiled.memory_analysis()
+        assert kept is not None
+        peak = kept.argument_size_in_bytes + kept.temp_size_in_bytes + kept.output_size_in_bytes
+        return cls(kept.argument_size_in_bytes, kept.temp_size_in_bytes, peak - kept.alias_size_in_bytes)
+
+
+def find_compilers() -> None:
+    """Puts `$VENV/aot` on the import path. JAX looks for plugins once, so this precedes its first use of a device."""
+    if COMPILERS.is_dir() and str(COMPILERS) not in sys.path:
+        sys.path.append(str(COMPILERS))
+
+
+@functools.cache
+def tpu_devices(topology: str = "v5e:2x2") -> list[Any]:
+    """The chips of a TPU topology. Raises CompilerMissing where libtpu is not installed."""
+    _need("libtpu")
+    import libtpu
+
+    os.environ.update(LIBTPU | {"TPU_LIBRARY_PATH": libtpu.get_library_path()})
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+@functools.cache
+def gpu_devices(count: int = 1) -> list[Any]:
+    """`count` H200 GPUs of one host. Raises CompilerMissing where the CUDA 13 compiler is not installed."""
+    _need("jax_plugins.xla_cuda13")
+    config = H200.read_text()
+    return list(
+        topologies.get_topology_desc("", platform="cuda", target_config=config, topology=f"1x{count}x1").devices
+    )
+
+
+def compile_for(
+    device: Any,
+    fn: Callable[..., Any],
+    *args: Any,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    **static: Any,
+) -> jax.stages.Compiled:
+    """The program that `device` would run for `jax.jit(fn)(*args, **static)`.
+
+    Args:
+      device: one of `tpu_devices` or `gpu_devices`; a sharding of theirs (a NamedSharding), for arrays that all lie
+        alike; or a function from a leaf's path and shape to its sharding.
+      args: trees of arrays or ShapeDtypeStructs; only shapes and dtypes are read. A leaf that is a ShapeDtypeStruct
+        with a sharding keeps it.
+      static: the values of `static_argnames`.
+    """
+    if callable(device):
+        place = device
+    else:
+        everywhere = device if isinstance(device, Sharding) else SingleDeviceSharding(device)
+
+        def place(path, shape):
+            return everywhere
+
+    def abstract(path, leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(path, leaf.shape))
+
+    shapes = jax.tree_util.tree_map_with_path(abstract, args)
+    jitted = jax.jit(fn, donate_argnums=donate_argnums, static_argnames=static_argnames)
+    lowered = jitted.lower(*shapes, **static)
+    # JAX's cache on disk stores the program of an absent device, but cannot load it: store nothing.
+    shortest = getattr(jax.config, CACHE_FROM)
+    jax.config.update(CACHE_FROM, float("inf"))
+    try:
+        return lowered.compile(compiler_options={"xla_backend_optimization_level": "3"})  # the tests lower it
+    finally:
+        jax.config.update(CACHE_FROM, shortest)
+
+
+def text(compiled: jax.stages.Compiled) -> str:
+    """The program as HLO, after all of the compiler's passes: what bench/hlo.py reads."""
+    found = compiled.as_text()
+    assert found is not None
+    return found
+
+
+def _need(module: str) -> None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise CompilerMissing(f"{module} is not installed: the compilers come with `make test` (extra `aot`)")

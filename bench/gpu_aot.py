@@ -1,0 +1,74 @@
+"""The decoder on an H200 that is not there: kernels a pass, copies and temporaries, by the real compiler.
+
+    python -m bench.gpu_aot                     every row; some minutes on two cores
+    python -m bench.gpu_aot --only cycle --json h200.json
+    python -m bench.gpu_aot --only "8b plain" --layers 8    the same with fewer layers
+
+A launch takes a microsecond or more, so kernels are a floor of a pass's time beside its bytes. Without a GPU there is
+neither cuBLAS nor autotuning: products are Triton fusions here, which tells nothing of times. Needs the `aot` extra
+(see bench/compilers.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from bench import compilers, hlo, programs, report
+from bench.programs import Program
+from bench.shapes import SHAPES, Shape
+from eagle_jax.sampling import SamplingConfig
+
+MIB = 2**20
+CAPACITY = 8192  # tokens a row may hold
+
+SAMPLINGS = {
+    "greedy": SamplingConfig(),
+    "sampled": SamplingConfig(temperature=1.0),
+    "coupled": SamplingConfig(temperature=1.0, coupled=True),
+}
+
+
+def plain(shape: Shape, sampling: SamplingConfig) -> Program:
+    return programs.cycle(shape, CAPACITY, sampling=sampling, tree=None)
+
+
+def cycle(shape: Shape, sampling: SamplingConfig) -> Program:
+    """60 nodes, depth 8, top_k 10."""
+    return programs.cycle(shape, CAPACITY, sampling=sampling)
+
+
+# {"8b cycle greedy": (shape, program, sampling)}
+ROWS = {
+    f"{name} {program.__name__} {sampling}": (name, program, sampling)
+    for name, program, samplings in (("8b", plain, ["greedy"]), ("8b", cycle, [*SAMPLINGS]))
+    for sampling in samplings
+}
+
+
+def measure(name: str, layers: int | None = None) -> dict[str, Any]:
+    """Compiles a row: kernels, copies, MiB, seconds. `layers`: of the target, in place of its own number."""
+    model, make, sampling = ROWS[name]
+    shape = SHAPES[model] if layers is None else SHAPES[model].with_layers(layers)
+    program, device = make(shape, SAMPLINGS[sampling]), compilers.gpu_devices()[0]
+    start = time.perf_counter()
+    compiled = program.compile(device)
+    seconds = time.perf_counter() - start
+    return {
+        "model": model,
+        "layers": shape.target.num_layers,
+        "pass": make.__name__,
+        "sampling": sampling,
+        "kernels": hlo.kernels(compilers.text(compiled)),
+        "copies": len(program.copies(compiled, device)),
+        "temporaries MiB": compilers.Memory.of(compiled).temporaries / MIB,
+        "compile s": seconds,
+    }
+
+
+if __name__ == "__main__":
+    report.main(__doc__, {name: functools.partial(measure, name) for name in ROWS})

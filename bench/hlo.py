@@ -1,0 +1,179 @@
+"""Reading a compiled program's text (HLO): copies of large arrays, and the kernels that a GPU launches.
+
+A program is a list of computations, each a list of instructions; fusions, loops and conditions call computations:
+
+    %fused_computation (p: f32[8,4]) -> f32[4,8] {
+      %p = f32[8,4]{1,0} parameter(0)
+      ROOT %t = f32[4,8]{1,0} transpose(%p), dimensions={1,0}
+    }
+    ENTRY %main (x: f32[8,4]) -> f32[4,8] {
+      %x = f32[8,4]{1,0} parameter(0)
+      ROOT %f = f32[4,8]{1,0} fusion(%x), kind=kLoop, calls=%fused_computation
+    }
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# An instruction's type is one array, or a tuple in parentheses (with comments such as /*index=5*/ in it).
+INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+MEMORY_SPACE = re.compile(r"S\((\d+)\)")
+
+MOVES = {"copy", "copy-start", "transpose"}
+SAME_BYTES = {"bitcast", "reshape", "get-tuple-element"}  # what a copy may be wrapped in
+# What launches nothing of its own on a GPU.
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"),
+    *("copy-done", "async-start", "async-update", "async-done", "all-reduce-done", "all-gather-done"),
+}
+
+
+class Instruction(NamedTuple):
+    """type: as written, "bf16[8,4]{1,0}" or a tuple's. rest: operands (without the parenthesis) and attributes."""
+
+    name: str
+    type: str
+    opcode: str
+    rest: str
+    root: bool
+
+    @property
+    def array(self) -> str:
+        """Its array, or a tuple's first one, without a layout: "bf16[8,4]"."""
+        found = ARRAY.search(self.type)
+        return f"{found[1]}[{found[2]}]" if found else ""
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands."""
+        return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it calls."""
+        branches = BRANCHES.search(self.rest)
+        listed = re.findall(r"[\w.\-]+", branches[1]) if branches else []
+        return CALLED.findall(self.rest) + listed
+
+
+class Program(NamedTuple):
+    """computations: {name: instructions}. entry: the name of the first to run."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+
+@functools.lru_cache(maxsize=4)
+def parse(text: str) -> Program:
+    """The computations of `compiled.as_text()`."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", []
+    for line in text.splitlines():
+        if header := HEADER.match(line):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif found := INSTRUCTION.match(line):
+            current.append(Instruction(found[2], found[3], found[4], found[5], bool(found[1])))
+    return Program(computations, entry)
+
+
+def large_copies(text: str, at_least: int = 2**20, *, in_loops: bool = False) -> list[str]:
+    """Arrays of `at_least` elements that a program copies as they are: weights and whole caches, where there are such.
+
+    Counted are copies and transposes, and fusions that come to no more. Not counted: those inside a fusion that
+    computes something (never in memory), and a TPU's prefetch, a copy from HBM into on-chip memory (or back).
+
+    Args:
+      in_loops: only what loops repeat, not what runs once before or after them.
+    Returns:
+      Their types, such as "bf16[8,4096]", once for each instruction.
+    """
+    program = parse(text)
+    copies = []
+    for name in _run(program, in_loops):
+        types = {instruction.name: instruction.type for instruction in program.computations[name]}
+        for instruction in program.computations[name]:
+            if elements(instruction.type) < at_least or not _moves(program, instruction):
+                continue
+            source = types.get(instruction.operands[0], "") if instruction.operands else ""
+            target = ARRAY.search(instruction.type)
+            if target and _space(target[0]) == _space(source):
+                copies.append(instruction.array)
+    return copies
+
+
+def elements(type_: str) -> int:
+    """Of an array, or of a tuple's first one: 32 of "bf16[8,4]"."""
+    found = ARRAY.search(type_)
+    return math.prod(int(size) for size in found[2].split(",") if size) if found else 0
+
+
+def kernels(text: str) -> int:
+    """Kernels that a GPU launches in one run of a program: fusions, library calls, sorts, copies.
+
+    A loop of a known number of turns counts as often; another one once (its condition too). Of a condition's branches
+    the one with the most counts.
+    """
+    program = parse(text)
+
+    @functools.cache
+    def launches(name: str) -> int:
+        return sum(of(instruction) for instruction in program.computations[name])
+
+    def of(instruction: Instruction) -> int:
+        if instruction.opcode == "while":
+            trips = TRIPS.search(instruction.rest)
+            condition, body = (re.search(rf"{part}=%?([\w.\-]+)", instruction.rest) for part in ("condition", "body"))
+            assert condition and body
+            return int(trips[1]) * launches(body[1]) if trips else launches(body[1]) + launches(condition[1])
+        if instruction.opcode == "conditional":
+            return max(launches(name) for name in instruction.called)
+        if instruction.opcode == "call":
+            return sum(launches(name) for name in instruction.called)
+        return 0 if instruction.opcode in FREE else 1
+
+    return launches(program.entry)
+
+
+def _run(program: Program, in_loops: bool) -> list[str]:
+    """The computations whose instructions have memory of their own: the entry, loops, branches; no fusions."""
+    found: dict[str, bool] = {}  # name -> whether a loop repeats it
+    todo = [(program.entry, False)]
+    while todo:
+        name, repeated = todo.pop()
+        if found.get(name, False) or (name in found and not repeated):
+            continue
+        found[name] = repeated
+        for instruction in program.computations[name]:
+            if instruction.opcode in ("while", "conditional", "call", "async-start"):
+                todo += [(called, repeated or instruction.opcode == "while") for called in instruction.called]
+    return [name for name, repeated in found.items() if repeated or not in_loops]
+
+
+def _moves(program: Program, instruction: Instruction) -> bool:
+    """Whether it is a copy or transpose, or a fusion whose result is one of an operand."""
+    if instruction.opcode in MOVES:
+        return True
+    if instruction.opcode != "fusion":
+        return False
+    body = {inner.name: inner for inner in program.computations[instruction.called[0]]}
+    inner, moved = next(inner for inner in body.values() if inner.root), False
+    while inner.opcode in MOVES | SAME_BYTES:
+        moved |= inner.opcode in MOVES
+        inner = body[inner.operands[0]]
+    return moved and inner.opcode == "parameter"
+
+
+def _space(type_: str) -> str:
+    """The memory space of an array's type: "" is the main one."""
+    found = MEMORY_SPACE.search(type_)
+    return found[1] if found else ""

@@ -1,0 +1,165 @@
+"""The programs of the decoder and of training, with abstract arguments: to compile for any device, or any mesh.
+
+Letters: B batch rows, P prompt width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import eagle_jax
+from bench import hlo
+from bench.compilers import compile_for, text
+from bench.shapes import Shape, abstract_pair
+from eagle_jax.models import params
+from eagle_jax.sampling import SamplingConfig
+from eagle_jax.train import step
+from eagle_jax.train.config import OptimizerSettings
+from eagle_jax.train.objective import Eagle3Objective
+from eagle_jax.tree import TreeConfig
+
+# What a mesh holds of an argument: place(argument, mesh) -> the sharding of every leaf, as a tree like the argument.
+Place = Callable[[Any, Mesh], Any]
+
+
+def by_path(model: Any, mesh: Mesh) -> Any:
+    """A model, or a dictionary of its arrays, by the table of rules in models/params.py."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: params.sharding(params.path_name(path), leaf.shape, mesh), model
+    )
+
+
+def by_sequence(state: Any, mesh: Mesh) -> Any:
+    """A DecodeState: keys and values by sequence and by head, all else whole on every chip."""
+    split = PartitionSpec((params.DATA, params.FSDP), params.TENSOR)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, split if leaf.ndim == 4 else PartitionSpec()), state)
+
+
+def by_row(batch: Any, mesh: Mesh) -> Any:
+    """A batch to train on, by rows."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec((params.DATA, params.FSDP))), batch)
+
+
+def whole(arg: Any, mesh: Mesh) -> Any:
+    """All of it on every chip."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), arg)
+
+
+PROMPTED: tuple[Place, ...] = (by_path, by_path, whole, whole, whole)  # target, draft, tokens, lengths, key
+
+
+class Program(NamedTuple):
+    """A function to compile.
+
+    args: trees of ShapeDtypeStructs. places: where each lies on a mesh. donated: those that it may overwrite.
+    made: a DecodeState that it makes and goes through loops with, None if it is an argument. loops: whether what it
+    does again and again is in its loops (else it is itself what is done again and again).
+    """
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    places: tuple[Place, ...]
+    donated: tuple[int, ...] = ()
+    made: Any = None
+    loops: bool = False
+
+    def compile(self, device: Any) -> jax.stages.Compiled:
+        """`device`: a device, or a Mesh with the axes of models/params.py."""
+        return compile_for(_first(device), self.fn, *self._placed(device)[:-1], donate_argnums=self.donated)
+
+    def copies(self, compiled: jax.stages.Compiled, device: Any) -> list[str]:
+        """The weights and caches that it copies over and over, such as "bf16[1,8,8320,128]"; by their size."""
+        leaves = jax.tree.leaves(self._placed(device))
+        sizes = {math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) for x in leaves}
+        copies = hlo.large_copies(text(compiled), in_loops=self.loops)
+        return [copy for copy in copies if hlo.elements(copy) in sizes]
+
+    def _placed(self, device: Any) -> tuple[Any, ...]:
+        """The arguments, and what it makes, with their shardings if `device` is a mesh."""
+        trees, places = (*self.args, self.made), (*self.places, by_sequence)
+        if not isinstance(device, Mesh):
+            return trees
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            trees,
+            tuple(place(tree, device) for place, tree in zip(places, trees, strict=True)),
+        )
+
+
+def prefill(
+    shape: Shape, capacity: int, prompt: int, batch: int = 1, sampling: SamplingConfig = SamplingConfig()
+) -> Program:
+    """Prompts [B, P] into fresh caches of `capacity` tokens a row: a loop over chunks of the prompts."""
+    fn = functools.partial(eagle_jax.prefill, max_new_tokens=capacity - prompt, sampling=sampling)
+    args = (*abstract_pair(shape), *_prompts(batch, prompt), _key(sampling))
+    return Program(fn, args, PROMPTED, made=jax.eval_shape(fn, *args), loops=True)
+
+
+def cycle(
+    shape: Shape,
+    capacity: int,
+    batch: int = 1,
+    sampling: SamplingConfig = SamplingConfig(),
+    tree: TreeConfig | None = TreeConfig(),
+) -> Program:
+    """One cycle with the state donated; `tree` None: a step of plain decoding."""
+    target, draft = abstract_pair(shape)
+    head = None if tree is None else draft
+    start = functools.partial(eagle_jax.prefill, max_new_tokens=capacity - 1, sampling=sampling)
+    state = jax.eval_shape(start, target, head, *_prompts(batch, 1), _key(sampling))
+    fn = functools.partial(eagle_jax.cycle, tree=tree or TreeConfig())
+    return Program(fn, (target, head, state), (by_path, by_path, by_sequence), donated=(2,))
+
+
+def generate(
+    shape: Shape, capacity: int, prompt: int, batch: int = 1, sampling: SamplingConfig = SamplingConfig()
+) -> Program:
+    """Prefill and the loop over cycles, whole."""
+    fn = functools.partial(eagle_jax.generate, max_new_tokens=capacity - prompt, sampling=sampling)
+    return prefill(shape, capacity, prompt, batch, sampling)._replace(fn=fn)
+
+
+def train_step(shape: Shape, rows: int, width: int, steps: int = 7) -> Program:
+    """An update of the head: `rows` rows of `width` tokens, `steps` steps of the training-time test.
+
+    bfloat16 target and products, float32 masters, AdamW.
+    """
+    target, draft = abstract_pair(shape)
+    arrays = params.flatten(draft)
+    masters = {
+        path: jax.ShapeDtypeStruct(array.shape, jnp.float32)
+        for path, array in arrays.items()
+        if path not in step.FROZEN
+    }
+    frozen = {path: array for path, array in arrays.items() if path in step.FROZEN}
+    update = step.optimizer(OptimizerSettings(), 100)
+    state = jax.eval_shape(functools.partial(step.initial_state, update=update, seed=0), masters)
+    batch = {name: jax.ShapeDtypeStruct((rows, width), jnp.int32) for name in ("tokens", "loss_mask", "documents")}
+    batch["lengths"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    objective = Eagle3Objective(tuple(0.8**k for k in range(steps)), dtype=jnp.bfloat16)
+
+    def one(state, frozen, target, batch):
+        return step.train_step(state, draft, frozen, target, batch, objective=objective, update=update)
+
+    return Program(one, (state, frozen, target, batch), (step.state_shardings, by_path, by_path, by_row), donated=(0,))
+
+
+def _first(device: Any) -> Any:
+    """A device, or the first of a mesh."""
+    return device.devices.flat[0] if isinstance(device, Mesh) else device
+
+
+def _prompts(batch: int, width: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """tokens [B, P] and lengths [B]."""
+    return jax.ShapeDtypeStruct((batch, width), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+
+def _key(sampling: SamplingConfig) -> Any:
+    return None if sampling.greedy else jax.eval_shape(lambda: jax.random.key(0))

@@ -1,0 +1,113 @@
+"""The decoder and a training step on TPU slices that are not there: compiled by libtpu, on a CPU machine.
+
+    python -m bench.tpu_aot                          every row; many minutes on two cores
+    python -m bench.tpu_aot --only v5e --json v5e.json
+    python -m bench.tpu_aot --list
+
+A row is a program on a slice of chips: what it needs of each chip's memory, whether that fits, how many weights or
+whole caches it copies in a cycle, and how long it compiled. Parameters lie by the rules of eagle_jax/models/params.py.
+Needs the `aot` extra (see bench/compilers.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from bench import compilers, programs, report
+from bench.programs import Program
+from bench.shapes import SHAPES, Shape
+from eagle_jax.models import params
+
+GIB = 2**30
+# Memory of a chip in bytes; the compiler keeps a little of it to itself.
+CHIP = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
+CAPACITY, PROMPT = 8192, 512  # tokens a row of the decoder may hold, and of its prompt
+TRAIN_ROWS, TRAIN_WIDTH = 4, 2048  # a training step's batch
+
+PROGRAMS: dict[str, Callable[[Shape, int], Program]] = {
+    "prefill": lambda shape, batch: programs.prefill(shape, CAPACITY, PROMPT, batch),
+    "cycle": lambda shape, batch: programs.cycle(shape, CAPACITY, batch),
+    "generate": lambda shape, batch: programs.generate(shape, CAPACITY, PROMPT, batch),
+    "train": lambda shape, batch: programs.train_step(shape, TRAIN_ROWS, TRAIN_WIDTH),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A program on a slice. data, fsdp, tensor: the mesh; data splits the `batch` rows of the decoder."""
+
+    topology: str
+    shape: str
+    program: str
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """Such as "v5e:2x2 8b cycle", or "v5e:2x2 8b cycle of 8"."""
+        return f"{self.topology} {self.shape} {self.program}" + (f" of {self.batch}" if self.batch > 1 else "")
+
+    @property
+    def chip(self) -> str:
+        return self.topology.split(":")[0]
+
+    def mesh(self) -> Mesh:
+        """The slice's chips under the axes of models/params.py."""
+        chips = np.array(compilers.tpu_devices(self.topology)).reshape(self.data, self.fsdp, self.tensor)
+        return Mesh(chips, (params.DATA, params.FSDP, params.TENSOR), axis_types=(AxisType.Auto,) * 3)
+
+
+ROWS = [
+    *(
+        Row(topology, "8b", name, tensor=4)
+        for topology in ("v5e:2x2", "v6e:2x2")
+        for name in PROGRAMS
+        if name != "train"
+    ),
+    *(Row(topology, "8b", "train", fsdp=4) for topology in ("v5e:2x2", "v6e:2x2")),
+    Row("v6e:2x2", "8b", "cycle", data=2, tensor=2, batch=8),
+    *(Row("v6e:2x4", "70b", name, tensor=8) for name in ("prefill", "cycle")),
+    Row("v5p:2x2x2", "70b", "train", fsdp=8),
+]
+
+
+def measure(row: Row, layers: int | None = None) -> dict[str, Any]:
+    """Compiles a row: GiB a chip, copies, seconds. `layers`: of the target, in place of its own number."""
+    shape = SHAPES[row.shape] if layers is None else SHAPES[row.shape].with_layers(layers)
+    program, mesh = PROGRAMS[row.program](shape, row.batch), row.mesh()
+    start = time.perf_counter()
+    compiled = program.compile(mesh)
+    seconds = time.perf_counter() - start
+    memory = compilers.Memory.of(compiled)
+    return {
+        "slice": row.topology,
+        "model": row.shape,
+        "program": row.program,
+        "data": row.data,
+        "fsdp": row.fsdp,
+        "tensor": row.tensor,
+        "batch": TRAIN_ROWS if row.program == "train" else row.batch,
+        "arguments GiB": memory.arguments / GIB,
+        "temporaries GiB": memory.temporaries / GIB,
+        "total GiB": memory.peak / GIB,
+        "chip GiB": CHIP[row.chip] / GIB,
+        "fits": memory.peak < CHIP[row.chip],
+        "copies": len(program.copies(compiled, mesh)),
+        "compile s": seconds,
+    }
+
+
+if __name__ == "__main__":
+    report.main(__doc__, {row.name: functools.partial(measure, row) for row in ROWS})
