@@ -93,14 +93,16 @@ class EagleDraft(Draft):
             mask &= visible.sees(positions)
 
         def attend(q, k, v):
+            # Written, then read up to `start`: there is one cache then, with nothing to be copied from another.
+            cache = past.write([(k, v)], text.start)
             in_blocks = text.tree is None and width > 1
-            return attention(q, k, v, mask, past.layer(0), window=visible, in_blocks=in_blocks), (k, v)
+            return attention(q, k, v, mask, cache.layer(0), window=visible, in_blocks=in_blocks), cache
 
         fused = self.fuse(self.features(text.output))
-        hidden, kept = self(target, fused, text.next_tokens, positions, attend, prompt_lengths=text.prompt_lengths)
+        hidden, cache = self(target, fused, text.next_tokens, positions, attend, prompt_lengths=text.prompt_lengths)
         last = at(hidden, jnp.maximum(text.count - 1, 0))
         return EagleMemory(
-            cache=past.write([kept], text.start).with_length(text.start + text.count),
+            cache=cache.with_length(text.start + text.count),
             hidden=jnp.where((text.count > 0)[:, None], last, memory.hidden),
         )
 
