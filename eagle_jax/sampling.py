@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eagle_jax.tree.verify import argmax
+
 # What each number may be: a test, and the range in words.
 RANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "temperature": (lambda x: (x >= 0) & (x < math.inf), "0 (greedy) or a finite number above it"),
@@ -175,7 +177,7 @@ def warp(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
 def _one_hot_logits(logits: jax.Array, top: jax.Array) -> jax.Array:
     """0 at the first largest logit, -inf elsewhere; NaN where there is none."""
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    first = jnp.argmax(logits, axis=-1)[..., None]
+    first = argmax(logits)[..., None]
     return jnp.where(jnp.isfinite(top), jnp.where(index == first, 0.0, -jnp.inf), jnp.nan)
 
 

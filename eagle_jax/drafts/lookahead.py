@@ -28,6 +28,7 @@ from eagle_jax.drafts.protocol import Draft, Proposal, Text
 from eagle_jax.models.llama import Llama
 from eagle_jax.state import DecodeState, at
 from eagle_jax.tree import Tree, TreePolicy, merge_chains
+from eagle_jax.tree.verify import argmax
 
 NONE = -1  # in place of a token: none yet
 
@@ -110,9 +111,9 @@ class Lookahead(Draft):
         first = nodes - self.window * (self.ngram - 1)  # so that the window's nodes, the root's first, are from here on
         window = text.tree.tokens[:, first:].at[:, 0].set(text.tree.tokens[:, 0])
         window = window.reshape(batch, self.ngram - 1, self.window)
-        top = jnp.argmax(text.logits[:, -self.window :], axis=-1).astype(jnp.int32)
+        top = argmax(text.logits[:, -self.window :])
         if self.ngram == 2:  # the root, in column 0, is the highest level's first node
-            top = top.at[:, 0].set(jnp.argmax(text.logits[:, 0], axis=-1).astype(jnp.int32))
+            top = top.at[:, 0].set(argmax(text.logits[:, 0]))
         ngrams = jnp.concatenate([window, top[:, None]], axis=1).swapaxes(1, 2)  # [B, W, N]
         pool = self._remember(memory, ngrams)
         alive = text.count > 0

@@ -18,7 +18,7 @@ from flax import nnx
 from eagle_jax.drafts.noise import coupled
 from eagle_jax.drafts.protocol import Draft, Proposal, Text
 from eagle_jax.models.config import require_same
-from eagle_jax.models.layers import dot, normal, zeros
+from eagle_jax.models.layers import linear, normal, zeros
 from eagle_jax.models.llama import Llama
 from eagle_jax.state import DecodeState, at
 from eagle_jax.tree import DraftStep, TreePolicy
@@ -43,7 +43,7 @@ class MedusaBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, H] -> [B, H]."""
-        return x + jax.nn.silu(dot("bd,fd->bf", x, self.weight[...]) + self.bias[...][None])
+        return x + jax.nn.silu(linear(x, self.weight[...]) + self.bias[...][None])
 
 
 class MedusaHead(nnx.Module):
@@ -58,7 +58,7 @@ class MedusaHead(nnx.Module):
         """hidden [B, H] -> logits [B, V], float32."""
         for block in self.blocks:
             hidden = block(hidden)
-        return dot("bd,vd->bv", hidden, self.lm_head[...], jnp.float32)
+        return linear(hidden, self.lm_head[...], jnp.float32)
 
 
 class Medusa(Draft, nnx.Module):

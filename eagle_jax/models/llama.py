@@ -15,7 +15,7 @@ from flax import nnx
 
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.config import LlamaConfig
-from eagle_jax.models.layers import MLP, Attend, Attention, attention, dot, normal, ones, rms_norm, rope_angles
+from eagle_jax.models.layers import MLP, Attend, Attention, attention, linear, normal, ones, rms_norm, rope_angles
 
 
 class LlamaOutput(NamedTuple):
@@ -121,4 +121,4 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] after the final norm -> logits [..., V] in float32."""
-        return dot("...d,vd->...v", hidden, self.output_weight(), jnp.float32)
+        return linear(hidden, self.output_weight(), jnp.float32)

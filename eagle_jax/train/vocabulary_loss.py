@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.models.layers import dot
+from eagle_jax.models.layers import dot, linear
 
 CHUNK = 2048  # positions whose logits exist at a time, on a device
 
@@ -59,7 +59,7 @@ def vocabulary_loss(
 
     def add(sums, part):
         x, teacher, importance = part
-        logits = dot("bcd,vd->bcv", x, weight, jnp.float32)
+        logits = linear(x, weight, jnp.float32)
         wanted, likeliest = _wanted(teacher, logits)
         loss = jax.nn.logsumexp(logits, axis=-1) - (wanted * logits).sum(axis=-1)
         entropy = -(wanted * jnp.log(jnp.where(wanted > 0, wanted, 1))).sum(axis=-1)
@@ -81,12 +81,13 @@ def _backward(chunk, kept, gradient):
 
     def add(weight_gradient, part):
         x, teacher, importance = same(part)
-        logits = dot("bcd,vd->bcv", x, weight, jnp.float32)
+        logits = linear(x, weight, jnp.float32)
         wanted, _ = _wanted(teacher, logits)
         error = (jax.nn.softmax(logits, axis=-1) - wanted) * (importance * gradient.loss)[..., None]
         error = error.astype(x.dtype)
         weight_gradient += dot("bcv,bcd->vd", error, x, jnp.float32)
-        return weight_gradient, dot("bcv,vd->bcd", error, weight, jnp.float32).astype(x.dtype)
+        x_gradient = dot("rv,vd->rd", error.reshape(-1, error.shape[-1]), weight, jnp.float32)
+        return weight_gradient, x_gradient.reshape(x.shape).astype(x.dtype)
 
     parts, same = _chunks(x, teacher, importance, chunk)
     weight_gradient, x_gradient = jax.lax.scan(add, jnp.zeros(weight.shape, jnp.float32), parts)
@@ -102,7 +103,7 @@ def likeliest_tokens(hidden: jax.Array, weight: jax.Array, chunk: int = CHUNK) -
     """argmax of hidden weight^T, [B, S]: hidden [B, S, H], weight [V, H]."""
     batch, width = hidden.shape[:2]
     parts = _split(hidden, chunk)
-    ids = jax.lax.map(lambda part: jnp.argmax(dot("bch,vh->bcv", part, weight, jnp.float32), axis=-1), parts)
+    ids = jax.lax.map(lambda part: jnp.argmax(linear(part, weight, jnp.float32), axis=-1), parts)
     return jnp.moveaxis(ids, 0, 1).reshape(batch, -1)[:, :width]
 
 
@@ -110,7 +111,7 @@ def _wanted(teacher: Soft | Labels, logits: jax.Array) -> tuple[jax.Array, jax.A
     """The teacher's probabilities [B, C, V] and likeliest tokens [B, C]."""
     if isinstance(teacher, Labels):
         return jax.nn.one_hot(teacher.ids, logits.shape[-1]), teacher.ids
-    wanted = dot("bch,vh->bcv", teacher.hidden, teacher.rows, jnp.float32)
+    wanted = linear(teacher.hidden, teacher.rows, jnp.float32)
     return jax.nn.softmax(wanted, axis=-1), jnp.argmax(wanted, axis=-1)
 
 

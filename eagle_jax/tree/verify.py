@@ -51,7 +51,7 @@ def accept_greedy(tree: Tree, logits: jax.Array, keys: jax.Array | None = None) 
     Of equally deep ones (only possible with duplicate siblings) the first.
     """
     del keys
-    choice = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # [B, N]
+    choice = argmax(logits)  # [B, N]
     agrees = jnp.take_along_axis(choice, jnp.maximum(tree.parents, 0), axis=1) == tree.tokens
     end, path = _deepest(tree, agrees)
     return Acceptance(path, length=_at(tree.depths, end), bonus=_at(choice, end))
@@ -168,7 +168,7 @@ def accept_sampled(
         acceptance, residual = accept_sampling(tree, probs, uniforms)
     else:
         acceptance, residual = accept_drawn(tree, probs, draft_probs, uniforms)
-    bonus = jnp.argmax(jnp.log(residual) + choice_noise(keys, vocab), axis=-1).astype(jnp.int32)
+    bonus = argmax(jnp.log(residual) + choice_noise(keys, vocab))
     return dataclasses.replace(acceptance, bonus=bonus)
 
 
@@ -195,6 +195,13 @@ def choice_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
     draw = functools.partial(jax.random.gumbel, shape=(vocab_size,))
     flat = jax.vmap(lambda key: draw(jax.random.fold_in(key, 1)))(keys.reshape(-1))
     return flat.reshape(*keys.shape, vocab_size)
+
+
+def argmax(x: jax.Array) -> jax.Array:
+    """`jnp.argmax` over the last axis, int32, the first of equals; x has no NaN. A CPU runs it many times faster."""
+    size = x.shape[-1]
+    index = jnp.arange(size, dtype=jnp.int32).reshape((1,) * (x.ndim - 1) + (size,))
+    return jnp.where(x == x.max(axis=-1, keepdims=True), index, size - 1).min(axis=-1)
 
 
 def _deepest(tree: Tree, agrees: jax.Array) -> tuple[jax.Array, jax.Array]:
