@@ -1,6 +1,7 @@
 """What every test runs under: the CPU (unless JAX_PLATFORMS says otherwise), strict ranks, fixed threads.
 
-Warnings are errors by `filterwarnings` in pyproject.toml. GPU tests: `JAX_PLATFORMS=cuda pytest -m gpu`.
+Warnings are errors by `filterwarnings` in pyproject.toml, on the CPU. GPU tests lie in tests/gpu and need neither
+hypothesis nor an installed package: `JAX_PLATFORMS=cuda pytest -m gpu`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One thread a worker: results do not depend on the machine's size, and xdist workers do not fight over its cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-# Compiling is most of the time. LLVM's optimisations change how fast a program runs here, not what XLA made of it.
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Compiling is most of the time. LLVM's optimisations change how fast a program runs here, not what XLA made of it.
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import hypothesis
 import jax
 import pytest
 
 from tests import aot
+
+try:
+    import hypothesis
+except ImportError:  # on a machine with a GPU, set up for nothing but decoding
+    hypothesis = None  # type: ignore[assignment]
 
 aot.find_compilers()
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -33,8 +39,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)  # enough for a mesh of three axes
 
-hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
-hypothesis.settings.load_profile("tests")
+if hypothesis is not None:
+    hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+    hypothesis.settings.load_profile("tests")
 
 
 # Linux lets a process map 65530 pieces of memory, unless told otherwise; compiled programs are hundreds each.
@@ -55,6 +62,20 @@ def forget_programs():
 def golden() -> Path:
     """The folder of tensors that the PyTorch reference computed; its README says how."""
     return Path(__file__).parent / "golden"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors where the versions are pinned; a machine with a GPU has its own."""
+    if os.environ["JAX_PLATFORMS"] != "cpu":
+        config.addinivalue_line("filterwarnings", "default")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` only tests/gpu is read: other files import what such a machine need not have."""
+    gpu = Path(__file__).parent / "gpu"
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py" and gpu not in collection_path.parents:
+        return True
+    return None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
