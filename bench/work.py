@@ -6,8 +6,8 @@ V output vocabulary, e bytes a number. A head with its own embedding costs the s
 
 A pass of B x T tokens over a stack of layers, with the weights
 
-    layer    = n h i + 2 k h i + d n h + 3 d f + norms      i: the width that attention reads, d, or 2 d in EAGLE-3 heads
-    output   = V d                                          where logits are computed
+    layer    = n h i + 2 k h i + d n h + 3 d f + norms     i: the width that attention reads, d, or 2 d in EAGLE-3 heads
+    output   = V d                                         where logits are computed
 
     bytes    = e (L layer + output)      every weight is read once, however many tokens there are
              + e B T d                   of the embedding the rows of the tokens alone
