@@ -1,0 +1,126 @@
+"""The parts of decoding as `seconds_of` times them: the library's own functions, at a state whose caches are filled.
+
+Letters: B batch, D tree depth, N nodes. Values are random: no time depends on them, but acceptance means nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench.timing import seconds_of
+from eagle_jax import Eagle3Draft, Llama, TreeConfig
+from eagle_jax.decode import cycle, gained, propose, verify
+from eagle_jax.models.cache import KVCache, take_rows
+from eagle_jax.state import DecodeState, empty_state
+from eagle_jax.tree.verify import argmax
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "context", "tree"))
+def filled_state(target: Llama, draft: Eagle3Draft, *, batch: int, context: int, tree: TreeConfig) -> DecodeState:
+    """A greedy state whose rows have `context` positions in both caches, and room for one cycle."""
+    state = empty_state(target, draft, batch, context + 1 + tree.depth + 1, tree=tree)
+    keys = jax.random.split(jax.random.key(0), 4)
+    state = dataclasses.replace(
+        state,
+        tokens=jax.random.randint(keys[0], state.tokens.shape, 0, target.config.vocab_size),
+        limits=jnp.full(batch, state.capacity, jnp.int32),
+        prompt_lengths=jnp.full(batch, context, jnp.int32),
+        cache=_filled(state.cache, keys[1]),
+        draft=dataclasses.replace(
+            state.draft,
+            cache=_filled(state.draft.cache, keys[2]),
+            hidden=jax.random.normal(keys[3], state.draft.hidden.shape, draft.dtype),
+        ),
+    )
+    return _rewound(state, context)
+
+
+def measure_parts(
+    target: Llama, draft: Eagle3Draft, state: DecodeState, context: int, tree: TreeConfig, repeats: int
+) -> dict[str, float]:
+    """Seconds of a plain step, of a cycle, and of its parts; the names are those of bench/work.py.
+
+    Args:
+      state: from `filled_state` with this context and tree; donated.
+    """
+    found: dict[str, float] = {}
+
+    def advance(draft, fixed, small, state):
+        target, head = fixed
+        return (), _rewound(cycle(target, head if draft else None, state, tree=tree), context)
+
+    pair = target, draft
+    for name, drafts in (("plain", False), ("cycle", True)):
+        found[name], _, state = seconds_of(functools.partial(advance, drafts), pair, (), state, repeats)
+
+    def grow(tree, fixed, hidden, kept):
+        target, draft, state = fixed
+        state = dataclasses.replace(state, draft=dataclasses.replace(state.draft, hidden=hidden))
+        return propose(target, draft, state, tree).tree, kept
+
+    fixed = target, draft, state
+    first = TreeConfig(depth=1, top_k=tree.top_k, num_nodes=min(tree.num_nodes, tree.top_k + 1))
+    hidden = state.draft.hidden
+    found["propose"], nodes, _ = seconds_of(functools.partial(grow, tree), fixed, hidden, (), repeats)
+    without_steps, *_ = seconds_of(functools.partial(grow, first), fixed, hidden, (), repeats)
+    found["step"] = (found["propose"] - without_steps) / (tree.depth - 1)
+
+    def check(fixed, tokens, kept):
+        target, draft, state, nodes = fixed
+        out = verify(target, draft, state, dataclasses.replace(nodes, tokens=tokens))
+        return (argmax(target.logits(out.hidden)), out), kept
+
+    found["verify"], (_, out), _ = seconds_of(check, (*fixed, nodes), nodes.tokens, (), repeats)
+    # As in a cycle that accepts D tokens; which nodes they are changes no time.
+    path = jnp.broadcast_to(jnp.arange(tree.depth + 1), (nodes.tokens.shape[0], tree.depth + 1))
+
+    def learn(fixed, out, memory):
+        target, draft, before, nodes, path = fixed
+        new, count = jnp.take_along_axis(nodes.tokens, path, axis=1), jnp.full(path.shape[0], path.shape[1], jnp.int32)
+        text = gained(before, nodes, out, out.hidden, path, new, count)  # hidden as logits: a head reads none
+        memory = draft.update(target, memory, text)
+        return memory.hidden, memory
+
+    def commit(fixed, path, cache):
+        rows, length = fixed
+        cache = cache.write(take_rows(rows, path), length)
+        return cache.k[-1][0, 0, 0], cache
+
+    cache, memory, lengths = state.cache, state.draft, jnp.array(state.cache.length)
+    before = dataclasses.replace(state, cache=KVCache([], [], lengths), draft=None)
+    del state, fixed, hidden  # these caches are donated from here on
+    found["extend"], *_ = seconds_of(
+        learn, (target, draft, before, nodes, path), out._replace(rows=[]), memory, repeats
+    )
+    found["commit"], *_ = seconds_of(commit, (out.rows, lengths), path, cache, repeats)
+    return found
+
+
+def _filled(cache: KVCache, key: jax.Array) -> KVCache:
+    """The cache with random keys and values, each array its own: they are donated together."""
+    values = jax.random.normal(key, cache.k[0].shape, cache.k[0].dtype)
+    count = len(cache.k)
+    return dataclasses.replace(
+        cache,
+        k=[array + values / (1 + index) for index, array in enumerate(cache.k)],
+        v=[array + values / (1 + count + index) for index, array in enumerate(cache.v)],
+    )
+
+
+def _rewound(state: DecodeState, context: int) -> DecodeState:
+    """The state with every row back at `context` positions and one token that waits."""
+    length = jnp.full_like(state.lengths, context)
+    memory: Any = dataclasses.replace(state.draft, cache=state.draft.cache.with_length(length))
+    return dataclasses.replace(
+        state,
+        lengths=length + 1,
+        done=jnp.zeros_like(state.done),
+        failed=jnp.zeros_like(state.failed),
+        cache=state.cache.with_length(length),
+        draft=memory,
+    )
