@@ -51,7 +51,10 @@ ROWS = {
 
 
 def measure(name: str, layers: int | None = None) -> dict[str, Any]:
-    """Compiles a row: kernels, copies, MiB, seconds. `layers`: of the target, in place of its own number."""
+    """Compiles a row: kernels (at most: with top-k, top-p and a penalty), copies, MiB, seconds.
+
+    layers: of the target, in place of its own number.
+    """
     model, make, sampling = ROWS[name]
     shape = SHAPES[model] if layers is None else SHAPES[model].with_layers(layers)
     program, device = make(shape, SAMPLINGS[sampling]), compilers.gpu_devices()[0]
@@ -63,7 +66,8 @@ def measure(name: str, layers: int | None = None) -> dict[str, Any]:
         "layers": shape.target.num_layers,
         "pass": make.__name__,
         "sampling": sampling,
-        "kernels": hlo.kernels(compilers.text(compiled)),
+        "kernels": hlo.kernels(compilers.text(compiled), min),
+        "at most": hlo.kernels(compilers.text(compiled)),
         "copies": len(program.copies(compiled, device)),
         "temporaries MiB": compilers.Memory.of(compiled).temporaries / MIB,
         "compile s": seconds,

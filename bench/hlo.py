@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -117,11 +118,11 @@ def elements(type_: str) -> int:
     return math.prod(int(size) for size in found[2].split(",") if size) if found else 0
 
 
-def kernels(text: str) -> int:
+def kernels(text: str, branch: Callable[[list[int]], int] = max) -> int:
     """Kernels that a GPU launches in one run of a program: fusions, library calls, sorts, copies.
 
     A loop of a known number of turns counts as often; another one once (its condition too). Of a condition's branches
-    the one with the most counts.
+    the one with the most counts, or with branch=min the one with the fewest.
     """
     program = parse(text)
 
@@ -136,7 +137,7 @@ def kernels(text: str) -> int:
             assert condition and body
             return int(trips[1]) * launches(body[1]) if trips else launches(body[1]) + launches(condition[1])
         if instruction.opcode == "conditional":
-            return max(launches(name) for name in instruction.called)
+            return branch([launches(name) for name in instruction.called])
         if instruction.opcode == "call":
             return sum(launches(name) for name in instruction.called)
         return 0 if instruction.opcode in FREE else 1

@@ -72,16 +72,19 @@ class Program(NamedTuple):
 
     def compile(self, device: Any) -> jax.stages.Compiled:
         """`device`: a device, or a Mesh with the axes of models/params.py."""
-        return compile_for(_first(device), self.fn, *self._placed(device)[:-1], donate_argnums=self.donated)
+        return compile_for(_first(device), self.fn, *self.placed(device)[:-1], donate_argnums=self.donated)
 
-    def copies(self, compiled: jax.stages.Compiled, device: Any) -> list[str]:
-        """The weights and caches that it copies over and over, such as "bf16[1,8,8320,128]"; by their size."""
-        leaves = jax.tree.leaves(self._placed(device))
+    def copies(self, compiled: jax.stages.Compiled, device: Any, at_least: int = 2**20) -> list[str]:
+        """The weights and caches that it copies over and over, such as "bf16[1,8,8320,128]".
+
+        Told by their size: what has as many elements as one of them, and at least so many.
+        """
+        leaves = jax.tree.leaves(self.placed(device))
         sizes = {math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) for x in leaves}
-        copies = hlo.large_copies(text(compiled), in_loops=self.loops)
+        copies = hlo.large_copies(text(compiled), at_least, in_loops=self.loops)
         return [copy for copy in copies if hlo.elements(copy) in sizes]
 
-    def _placed(self, device: Any) -> tuple[Any, ...]:
+    def placed(self, device: Any) -> tuple[Any, ...]:
         """The arguments, and what it makes, with their shardings if `device` is a mesh."""
         trees, places = (*self.args, self.made), (*self.places, by_sequence)
         if not isinstance(device, Mesh):
@@ -94,11 +97,16 @@ class Program(NamedTuple):
 
 
 def prefill(
-    shape: Shape, capacity: int, prompt: int, batch: int = 1, sampling: SamplingConfig = SamplingConfig()
+    shape: Shape,
+    capacity: int,
+    prompt: int,
+    batch: int = 1,
+    sampling: SamplingConfig = SamplingConfig(),
+    dtype: Any = jnp.bfloat16,
 ) -> Program:
     """Prompts [B, P] into fresh caches of `capacity` tokens a row: a loop over chunks of the prompts."""
     fn = functools.partial(eagle_jax.prefill, max_new_tokens=capacity - prompt, sampling=sampling)
-    args = (*abstract_pair(shape), *_prompts(batch, prompt), _key(sampling))
+    args = (*abstract_pair(shape, dtype), *_prompts(batch, prompt), _key(sampling))
     return Program(fn, args, PROMPTED, made=jax.eval_shape(fn, *args), loops=True)
 
 
@@ -119,11 +127,16 @@ def cycle(
 
 
 def generate(
-    shape: Shape, capacity: int, prompt: int, batch: int = 1, sampling: SamplingConfig = SamplingConfig()
+    shape: Shape,
+    capacity: int,
+    prompt: int,
+    batch: int = 1,
+    sampling: SamplingConfig = SamplingConfig(),
+    dtype: Any = jnp.bfloat16,
 ) -> Program:
     """Prefill and the loop over cycles, whole."""
     fn = functools.partial(eagle_jax.generate, max_new_tokens=capacity - prompt, sampling=sampling)
-    return prefill(shape, capacity, prompt, batch, sampling)._replace(fn=fn)
+    return prefill(shape, capacity, prompt, batch, sampling, dtype)._replace(fn=fn)
 
 
 def train_step(shape: Shape, rows: int, width: int, steps: int = 7) -> Program:
