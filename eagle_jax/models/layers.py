@@ -27,6 +27,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 # Rows of a cache attended to at a time when going through it in blocks: for a chunk of a prompt, and on a CPU.
 CACHE_BLOCK = 512
 CPU_CACHE_BLOCK = 128
+CPU_FEW_ROWS = 8  # rows of a product that a CPU goes through one by one
 
 
 class CacheLayer(NamedTuple):
@@ -58,10 +59,20 @@ def linear(x: jax.Array, weight: jax.Array, out_dtype: Any = None) -> jax.Array:
     """x [..., D] times a weight [..., D]: [..., the weight's other dimensions].
 
     As a product of two matrices, whatever the dimensions: a CPU copies a weight that has more of them, at every
-    product, and takes twice as long over the gradient of an x that has more.
+    product, and takes twice as long over the gradient of an x that has more. A few rows a CPU multiplies one by one,
+    as in plain decoding, which takes half the time: it would rearrange the weight for them.
     """
-    rows = dot("rd,fd->rf", x.reshape(-1, x.shape[-1]), weight.reshape(-1, weight.shape[-1]), out_dtype)
-    return rows.reshape(*x.shape[:-1], *weight.shape[:-1])
+    rows, matrix = x.reshape(-1, x.shape[-1]), weight.reshape(-1, weight.shape[-1])
+    together = functools.partial(dot, "rd,fd->rf", out_dtype=out_dtype)
+
+    def one_by_one(rows, matrix):
+        return jax.lax.map(lambda row: together(row[None], matrix)[0], rows)
+
+    if 1 < len(rows) <= CPU_FEW_ROWS:
+        out = jax.lax.platform_dependent(rows, matrix, cpu=one_by_one, default=together)
+    else:
+        out = together(rows, matrix)
+    return out.reshape(*x.shape[:-1], *weight.shape[:-1])
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eagle_jax.models import layers
 from eagle_jax.models.cache import KVCache, take_rows
 from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.models.layers import (
@@ -225,3 +226,30 @@ def test_take_rows():
         for row in range(2):
             np.testing.assert_array_equal(taken_k[row], k[row][:, index[row]])
             np.testing.assert_array_equal(taken_v[row], v[row][:, index[row]])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+@pytest.mark.parametrize("shape", [(24,), (3, 8)])
+def test_a_product_with_a_weight_is_that_of_two_matrices(rows, shape):
+    rng = np.random.default_rng(rows)
+    x, weight = rng.normal(size=(1, rows, 16)), rng.normal(size=(*shape, 16))
+    wanted = np.tensordot(x, weight, axes=(-1, -1))
+    got = jax.jit(layers.linear)(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32))
+    assert got.shape == (1, rows, *shape)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cpu_rounds_few_rows_as_it_rounds_one():
+    """So the logits of a small tree's products are those of plain decoding, bit for bit."""
+    keys = jax.random.split(jax.random.key(0))
+    x, weight = jax.random.normal(keys[0], (1, layers.CPU_FEW_ROWS, 192)), jax.random.normal(keys[1], (512, 192))
+    together = jax.jit(layers.linear)(x, weight)
+    for row in range(layers.CPU_FEW_ROWS):
+        np.testing.assert_array_equal(together[:, row], jax.jit(layers.linear)(x[:, row], weight))
+
+
+def test_a_product_of_few_rows_has_a_gradient():
+    x, weight = jnp.ones((1, 2, 4)), jnp.arange(12.0).reshape(3, 4)
+    gradients = jax.jit(jax.grad(lambda x, w: layers.linear(x, w).sum(), (0, 1)))(x, weight)
+    np.testing.assert_allclose(gradients[0], np.broadcast_to(weight.sum(0), (1, 2, 4)))
+    np.testing.assert_allclose(gradients[1], np.full((3, 4), 2.0))
