@@ -25,7 +25,7 @@ from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
 from eagle_jax.prompt import prefill, run_pending
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.state import DecodeState
+from eagle_jax.state import DecodeState, spread
 from eagle_jax.tree import AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -148,7 +148,7 @@ def _generate(target, draft, tokens, lengths, *, tree, accept_fn, **options) -> 
         state,
     )
     depth = 0 if draft is None else draft.depth(tree)
-    return Output(
+    out = Output(
         tokens=state.tokens,
         lengths=state.lengths,
         cycles=state.cycles,
@@ -157,6 +157,7 @@ def _generate(target, draft, tokens, lengths, *, tree, accept_fn, **options) -> 
         drafted=state.drafted,
         log_probs=state.log_probs,
     )
+    return spread(out, target)
 
 
 def stream(
@@ -208,7 +209,7 @@ def stream(
 @functools.partial(jax.jit, static_argnames=STATIC)
 def _start(target, draft, tokens, lengths, *, num_samples, **options) -> tuple[DecodeState, Chunk]:
     state = prefill(target, draft, tokens, lengths, num_samples=num_samples, **options)
-    return state, _chunk(state, jnp.repeat(lengths, num_samples), 1)
+    return state, spread(_chunk(state, jnp.repeat(lengths, num_samples), 1), target)
 
 
 @functools.partial(jax.jit, static_argnames=("tree", "cycles", "accept_fn"), donate_argnames="state")
@@ -234,7 +235,8 @@ def advance(
         (0, dataclasses.replace(state, pending=None)),
     )
     width = cycles * (1 if draft is None else draft.depth(tree) + 1) + (pending is not None)
-    return dataclasses.replace(state, pending=pending), _chunk(state, before, width)
+    chunk = spread(_chunk(state, before, width), target)
+    return spread(dataclasses.replace(state, pending=pending), target), chunk
 
 
 def _chunk(state: DecodeState, before: jax.Array, width: int) -> Chunk:

@@ -22,7 +22,7 @@ from eagle_jax.drafts.protocol import Draft, Proposal, Text
 from eagle_jax.models.cache import take_rows
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.prompt import run_pending
-from eagle_jax.state import DecodeState, append, at
+from eagle_jax.state import DecodeState, append, at, spread
 from eagle_jax.tree import Acceptance, AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -92,7 +92,7 @@ def step(
     if draft is not None:
         text = gained(before, nodes, out, logits, chosen.path, chosen.tokens, state.lengths - before.lengths)
         state = dataclasses.replace(state, draft=draft.update(target, state.draft, text))
-    return Step(state, nodes, chosen.acceptance)
+    return Step(spread(state, target), nodes, chosen.acceptance)
 
 
 def propose(

@@ -16,7 +16,7 @@ from eagle_jax.choose import choose
 from eagle_jax.drafts.protocol import Draft, Text
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.state import DecodeState, append, at, empty_state, map_rows, put_row, row_keys, take_row
+from eagle_jax.state import DecodeState, append, at, empty_state, map_rows, put_row, row_keys, spread, take_row
 from eagle_jax.tree import Tree, TreePolicy
 
 # Tokens of a prompt that one pass takes: enough to keep a GPU's or TPU's matrix units busy, few enough that the
@@ -110,7 +110,7 @@ def prefill(
     if num_samples > 1:
         state = map_rows(lambda x: jnp.repeat(x, num_samples, axis=0), dataclasses.replace(state, keys=None))
         last = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), last)
-    return _begin(target, draft, dataclasses.replace(state, keys=keys), last)
+    return spread(_begin(target, draft, dataclasses.replace(state, keys=keys), last), target)
 
 
 def insert(
@@ -181,7 +181,7 @@ def insert(
         pending=valid[None],
     )
     before = state if state.pending is not None else dataclasses.replace(state, pending=jnp.zeros(batch, bool))
-    return put_row(before, jnp.asarray(row, jnp.int32), new)
+    return spread(put_row(before, jnp.asarray(row, jnp.int32), new), state.cache)
 
 
 def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> None:

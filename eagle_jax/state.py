@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
+from eagle_jax.models import params
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreeConfig, TreePolicy
+
+Values = TypeVar("Values")
 
 # Rows beyond the capacity: a commit writes D + 1 of them, of which only the accepted count. A deeper tree needs
 # `prefill(tree=...)` to know of it.
@@ -91,7 +95,7 @@ def empty_state(
     scratch = max(MIN_SCRATCH, depth + 1)
     rows = -(-(capacity + scratch) // ROW_TILE) * ROW_TILE
     cache = KVCache.zeros(target.config, batch, rows, target.dtype)
-    return DecodeState(
+    state = DecodeState(
         tokens=jnp.zeros((batch, width), jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         limits=jnp.zeros(batch, jnp.int32),
@@ -110,6 +114,29 @@ def empty_state(
         pending=None,
         capacity=capacity,
     )
+    return spread(state, target)
+
+
+def spread(values: Values, like: Any) -> Values:
+    """A state, or what was made of one, on the mesh that `like` lies on (a model or another state).
+
+    Caches are split by sequence and head, the rest of the draft's memory by sequence. All else lies whole on every
+    device, where every process can read it.
+    """
+    mesh = params.mesh_of(like)
+    if mesh is None:
+        return values
+
+    def place(path, x):
+        name = params.path_name(path)
+        axes: tuple[params.Axis, ...] = (None,) * x.ndim
+        if "cache.k" in name or "cache.v" in name:
+            axes = params.CACHE_RULE
+        elif name.startswith("draft."):
+            axes = (params.BATCH, *axes[1:])
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, params.fitting(axes, x.shape, mesh)))
+
+    return jax.tree_util.tree_map_with_path(place, values)
 
 
 def row_keys(key: jax.Array | None, batch: int, samples: int = 1) -> jax.Array:
@@ -207,7 +234,8 @@ def map_rows(fn: Callable[..., jax.Array], state: DecodeState, *others: DecodeSt
 
 def take_row(state: DecodeState, row: int | jax.Array) -> DecodeState:
     """The state of one row, as a batch of 1."""
-    return map_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0), state)
+    # A gather: of an array that lies in parts, dynamic_slice would bring all rows together first.
+    return map_rows(lambda x: jnp.take(x, jnp.asarray(row)[None], axis=0, mode="clip"), state)
 
 
 def put_row(state: DecodeState, row: int | jax.Array, one: DecodeState) -> DecodeState:

@@ -257,7 +257,7 @@ def test_stop_tokens_of_both_configs(tmp_path, config, generation_config, stops)
 
 
 def test_a_draft_window_reaches_the_draft(folder):
-    window = SimpleNamespace(model=str(folder), target=None, draft=None, dtype=None, draft_window=(4, 16))
+    window = SimpleNamespace(model=str(folder), target=None, draft=None, dtype=None, mesh=None, draft_window=(4, 16))
     assert models.load_models(window).draft.config.window == (4, 16)
 
 

@@ -13,7 +13,9 @@ from eagle_jax.convert.read import read_json, resolve
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle import EagleDraft, with_window
 from eagle_jax.drafts.medusa import Medusa
+from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
+from eagle_jax.models.params import DATA, TENSOR
 from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
 from eagle_jax.tree.named import tree_named
 
@@ -31,12 +33,18 @@ class Models:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, or --target and --draft, and --dtype."""
+    """Adds --model, or --target and --draft, --dtype and --mesh."""
     group = parser.add_argument_group("models", "a converted folder, or official checkpoints as they are")
     group.add_argument("--model", metavar="DIR", help="a folder that `eagle-jax convert` wrote")
     group.add_argument("--target", metavar="DIR_OR_ID", help="instead: the target, a Hugging Face folder or hub id")
     group.add_argument("--draft", metavar="DIR_OR_ID", help="and its EAGLE head, Medusa heads, or draft model")
     group.add_argument("--dtype", choices=PARAMETER_DTYPES, help="dtype of both models (default: their own)")
+    group.add_argument(
+        "--mesh",
+        type=parse_mesh,
+        metavar="AXIS=N,...",
+        help="spread them over several devices, such as data=2,tensor=4: texts over data, products over tensor",
+    )
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -136,6 +144,17 @@ def parse_window(text: str) -> tuple[int, int]:
     return int(first), int(recent)
 
 
+def parse_mesh(text: str) -> dict[str, int]:
+    """Devices an axis from "data=2,tensor=4"; the type of an argparse option."""
+    axes = {}
+    for part in text.split(","):
+        name, _, count = part.partition("=")
+        if name not in (DATA, TENSOR) or name in axes or not count.isdecimal() or int(count) < 1:
+            raise argparse.ArgumentTypeError(f"a mesh is data=2,tensor=4, data=2 or tensor=4; got {text!r}")
+        axes[name] = int(count)
+    return axes
+
+
 def parse_buckets(text: str) -> tuple[int, ...]:
     """Widths from "64,256,1024"; the type of an argparse option."""
     if not all(width.isdecimal() and int(width) for width in text.split(",")):
@@ -180,13 +199,14 @@ def load_models(args: argparse.Namespace) -> Models:
     """
     if (args.model is None) == (args.target is None):
         raise ValueError("name the models with either --model, or --target and --draft")
+    mesh = None if args.mesh is None else params.make_mesh(args.mesh)
     if args.model is not None:
         if args.draft is not None:
             raise ValueError("--draft goes with --target; a converted folder holds its own draft")
         folder = Path(args.model) / parts.TARGET
-        target, draft = load(args.model, dtype=args.dtype)
+        target, draft = load(args.model, dtype=args.dtype, mesh=mesh)
     else:
-        target, draft = from_pretrained(args.target, args.draft, dtype=args.dtype)
+        target, draft = from_pretrained(args.target, args.draft, dtype=args.dtype, mesh=mesh)
         folder = resolve(args.target)
     if draft is not None and args.draft_window is not None:
         if not isinstance(draft, EagleDraft):

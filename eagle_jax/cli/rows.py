@@ -44,9 +44,14 @@ class Rows:
         # A dynamic rotation depends on the prompt's length: nothing that is cached stays true.
         kinds = {model.config.rope.kind for model in (target, draft) if model is not None}
         self.buckets, self.reuse = buckets, reuse and "dynamic" not in kinds
-        state = eagle_jax.empty_state(target, draft, batch, capacity, tree=self.tree, **options)
-        # As `insert` will leave it: else its first call and the later ones would be different programs.
-        self.state = dataclasses.replace(state, pending=jnp.zeros(batch, bool))
+
+        @jax.jit  # on a mesh every device makes its own part
+        def start(target, draft):
+            state = eagle_jax.empty_state(target, draft, batch, capacity, tree=self.tree, **options)
+            # As `insert` will leave it: else its first call and the later ones would be different programs.
+            return dataclasses.replace(state, pending=jnp.zeros(batch, bool))
+
+        self.state = start(target, draft)
 
     def compile(self, cycles: int) -> None:
         """Runs the programs once, on a prompt of one token, which row 0 is given and ends with."""

@@ -79,11 +79,13 @@ def load_draft(path: str | Path, target: Llama, *, dtype: Any = None, mesh: Mesh
     Args:
       path: a converted folder, whose draft is taken, or an official checkpoint (a folder or hub id).
       dtype: None means the target's own.
-      mesh: as in `load`.
+      mesh: as in `load`; None: where the target lies.
     Raises:
       CheckpointError, ConfigError: as `load` and `from_pretrained`.
     """
     dtype = parameter_dtype(target.dtype if dtype is None else dtype)
+    own = params.mesh_of(target)
+    mesh = own if mesh is None and isinstance(own, Mesh) else mesh
     if parts.is_conversion(Path(path)):
         entries = _entries(Path(path))
         if parts.DRAFT not in entries:

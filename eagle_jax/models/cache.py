@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from eagle_jax.models import params
 from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.layers import CacheLayer
 
@@ -68,6 +70,14 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     new = new.astype(cache.dtype)
     if start.ndim == 0:
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, start, 0))
+    mesh = params.mesh_of(cache)
+    if mesh is None:
+        return _write_each(cache, new, start)
+    spec = params.fitting(params.CACHE_RULE, cache.shape, mesh)  # every device writes its own part
+    return jax.shard_map(_write_each, mesh=mesh, in_specs=(spec, spec, P(spec[0])), out_specs=spec)(cache, new, start)
+
+
+def _write_each(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     # One slice a sequence: a batched update would become a scatter, which TPUs answer with copies.
     for row in range(cache.shape[0]):
         cache = jax.lax.dynamic_update_slice(cache, new[row : row + 1], (row, 0, start[row], 0))

@@ -6,16 +6,18 @@ Letters: B prompts, P padded prompt.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eagle_jax
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
+from eagle_jax.state import spread
 from eagle_jax.train import loader, setup
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.dataset import Dataset
@@ -90,7 +92,7 @@ def accepted_length(
     accepted = np.asarray(out.accepted).sum(axis=0)
     cycles = max(int(accepted.sum()), 1)
     reached = accepted[::-1].cumsum()[::-1][1:] / cycles
-    new = np.asarray(out.lengths - lengths) - 1  # the first one comes from the prompt's pass
+    new = np.asarray(out.lengths) - prompts.lengths - 1  # the first one comes from the prompt's pass
     return {"tokens_a_cycle": new.sum() / cycles, "reached": reached, "near_ties": parted}
 
 
@@ -120,12 +122,12 @@ def check_equal(target: Llama, prompts: Prompts, tokens: np.ndarray, ends: np.nd
 
 @jax.jit
 def _row_logits(target, tokens, lengths):
-    return eagle_jax.forward(target, tokens, lengths)[0]
+    return spread(eagle_jax.forward(target, tokens, lengths)[0], target)
 
 
 def _logits_at(target: Llama, tokens: np.ndarray, place: int) -> np.ndarray:
     """The target's logits for the token at `place` of a row."""
-    logits = _row_logits(target, jnp.asarray(tokens)[None], jnp.array([place]))
+    logits = _row_logits(target, tokens[None], np.array([place]))
     return np.asarray(logits[0, place - 1])
 
 
@@ -161,7 +163,8 @@ class Evaluator:
         """model: abstract; frozen: its arrays that are not trained. features: as in `loader.batches`."""
         self.settings, self.mesh, self.model, self.frozen, self.target = settings, mesh, model, frozen, target
         rows, counts = setup.rows_of(held_out, settings)
-        self.batches = loader.batches(held_out, rows, counts, 0, features=features)
+        blocks, of = loader.own_blocks(mesh)
+        self.batches = loader.batches(held_out, rows, counts, 0, features=features, blocks=blocks, of=of)
         self.count = min(settings.evaluation.loss_batches, loader.steps_of(rows, counts, 1))
         self.tree = tree_named(settings.evaluation.tree)
         end = origin.tokenizer.eos_token_id
@@ -169,7 +172,7 @@ class Evaluator:
         self.prompts = prompts_of(held_out, settings.evaluation.prompts, settings.evaluation.prompt_tokens)
         self.plain: Prompts | None = None  # a head's target writes it once, at the first evaluation
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
         def measure(masters, frozen, target, batch):
             whole = params.load(model, masters | frozen)
             prepared = objective.prepare(whole, target, batch)

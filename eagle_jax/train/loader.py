@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,15 +25,15 @@ def batches(
     seed: int,
     *,
     features: Callable[[int, np.ndarray], Batch] | None = None,
-    process: int = 0,
-    processes: int = 1,
+    blocks: Sequence[int] = (0,),
+    of: int = 1,
 ) -> grain.MapDataset:
     """Endless batches, shuffled anew every epoch; `to_iter_dataset` of it saves and restores its place.
 
     Args:
       rows: {row length: documents of each row}. batch_rows: {row length: rows of a batch, of all processes}.
       features: adds what a file holds of rows: called with their length and their places in rows[length].
-      process: this one of `processes`, each of which gets its own part of every batch's rows.
+      blocks: which of `of` equal blocks of every batch's rows to make: see `own_blocks`.
     Returns:
       Of {"tokens", "loss_mask", "documents": [rows, S], "lengths": [rows]}, int32; and `features`.
     """
@@ -41,7 +42,8 @@ def batches(
         count = batch_rows[width]
 
         def made(chosen: np.ndarray, width: int = width, own: Sequence[Sequence[int]] = own) -> Batch:
-            mine = np.split(chosen, processes)[process]
+            parts_of_batch = np.split(chosen, of)
+            mine = np.concatenate([parts_of_batch[block] for block in blocks])
             made_rows = [dataset.row(own[index], width) for index in mine]
             batch = {name: np.stack([row[name] for row in made_rows]) for name in made_rows[0]}
             return batch if features is None else batch | features(width, mine)
@@ -62,11 +64,19 @@ def steps_of(rows: Mapping[int, Sequence[Any]], batch_rows: Mapping[int, int], e
     return max(1, round(epochs * sum(len(own) / batch_rows[width] for width, own in rows.items())))
 
 
+def own_blocks(mesh: Mesh) -> tuple[list[int], int]:
+    """Which blocks of a batch's rows this process's devices hold, in order, and how many blocks there are."""
+    sharding = NamedSharding(mesh, PartitionSpec(params.BATCH))
+    count = math.prod(mesh.shape[axis] for axis in params.BATCH)
+    held = sharding.addressable_devices_indices_map((count,)).values()
+    return sorted({index[0].indices(count)[0] for index in held if index}), count
+
+
 def on_mesh(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch, of which every process holds its own rows, spread over the mesh."""
+    """A batch, of which every process holds its own blocks, spread over the mesh."""
 
     def place(array):
-        spec = PartitionSpec((params.DATA, params.FSDP), *[None] * (array.ndim - 1))
+        spec = PartitionSpec(params.BATCH, *[None] * (array.ndim - 1))
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
 
     return {name: place(array) for name, array in batch.items()}

@@ -7,16 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from eagle_jax.convert.place import new_file
 
 
 class Metrics:
-    """Appends {"step": ..., name: number or list} lines to metrics.jsonl, and the numbers to tensorboard/."""
+    """Appends {"step": ..., name: number or list} lines to metrics.jsonl, and the numbers to tensorboard/.
+
+    Of several processes the first does it.
+    """
 
     def __init__(self, folder: Path, step: int):
         """step: the one that a run goes on from; lines behind it, of a run that was killed, are dropped."""
+        self.board = None
+        if jax.process_index() != 0:
+            return
         from tensorboardX import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
@@ -27,6 +34,8 @@ class Metrics:
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Numbers, and lists of them, which TensorBoard shows as name/0, name/1, ..."""
+        if self.board is None:
+            return
         plain = {name: np.asarray(value, np.float64).tolist() for name, value in values.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step} | plain) + "\n")
@@ -36,7 +45,8 @@ class Metrics:
                 self.board.add_scalar(tag, number, step)
 
     def close(self) -> None:
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -8,12 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from eagle_jax.models import params
 from eagle_jax.train import features, setup
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.features import Group
 from eagle_jax.train.loader import on_mesh
 from eagle_jax.train.say import Say, log
-from eagle_jax.train.setup import make_mesh, objective_of, rows_of
+from eagle_jax.train.setup import objective_of, rows_of
 
 
 def precompute(settings: TrainSettings, folder: Path, say: Say = log) -> int:
@@ -28,7 +29,7 @@ def precompute(settings: TrainSettings, folder: Path, say: Say = log) -> int:
         raise ValueError("--precompute is for heads: a target has no features")
     if jax.process_count() > 1:
         raise ValueError("--precompute runs on one host; the training that reads the folder may run on several")
-    mesh = make_mesh(settings)
+    mesh = params.make_mesh(settings.mesh.model_dump())
     origin = setup.source(settings)
     splits = {}
     for split, files in (("train", settings.data.train), ("held_out", settings.data.held_out)):

@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import datetime
 import functools
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import yaml
+from jax.sharding import NamedSharding, PartitionSpec
 
 from eagle_jax.convert.place import new_file
 from eagle_jax.models import params
-from eagle_jax.train import features, loader, metrics, save, setup, step
+from eagle_jax.train import features, loader, metrics, processes, save, setup, step
 from eagle_jax.train.checkpoint import Checkpoints
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.dataset import Dataset
@@ -40,21 +39,22 @@ MAY_CHANGE = {"output", "features", "steps", "epochs", "mesh", "accumulation", "
 
 
 def train(settings: TrainSettings, say: Say = log) -> int:
-    """Starts the run in settings.output, or goes on with it.
+    """Starts the run in settings.output, or goes on with it. Several processes call it alike; the first one writes.
 
     Returns:
       An exit code: 0, or 143 after SIGTERM, which ends a run at its next step with everything saved.
     Raises:
       ValueError: bad data (DataError), models that do not fit, or settings other than the run was started with.
     """
-    output = Path(settings.output)
-    mesh = setup.make_mesh(settings)
+    output, say = Path(settings.output), processes.of_first(say)
+    mesh = params.make_mesh(settings.mesh.model_dump())
     note_settings = _check_settings(output, settings)
     origin = setup.source(settings)
     begun = (output / SETTINGS).is_file()
 
     def documents(split: str, files: Sequence[str]) -> Dataset:
-        return setup.documents(files, settings.data, origin, output / "data" / split, say, begun)
+        folder = output / "data" / split
+        return processes.first_then_others(lambda: setup.documents(files, settings.data, origin, folder, say, begun))
 
     train_data = documents("train", settings.data.train)
     held_out = documents("held_out", settings.data.held_out) if settings.data.held_out else None
@@ -77,18 +77,12 @@ def train(settings: TrainSettings, say: Say = log) -> int:
     if settings.features is not None and target is not None:
         stored = features.stored(settings, model, target, splits)
         read = {split: functools.partial(stored.batch, split) for split in splits}
+    blocks, of = loader.own_blocks(mesh)
     batches = loader.iterator(
-        loader.batches(
-            train_data,
-            rows,
-            counts,
-            settings.seed,
-            features=read.get("train"),
-            process=jax.process_index(),
-            processes=jax.process_count(),
-        )
+        loader.batches(train_data, rows, counts, settings.seed, features=read.get("train"), blocks=blocks, of=of)
     )
-    note_settings()
+    if processes.is_first():
+        note_settings()
     checkpoints = Checkpoints(output / "checkpoints", settings.checkpoints.keep)
     try:
         if checkpoints.latest is None:
@@ -110,7 +104,8 @@ def train(settings: TrainSettings, say: Say = log) -> int:
                 state, model, frozen, target, batch, objective=objective, update=update, pieces=settings.accumulation
             )
 
-        advance = jax.jit(advance, donate_argnums=0, out_shardings=(shardings, None))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        advance = jax.jit(advance, donate_argnums=0, out_shardings=(shardings, everywhere))
         state = _loop(
             settings,
             state,
@@ -121,14 +116,17 @@ def train(settings: TrainSettings, say: Say = log) -> int:
             total,
             say,
         )
-        metrics.plot(output)
+        if processes.is_first():
+            metrics.plot(output)
         number = int(state.step)
         if number < total:
             say(f"ended by SIGTERM after step {number}; the same command goes on from there")
             return TERMINATED
 
         def write(masters: Arrays, folder: Path) -> None:
-            trained = params.load(model, masters | frozen)
+            trained = processes.gathered(params.load(model, masters | frozen), mesh)
+            if not processes.is_first():
+                return
             if target is None:
                 save.save_target(trained, Path(str(settings.model)), folder, settings.save_dtype)
             else:
@@ -158,11 +156,12 @@ def _loop(
     number = int(state.step)
     records = metrics.Metrics(Path(settings.output), number)
     clock = _Clock(number, total)
-    with _termination() as terminated:
-        while number < total and not terminated():
+    terminated = False
+    with processes.termination() as ends_with:
+        while number < total and not terminated:
             state, values = advance(state, next(batches))
             number += 1
-            last = number == total
+            last, terminated = number == total, ends_with(number)
             if number % settings.log_every == 0 or last:
                 values = jax.device_get(values)
                 if not np.isfinite(values["loss"]):
@@ -180,7 +179,7 @@ def _loop(
                 clock.leave_out(time.monotonic() - before)
                 records.add(number, values)
                 say(f"step {number}/{total}  {_words(values)}")
-            if score is not None or number % settings.checkpoints.every == 0 or last or terminated():
+            if score is not None or number % settings.checkpoints.every == 0 or last or terminated:
                 checkpoints.save(state, batches.get_state(), score)
     records.close()
     return state
@@ -204,17 +203,6 @@ def _check_settings(output: Path, settings: TrainSettings) -> Callable[[], None]
             partial.write_text(yaml.safe_dump(ours, sort_keys=False), encoding="utf-8")
 
     return note
-
-
-@contextmanager
-def _termination() -> Iterator[Any]:
-    """Yields a function that tells whether SIGTERM came; it does not end the program in the meantime."""
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Clock:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from eagle_jax import convert
 from eagle_jax.convert import parts
@@ -160,16 +160,6 @@ def frequent_tokens(train: Dataset, vocab_size: int, count: int) -> tuple[np.nda
         seen += np.bincount(train.tokens[part][train.mask[part] > 0], minlength=vocab_size)
     ids = np.sort(np.argsort(-seen, kind="stable")[:count]).astype(np.int32)
     return ids, float(seen[ids].sum() / max(seen.sum(), 1))
-
-
-def make_mesh(settings: TrainSettings) -> Mesh:
-    """The mesh that the settings ask for, of all devices."""
-    axes = settings.mesh.model_dump()
-    needed, there = int(np.prod(list(axes.values()))), jax.device_count()
-    if needed > there:
-        raise ValueError(f"mesh {axes} needs {needed} devices, there are {there}")
-    types = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=jax.devices()[:needed])
 
 
 def rows_of(data: Dataset, settings: TrainSettings) -> tuple[dict[int, list[list[int]]], dict[int, int]]:

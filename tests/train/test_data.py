@@ -94,7 +94,7 @@ def test_batches_go_through_every_row_each_epoch_in_an_order_that_can_be_taken_u
     for batch in expected:
         np.testing.assert_array_equal(next(again)["tokens"], batch["tokens"])
 
-    halves = [loader.batches(data, rows, {4: 4}, seed=1, process=p, processes=2)[5]["tokens"] for p in range(2)]
+    halves = [loader.batches(data, rows, {4: 4}, seed=1, blocks=[p], of=2)[5]["tokens"] for p in range(2)]
     np.testing.assert_array_equal(np.concatenate(halves), batches[5]["tokens"])
 
 

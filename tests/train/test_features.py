@@ -16,12 +16,13 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from eagle_jax.cli import main
+from eagle_jax.models import params
 from eagle_jax.train import features, fingerprint, loader, loss, metrics, setup
 from eagle_jax.train.config import TrainSettings, read_settings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.features import FeaturesError
 from eagle_jax.train.precompute import precompute
-from eagle_jax.train.setup import make_mesh, objective_of, rows_of
+from eagle_jax.train.setup import objective_of, rows_of
 from tests.train.chat_templates import byte_level
 from tests.train.models import VOCAB, write_target
 
@@ -108,7 +109,7 @@ class Case:
 
 def case(place: Path, config: Path) -> Case:
     settings = read_settings(config)
-    mesh, origin = make_mesh(settings), setup.source(settings)
+    mesh, origin = params.make_mesh(settings.mesh.model_dump()), setup.source(settings)
     splits = {}
     for split in ("train", "held_out"):
         files = [str(place / f"{split}.jsonl")]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -22,6 +20,7 @@ from eagle_jax.train import evaluate, metrics
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.run import TERMINATED, train
 from eagle_jax.train.save import save_target
+from tests.sharding.meshes import child_environment
 from tests.train.chat_templates import byte_level
 from tests.train.models import VOCAB, write_target
 
@@ -96,10 +95,7 @@ def until(settings: TrainSettings, folder: Path, step: int, number: int) -> int:
     path = folder / "killed.yaml"
     path.write_text(settings.model_dump_json())
     command = [sys.executable, "-m", "eagle_jax", "train", "--config", str(path)]
-    environment = dict(os.environ) | {
-        "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-    }
+    environment = child_environment() | {"JAX_NUM_CPU_DEVICES": "8"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         lines = []

@@ -1,0 +1,32 @@
+"""Models on meshes: what the tests of sharding share."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from eagle_jax.models import params
+
+
+def child_environment() -> dict[str, str]:
+    """Of a process that shares this one's compiled programs. Without the limit it would leave out what others need."""
+    cache = {
+        name: str(jax.config.values[name]) for name in ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    }
+    return dict(os.environ) | {name.upper(): value for name, value in cache.items()}
+
+
+def mesh_of(data: int, tensor: int) -> Mesh:
+    return params.make_mesh({"data": data, "tensor": tensor})
+
+
+def on_mesh(model: Any, mesh: Mesh) -> Any:
+    """A model that was made on one device, as `load(mesh=...)` would place it."""
+
+    def place(path, leaf):
+        return jax.device_put(leaf, params.sharding(params.path_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, model)

@@ -1,0 +1,136 @@
+"""Decoding on eight devices writes the tokens of one, and every device holds its part of models and caches."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eagle_jax
+from eagle_jax import SamplingConfig, StaticTree, TreeConfig
+from eagle_jax.cli.rows import Rows
+from eagle_jax.convert import from_pretrained
+from eagle_jax.models import params
+from tests.sharding.meshes import mesh_of, on_mesh
+from tests.toy import GOLDEN, NEW, TREE, golden_pair, near_ties, rows_of, small_case
+
+# Of rows 0 and 1 the likeliest tokens, of rows 2 and 3 drawn ones: two programs in one.
+MIXED = SamplingConfig(temperature=jnp.array([0.0, 0.0, 0.8, 1.0]), top_p=jnp.array([1.0, 1.0, 1.0, 0.9]))
+STATIC = StaticTree([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
+KEY = jax.random.key(3)
+# draft, data and tensor devices, tree, sampling
+CASES = {
+    "eagle3": ("t1_eagle3_dv96", 4, 2, TreeConfig(depth=4, top_k=3, num_nodes=12), MIXED),
+    # neither t1's two key-value heads divide by 4, nor t2's vocabulary of 199: they lie whole on every device
+    "eagle1": ("t2_eagle1_bias", 2, 4, STATIC, SamplingConfig()),
+    "plain": (None, 2, 4, TREE, MIXED),
+}
+
+
+def prompts(vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.random.default_rng(0).integers(0, vocab, (4, 16)).astype(np.int32)
+    return tokens, np.array([16, 3, 9, 1], np.int32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eight_devices_write_what_one_does(name):
+    draft, data, tensor, tree, sampling = CASES[name]
+    family = "t1" if draft is None else draft[:2]
+    target, head = golden_pair(draft or "t1_eagle3_dv96", f"{family}_target")
+    weights = GOLDEN / "weights"
+    pair = from_pretrained(
+        weights / f"{family}_target",
+        None if draft is None else weights / draft,
+        dtype=jnp.float32,
+        mesh=jax.make_mesh((data, tensor), ("data", "tensor")),  # JAX's own kind of axes, Explicit
+    )
+    tokens, lengths = prompts(target.config.vocab_size)
+    options: dict[str, Any] = dict(tree=tree, sampling=sampling, max_new_tokens=24)
+    one = eagle_jax.generate(target, None if draft is None else head, tokens, lengths, KEY, **options)
+    many = eagle_jax.generate(*pair, tokens, lengths, KEY, **options)
+    assert many.tokens.sharding.is_fully_replicated and len(many.tokens.sharding.device_set) == 8
+    assert near_ties(target, rows_of(many), rows_of(one), name) == 0
+    np.testing.assert_array_equal(many.accepted, one.accepted)
+
+
+@pytest.fixture(scope="module")
+def case():
+    """The toy pair (4 heads of 2 key-value heads, 97 tokens) on one device and on data 4, tensor 2."""
+    target, draft, *_ = small_case()
+    mesh = mesh_of(4, 2)
+    return (target, draft), (on_mesh(target, mesh), on_mesh(draft, mesh))
+
+
+def serve(pair, requests: list[list[int]]) -> list[list[int]]:
+    """Every prompt's text: 4 rows at a time, each free row taking the next prompt."""
+    rows = Rows(*pair, 4, 40, tree=TREE, buckets=(16,))
+    texts, running, waiting = {}, {}, list(range(len(requests)))
+    while waiting or running:
+        for row in set(range(4)) - set(running):
+            if waiting:
+                running[row] = index = waiting.pop(0)
+                rows.insert(row, requests[index], KEY, NEW)
+        chunk = rows.advance(2)
+        for row in [row for row in running if chunk.done[row]]:
+            texts[running.pop(row)] = rows.state.tokens[row, : rows.state.lengths[row]].tolist()
+    for cache in rows.state.cache.k + rows.state.draft.cache.v:
+        assert len(cache.addressable_shards) in (1, 8)
+        assert cache.addressable_shards[0].data.shape[:2] == ((4, 2) if len(cache.addressable_shards) == 1 else (1, 1))
+    return [texts[index] for index in range(len(requests))]
+
+
+def test_rows_of_a_running_batch_take_new_prompts(case):
+    one, many = case
+    rng = np.random.default_rng(1)
+    requests = [rng.integers(0, 97, length).tolist() for length in (5, 15, 1, 9, 3, 7)]
+    assert near_ties(one[0], serve(many, requests), serve(one, requests)) == 0
+
+
+def test_chunks_of_a_stream_are_whole_on_every_device(case):
+    tokens, lengths = prompts(97)
+    texts = [[], []]
+    for pair, text in zip(case, texts, strict=True):
+        for chunk in eagle_jax.stream(*pair, tokens, lengths, tree=TREE, max_new_tokens=NEW, cycles_per_chunk=2):
+            assert chunk.tokens.is_fully_replicated
+            text.append(jax.device_get((chunk.tokens, chunk.counts)))
+    jax.tree.map(np.testing.assert_array_equal, *texts)
+
+
+def test_a_cycle_moves_no_cache(case):
+    """Each device holds its part of the state, which is donated; no collective carries rows of a cache."""
+    _, (target, draft) = case
+    start = jax.jit(eagle_jax.prefill, static_argnames="max_new_tokens")
+    state = start(target, draft, *prompts(97), max_new_tokens=NEW)
+    assert all(array.is_fully_replicated for array in (state.tokens, state.lengths, state.done, state.cache.length))
+    step = jax.jit(eagle_jax.cycle, static_argnames="tree", donate_argnames="state")
+    compiled = step.lower(target, draft, state, tree=TREE).compile()
+    memory, caches = compiled.memory_analysis(), [*state.cache.k, *state.cache.v, *state.draft.cache.k]
+    whole = sum(array.nbytes for array in caches)
+    assert memory.argument_size_in_bytes < whole / 8 + sum(a.nbytes for a in jax.tree.leaves((target, draft)))
+    assert memory.alias_size_in_bytes > whole / 8
+    collective = re.compile(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(")
+    moved = collective.findall(compiled.as_text())
+    assert moved and not [shapes for shapes in moved if f"{state.cache.rows},8]" in shapes]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "spec"),
+    [
+        ((8, 4, 128, 8), dict(data=4, tensor=2), ("data", "tensor", None, None)),
+        ((6, 4, 128, 8), dict(data=4, tensor=8), (None, None, None, None)),
+        ((8, 4, 128, 8), dict(data=2, fsdp=2, tensor=2), (("data", "fsdp"), "tensor", None, None)),
+        ((8, 4, 128, 8), dict(tensor=2), (None, "tensor", None, None)),
+    ],
+)
+def test_where_a_cache_lies(shape, axes, spec):
+    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+    assert params.fitting(params.CACHE_RULE, shape, mesh) == jax.sharding.PartitionSpec(*spec)
+
+
+def test_a_mesh_of_more_devices_than_there_are_is_refused():
+    with pytest.raises(ValueError, match=r"mesh \{'data': 4, 'tensor': 4\} needs 16 devices, there are 8"):
+        mesh_of(4, 4)
