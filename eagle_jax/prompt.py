@@ -14,6 +14,7 @@ import numpy as np
 
 from eagle_jax.choose import choose
 from eagle_jax.drafts.protocol import Draft, Text
+from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import DecodeState, append, at, empty_state, map_rows, put_row, row_keys, spread, take_row
@@ -262,17 +263,16 @@ def _run(
         def tokens_at(places):
             return jnp.take_along_axis(state.tokens, jnp.clip(places, 0, width - 1), axis=1)
 
+        past = cache.with_length(begin)
+
+        def attend(index, q, k, v):
+            # Written, then read up to `begin`: there is one cache then, with nothing to be copied from another.
+            old = past.write_layer(index, k, v, begin)
+            return attention(q, k, v, causal, old, in_blocks=True), (old.k, old.v)
+
         tokens = tokens_at(positions)
-        out = target(
-            tokens,
-            positions,
-            causal,
-            prompt_lengths=state.prompt_lengths,
-            cache=cache.with_length(begin),
-            taps=taps,
-            in_blocks=True,
-        )
-        cache = cache.write(out.rows, begin)
+        out = target.run(tokens, positions, attend, prompt_lengths=state.prompt_lengths, taps=taps)
+        cache = dataclasses.replace(cache, k=[k for k, _ in out.rows], v=[v for _, v in out.rows])
         ends_here = (last >= begin) & (last < begin + chunk)
         offset = jnp.clip(last - begin, 0, chunk - 1)
 

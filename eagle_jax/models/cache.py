@@ -53,6 +53,10 @@ class KVCache:
     def with_length(self, length: jax.Array) -> KVCache:
         return dataclasses.replace(self, length=length)
 
+    def write_layer(self, index: int, k: jax.Array, v: jax.Array, start: jax.Array) -> CacheLayer:
+        """One layer with new rows, as `write` puts them there."""
+        return CacheLayer(_write(self.k[index], k, start), _write(self.v[index], v, start), self.length)
+
     def write(self, rows: Rows, start: jax.Array) -> KVCache:
         """The cache with new rows at `start`, one offset [] for the whole batch or one a sequence [B].
 

@@ -108,7 +108,6 @@ def test_a_copy_that_xla_needs_is_seen():
     assert hlo.large_copies(compiled(jnp.transpose, cache), 64 * 32) == ["f32[32,64]"]
 
 
-@pytest.mark.xfail(reason="prefill copies the target's cache, twice a chunk")
 def test_a_cpu_copies_no_weight_and_no_cache_in_any_loop_of_generate():
     """float32: a CPU computes bfloat16 products in it, and converts weights to do so."""
     program = programs.generate(SHAPES["tiny"], capacity=1200, prompt=600, dtype=jnp.float32)
