@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from eagle_jax.cli import bench, chat, demo, export, generate, show, train, train_regenerate
+from eagle_jax.cli import bench, chat, demo, export, generate, machine, show, train, train_regenerate, tune
 from eagle_jax.convert import __main__ as convert
 
 TWO_WORDS = ("train regenerate",)
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argparse itself exits with 2 for arguments that it refuses.
     """
     args = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
+    machine.keep_programs()
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("chat", chat, "talk with a model that remembers the conversation", chat.EXAMPLES)
     add("bench", bench, "measure plain against speculative decoding on the same prompts", bench.EXAMPLES)
+    add("tune", tune, "find the tree that decodes fastest on this machine, and save it", tune.EXAMPLES)
     add("show", show, "draw the draft tree of one cycle, and what was accepted of it", show.EXAMPLES)
     add("export", export, "write an EAGLE head for the official code, SGLang or vLLM", export.EXAMPLES)
     add("train", train, "train a draft head, or a small target", train.EXAMPLES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; returns 1 if a row ended in NaN or infinite logits."""
     from rich.console import Console
 
-    from eagle_jax import convert
     from eagle_jax.cli import bench_drafts, drafts, measure, models, prompts
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
@@ -72,24 +70,16 @@ def run(args: argparse.Namespace) -> int:
         if embedded:
             args.target, args.raw = str(drafts.embedded_pair() / "target"), True  # it continues code, and knows no chat
         loaded = models.load_models(args)
-        # Only text needs the tokenizer; a file of token ids does without.
-        tokenizer = functools.cache(lambda: convert.tokenizer(loaded.folder))
     if args.drafts is None and loaded.draft is None:
         raise ValueError("there is no draft head here, so there is nothing to compare")
 
-    def encode_text(text: str) -> list[int]:
-        return prompts.encode(tokenizer(), text, args.raw)
-
-    if args.prompts is None:
-        texts = prompts.CODE_TEXTS if embedded else prompts.DEFAULT_TEXTS
-        token_lists, source = prompts.default_prompts(loaded.target.config.vocab_size, encode_text, texts)
-    else:
-        found, source = prompts.read_prompts(args.prompts, encode_text), args.prompts
-        token_lists = [prompt.tokens for prompt in found]
+    texts = prompts.CODE_TEXTS if embedded else prompts.DEFAULT_TEXTS
+    vocab_size = loaded.target.config.vocab_size
+    token_lists, source = prompts.to_measure(args.prompts, loaded.folder, vocab_size, args.raw, texts)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "stop_tokens": models.stop_tokens(loaded, args),
-        "sampling": with_logit_bias(sampling, args, loaded.target.config.vocab_size),
+        "sampling": with_logit_bias(sampling, args, vocab_size),
         "key": random_key(args),
         "batch": args.batch,
         "repeats": args.repeats,

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 
 import eagle_jax
-from eagle_jax.cli import models
+from eagle_jax.cli import machine, models
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreePolicy
@@ -300,12 +299,10 @@ def progress_bar(console: Any, calls: int) -> Iterator[Callable[[], None]]:
 
 def setting(target: Llama) -> dict[str, Any]:
     """What a figure depends on beside the models: versions, device, dtype, date."""
-    device = jax.devices()[0]
-    kind = f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
     return {
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
-        "device": kind,
+        "device": machine.device_name(),
         "dtype": np.dtype(target.dtype).name,
     }
 

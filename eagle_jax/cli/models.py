@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from eagle_jax.cli import tuned
 from eagle_jax.convert import from_pretrained, load, parts
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import read_json, resolve
@@ -106,13 +107,15 @@ def parse_tree(text: str) -> TreePolicy:
 
 
 def chosen_tree(draft: Any, args: argparse.Namespace) -> TreePolicy:
-    """--tree with --stop-below and --score-temperature, or what suits the draft: see `default_tree`."""
-    tree = default_tree(draft) if args.tree is None else args.tree
+    """--tree with --stop-below and --score-temperature; by default what `eagle-jax tune` found, or `default_tree`."""
+    tree = args.tree
+    if tree is None:
+        tree = (tuned.find(draft, args) if isinstance(draft, EagleDraft) else None) or default_tree(draft)
     changes = {name: getattr(args, name) for name in GROWTH if getattr(args, name) is not None}
     if changes and not isinstance(tree, TreeConfig):
         option = "--" + next(iter(changes)).replace("_", "-")
         raise ValueError(f"{option} is for dynamic trees such as --tree 8,10,60, not for a {describe_tree(tree)}")
-    return dataclasses.replace(tree, **changes) if changes else tree  # type: ignore[type-var]
+    return dataclasses.replace(tree, **changes) if changes else tree
 
 
 def default_tree(draft: Any) -> TreePolicy:

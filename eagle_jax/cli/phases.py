@@ -45,19 +45,19 @@ def measure_phases(
     Args:
       state: prefilled with the draft, with room for RUNS cycles.
     """
-    whole, _ = _time(_cycles, repeats, target, draft, state, tree=tree)
-    drafting, proposal = _time(_proposals, repeats, target, draft, state, tree=tree)
-    verifying, verified = _time(_verifications, repeats, target, draft, state, proposal.tree)
+    whole, _ = timed(cycles, repeats, target, draft, state, tree=tree)
+    drafting, proposal = timed(proposals, repeats, target, draft, state, tree=tree)
+    verifying, verified = timed(verifications, repeats, target, draft, state, proposal.tree)
     if draft is None:
         drafting = 0.0
     else:
-        updating, _ = _time(_updates, repeats, target, draft, state, proposal.tree, *verified, tree=tree)
+        updating, _ = timed(updates, repeats, target, draft, state, proposal.tree, *verified, tree=tree)
         drafting += updating
     return Phases(draft=drafting, verify=verifying, rest=whole - verifying - drafting)
 
 
-def _time(program, repeats: int, *args: Any, **options: Any) -> tuple[float, Any]:
-    """Milliseconds of one of a program's RUNS, and its result."""
+def timed(program, repeats: int, *args: Any, **options: Any) -> tuple[float, Any]:
+    """Milliseconds of one of a program's RUNS, the median of `repeats` calls, and its result."""
     result = jax.block_until_ready(program(*args, **options))
     seconds = []
     for _ in range(repeats):
@@ -79,17 +79,21 @@ def _again(part, state: DecodeState) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="tree")
-def _cycles(target, draft, state, *, tree):
+def cycles(target, draft, state, *, tree):
+    """RUNS cycles."""
     return jax.lax.fori_loop(0, RUNS, lambda _, state: cycle(target, draft, state, tree=tree), state)
 
 
 @functools.partial(jax.jit, static_argnames="tree")
-def _proposals(target, draft, state, *, tree):
+def proposals(target, draft, state, *, tree):
+    """Proposes the tree of the next cycle, RUNS times."""
     return _again(lambda state: propose(target, draft, state, tree), state)
 
 
 @jax.jit
-def _verifications(target, draft, state, nodes):
+def verifications(target, draft, state, nodes):
+    """The target's pass over `nodes` and its logits, RUNS times."""
+
     def part(state):
         out = verify(target, draft, state, nodes)
         return out, target.logits(out.hidden)
@@ -98,7 +102,8 @@ def _verifications(target, draft, state, nodes):
 
 
 @functools.partial(jax.jit, static_argnames="tree")
-def _updates(target, draft, state, nodes, out, logits, *, tree):
+def updates(target, draft, state, nodes, out, logits, *, tree):
+    """The draft learns of a first accepted token, RUNS times."""
     batch, depth = nodes.tokens.shape[0], draft.depth(tree)
     path = jnp.zeros((batch, depth + 1), jnp.int32)
     new = jnp.take_along_axis(nodes.tokens, path, axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,3 +122,23 @@ def default_prompts(
     except CheckpointError:
         random = np.random.default_rng(0).integers(vocab_size, size=(RANDOM_PROMPTS, RANDOM_LENGTH))
         return random.tolist(), f"{RANDOM_PROMPTS} prompts of random tokens (the model has no tokenizer)"
+
+
+def to_measure(
+    path: str | None, folder: Path, vocab_size: int, raw: bool, texts: Sequence[str] = DEFAULT_TEXTS
+) -> tuple[list[list[int]], str]:
+    """The prompts of a measurement, and what they are: those of a file, or built-in ones.
+
+    Args:
+      folder: of the tokenizer, which a file of token ids does without. raw: see `encode`.
+    """
+    from eagle_jax import convert
+
+    tokenizer = functools.cache(lambda: convert.tokenizer(folder))
+
+    def encode_text(text: str) -> list[int]:
+        return encode(tokenizer(), text, raw)
+
+    if path is None:
+        return default_prompts(vocab_size, encode_text, texts)
+    return [prompt.tokens for prompt in read_prompts(path, encode_text)], path

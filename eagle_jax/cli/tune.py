@@ -1,0 +1,168 @@
+"""eagle-jax tune: the tree that decodes fastest on this machine, measured, and saved beside the model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from typing import Any
+
+from eagle_jax.cli.models import add_model_arguments, positive
+from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config
+
+EXAMPLES = """\
+examples:
+  eagle-jax tune --model llama-8b/
+  eagle-jax tune --model llama-8b/ --prompts question.jsonl --batch 8
+  eagle-jax tune --target t1_target/ --draft t1_eagle3/ --dtype float32
+
+It measures what a pass over 2 to 64 nodes and a drafted level cost on this machine, and how far the target follows
+large trees on the prompts; from these it expects tokens a second of every depth, top_k, number of nodes and temperature
+of the draft's scores, and measures the most promising. The fastest goes to tuned.json in the model's folder (the
+draft's, with --draft), where other commands find it: they use it on the same device, with the same dtype and batch,
+unless --tree names another.
+"""
+CANDIDATES = 4  # trees that are decoded with, in the end
+CYCLES = 24  # of each prompt, with large trees
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
+    add_model_arguments(parser)
+    parser.add_argument("--prompts", metavar="FILE", help="sample prompts, as for bench (default: built-in ones)")
+    parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
+    parser.add_argument("--batch", type=positive, default=1, metavar="B", help="prompts a call (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="of the last measurement (default: 128)"
+    )
+    parser.add_argument("--repeats", type=positive, default=5, metavar="R", help="timed runs (default: %(default)s)")
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tunes, prints what it expected and measured, and saves the fastest tree."""
+    from rich.console import Console
+
+    from eagle_jax.cli import measure, models, prompts, tuned, tuning
+    from eagle_jax.drafts.eagle import EagleDraft
+
+    sampling = sampling_config(args)
+    notes, console = Console(stderr=True, highlight=False), Console(highlight=False)
+    args.draft_window = None
+    with notes.status("loading"):
+        loaded = models.load_models(args)
+    if not isinstance(loaded.draft, EagleDraft):
+        raise ValueError("there is no EAGLE head here: only their trees can be tuned")
+    folder = tuned.folder_of(args)
+    if folder is None:
+        raise ValueError("convert the models first, or name a draft's folder: tuned.json needs a place to be saved")
+    token_lists, source = prompts.to_measure(args.prompts, loaded.folder, loaded.target.config.vocab_size, args.raw)
+    options: dict[str, Any] = {"sampling": sampling, "key": random_key(args), "stop_tokens": models.eos_tokens(loaded)}
+
+    setting = measure.setting(loaded.target)
+    with measure.progress_bar(
+        notes, tuning.measurements(tuning.NODES, tuning.WIDTHS) + len(tuning.TEMPERATURES)
+    ) as advance:
+        seen, widths = {}, tuning.widths_for(loaded.draft)
+        for temperature in tuning.TEMPERATURES:
+            large = tuning.large_tree(widths, temperature)
+            seen[temperature] = tuning.observe(loaded.target, loaded.draft, token_lists, CYCLES, large, **options)
+            advance()
+        state = _state(loaded, token_lists, args.batch, args.max_new_tokens)
+        costs = tuning.measure_costs(
+            loaded.target, loaded.draft, state, args.repeats, tuning.NODES, widths, progress=advance
+        )
+    expected = tuning.expectations(seen, costs)[:CANDIDATES]
+    console.print(_observations(seen, costs, f"{source}; {measure.describe_setting(setting)}"))
+
+    methods = {"plain": (None, expected[0].tree)} | {_name(one.tree): (loaded.draft, one.tree) for one in expected}
+    calls = len(methods) * (args.repeats + 1) * -(-len(token_lists) // args.batch)
+    with measure.progress_bar(notes, calls) as advance:
+        results, _ = measure.decode_in_turn(
+            loaded.target,
+            methods,
+            token_lists,
+            max_new_tokens=args.max_new_tokens,
+            batch=args.batch,
+            repeats=args.repeats,
+            progress=advance,
+            **options,
+        )
+    console.print(_table(expected, results, costs, args.batch))
+    fastest = max(expected, key=lambda one: results[_name(one.tree)].rate)
+    plain, best, hoped = results["plain"].rate, results[_name(fastest.tree)].rate, args.batch * fastest.rate
+    entry = {
+        **setting,
+        "batch": args.batch,
+        "prompts": source,
+        "tree": dataclasses.asdict(fastest.tree),
+        "expected": {
+            "tokens_a_pass": fastest.tokens,
+            "ms_a_pass": fastest.ms,
+            "tokens_a_second": hoped,
+        },
+        "measured": {"tokens_a_second": best, "plain_tokens_a_second": plain},
+        "costs_ms": dataclasses.asdict(costs),
+    }
+    path = tuned.write(folder, entry)
+    console.print(f"{models.describe_tree(fastest.tree)}: {best / plain:.2f} times plain decoding. Saved: {path}")
+    if best < plain:
+        console.print("Plain decoding is faster here: add --baseline to generate, or draft with a better head.")
+    return 0
+
+
+def _state(loaded: Any, token_lists: list[list[int]], batch: int, max_new_tokens: int) -> Any:
+    """A greedy state of the first prompts, halfway through their new tokens, so that attention costs what it will."""
+    import jax.numpy as jnp
+
+    import eagle_jax
+    from eagle_jax.cli import phases, tuning
+
+    rows = [token_lists[i % len(token_lists)] for i in range(batch)]
+    tokens, lengths = eagle_jax.pad(rows)
+    room = max(max_new_tokens, phases.RUNS * (tuning.DEPTH + 1))
+    state = eagle_jax.prefill(loaded.target, loaded.draft, tokens, lengths, max_new_tokens=room)
+    return dataclasses.replace(state, done=jnp.zeros_like(state.done))
+
+
+def _name(tree: Any) -> str:
+    return f"{tree.depth},{tree.top_k},{tree.num_nodes} at {tree.score_temperature:g}"
+
+
+def _observations(seen: dict[float, Any], costs: Any, title: str) -> Any:
+    """The rich table of costs and acceptance."""
+    from rich.table import Table
+
+    from eagle_jax.cli import tuning
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    join = functools.partial(str.join, "  ")
+    table.add_row("a plain step, ms", f"{costs.plain:.2f}")
+    table.add_row("verifying, ms by nodes", join(f"{nodes}: {ms:.2f}" for nodes, ms in costs.verify.items()))
+    table.add_row("a drafted level, ms by nodes", join(f"{nodes}: {ms:.2f}" for nodes, ms in costs.level.items()))
+    table.add_row("drafting beside, and the rest, ms", f"{costs.draft:.2f}  {costs.rest:.2f}")
+    for temperature, cycles in seen.items():
+        depths = join(f"{rate:.2f}" for rate in tuning.by_depth(cycles))
+        table.add_row(f"accepted by depth, scores at {temperature:g}", depths)
+    ranks = join(f"{share:.2f}" for share in tuning.by_rank(next(iter(seen.values()))))
+    table.add_row("of these the first, second ... child", ranks)
+    return table
+
+
+def _table(expected: list[Any], results: dict[str, Any], costs: Any, batch: int) -> Any:
+    """The rich table of what was expected of trees, and measured."""
+    from rich.table import Table
+
+    caption = "Expected: of a cycle alone, without the prompt's pass. Measured: of whole calls, medians."
+    table = Table(caption=caption, caption_justify="left")
+    for name in ("tree, scores at", "expected: tokens a cycle", "ms", "tok/s", "measured: tokens a cycle", "tok/s"):
+        table.add_column(name, justify="right")
+    plain = results["plain"]
+    table.add_row(
+        "plain", "1.00", f"{costs.plain:.2f}", f"{1000 * batch / costs.plain:.1f}", "1.00", f"{plain.rate:.1f}"
+    )
+    for one in expected:
+        result = results[_name(one.tree)]
+        hoped = f"{one.tokens:.2f}", f"{one.ms:.2f}", f"{one.rate * batch:.1f}"
+        table.add_row(_name(one.tree), *hoped, f"{result.tokens_a_pass:.2f}", f"{result.rate:.1f}")
+    return table

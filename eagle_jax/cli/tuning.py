@@ -1,0 +1,238 @@
+"""Which tree is fastest here: what passes cost on this machine, and what of a large tree the target accepts.
+
+Letters: B batch, C cycles, N nodes, k top_k.
+
+A large tree holds the smaller ones that the same draft would have grown, so cycles with one large tree tell how many
+tokens each smaller tree would have brought (`expected_tokens`). With the cost of each part of a cycle (`Costs`) that
+gives the tokens a second to expect of every tree; EAGLE-2's trees have one size for all machines (arXiv 2406.16858).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import eagle_jax
+from eagle_jax.cli import phases
+from eagle_jax.decode import propose, step
+from eagle_jax.drafts.eagle import EagleDraft
+from eagle_jax.drafts.protocol import Draft
+from eagle_jax.models.llama import Llama
+from eagle_jax.state import DecodeState
+from eagle_jax.tree import Tree, TreeConfig
+
+NODES = (2, 4, 6, 8, 12, 16, 32, 64)
+WIDTHS = (1, 2, 4, 8)
+DEPTH = 8
+TEMPERATURES = (1.0, 0.5, 0.33)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """The trees of C cycles, [C, N] each, as in `Tree`, and which of their nodes were accepted (the root is)."""
+
+    parents: np.ndarray
+    depths: np.ndarray
+    scores: np.ndarray
+    accepted: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Milliseconds of the parts of a cycle.
+
+    plain: a plain decoding step. verify: a pass of the target and its logits, by nodes. level: a drafted level, by its
+    nodes. draft: what drafting costs whatever the tree is: the first level and learning what was accepted.
+    rest: acceptance, commit, bookkeeping.
+    """
+
+    plain: float
+    verify: dict[int, float]
+    level: dict[int, float]
+    draft: float
+    rest: float
+
+    def cycle(self, tree: TreeConfig) -> float:
+        """Of a tree whose sizes were measured."""
+        return self.verify[tree.num_nodes] + self.draft + (tree.depth - 1) * self.level[tree.top_k] + self.rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What to expect of a tree: tokens and milliseconds a cycle."""
+
+    tree: TreeConfig
+    tokens: float
+    ms: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, of one row."""
+        return 1000 * self.tokens / self.ms
+
+
+def widths_for(draft: EagleDraft) -> tuple[int, ...]:
+    """The widths that its vocabulary allows."""
+    return tuple(width for width in WIDTHS if width <= draft.config.draft_vocab_size)
+
+
+def large_tree(widths: Sequence[int], temperature: float) -> TreeConfig:
+    """A tree with every node that is drafted for it, so that it holds those of smaller ones."""
+    tree = TreeConfig(DEPTH, widths[-1], 2, score_temperature=temperature)
+    return dataclasses.replace(tree, num_nodes=1 + tree.num_candidates)
+
+
+def observe(
+    target: Llama, draft: Draft, prompts: Sequence[Sequence[int]], cycles: int, tree: TreeConfig, **options: Any
+) -> Seen:
+    """Decodes the prompts, together, for some cycles with a large tree.
+
+    Args:
+      options: sampling, key and stop_tokens, as in `generate`.
+    """
+    tokens, lengths = eagle_jax.pad(prompts)
+    room = cycles * (tree.depth + 1) + 1
+    state = eagle_jax.prefill(target, draft, tokens, lengths, max_new_tokens=room, tree=tree, **options)
+    trees, paths, done = jax.device_get(_cycles(target, draft, state, tree=tree, cycles=cycles))
+    nodes = np.arange(trees.tokens.shape[-1])
+    accepted = (paths[..., None] == nodes).any(axis=-2)  # [C, B, N]
+    return Seen(*(part[~done] for part in (trees.parents, trees.depths, trees.scores, accepted)))
+
+
+@functools.partial(jax.jit, static_argnames=("tree", "cycles"))
+def _cycles(target, draft, state, *, tree, cycles):
+    def one(state, _):
+        after = step(target, draft, state, tree=tree)
+        return after.state, (after.tree, after.acceptance.path, state.done)
+
+    return jax.lax.scan(one, state, length=cycles)[1]
+
+
+def expected_tokens(seen: Seen, tree: TreeConfig) -> float:
+    """Tokens a cycle, bonus counted, that a tree no larger than those seen would have brought.
+
+    Later cycles than the first begin elsewhere in the text than those of the large tree did. A node that the small tree
+    would have but the large one has not (one that so many better ones stood beside) counts as rejected.
+    """
+    kept = smaller(seen, tree)
+    return 1 + float((kept & seen.accepted).sum(axis=1).mean())
+
+
+def smaller(seen: Seen, tree: TreeConfig) -> np.ndarray:
+    """[C, N] bool: which drafted nodes of the large trees a smaller one, of the same temperature, would have kept.
+
+    Of the nodes that it would have proposed (children of rank below k, of its k best nodes a level, down to its depth)
+    the best num_nodes - 1.
+    """
+    rank = sibling_rank(seen)
+    expanded = seen.depths == 0
+    proposed = np.zeros_like(expanded)
+    for depth in range(1, tree.depth + 1):
+        from_expanded = np.take_along_axis(expanded, np.maximum(seen.parents, 0), axis=1)
+        level = (seen.depths == depth) & (rank < tree.top_k) & from_expanded
+        proposed |= level
+        expanded |= best(level, seen.scores, tree.top_k)
+    return best(proposed, seen.scores, tree.num_nodes - 1)
+
+
+def best(among: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
+    """[C, N] bool: the `count` highest scores of those among [C, N]; of equals the first."""
+    order = np.argsort(np.where(among, -scores, np.inf), axis=1, kind="stable")
+    chosen = np.zeros_like(among)
+    np.put_along_axis(chosen, order[:, :count], True, axis=1)
+    return chosen & among
+
+
+def sibling_rank(seen: Seen) -> np.ndarray:
+    """[C, N]: how many earlier siblings a node has, which are those of higher probability."""
+    nodes = np.arange(seen.parents.shape[1])
+    return ((seen.parents[:, :, None] == seen.parents[:, None, :]) & (nodes[:, None] > nodes)).sum(axis=2)
+
+
+def by_depth(seen: Seen) -> list[float]:
+    """How often a node of depth 1, 2, ... was accepted, where its parent was."""
+    reached = [(seen.accepted & (seen.depths == depth)).sum() for depth in range(seen.depths.max() + 1)]
+    return [float(b / a) for a, b in itertools.pairwise(reached) if a]
+
+
+def by_rank(seen: Seen) -> list[float]:
+    """The share of cycles' accepted nodes that were their parent's first, second, ... child."""
+    taken = sibling_rank(seen)[seen.accepted & (seen.depths > 0)]
+    return (np.bincount(taken) / max(len(taken), 1)).tolist()
+
+
+def measure_costs(
+    target: Llama,
+    draft: Draft,
+    state: DecodeState,
+    repeats: int,
+    nodes: Sequence[int],
+    widths: Sequence[int],
+    progress: Callable[[], None] = lambda: None,
+) -> Costs:
+    """Costs of the next cycle of a greedy state, prefilled with the draft and with room for phases.RUNS cycles.
+
+    Args:
+      progress: called after each of `measurements(nodes, widths)` measurements.
+    """
+
+    def ms(program, *args, **options):
+        taken, result = phases.timed(program, repeats, *args, **options)
+        progress()
+        return taken, result
+
+    def star(count):  # a root and its children: what a pass costs depends on the number of nodes alone
+        node = jnp.broadcast_to(jnp.arange(count), (len(state.lengths), count))
+        return Tree(node * 0, jnp.minimum(node, 1) - 1, jnp.minimum(node, 1), node * 0.0)
+
+    plain, _ = ms(phases.cycles, target, None, state, tree=None)
+    verify = {count: ms(phases.verifications, target, draft, state, star(count))[0] for count in nodes}
+    first, _ = ms(phases.proposals, target, draft, state, tree=TreeConfig(1, 1, 2))
+    level = {}
+    for width in widths:
+        deep, _ = ms(phases.proposals, target, draft, state, tree=TreeConfig(6, width, width + 1))
+        level[width] = max(deep - first, 0) / 5
+    middle = TreeConfig(4, 2, 8)
+    proposal = propose(target, draft, state, middle)
+    _, verified = phases.timed(phases.verifications, 1, target, draft, state, proposal.tree)
+    update, _ = ms(phases.updates, target, draft, state, proposal.tree, *verified, tree=middle)
+    whole, _ = ms(phases.cycles, target, draft, state, tree=middle)
+    costs = Costs(plain, verify, level, first + update, 0.0)
+    if 8 not in nodes or 2 not in widths:
+        return costs
+    return dataclasses.replace(costs, rest=max(whole - costs.cycle(middle), 0.0))
+
+
+def measurements(nodes: Sequence[int], widths: Sequence[int] = WIDTHS) -> int:
+    """How many measurements `measure_costs` takes."""
+    return 4 + len(nodes) + len(widths)
+
+
+def trees(nodes: Sequence[int], widths: Sequence[int]) -> Iterator[TreeConfig]:
+    """Every tree of these sizes whose nodes can reach its depth, and whose depth and width can fill its nodes."""
+    for depth in range(1, DEPTH + 1):
+        for width in widths:
+            for count in nodes:
+                if depth < count <= 1 + width + (depth - 1) * width**2:
+                    yield TreeConfig(depth, width, count)
+
+
+def expectations(seen: dict[float, Seen], costs: Costs) -> list[Expected]:
+    """What to expect of every tree whose costs are known, the fastest first.
+
+    Args:
+      seen: by score temperature.
+    """
+    found = []
+    for tree in trees(tuple(costs.verify), tuple(costs.level)):
+        for temperature, cycles in seen.items():
+            hot = dataclasses.replace(tree, score_temperature=temperature)
+            found.append(Expected(hot, expected_tokens(cycles, hot), costs.cycle(hot)))
+    return sorted(found, key=lambda expected: -expected.rate)
