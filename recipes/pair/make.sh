@@ -12,23 +12,40 @@ mkdir -p $out/shape
 cp $here/target.json $out/shape/config.json
 cp $out/corpus/tokenizer/* $out/shape/
 
-regenerate() { # TARGET OUT LINES: greedy text of the target
-    [ -f "$2" ] || eagle-jax train regenerate --target "$1" --data $out/corpus/train.jsonl --out "$2" \
-        --limit "$3" --prompt-tokens 24 --max-new-tokens 128 --batch 32 --dtype float32
+regenerate() { # TARGET FIRST_LINE LAST_LINE OUT: greedy text of the target from prompts of the corpus
+    [ -f "$4" ] && return
+    sed -n "$2,$3p" $out/corpus/train.jsonl > "$4.prompts.jsonl"
+    eagle-jax train regenerate --target "$1" --data "$4.prompts.jsonl" --out "$4" \
+        --prompt-tokens 24 --max-new-tokens 128 --batch 64 --dtype float32
+}
+
+ends() { # ROUND: the texts of this round up to where they repeat themselves; and with the end alone to be learned
+    [ -f $out/end$1.jsonl ] && return
+    python $here/ends.py $out/greedy$1.jsonl $out/corpus/train.jsonl $out/ends$1.jsonl
+    python $here/ends.py $out/greedy$1.jsonl $out/corpus/train.jsonl $out/end$1.jsonl end
 }
 
 eagle-jax train --config $here/target.yaml
-# It learns to end where it would repeat itself.
-regenerate $out/runs/target/final $out/greedy.jsonl 512
-[ -f $out/ends.jsonl ] || python $here/ends.py $out/greedy.jsonl $out/corpus/train.jsonl $out/ends.jsonl
+# In three rounds it learns to end where it would repeat itself, each from texts of the round before.
+regenerate $out/runs/target/final 1 1024 $out/greedy1.jsonl
+ends 1
 eagle-jax train --config $here/ends.yaml
-# The heads learn on the target's own greedy text, and on the corpus.
-regenerate $out/runs/ends/final $out/regenerated.jsonl 1200
+regenerate $out/runs/ends1/final 1025 2048 $out/greedy2.jsonl
+ends 2
+eagle-jax train --config $here/ends.yaml start=$out/runs/ends1/final output=$out/runs/ends2 \
+    "data.train=[$out/ends1.jsonl,$out/ends2.jsonl]"
+regenerate $out/runs/ends2/final 2049 3548 $out/greedy3.jsonl
+ends 3
+eagle-jax train --config $here/ends.yaml start=$out/runs/ends2/final output=$out/runs/ends3 \
+    "data.train=[$out/end1.jsonl,$out/end2.jsonl,$out/end3.jsonl]" steps=14 evaluation.every=7 \
+    optimizer.learning_rate=0.001 optimizer.adam_learning_rate=0.0003
+# The heads learn on the target's own greedy text, and on a part of the corpus.
+[ -f $out/part.jsonl ] || head -n 3000 $out/corpus/train.jsonl > $out/part.jsonl
 eagle-jax train --config $here/eagle3.yaml
 eagle-jax train --config $here/eagle1.yaml
 
-for part in "ends target" "eagle3 head" "eagle1 head_eagle1"; do
+for part in "ends3/best target" "eagle3/final head" "eagle1/final head_eagle1"; do
     set -- $part
     rm -rf "eagle_jax/pair/$2"
-    cp -r "$out/runs/$1/final" "eagle_jax/pair/$2"
+    cp -r "$out/runs/$1" "eagle_jax/pair/$2"
 done

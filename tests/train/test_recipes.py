@@ -60,6 +60,9 @@ def test_texts_end_where_they_repeat_themselves(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     whole = {"tokens": [*prompt, *new, ends.END], "loss_mask": [0, 0] + [1] * 13}
     assert lines == [whole, whole, {"text": "b"}]
+    ends.main(tmp_path / "in.jsonl", tmp_path / "corpus.jsonl", tmp_path / "end.jsonl", end_only=True)
+    lines = [json.loads(line) for line in (tmp_path / "end.jsonl").read_text().splitlines()]
+    assert lines[:2] == [whole | {"loss_mask": [0] * 14 + [1]}] * 2
 
 
 def test_the_corpus_is_functions_and_classes(tmp_path):
