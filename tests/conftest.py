@@ -18,6 +18,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     # Compiling is most of the time. LLVM's optimisations change how fast a program runs here, not what XLA made of it.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["EAGLE_JAX_CACHE"] = str(Path(__file__).parents[1] / ".pytest_cache" / "jax-commands")  # of started commands
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jax
