@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ class Rows:
         kinds = {model.config.rope.kind for model in (target, draft) if model is not None}
         self.buckets, self.reuse = buckets, reuse and "dynamic" not in kinds
 
-        @jax.jit  # on a mesh every device makes its own part
+        # On a mesh every device makes its own part; the models, of which nothing is read, tell it which mesh.
+        @functools.partial(jax.jit, keep_unused=True)
         def start(target, draft):
             state = eagle_jax.empty_state(target, draft, batch, capacity, tree=self.tree, **options)
             # As `insert` will leave it: else its first call and the later ones would be different programs.
