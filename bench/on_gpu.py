@@ -1,6 +1,6 @@
-"""All that a machine with a GPU can tell, in one command: parity tests, roofline, transformers, kernel counts.
+"""All that a machine with a GPU can tell, in one command: parity tests, roofline, choices to make, transformers.
 
-    python -m bench.on_gpu --out results/                        at most 25 minutes
+    python -m bench.on_gpu --out results/                        at most 27 minutes
     python -m bench.on_gpu --out results/ --steps tests roofline
     python -m bench.on_gpu --out results/ --target DIR --draft DIR      real models against transformers
 
@@ -24,19 +24,18 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """module: and its options. limit: seconds. platform: JAX's. json: whether it can write its figures."""
+    """module: and its options. limit: seconds. json: whether it can write its figures."""
 
     module: str
     limit: int
-    platform: str = "cuda"
     json: bool = True
 
 
 STEPS = {
-    "tests": Step("pytest -m gpu -v --durations 10", 420, json=False),
-    "roofline": Step("bench.roofline --shape 8b --batches 1 4 16 32 --contexts 1024 8192 32768 --repeats 3", 600),
+    "tests": Step("pytest -m gpu -v --durations 10", 360, json=False),
+    "roofline": Step("bench.roofline --shape 8b --batches 1 4 16 32 --contexts 1024 8192 32768 --repeats 3", 540),
+    "choices": Step("bench.choices --repeats 3", 540),
     "against_transformers": Step("bench.against_transformers", 180),
-    "kernels": Step("bench.gpu_aot", 240, platform="cpu"),  # compiles alone: needs no device
 }
 
 
@@ -64,7 +63,7 @@ def run(name: str, step: Step, more: list[str], out: Path) -> str:
     command = [sys.executable, "-m", *step.module.split(), *more]
     if step.json:
         command += ["--json", str((out / f"{name}.json").resolve())]
-    environment = os.environ | {"JAX_PLATFORMS": step.platform, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONUNBUFFERED": "1"}
     with open(out / f"{name}.txt", "w", encoding="utf-8") as text:
         try:
             code = subprocess.run(
