@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -109,13 +109,13 @@ def attention_rows(
     """Lines on the attention of this many tokens to caches of `capacities` rows, `contexts` of them filled."""
     heads, kv, size = config.num_heads, config.num_kv_heads, config.head_dim
     keys = jax.random.split(jax.random.key(0), 3)
-    new = [jax.random.normal(key, (1, kv, tokens, size), dtype) for key in keys[:2]]
+    new_k, new_v = (jax.random.normal(key, (1, kv, tokens, size), dtype) for key in keys[:2])
     q = jax.random.normal(keys[2], (1, tokens, heads, size), dtype)
     mask = jnp.tril(jnp.ones((1, tokens, tokens), bool))
 
     def ours(blocks: bool, caches, q, kept):
         for cache in caches:
-            q = attention(q, *new, mask, CacheLayer(*cache), in_blocks=blocks)
+            q = attention(q, new_k, new_v, mask, CacheLayer(*cache), in_blocks=blocks)
         return q, kept
 
     def fused(caches, q, kept):
@@ -180,7 +180,7 @@ def _lines(case: str, about: str, seconds: dict[str, float]) -> Iterator[dict[st
         }
 
 
-def _kernel() -> str:
+def _kernel() -> Literal["cudnn", "xla"]:
     """Which of `jax.nn.dot_product_attention`'s implementations the device has."""
     return "cudnn" if jax.default_backend() == "gpu" else "xla"
 
