@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import time
 from typing import Any
 
@@ -75,4 +76,4 @@ def measure(name: str, layers: int | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    report.main(__doc__, {name: functools.partial(measure, name) for name in ROWS})
+    sys.exit(report.main(__doc__, {name: functools.partial(measure, name) for name in ROWS}))

@@ -15,8 +15,12 @@ from bench import compilers
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 
 
-def main(description: str | None, rows: Mapping[str, Callable[[int | None], dict[str, Any]]]) -> None:
-    """Measures the rows that the command line asks for. rows: {name: measure(the target's layers, or None for all)}."""
+def main(description: str | None, rows: Mapping[str, Callable[[int | None], dict[str, Any]]]) -> int:
+    """Measures the rows that the command line asks for. rows: {name: measure(the target's layers, or None for all)}.
+
+    Returns:
+      An exit code: 1 if a program does not fit its device, or copies weights or caches.
+    """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--only", default="", help="the rows whose name holds this")
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
@@ -26,12 +30,13 @@ def main(description: str | None, rows: Mapping[str, Callable[[int | None], dict
     chosen = [name for name in rows if args.only in name]
     if args.list:
         print(*chosen, sep="\n")
-        return
+        return 0
     compilers.find_compilers()
-    table((rows[name](args.layers) for name in chosen), args.json)
+    done = table((rows[name](args.layers) for name in chosen), args.json)
+    return int(any(row.get("copies", 0) > 0 or not row.get("fits", True) for row in done))
 
 
-def table(rows: Iterable[dict[str, Any]], path: str | None = None) -> None:
+def table(rows: Iterable[dict[str, Any]], path: str | None = None) -> list[dict[str, Any]]:
     """Prints the rows, which have the same columns, under the date and versions; writes all of it to `path`, too."""
     date, packages = datetime.date.today().isoformat(), versions()
     print(", ".join([date, *(f"{name} {version}" for name, version in packages.items())]), end="\n\n")
@@ -43,6 +48,7 @@ def table(rows: Iterable[dict[str, Any]], path: str | None = None) -> None:
         done.append(row)
         if path is not None:
             Path(path).write_text(json.dumps({"date": date, "versions": packages, "rows": done}, indent=1) + "\n")
+    return done
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,8 @@
     python -m bench.tpu_aot --list
 
 A row is a program on a slice of chips: what it needs of each chip's memory, whether that fits, how many weights or
-whole caches it copies in a cycle, and how long it compiled. Parameters lie by the rules of eagle_jax/models/params.py.
+whole caches it copies in a cycle, and how long it compiled. Ends with 1 if a row does not fit or copies any. Parameters
+lie by the rules of eagle_jax/models/params.py.
 Needs the `aot` extra (see bench/compilers.py).
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -110,4 +112,4 @@ def measure(row: Row, layers: int | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    report.main(__doc__, {row.name: functools.partial(measure, row) for row in ROWS})
+    sys.exit(report.main(__doc__, {row.name: functools.partial(measure, row) for row in ROWS}))

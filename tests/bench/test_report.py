@@ -13,13 +13,13 @@ ROWS = {
 }
 
 
-def run(monkeypatch, *args: str) -> None:
+def run(monkeypatch, *args: str, rows=ROWS) -> int:
     monkeypatch.setattr(sys, "argv", ["bench", *args])
-    report.main("What it measures.\n\nMore.", ROWS)
+    return report.main("What it measures.\n\nMore.", rows)
 
 
 def test_rows_that_are_asked_for_make_a_table_and_a_file(monkeypatch, capsys, tmp_path):
-    run(monkeypatch, "--only", "cycle", "--layers", "2", "--json", str(tmp_path / "table.json"))
+    assert run(monkeypatch, "--only", "cycle", "--layers", "2", "--json", str(tmp_path / "table.json")) == 0
     head, blank, *table = capsys.readouterr().out.splitlines()
     assert "jax 0." in head and blank == ""
     assert table == [
@@ -36,6 +36,12 @@ def test_rows_that_are_asked_for_make_a_table_and_a_file(monkeypatch, capsys, tm
 def test_list_measures_nothing(monkeypatch, capsys):
     run(monkeypatch, "--list", "--only", "v5e")
     assert capsys.readouterr().out == "v5e cycle\nv5e train\n"
+
+
+@pytest.mark.parametrize(("fits", "copies", "status"), [(True, 0, 0), (False, 0, 1), (True, 2, 1)])
+def test_what_does_not_fit_or_copies_is_an_error(monkeypatch, fits, copies, status):
+    rows = {"a": lambda layers: {"fits": True, "copies": 0}, "b": lambda layers: {"fits": fits, "copies": copies}}
+    assert run(monkeypatch, rows=rows) == status
 
 
 @pytest.mark.parametrize("names", [[row.name for row in tpu_aot.ROWS], list(gpu_aot.ROWS)])
