@@ -88,7 +88,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     if path.suffix == ".safetensors":
         from safetensors.numpy import save_file
 
+        path.touch()
+        mode = path.stat().st_mode  # the user's own; what safetensors writes, none but its owner may read
         save_file(dict(tensors), path, metadata={"format": "pt"})
+        path.chmod(mode)
         return
     import torch
 

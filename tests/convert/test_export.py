@@ -294,6 +294,8 @@ def test_without_torch_the_official_format_is_safetensors(tmp_path: Path, monkey
     done = export(eagle3(), target(), tmp_path / "out", format="official")
     assert done.files == ("model.safetensors", "config.json") and "PyTorch" in done.notes[0]
     assert_same(read_arrays(tmp_path / "out"), to_official(eagle3()))
+    modes = {file: (tmp_path / "out" / file).stat().st_mode for file in done.files}
+    assert len(set(modes.values())) == 1, modes  # weights can be read by whoever may read the rest
 
 
 @pytest.mark.parametrize(("head", "format"), [("head", f) for f in FORMATS] + [("head_eagle1", f) for f in FORMATS[:2]])
