@@ -2,9 +2,10 @@
 
     python recipes/pair/corpus.py OUT
 
-Writes OUT/train.jsonl and OUT/held_out.jsonl, {"text": ...} a line, and OUT/tokenizer/, a byte-level BPE trained on the
-first. Every machine that runs Python has this source; it is under the PSF licence. A file is held out as a whole,
-by its name, so that both parts stay what they are from run to run.
+Writes OUT/train.jsonl and OUT/held_out.jsonl, {"text": ...} a line, OUT/tokenizer/, a byte-level BPE trained on the
+first, and OUT/prompts.jsonl, beginnings of some held-out texts, to measure with. Every machine that runs Python has
+this source; it is under the PSF licence. A file is held out as a whole, by its name, so that both parts stay what they
+are from run to run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib
 SHORTEST, LONGEST = 80, 2400  # characters of a document
 HELD_OUT = 0.04  # share of the files
 VOCABULARY = 2048
+PROMPTS, PROMPT_CHARACTERS = 24, 80
 
 
 def main(out: Path) -> None:
@@ -45,6 +47,8 @@ def main(out: Path) -> None:
         (out / f"{part}.jsonl").write_text(lines, encoding="utf-8")
         print(f"{part}: {len(texts)} documents, {sum(map(len, texts)) / 1e6:.2f} M characters")
     print(f"of {files} files of Python {sys.version.split()[0]}")
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in beginnings(documents["held_out"]))
+    (out / "prompts.jsonl").write_text(lines, encoding="utf-8")
     train_tokenizer(documents["train"], out / "tokenizer")
 
 
@@ -77,6 +81,12 @@ def pieces(path: Path) -> Iterator[str]:
                 yield from within(node.body)
 
     yield from within(tree.body)
+
+
+def beginnings(texts: list[str]) -> list[str]:
+    """Of texts that go on for at least as long again, taken at even distances."""
+    long = [text for text in texts if len(text) >= 2 * PROMPT_CHARACTERS]
+    return [text[:PROMPT_CHARACTERS] for text in long[:: max(len(long) // PROMPTS, 1)][:PROMPTS]]
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:

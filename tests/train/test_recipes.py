@@ -74,5 +74,13 @@ def test_the_corpus_is_functions_and_classes(tmp_path):
     assert list(script("corpus").pieces(tmp_path / "b.py")) == []
 
 
+def test_prompts_are_beginnings_at_even_distances():
+    corpus = script("corpus")
+    texts = [f"{number:02d}" * 80 for number in range(50)] + ["too short to go on" * 5]
+    assert corpus.beginnings(texts) == [text[:80] for text in texts[:48:2]]
+    lines = (RECIPE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 24 and {len(json.loads(line)["prompt"]) for line in lines} == {80}
+
+
 def test_the_embedded_pair_is_small():
     assert sum(path.stat().st_size for path in PAIR.rglob("*") if path.is_file()) <= 14e6
