@@ -81,9 +81,14 @@ def step(
     logits = target.logits(out.hidden)
     chosen = choose(state, nodes, logits, accept_fn, noise, depth, proposal.probs)
     before, length = state, chosen.acceptance.length
+    start = state.cache.length
+    if draft is None:
+        # Plain decoding could commit before it has read the cache, and a compiler would keep a copy to read. So this
+        # waits for the new token, whose id is never negative.
+        start += jnp.minimum(chosen.tokens[:, 0], 0)
     state = dataclasses.replace(
         state,
-        cache=state.cache.write(take_rows(out.rows, chosen.path), state.cache.length),
+        cache=state.cache.write(take_rows(out.rows, chosen.path), start),
         cycles=state.cycles + ~state.done,
         accepted=state.accepted
         + jnp.where(state.done, 0, 1)[:, None] * jax.nn.one_hot(length, state.accepted.shape[1], dtype=jnp.int32),

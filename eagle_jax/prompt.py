@@ -6,6 +6,7 @@ Letters: B batch, P padded prompt, W columns of the token buffer, C tokens of a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -23,6 +24,8 @@ from eagle_jax.tree import Tree, TreePolicy
 # Tokens of a prompt that one pass takes: enough to keep a GPU's or TPU's matrix units busy, few enough that the
 # scores of attention stay small beside the cache.
 PREFILL_CHUNK = 256
+# The same for a prompt that `insert` left, on a CPU: it waits for every token, also for those past a prompt's end.
+CPU_PENDING_CHUNK = 32
 
 # Widths that prompts are padded to: a program is compiled for each, so a service compiles at most this many.
 BUCKETS = tuple(2**n for n in range(5, 18))  # 32 to 131072
@@ -214,11 +217,14 @@ def run_pending(target: Llama, draft: Draft | None, state: DecodeState) -> Decod
     """Runs the prompts that `insert` left, a row at a time, and chooses each one's first new token."""
     if state.pending is None:
         return state
-    chunk = min(PREFILL_CHUNK, state.cache.rows)
+
+    def run_in(chunk):
+        return functools.partial(_run, target, draft, chunk=min(chunk, state.cache.rows))
 
     def run_one(state, pending):
         row = jnp.argmax(pending)
-        one, last = _run(target, draft, _with_fresh_memory(target, draft, take_row(state, row)), chunk)
+        one = _with_fresh_memory(target, draft, take_row(state, row))
+        one, last = jax.lax.platform_dependent(one, cpu=run_in(CPU_PENDING_CHUNK), default=run_in(PREFILL_CHUNK))
         return put_row(state, row, _begin(target, draft, one, last)), pending.at[row].set(False)
 
     pending, state = state.pending, dataclasses.replace(state, pending=None)

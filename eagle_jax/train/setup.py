@@ -103,7 +103,11 @@ def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:
 
 
 def new_model(settings: TrainSettings, origin: Source, target: Llama | None, train: Dataset, say: Say) -> Any:
-    """The model to train, float32: random weights, or those of settings.start."""
+    """The model to train, float32: that of settings.start, else with random weights.
+
+    A new EAGLE-3 head begins with the target's own last norm and output rows, and has only to learn what to put before
+    them.
+    """
     key = jax.random.key(settings.seed)
     if settings.kind == "target" and settings.start is not None:
         model = convert.from_pretrained(settings.start, dtype="float32")[0]
@@ -124,11 +128,13 @@ def new_model(settings: TrainSettings, origin: Source, target: Llama | None, tra
         return Eagle1Draft(config, key)
     taps = 3 if config.taps is None else len(config.taps)
     head = Eagle3Draft(config, taps, key)
-    if head.target_ids is None:
-        return head
-    ids, coverage = frequent_tokens(train, config.vocab_size, config.draft_vocab_size)
-    say(f"draft vocabulary: {len(ids)} of {config.vocab_size} tokens, {coverage:.2%} of the tokens to learn")
-    return params.load(head, params.flatten(head) | {"target_ids": jnp.asarray(ids)})
+    output, made = target.output_weight(), params.flatten(head)
+    if head.target_ids is not None:
+        ids, coverage = frequent_tokens(train, config.vocab_size, config.draft_vocab_size)
+        say(f"draft vocabulary: {len(ids)} of {config.vocab_size} tokens, {coverage:.2%} of the tokens to learn")
+        output, made["target_ids"] = output[ids], jnp.asarray(ids)
+    made |= {"norm": target.norm[...].astype(jnp.float32), "lm_head": output.astype(jnp.float32)}
+    return params.load(head, made)
 
 
 def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:

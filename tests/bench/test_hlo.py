@@ -1,11 +1,15 @@
 """bench/hlo.py: on programs written by hand, and on what XLA makes of a decoder for this machine's CPU."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+import eagle_jax
 from bench import hlo, programs
-from bench.shapes import SHAPES
+from bench.shapes import SHAPES, abstract_pair
 
 # A loop of 7 turns, each a fusion that is a transpose, one that computes, a copy, a prefetch and a product by a
 # library; before it a condition, after it a copy of the result and one too small to count.
@@ -112,3 +116,16 @@ def test_a_cpu_copies_no_weight_and_no_cache_in_any_loop_of_generate():
     """float32: a CPU computes bfloat16 products in it, and converts weights to do so."""
     program = programs.generate(SHAPES["tiny"], capacity=1200, prompt=600, dtype=jnp.float32)
     assert program.copies(jax.jit(program.fn).lower(*program.args).compile(), jax.devices()[0], at_least=2048) == []
+
+
+@pytest.mark.parametrize("pending", [False, True], ids=["running", "a prompt waits"])
+@pytest.mark.parametrize("drafts", [False, True], ids=["plain", "speculative"])
+def test_a_cpu_copies_no_cache_in_a_cycle(drafts, pending):
+    target, draft = abstract_pair(SHAPES["tiny"], jnp.float32)
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 32), (4,)))
+    head = draft if drafts else None
+    state = jax.eval_shape(functools.partial(eagle_jax.prefill, max_new_tokens=300), target, head, tokens, lengths)
+    if pending:
+        state = dataclasses.replace(state, pending=jax.ShapeDtypeStruct((4,), jnp.bool))
+    cycle = functools.partial(eagle_jax.cycle, tree=eagle_jax.TreeConfig(3, 2, 6))
+    assert hlo.large_copies(compiled(cycle, target, head, state, donate_argnums=2), state.cache.k[0].size) == []

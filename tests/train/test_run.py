@@ -90,6 +90,16 @@ def whole(folder) -> TrainSettings:
     return settings
 
 
+def test_a_new_head_begins_with_the_target_s_output(folder):
+    """Its last norm, and its rows of the draft's vocabulary: a step of almost no length leaves them as they were."""
+    settings = settings_of(folder, "new", optimizer={"learning_rate": 1e-30}, steps=1)
+    assert train(settings, quiet) == 0
+    head, target = weights(settings), load_file(folder / "target" / "model.safetensors")
+    ids = head["d2t"] + np.arange(len(head["d2t"]))
+    np.testing.assert_array_equal(head["lm_head.weight"], target["lm_head.weight"][ids])
+    np.testing.assert_array_equal(head["norm.weight"], target["model.norm.weight"])
+
+
 def until(settings: TrainSettings, folder: Path, step: int, number: int) -> int:
     """Starts the command line's run, sends it a signal once `step` is logged, and returns its exit code."""
     path = folder / "killed.yaml"
