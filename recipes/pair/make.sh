@@ -48,7 +48,8 @@ train ends start=$out/runs/ends2/final output=$out/runs/ends3 \
     "data.train=[$out/end1.jsonl,$out/end2.jsonl,$out/end3.jsonl]" steps=14 evaluation.every=7 \
     optimizer.learning_rate=0.001 optimizer.adam_learning_rate=0.0003
 # The heads learn on the target's own greedy text, and on a part of the corpus.
-[ -f $out/part.jsonl ] || head -n 3000 $out/corpus/train.jsonl > $out/part.jsonl
+regenerate $out/runs/ends3/best 3549 11166 $out/own.jsonl
+[ -f $out/part.jsonl ] || head -n 6000 $out/corpus/train.jsonl > $out/part.jsonl
 train eagle3
 train eagle1
 
