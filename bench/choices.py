@@ -18,6 +18,8 @@ The weights and caches of several layers take turns, so that they come from memo
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import subprocess
@@ -37,6 +39,7 @@ from eagle_jax import LlamaConfig
 from eagle_jax.cli.models import positive
 from eagle_jax.models.layers import CacheLayer, attention, linear
 
+CASES = ("flags", "products", "attention")
 LAYERS = 8  # that take turns
 FLAGS = {
     "as it is": "",
@@ -52,12 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
 
     def rows() -> Iterator[dict[str, Any]]:
-        # Before this process takes the device's memory.
-        if args.flags:
-            yield from flag_rows(args.shape, args.dtype, args.contexts, args.repeats)
         config, dtype = SHAPES[args.shape].target, jnp.dtype(args.dtype)
-        yield from product_rows(config, dtype, args.rows, args.repeats)
-        yield from attention_rows(config, dtype, max(args.rows), args.contexts, args.capacities, args.repeats)
+        if "flags" in args.cases:  # first: other processes need the device's memory, which this one takes later
+            yield from flag_rows(args.shape, args.dtype, args.contexts, args.repeats)
+        if "products" in args.cases:
+            yield from product_rows(config, dtype, args.rows, args.repeats)
+        if "attention" in args.cases:
+            yield from attention_rows(config, dtype, max(args.rows), args.contexts, args.capacities, args.repeats)
 
     table(rows(), args.json)
 
@@ -73,20 +77,19 @@ def product_rows(config: LlamaConfig, dtype: Any, counts: Sequence[int], repeats
     def apart(x: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
         return [linear(x, weight) for weight in weights]
 
-    def joined(sizes: list[int], x: jax.Array, weight: jax.Array) -> list[jax.Array]:
-        ends = [sum(sizes[: index + 1]) for index in range(len(sizes) - 1)]
+    def joined(ends: list[int], x: jax.Array, weight: jax.Array) -> list[jax.Array]:
         return jnp.split(linear(x, weight), ends, axis=-1)
 
     for name, outputs in sizes.items():
         keys = jax.random.split(jax.random.key(0), LAYERS)
         layers = [jax.random.normal(key, (sum(outputs), width), dtype) for key in keys]
-        ends = [sum(outputs[: index + 1]) for index in range(len(outputs) - 1)]
+        ends = list(itertools.accumulate(outputs))[:-1]
         parts = [jnp.split(layer, ends) for layer in layers]
         for rows in counts:
             x = jnp.ones((rows, width), dtype)
             times = {
                 "apart": _product_seconds(apart, parts, x, repeats),
-                "joined": _product_seconds(lambda *a, outputs=outputs: joined(outputs, *a), layers, x, repeats),
+                "joined": _product_seconds(functools.partial(joined, ends), layers, x, repeats),
             }
             yield from _lines(name, f"{rows} rows", times)
 
@@ -108,7 +111,7 @@ def attention_rows(
 ) -> Iterator[dict[str, Any]]:
     """Lines on the attention of this many tokens to caches of `capacities` rows, `contexts` of them filled."""
     heads, kv, size = config.num_heads, config.num_kv_heads, config.head_dim
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(jax.random.key(0), 4)
     new_k, new_v = (jax.random.normal(key, (1, kv, tokens, size), dtype) for key in keys[:2])
     q = jax.random.normal(keys[2], (1, tokens, heads, size), dtype)
     mask = jnp.tril(jnp.ones((1, tokens, tokens), bool))
@@ -126,7 +129,7 @@ def attention_rows(
     for capacity in capacities:
         made = [
             tuple(jax.random.normal(key, (1, kv, capacity, size), dtype) for key in jax.random.split(layer))
-            for layer in jax.random.split(keys[0], LAYERS)
+            for layer in jax.random.split(keys[3], LAYERS)
         ]
         turned = [tuple(jnp.swapaxes(array, 1, 2) for array in pair) for pair in made]  # as that function wants them
         for context in contexts:
@@ -135,8 +138,8 @@ def attention_rows(
             length = jnp.full(1, context, jnp.int32)
             caches, for_fused = ([(*pair, length) for pair in pairs] for pairs in (made, turned))
             times = {
-                "all rows": seconds_of(lambda *a: ours(False, *a), caches, q, (), repeats)[0] / LAYERS,
-                "filled rows, in blocks": seconds_of(lambda *a: ours(True, *a), caches, q, (), repeats)[0] / LAYERS,
+                "all rows": seconds_of(functools.partial(ours, False), caches, q, (), repeats)[0] / LAYERS,
+                "filled rows, in blocks": seconds_of(functools.partial(ours, True), caches, q, (), repeats)[0] / LAYERS,
                 f"fused kernel ({_kernel()})": seconds_of(fused, for_fused, q, (), repeats)[0] / LAYERS,
             }
             yield from _lines("attention", f"{tokens} nodes, {context} of {capacity} rows", times)
@@ -195,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", type=positive, nargs="+", default=[1024, 8192], help="rows of caches filled")
     parser.add_argument("--capacities", type=positive, nargs="+", default=[1024, 8192, 32768], help="rows of caches")
     parser.add_argument("--repeats", type=positive, default=5, help="timed programs a line (default: %(default)s)")
-    parser.add_argument("--no-flags", dest="flags", action="store_false", help="leave out what needs other processes")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="default: all")
     parser.add_argument("--json", metavar="FILE", help="write all of it there, too")
     return parser
 

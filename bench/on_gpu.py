@@ -34,7 +34,8 @@ class Step:
 STEPS = {
     "tests": Step("pytest -m gpu -v --durations 10", 360, json=False),
     "roofline": Step("bench.roofline --shape 8b --batches 1 4 16 32 --contexts 1024 8192 32768 --repeats 3", 540),
-    "choices": Step("bench.choices --repeats 3", 540),
+    "choices": Step("bench.choices --cases products attention --repeats 3", 120),
+    "flags": Step("bench.choices --cases flags --repeats 3", 420),
     "against_transformers": Step("bench.against_transformers", 180),
 }
 

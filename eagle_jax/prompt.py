@@ -24,7 +24,7 @@ from eagle_jax.tree import Tree, TreePolicy
 # Tokens of a prompt that one pass takes: enough to keep a GPU's or TPU's matrix units busy, few enough that the
 # scores of attention stay small beside the cache.
 PREFILL_CHUNK = 256
-# The same for a prompt that `insert` left, on a CPU: it waits for every token, also for those past a prompt's end.
+# The same on a CPU for a prompt that `insert` left: rows past the prompt's end cost there as much as the others.
 CPU_PENDING_CHUNK = 32
 
 # Widths that prompts are padded to: a program is compiled for each, so a service compiles at most this many.
