@@ -106,7 +106,7 @@ def test_bench_reports_both_ways(folder, golden, tmp_path, capsys):
     assert part["tokens_a_pass"] == pytest.approx(46 / part["own"])
     assert result["ratio"] == pytest.approx(speculative["tokens_a_second"] / plain["tokens_a_second"])
     out = capsys.readouterr().out
-    assert "speculative" in out and "Identical tokens: 2 of 2 rows." in out
+    assert "speculative" in out and "Identical tokens: 2 of 2 rows." in out and "Distinct 4-grams" in out
 
 
 def test_bench_fills_the_last_batch_and_needs_no_tokenizer(golden, tmp_path, capsys, monkeypatch):

@@ -125,6 +125,7 @@ def figures(result: Any) -> dict[str, Any]:
         "new_tokens": result.new_tokens,
         "target_passes": result.cycles,
         "accepted": result.accepted,
+        "distinct_4grams": result.distinct_4grams,
         "tokens_a_pass": result.tokens_a_pass,
         "ms_a_pass": result.ms_a_pass,
         "tokens_a_second": result.rate,

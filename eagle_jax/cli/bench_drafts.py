@@ -72,6 +72,9 @@ def run(
     console.print("\n".join([bench.title(args, setting, source), *proposes]), soft_wrap=True, markup=False)
     console.print(_table(measured))
     console.print(NOTES)
+    for one in measured:
+        if one.candidate.draft is None:
+            console.print(measure.repeats_itself(one.result))
     if any(one.accepted_at for one in measured):
         console.print("\nShare of cycles that accepted the 1st, 2nd, ... draft token:")
         console.print(_depth_table(measured))

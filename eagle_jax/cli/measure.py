@@ -20,6 +20,7 @@ import numpy as np
 import eagle_jax
 from eagle_jax.cli import machine, models
 from eagle_jax.models.llama import Llama
+from eagle_jax.repetition import distinct_ngrams
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreePolicy
 
@@ -53,6 +54,11 @@ class Result:
     @property
     def new_tokens(self) -> int:
         return sum(map(len, self.tokens))
+
+    @property
+    def distinct_4grams(self) -> float:
+        """The share of distinct 4-grams in a text, the mean over texts."""
+        return distinct_ngrams(self.tokens)
 
     @property
     def tokens_a_pass(self) -> float:
@@ -350,6 +356,11 @@ def position_table(comparison: Comparison) -> Any:
     return table
 
 
+def repeats_itself(plain: Result) -> str:
+    """How much the plain texts repeat themselves, in words."""
+    return f"Distinct 4-grams of the plain texts: {plain.distinct_4grams:.2f}; the fewer, the easier to draft."
+
+
 def verdict(comparison: Comparison) -> str:
     """Whether the tokens were identical, in words."""
     if comparison.differences is None:
@@ -358,5 +369,6 @@ def verdict(comparison: Comparison) -> str:
         text = f"Identical tokens: {comparison.identical} of {len(comparison.plain.tokens)} rows."
     if comparison.differences:
         text += f" First difference: {comparison.differences[0]}."
+    text += f" {repeats_itself(comparison.plain)}"
     failed = comparison.plain.failed + comparison.speculative.failed
     return text + (f" {failed} rows ended in NaN or infinite logits!" if failed else "")

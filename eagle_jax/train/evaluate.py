@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import eagle_jax
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
+from eagle_jax.repetition import distinct_ngrams
 from eagle_jax.state import spread
 from eagle_jax.train import loader, setup
 from eagle_jax.train.config import TrainSettings
@@ -29,7 +30,6 @@ from eagle_jax.tree.named import tree_named
 
 # Logits this close, relative to the largest, may change places between a pass of one token and one of many.
 NEAR_TIE = {"float32": 1e-4, "bfloat16": 2**-5}
-NGRAM = 4
 
 
 class NotLossless(RuntimeError):
@@ -44,6 +44,12 @@ class Prompts:
     lengths: np.ndarray
     plain: np.ndarray
     ends: np.ndarray
+
+    @property
+    def new_tokens(self) -> list[list[int]]:
+        """What the target wrote after each prompt."""
+        rows = zip(self.lengths, self.ends, self.plain, strict=True)
+        return [row[start:end].tolist() for start, end, row in rows]
 
 
 def prompts_of(held_out: Dataset, count: int, prompt_tokens: int) -> list[np.ndarray]:
@@ -131,17 +137,6 @@ def _logits_at(target: Llama, tokens: np.ndarray, place: int) -> np.ndarray:
     return np.asarray(logits[0, place - 1])
 
 
-def distinct_ngrams(prompts: Prompts, size: int = NGRAM) -> float:
-    """Of the target's own new text, the share of n-grams that are distinct; the mean over prompts."""
-    shares = []
-    for start, end, row in zip(prompts.lengths, prompts.ends, prompts.plain, strict=True):
-        new = row[start:end].tolist()
-        grams = [tuple(new[i : i + size]) for i in range(len(new) - size + 1)]
-        if grams:
-            shares.append(len(set(grams)) / len(grams))
-    return float(np.mean(shares)) if shares else 1.0
-
-
 class Evaluator:
     """Called with the masters: metrics of held-out data, and their score, higher is better.
 
@@ -187,7 +182,7 @@ class Evaluator:
         target = trained if self.target is None else self.target
         if self.target is None or self.plain is None:
             self.plain = plain_text(target, self.prompts, settings.new_tokens, self.stop_tokens)
-        values["distinct_4grams"] = distinct_ngrams(self.plain)
+        values["distinct_4grams"] = distinct_ngrams(self.plain.new_tokens)
         if self.target is None:
             return values, -float(values["held_out_loss"])
         values |= accepted_length(target, trained, self.plain, self.tree, settings.new_tokens, self.stop_tokens)

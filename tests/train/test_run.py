@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 import eagle_jax
 from eagle_jax.convert import from_pretrained
 from eagle_jax.models import params
+from eagle_jax.repetition import distinct_ngrams
 from eagle_jax.train import evaluate, metrics
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.run import TERMINATED, train
@@ -210,12 +211,11 @@ def test_text_that_is_not_the_target_s_own_ends_the_evaluation(folder):
 
 
 def test_distinct_ngrams_tell_loops():
-    def share(new: list[int]) -> float:
-        row = np.array([[9, 9, *new]])
-        return evaluate.distinct_ngrams(evaluate.Prompts(row[:, :2], np.array([2]), row, np.array([2 + len(new)])))
-
-    assert share([1, 2, 3, 4, 5, 6, 7]) == 1.0
-    assert share([1, 1, 1, 1, 1, 1, 1]) == 1 / 4
+    rows = np.array([[9, 9, 1, 2, 3, 4, 5, 6, 7], [9, 1, 1, 1, 1, 1, 1, 1, 0]])
+    prompts = evaluate.Prompts(rows[:, :2], np.array([2, 1]), rows, np.array([9, 8]))
+    assert prompts.new_tokens == [[1, 2, 3, 4, 5, 6, 7], [1] * 7]
+    assert distinct_ngrams(prompts.new_tokens) == (1 + 1 / 4) / 2
+    assert distinct_ngrams([[1, 2, 3], [1, 2]]) == 1.0
 
 
 def test_bad_data_is_named_and_leaves_no_run_behind(folder):
