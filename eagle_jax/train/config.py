@@ -66,7 +66,8 @@ class HeadSettings(Settings):
 class LossSettings(Settings):
     """See loss.py.
 
-    EAGLE-3: steps, step_weights (one a step; None: step_decay ** k), alignment, divergence.
+    EAGLE-3: steps, step_weights (one a step; None: step_decay ** k), alignment, divergence, and feature_weight, of a
+    regression to the target's last hidden states beside the cross-entropy: 0 as in the paper, more for little data.
     EAGLE-1: token_weight, of the cross-entropy beside the feature regression, and noise on the features.
     """
 
@@ -75,6 +76,7 @@ class LossSettings(Settings):
     step_weights: tuple[pydantic.NonNegativeFloat, ...] | None = None
     alignment: Literal["corrected", "official"] = "corrected"
     divergence: Literal["cross_entropy", "kl"] = "cross_entropy"
+    feature_weight: pydantic.NonNegativeFloat = 0.0
     token_weight: pydantic.NonNegativeFloat = 0.1
     noise: bool = True
 

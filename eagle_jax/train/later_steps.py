@@ -17,20 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.train.vocabulary_loss import LossSums
-
 Rows = tuple[jax.Array, jax.Array]  # keys and values
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def later_steps(
-    one: Callable[..., tuple[jax.Array, Rows, LossSums]],
+    one: Callable[..., tuple[jax.Array, Rows, Any]],
     steps: int,
     floats: Any,
     constants: Any,
     hidden: jax.Array,
     first: Rows,
-) -> LossSums:
+) -> Any:
     """The sums of steps 1 to steps - 1, [steps - 1] each. Differentiable in floats, hidden and first.
 
     Args:

@@ -47,6 +47,13 @@ class Examples(NamedTuple):
     known: jax.Array
 
 
+class Eagle3Sums(NamedTuple):
+    """Sums over positions, each times its weight. features: SmoothL1 from the target's hidden states, 0 if unasked."""
+
+    tokens: LossSums
+    features: jax.Array
+
+
 def examples(
     draft: Eagle3Draft | Eagle1Draft,
     target: Llama,
@@ -130,7 +137,7 @@ def eagle3_loss(
         raise ValueError('alignment "official" knows one document a row; pack documents with "corrected"')
     made = examples(draft, target, tokens, lengths, loss_mask, documents, chunk)
     learned, weights = eagle3_weights(made, steps, alignment)
-    sums = eagle3_sums(draft, target, made, weights, chunk=chunk)
+    sums = eagle3_sums(draft, target, made, weights, chunk=chunk).tokens
     total = tokens.size if alignment == "official" else jnp.maximum(weights.sum(axis=(1, 2)), 1)
     loss = sums.loss - sums.entropy if divergence == "kl" else sums.loss
     return loss / total, sums.match / (learned.sum(axis=(1, 2)) + 1e-6)
@@ -164,12 +171,14 @@ def eagle3_sums(
     made: Examples,
     weights: jax.Array,
     *,
+    features: bool = False,
     dtype: Any = None,
     chunk: int = CHUNK,
-) -> LossSums:
+) -> Eagle3Sums:
     """The steps' cross-entropies, matches and the target's entropies, times `weights` [steps, B, S]: [steps] each.
 
     Args:
+      features: sum up, too, how far the normalised hidden states are from the target's own; the head has its width.
       dtype: the head computes in it; None: its own.
     """
     steps, _, width = weights.shape
@@ -201,10 +210,12 @@ def eagle3_sums(
             attend,
             prompt_lengths=text.end - text.first,
         )
-        teacher = Soft(cut(constants["answers"], step + 1), constants["rows"])
+        answers = cut(constants["answers"], step + 1)
         importance = jax.lax.dynamic_index_in_dim(constants["weights"], step, keepdims=False)
         x, weight = head.before_logits(hidden), head.output_weight(target)
-        return hidden, kept, vocabulary_loss(x, weight, teacher, importance, chunk)
+        distance = (importance * smooth_l1(x, answers)).sum() if features else jnp.zeros(())
+        sums = vocabulary_loss(x, weight, Soft(answers, constants["rows"]), importance, chunk)
+        return hidden, kept, Eagle3Sums(sums, distance)
 
     @jax.checkpoint
     def first(floats, constants):
@@ -295,11 +306,15 @@ def eagle1_sums(
     hidden, _ = draft(
         target, draft.fuse(features), following, text.positions, attend, prompt_lengths=text.end - text.first
     )
-    difference = jnp.abs(hidden.astype(jnp.float32) - answers.astype(jnp.float32))
-    smooth = jnp.where(difference < 1, 0.5 * difference**2, difference - 0.5).mean(axis=-1)
     weight = jax.lax.stop_gradient(target.output_weight())
     sums = vocabulary_loss(hidden.astype(weight.dtype), weight, Soft(answers, weight), weights, chunk)
-    return (weights * smooth).sum(), sums
+    return (weights * smooth_l1(hidden, answers)).sum(), sums
+
+
+def smooth_l1(hidden: jax.Array, answers: jax.Array) -> jax.Array:
+    """SmoothL1 between hidden states [..., D]: [...], the mean over their entries, float32."""
+    difference = jnp.abs(hidden.astype(jnp.float32) - answers.astype(jnp.float32))
+    return jnp.where(difference < 1, 0.5 * difference**2, difference - 0.5).mean(axis=-1)
 
 
 def in_dtype(model: Any, dtype: Any) -> Any:

@@ -42,11 +42,15 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Eagle3Objective:
-    """sum_k weights[k] * loss of step k. dtype: of the computation, None for the head's own."""
+    """sum_k weights[k] * (loss of step k + feature_weight * its feature regression).
+
+    dtype: of the computation, None for the head's own.
+    """
 
     weights: tuple[float, ...] = tuple(0.8**step for step in range(7))
     alignment: loss.Alignment = "corrected"
     divergence: str = "cross_entropy"
+    feature_weight: float = 0.0
     dtype: Any = None
     chunk: int = CHUNK
 
@@ -62,10 +66,15 @@ class Eagle3Objective:
         del key
         total, learned = (jnp.maximum(count, 1) for count in counts)
         _, weights = loss.eagle3_weights(prepared, len(self.weights), self.alignment)
-        sums = loss.eagle3_sums(model, target, prepared, weights, dtype=self.dtype, chunk=self.chunk)
+        regress = self.feature_weight > 0
+        sums, distances = loss.eagle3_sums(
+            model, target, prepared, weights, features=regress, dtype=self.dtype, chunk=self.chunk
+        )
         losses = (sums.loss - sums.entropy if self.divergence == "kl" else sums.loss) / total
-        whole = (jnp.asarray(self.weights) * losses).sum()
-        return whole, {"loss": whole, "losses": losses, "accuracies": sums.match / learned}
+        feature_losses = distances / total
+        whole = (jnp.asarray(self.weights) * (losses + self.feature_weight * feature_losses)).sum()
+        metrics = {"loss": whole, "losses": losses, "accuracies": sums.match / learned}
+        return whole, metrics | ({"feature_losses": feature_losses} if regress else {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -183,7 +183,7 @@ def objective_of(settings: TrainSettings) -> Objective:
     loss, dtype = settings.loss, jnp.dtype(settings.dtype)
     chunk = CHUNK * settings.mesh.data * settings.mesh.fsdp
     if settings.kind == "eagle3":
-        return Eagle3Objective(loss.weights, loss.alignment, loss.divergence, dtype, chunk)
+        return Eagle3Objective(loss.weights, loss.alignment, loss.divergence, loss.feature_weight, dtype, chunk)
     if settings.kind == "eagle1":
         return Eagle1Objective(loss.token_weight, loss.noise, dtype, chunk)
     return TargetObjective(dtype, chunk)
