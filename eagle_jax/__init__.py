@@ -13,6 +13,7 @@ from eagle_jax.drafts.protocol import Draft, Proposal, Text
 from eagle_jax.models.config import ConfigError, DraftConfig, LlamaConfig
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
+from eagle_jax.models.layers import input_first
 from eagle_jax.models.llama import Llama
 from eagle_jax.prompt import BUCKETS, insert, pad, prefill
 from eagle_jax.sampling import SamplingConfig
@@ -52,6 +53,7 @@ __all__ = [
     "forward",
     "from_pretrained",
     "generate",
+    "input_first",
     "insert",
     "load",
     "load_draft",

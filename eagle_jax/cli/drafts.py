@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.cli.models import Models, default_tree, describe_tree, parse_tree
+from eagle_jax.cli.models import Models, default_tree, describe_tree, for_this_machine, parse_tree
 from eagle_jax.convert import load_draft
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle import EagleDraft, with_window
@@ -127,7 +127,7 @@ def candidates(
                 return models.draft
             raise ValueError(f"{name} needs weights that this model has not; name them: {name}=DIR_OR_ID")
         if source not in loaded:
-            draft = load_draft(source, models.target)
+            draft = for_this_machine(load_draft(source, models.target))
             loaded[source] = with_window(draft, *window) if window and isinstance(draft, EagleDraft) else draft
         if not isinstance(loaded[source], kind):
             raise ValueError(f"{name}={source}: holds a {type(loaded[source]).__name__}, not a {kind.__name__}")

@@ -43,7 +43,7 @@ class MedusaBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, H] -> [B, H]."""
-        return x + jax.nn.silu(linear(x, self.weight[...]) + self.bias[...][None])
+        return x + jax.nn.silu(linear(x, self.weight) + self.bias[...][None])
 
 
 class MedusaHead(nnx.Module):
@@ -58,7 +58,7 @@ class MedusaHead(nnx.Module):
         """hidden [B, H] -> logits [B, V], float32."""
         for block in self.blocks:
             hidden = block(hidden)
-        return linear(hidden, self.lm_head[...], jnp.float32)
+        return linear(hidden, self.lm_head, jnp.float32)
 
 
 class Medusa(Draft, nnx.Module):

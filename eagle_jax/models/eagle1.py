@@ -73,7 +73,7 @@ class Eagle1Draft(EagleDraft, nnx.Module):
           hidden [B, T, D], and what `attend` keeps.
         """
         embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
-        x = linear(jnp.concatenate([embedding, hidden], axis=-1), self.fc[...])
+        x = linear(jnp.concatenate([embedding, hidden], axis=-1), self.fc)
         x = add_bias(x, self.fc_bias)
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         return self.layer(x, rotation, attend)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from eagle_jax.drafts.eagle import EagleDraft
 from eagle_jax.models.config import ConfigError, DraftConfig, require_same, tap_layers
-from eagle_jax.models.layers import MLP, Attend, Attention, linear, normal, ones, rms_norm, rope_angles
+from eagle_jax.models.layers import MLP, Attend, Attention, input_size, linear, normal, ones, rms_norm, rope_angles
 from eagle_jax.models.llama import Llama, LlamaOutput
 
 
@@ -92,7 +92,7 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         )
         if self.embed is None:
             require_same("hidden_size (the draft has no embedding of its own)", config.hidden_size, t.hidden_size)
-        require_same("width of the features that fc reads", self.fc.shape[1], len(taps) * t.hidden_size)
+        require_same("width of the features that fc reads", input_size(self.fc), len(taps) * t.hidden_size)
         if max(taps) > t.num_layers:
             raise ConfigError(
                 f"the draft does not fit the target: it taps layer {max(taps)}, the target has {t.num_layers} layers"
@@ -100,7 +100,7 @@ class Eagle3Draft(EagleDraft, nnx.Module):
 
     def fuse(self, features: jax.Array) -> jax.Array:
         """Target features [B, T, F] -> hidden [B, T, D]. Drafted hidden states skip this."""
-        return linear(features.astype(self.dtype), self.fc[...])
+        return linear(features.astype(self.dtype), self.fc)
 
     def __call__(
         self,
@@ -132,4 +132,4 @@ class Eagle3Draft(EagleDraft, nnx.Module):
 
     def logits(self, target: Llama, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., Vd] over the draft vocabulary, float32."""
-        return linear(self.before_logits(hidden), self.output_weight(target), jnp.float32)
+        return linear(self.before_logits(hidden), self.lm_head, jnp.float32)

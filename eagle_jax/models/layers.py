@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ import numpy as np
 from flax import nnx
 
 from eagle_jax.models.config import LlamaConfig, RopeConfig
+
+Model = TypeVar("Model")
 
 # attend(q [B, T, N, H], k [B, K, T, H], v [B, K, T, H]) -> ([B, T, N, H], whatever the caller keeps of k, v).
 # The layer does not know where older keys live; the caller's closure does.
@@ -55,14 +57,47 @@ def dot(equation: str, x: jax.Array, y: jax.Array, out_dtype: Any = None) -> jax
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=out_dtype or x.dtype)
 
 
-def linear(x: jax.Array, weight: jax.Array, out_dtype: Any = None) -> jax.Array:
+class InputFirst(nnx.Param):
+    """A weight [..., D] stored as [D, ...]: see `input_first`."""
+
+
+# The last component of the path of every weight that `linear` multiplies with. Embeddings are read by rows, too.
+PRODUCT_WEIGHTS = {"q", "k", "v", "o", "gate", "up", "down", "fc", "lm_head", "weight"}
+
+
+def input_first(model: Model) -> Model:
+    """The same model (or draft) for decoding on a CPU: its weights stored with their input dimension first.
+
+    A CPU multiplies a few rows with such a weight as it lies, and rearranges any other one first. Results differ by
+    rounding. Accelerators gain nothing. The copy is for decoding alone: convert, shard or train the model it came from.
+    """
+
+    def turn(path, leaf):
+        is_weight = isinstance(leaf, nnx.Param) and getattr(path[-1], "name", None) in PRODUCT_WEIGHTS
+        if not is_weight or isinstance(leaf, InputFirst):
+            return leaf
+        return InputFirst(jnp.moveaxis(leaf[...], -1, 0))
+
+    return jax.tree_util.tree_map_with_path(turn, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def input_size(weight: nnx.Param) -> int:
+    """D of a weight [..., D], however it is stored."""
+    return weight.shape[0 if isinstance(weight, InputFirst) else -1]
+
+
+def linear(x: jax.Array, weight: jax.Array | nnx.Param, out_dtype: Any = None) -> jax.Array:
     """x [..., D] times a weight [..., D]: [..., the weight's other dimensions].
 
     As a product of two matrices, whatever the dimensions: a CPU copies a weight that has more of them, at every
     product, and takes twice as long over the gradient of an x that has more. A few rows a CPU multiplies one by one,
-    as in plain decoding, which takes half the time: it would rearrange the weight for them.
+    as in plain decoding, which takes less time: it would rearrange the weight for them, unless `input_first` did.
     """
-    rows, matrix = x.reshape(-1, x.shape[-1]), weight.reshape(-1, weight.shape[-1])
+    rows, stored = x.reshape(-1, x.shape[-1]), weight[...]
+    if isinstance(weight, InputFirst):
+        out = dot("rd,df->rf", rows, stored.reshape(len(stored), -1), out_dtype)
+        return out.reshape(*x.shape[:-1], *stored.shape[1:])
+    matrix = stored.reshape(-1, stored.shape[-1])
     together = functools.partial(dot, "rd,fd->rf", out_dtype=out_dtype)
 
     def one_by_one(rows, matrix):
@@ -72,7 +107,7 @@ def linear(x: jax.Array, weight: jax.Array, out_dtype: Any = None) -> jax.Array:
         out = jax.lax.platform_dependent(rows, matrix, cpu=one_by_one, default=together)
     else:
         out = together(rows, matrix)
-    return out.reshape(*x.shape[:-1], *weight.shape[:-1])
+    return out.reshape(*x.shape[:-1], *stored.shape[:-1])
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -257,11 +292,11 @@ class Attention(nnx.Module):
         # What is kept until the commit is k and v themselves, not the larger partial sums they are made of.
         k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
         mixed, kept = attend(q, k, v)
-        out = linear(mixed.reshape(*mixed.shape[:2], -1), self.o[...])
+        out = linear(mixed.reshape(*mixed.shape[:2], -1), self.o)
         return add_bias(out, self.o_bias), kept
 
     def _project(self, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        return add_bias(linear(x, weight[...]), bias)
+        return add_bias(linear(x, weight), bias)
 
 
 class MLP(nnx.Module):
@@ -278,9 +313,9 @@ class MLP(nnx.Module):
         self.down_bias = zeros((d,), dtype) if config.mlp_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = add_bias(linear(x, self.gate[...]), self.gate_bias)
-        up = add_bias(linear(x, self.up[...]), self.up_bias)
-        return add_bias(linear(jax.nn.silu(gate) * up, self.down[...]), self.down_bias)
+        gate = add_bias(linear(x, self.gate), self.gate_bias)
+        up = add_bias(linear(x, self.up), self.up_bias)
+        return add_bias(linear(jax.nn.silu(gate) * up, self.down), self.down_bias)
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

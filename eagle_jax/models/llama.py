@@ -121,4 +121,4 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] after the final norm -> logits [..., V] in float32."""
-        return linear(hidden, self.output_weight(), jnp.float32)
+        return linear(hidden, self.embed if self.lm_head is None else self.lm_head, jnp.float32)

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from eagle_jax.models.layers import InputFirst
+
 Model = TypeVar("Model")
 Axis = str | tuple[str, ...] | None
 
@@ -43,7 +45,15 @@ CACHE_RULE: tuple[Axis, ...] = (BATCH, TENSOR, None, None)
 
 
 def flatten(model: Any) -> dict[str, Any]:
-    """Every array of a model (or of a gradient, or of an abstract model) by path."""
+    """Every array of a model (or of a gradient, or of an abstract model) by path.
+
+    Raises:
+      ValueError: if it is a copy by `input_first`, whose arrays have other shapes.
+    """
+    if any(
+        isinstance(leaf, InputFirst) for leaf in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, InputFirst))
+    ):
+        raise ValueError("a model from input_first is for decoding alone: use the model that it was made from")
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
 
 

@@ -129,3 +129,12 @@ def test_a_cpu_copies_no_cache_in_a_cycle(drafts, pending):
         state = dataclasses.replace(state, pending=jax.ShapeDtypeStruct((4,), jnp.bool))
     cycle = functools.partial(eagle_jax.cycle, tree=eagle_jax.TreeConfig(3, 2, 6))
     assert hlo.large_copies(compiled(cycle, target, head, state, donate_argnums=2), state.cache.k[0].size) == []
+
+
+def test_a_cpu_copies_no_weight_that_is_stored_input_first():
+    target, draft = jax.eval_shape(eagle_jax.input_first, abstract_pair(SHAPES["tiny"], jnp.float32))
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 32), (1,)))
+    state = jax.eval_shape(functools.partial(eagle_jax.prefill, max_new_tokens=300), target, draft, tokens, lengths)
+    cycle = functools.partial(eagle_jax.cycle, tree=eagle_jax.TreeConfig(3, 2, 6))
+    smallest = min(leaf.size for leaf in jax.tree.leaves(target) if leaf.ndim > 1)
+    assert hlo.large_copies(compiled(cycle, target, draft, state, donate_argnums=2), smallest) == []

@@ -60,6 +60,17 @@ def test_greedy_text_is_that_of_plain_decoding(kind):
     assert stopped == {False, True}
 
 
+@pytest.mark.parametrize("kind", ["eagle1", "eagle3", "medusa", "draft model"])
+def test_weights_stored_input_first_give_the_same_text(kind):
+    target, draft = target_of(3), KINDS[kind].build(CONFIG, 4, 12.0)
+    tokens, lengths = prompts(5)
+    options = dict(tree=KINDS[kind].tree, max_new_tokens=NEW)
+    plain = eagle_jax.generate(target, None, tokens, lengths, max_new_tokens=NEW)
+    ours = eagle_jax.generate(*map(eagle_jax.input_first, (target, draft)), tokens, lengths, **options)
+    assert near_ties(target, rows_of(ours), rows_of(plain), kind) <= 1
+    assert ours.cycles.sum() < plain.cycles.sum()
+
+
 def sampling(temperature, top_k=(0, 0, 0), top_p=(1.0, 1.0, 1.0), rows: int = BATCH) -> SamplingConfig:
     """Settings a row, so that all tests share a program."""
     return SamplingConfig(*(jnp.array(values[:rows]) for values in (temperature, top_k, top_p)))

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_jax.models import layers
+from eagle_jax.models import layers, params
 from eagle_jax.models.cache import KVCache, take_rows
 from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.models.layers import (
@@ -22,6 +23,7 @@ from eagle_jax.models.layers import (
     rotate,
 )
 from tests.models.reference import SMALL
+from tests.toy import random_eagle3, random_target
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -237,6 +239,31 @@ def test_a_product_with_a_weight_is_that_of_two_matrices(rows, shape):
     got = jax.jit(layers.linear)(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32))
     assert got.shape == (1, rows, *shape)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("shape", [(24,), (3, 8)])
+def test_a_weight_stored_input_first_multiplies_as_it_did(rows, shape):
+    rng = np.random.default_rng(rows)
+    x, weight = rng.normal(size=(1, rows, 16)), rng.normal(size=(*shape, 16))
+    stored = layers.InputFirst(jnp.asarray(np.moveaxis(weight, -1, 0), jnp.float32))
+    assert layers.input_size(stored) == layers.input_size(nnx.Param(jnp.asarray(weight))) == 16
+    got = jax.jit(layers.linear)(jnp.asarray(x, jnp.float32), stored)
+    np.testing.assert_allclose(got, np.tensordot(x, weight, axes=(-1, -1)), rtol=1e-5, atol=1e-5)
+
+
+def test_input_first_turns_the_weights_of_products_alone_and_once():
+    target, draft = random_target(0), random_eagle3(1)
+    for model in (target, draft):
+        turned = layers.input_first(model)
+        before, after = (jax.tree_util.tree_flatten_with_path(one)[0] for one in (model, turned))
+        for (path, old), (_, new) in zip(before, after, strict=True):
+            weight = params.path_name(path).split(".")[-1] in layers.PRODUCT_WEIGHTS
+            np.testing.assert_array_equal(new, np.moveaxis(old, -1, 0) if weight else old)
+        again = jax.tree.leaves(layers.input_first(turned))
+        assert all(a is b for a, b in zip(again, jax.tree.leaves(turned), strict=True))
+        with pytest.raises(ValueError, match="input_first is for decoding alone"):
+            params.flatten(turned)
 
 
 def test_a_cpu_rounds_few_rows_as_it_rounds_one():
