@@ -31,7 +31,7 @@ import eagle_jax
 from eagle_jax.cli import prompts
 from eagle_jax.cli.drafts import embedded_pair
 from eagle_jax.cli.measure import describe_setting, setting
-from eagle_jax.cli.models import capacity, describe_tree, parse_tree, positive
+from eagle_jax.cli.models import capacity, describe_tree, for_this_machine, parse_tree, positive
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import resolve
 
@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     embedded = args.target is None
     if embedded:
         args.target, args.draft = (str(embedded_pair() / name) for name in ("target", "head"))
-    target, draft = eagle_jax.from_pretrained(args.target, args.draft, dtype=args.dtype)
+    pair = eagle_jax.from_pretrained(args.target, args.draft, dtype=args.dtype)
+    target, draft = map(for_this_machine, pair)
     folder = resolve(args.target)
     rows = _prompts(args, folder, embedded, target.config.vocab_size)
     decoders = {"transformers": transformers_decoder(folder, np.dtype(target.dtype).name, args.max_new_tokens)}
