@@ -55,8 +55,8 @@ def _demo(out: Path) -> int:
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with notes.status("converting and loading"), _pair() as (target_folder, head_folder):
         convert.convert(target_folder, head_folder, out)
-        pair = map(models.for_this_machine, convert.load(out, dtype="float32"))
-        loaded = models.Models(*pair, out / convert.parts.TARGET)
+        target, draft = map(models.for_this_machine, convert.load(out, dtype="float32"))
+        loaded = models.Models(target, draft, out / convert.parts.TARGET)
         tokenizer = convert.tokenizer(out)
     stops = models.eos_tokens(loaded)
     console.print(
