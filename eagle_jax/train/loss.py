@@ -182,6 +182,11 @@ def eagle3_sums(
       dtype: the head computes in it; None: its own.
     """
     steps, _, width = weights.shape
+    if features and draft.config.hidden_size != target.config.hidden_size:
+        raise ValueError(
+            f"a regression of features needs a head as wide as its target, {target.config.hidden_size}, not "
+            f"{draft.config.hidden_size}: set loss.feature_weight to 0"
+        )
     weight = target.output_weight()
     rows = jax.lax.stop_gradient(weight if draft.target_ids is None else weight[draft.target_ids[...]])  # [Vd, H]
     floats, constants = _floats(draft)
