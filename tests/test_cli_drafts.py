@@ -62,8 +62,9 @@ def test_bench_of_several_drafts(folder, tmp_path, capsys):
         assert one["ratio"] == pytest.approx(one["tokens_a_second"] / by_name["plain"]["tokens_a_second"])
     assert by_name["eagle3"]["target_passes"] < by_name["plain"]["target_passes"] == 46
     out = capsys.readouterr().out
-    for words in ("draft", "verify", "tok/s", "prompt-lookup: length 10", "eagle3: tree: depth 3", "2/2", "4-grams"):
+    for words in ("draft", "verify", "rest", "tok/s", "prompt-lookup: length 10", "eagle3: tree: depth 3", "2/2"):
         assert words in out
+    assert "Distinct 4-grams of the plain texts" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png", "question.jsonl"]
 
