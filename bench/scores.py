@@ -1,4 +1,4 @@
-"""Attention of few queries over a block of keys on a CPU, in both orders of the product: why `layers.scores_of` has two.
+"""Attention of few queries over a block of keys on a CPU, in both orders of the product (`layers.scores_of`).
 
     python -m bench.scores                        # 128 keys of 64 numbers, as a CPU goes through a cache
     python -m bench.scores --keys 2048 --queries 3 180
