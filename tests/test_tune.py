@@ -110,6 +110,15 @@ def test_the_expected_rate_is_tokens_by_the_cost_of_the_cycle():
     assert [one.rate for one in expected] == sorted((one.rate for one in expected), reverse=True)
 
 
+def test_the_fastest_of_each_size_is_tried_out():
+    costs = Costs(plain=1.0, verify={3: 2.0, 4: 4.0}, level={1: 0.25, 2: 0.5}, draft=0.5, rest=0.25)
+    expected = tuning.expectations({1.0: TREE}, costs)
+    tried = tuning.of_each_size(expected)
+    assert sorted(one.tree.num_nodes for one in tried) == [3, 4] and tried[0] == expected[0]
+    for one in tried:
+        assert one.rate == max(other.rate for other in expected if other.tree.num_nodes == one.tree.num_nodes)
+
+
 @pytest.fixture(scope="module")
 def tuned(golden, tmp_path_factory):
     """A head's folder after `eagle-jax tune` with few trees."""

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         costs = tuning.measure_costs(
             loaded.target, loaded.draft, state, args.repeats, tuning.NODES, widths, progress=advance
         )
-    expected = tuning.expectations(seen, costs)[:CANDIDATES]
+    expected = tuning.of_each_size(tuning.expectations(seen, costs))[:CANDIDATES]
     console.print(_observations(seen, costs, f"{source}; {measure.describe_setting(setting)}"))
 
     methods = {"plain": (None, expected[0].tree)} | {_name(one.tree): (loaded.draft, one.tree) for one in expected}

@@ -236,3 +236,14 @@ def expectations(seen: dict[float, Seen], costs: Costs) -> list[Expected]:
             hot = dataclasses.replace(tree, score_temperature=temperature)
             found.append(Expected(hot, expected_tokens(cycles, hot), costs.cycle(hot)))
     return sorted(found, key=lambda expected: -expected.rate)
+
+
+def of_each_size(expected: Sequence[Expected]) -> list[Expected]:
+    """The first tree of each number of nodes: the ones to try out.
+
+    Verifying costs most, by the number of nodes alone; where one measurement of it was off, all trees of that size are.
+    """
+    first: dict[int, Expected] = {}
+    for one in expected:
+        first.setdefault(one.tree.num_nodes, one)
+    return list(first.values())

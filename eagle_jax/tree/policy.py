@@ -72,9 +72,12 @@ class TreePolicy(Protocol):
 
 
 def log_probabilities(logits: jax.Array) -> jax.Array:
-    """Log-softmax over the last axis in float32; NaN becomes -inf, so that a broken draft still makes a tree."""
+    """Log-softmax over the last axis in float32; NaN becomes -inf, so that a broken draft still makes a tree.
+
+    Never above 0: a likeliest token may come out there by rounding.
+    """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return jnp.where(log_probs <= 0, log_probs, -jnp.inf)
+    return jnp.where(jnp.isnan(log_probs), -jnp.inf, jnp.minimum(log_probs, 0))
 
 
 def best_children(

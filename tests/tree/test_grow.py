@@ -257,6 +257,21 @@ def test_a_score_temperature_grows_what_divided_logits_do(temperature):
     assert (np.asarray(tree.scores) != plain.scores).any()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.33])
+def test_the_likeliest_token_of_a_sure_draft_is_drafted_first(temperature):
+    """Its log-probability may come out above 0 by rounding: a CPU fuses the division for one row."""
+    logits = 8 * jax.random.normal(jax.random.key(0), (256, 64))
+    config = TreeConfig(depth=1, top_k=1, num_nodes=2, score_temperature=temperature)
+
+    def first_draft(row):
+        tree, _ = config.grow(jnp.zeros(1, jnp.int32), row[None], None, lambda *_: None)
+        return tree.tokens[0, 1], tree.scores[0, 1]
+
+    tokens, scores = jax.jit(functools.partial(jax.lax.map, first_draft))(logits)
+    np.testing.assert_array_equal(tokens, logits.argmax(axis=-1))
+    assert (scores <= 0).all()
+
+
 @pytest.mark.parametrize("value", [0, -1.0, True, "x", float("nan"), float("inf"), None])
 def test_a_score_temperature_that_is_none_is_refused(value):
     with pytest.raises(ValueError, match=r"score_temperature must be a positive number, got"):
