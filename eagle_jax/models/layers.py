@@ -248,7 +248,7 @@ def softmax_part(q, keys, values, seen, tokens):
       The largest score and the sum of exponentials [B, K, G * T, 1], and the weighted values [B, K, G * T, H]; float32.
     """
     batch, kv_heads, queries, head_dim = q.shape
-    scores = scores_of(q, keys) * head_dim**-0.5
+    scores = dot("bkqh,bksh->bkqs", q, keys, jnp.float32) * head_dim**-0.5
     scores = scores.reshape(batch, kv_heads, -1, tokens, keys.shape[2])
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(batch, kv_heads, queries, keys.shape[2])
     # A part of which a query sees nothing has no largest score; any finite number serves.
@@ -256,27 +256,6 @@ def softmax_part(q, keys, values, seen, tokens):
     weights = jnp.exp(scores - top)
     out = dot("bkqs,bksh->bkqh", weights.astype(values.dtype), values, jnp.float32)
     return top, weights.sum(axis=-1, keepdims=True), out
-
-
-def scores_of(q: jax.Array, keys: jax.Array) -> jax.Array:
-    """q [B, K, Q, H] with each of keys [B, K, S, H]: [B, K, Q, S], float32.
-
-    A CPU rearranges the second operand of a product, so there the keys come first where they are more
-    (`python -m bench.scores`).
-    """
-    if q.shape[2] >= keys.shape[2]:
-        return queries_first(q, keys)
-    return jax.lax.platform_dependent(q, keys, cpu=keys_first, default=queries_first)
-
-
-def queries_first(q: jax.Array, keys: jax.Array) -> jax.Array:
-    """`scores_of` as a product of the queries with the keys turned."""
-    return dot("bkqh,bksh->bkqs", q, keys, jnp.float32)
-
-
-def keys_first(q: jax.Array, keys: jax.Array) -> jax.Array:
-    """`scores_of` as a product of the keys with the queries turned, which is turned back."""
-    return jnp.swapaxes(dot("bksh,bkqh->bksq", keys, q, jnp.float32), 2, 3)
 
 
 def merge_parts(a, b):

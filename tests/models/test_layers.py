@@ -97,15 +97,6 @@ def test_rows_past_the_length_hold_anything():
     np.testing.assert_allclose(attend(q, k, v, mask, CacheLayer(old, old, length)), short, atol=1e-6)
 
 
-@pytest.mark.parametrize("order", [layers.scores_of, layers.queries_first, layers.keys_first])
-@pytest.mark.parametrize(("queries", "rows"), [(3, 8), (8, 8), (9, 8)])
-def test_scores_are_the_products_of_queries_and_keys_in_either_order(order, queries, rows):
-    rng = np.random.default_rng(0)
-    q, keys = rng.normal(size=(2, 2, queries, 4)), rng.normal(size=(2, 2, rows, 4))
-    scores = jax.jit(order)(q.astype(np.float32), keys.astype(np.float32))
-    np.testing.assert_allclose(scores, np.einsum("bkqh,bksh->bkqs", q, keys), atol=1e-5)
-
-
 def test_attention_survives_large_scores():
     """Differences of scores beyond float32's exponent: the largest one takes all."""
     q = np.full((1, 1, 1, 2), 100, np.float32)
