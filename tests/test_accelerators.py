@@ -68,5 +68,6 @@ def test_training_s_memory_does_not_grow_with_the_steps():
     own = train_memory.keys_and_values(7, 8192) - train_memory.keys_and_values(1, 8192)
     assert one.arguments > 16e9 and seven.peak < 80e9
     assert seven.peak - own < 1.1 * one.peak
-    # Logits of all positions exist nowhere.
+    # Attention is the flash kernel's, forward and backward, and logits of all positions exist nowhere.
+    assert "mha_forward" in text(steps[7]) and "mha_backward" in text(steps[7])
     assert not re.search(r"\[(4,2048|8192),(32000|128256)\]", text(steps[7]))

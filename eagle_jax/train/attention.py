@@ -10,21 +10,62 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.models.layers import dot, merge_parts, softmax_part
+from eagle_jax.train import flash
 from eagle_jax.train.layout import Layout
 
 BLOCK = 512  # queries whose scores exist at a time
 
 
 def causal_part(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple[jax.Array, ...]:
-    """Causal attention inside each document, before normalisation, a block of queries at a time.
+    """Causal attention inside each document: a part of a softmax, to merge with others.
 
-    No scores or mask of S x S exist, forward or backward: a block's are computed again for its gradient.
+    In half precision on a GPU or a TPU by the backend's flash kernel; else, and in float32, in blocks of plain XLA. No
+    scores or mask of S x S exist, forward or backward. The kernels know documents, not lengths: where `text` says of
+    one document a row that its padding is not seen, they let padding see the padding before it.
 
     Args:
       q: [B, K, G, S, H]. k, v: [B, K, S, H]. text: which keys a query sees, at least one.
     Returns:
       As `softmax_part`, [B, K, G, S, 1], [B, K, G, S, 1] and [B, K, G, S, H].
     """
+    return in_blocks(q, k, v, text) if q.dtype == jnp.float32 else by_backend(q, k, v, text)
+
+
+@jax.custom_vjp
+def by_backend(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple[jax.Array, ...]:
+    """`causal_part` by the flash kernel of the backend, where it has one. The weighted values come in q's dtype."""
+
+    def by(kernel):
+        return lambda q, k, v, text: flash.flash_part(kernel, q, k, v, text.first)
+
+    return jax.lax.platform_dependent(q, k, v, text, cuda=by(flash.TRITON), tpu=by(flash.SPLASH), default=_rounded)
+
+
+def _rounded(q, k, v, text):
+    top, total, out = in_blocks(q, k, v, text)
+    return top, total, out.astype(q.dtype)
+
+
+def _forward(q, k, v, text):
+    return by_backend(q, k, v, text), (q, k, v, text)
+
+
+def _backward(kept, of_part):
+    def by(kernel):
+        return lambda q, k, v, text, of_part: flash.gradient(kernel, q, k, v, text.first, of_part)
+
+    def of_blocks(q, k, v, text, of_part):
+        return jax.vjp(lambda q, k, v: _rounded(q, k, v, text), q, k, v)[1](of_part)
+
+    kernels = {"cuda": by(flash.TRITON), "tpu": by(flash.SPLASH)}
+    return *jax.lax.platform_dependent(*kept, of_part, **kernels, default=of_blocks), None
+
+
+by_backend.defvjp(_forward, _backward)
+
+
+def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple[jax.Array, ...]:
+    """`causal_part` a block of queries at a time; a block's scores are computed again for its gradient."""
     batch, kv_heads, groups, width, head_dim = q.shape
     block = min(BLOCK, width)
     count = -(-width // block)
@@ -32,7 +73,7 @@ def causal_part(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple
     padded = jnp.pad(q, [(0, 0)] * 3 + [(0, more), (0, 0)])
     blocks = jnp.moveaxis(padded.reshape(batch, kv_heads, groups, count, block, head_dim), 3, 0)
 
-    def in_blocks(places, fill):  # [B, S] -> [count, B, Q]
+    def cut(places, fill):  # [B, S] -> [count, B, Q]
         places = jnp.pad(places, [(0, 0), (0, more)], constant_values=fill)
         return jnp.moveaxis(places.reshape(batch, count, block), 1, 0)
 
@@ -45,7 +86,7 @@ def causal_part(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple
         return softmax_part(flat, k, v, seen, block)
 
     starts = jnp.arange(count) * block
-    parts = jax.lax.map(part, (starts, blocks, in_blocks(text.first, 0), in_blocks(text.end, width)))
+    parts = jax.lax.map(part, (starts, blocks, cut(text.first, 0), cut(text.end, width)))
 
     def whole(values):  # [count, B, K, G * Q, X] -> [B, K, G, S, X]
         values = values.reshape(count, batch, kv_heads, groups, block, -1)
@@ -59,18 +100,25 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> jax.Array:
     return finished(causal_part(grouped(q, k.shape[1]), k, v, text)).astype(q.dtype)
 
 
+@jax.checkpoint
+def with_own(part: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array) -> jax.Array:
+    """`part` merged with `own_part`: [B, S, N, H] in q's dtype. What is float32 is computed again for its gradient."""
+    return finished(part, own_part(q, k, v, count)).astype(q.dtype)
+
+
 def own_part(q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array) -> tuple[jax.Array, ...]:
     """Attention of every row to its own keys of the first `count` later steps; as `causal_part`.
 
     Args:
-      q: [B, K, G, S, H]. k, v: [B, K, M, S, H].
+      q: [B, K, G, S, H]. k, v: [B, S, K, M, H].
     """
-    scores = dot("bkgsh,bkmsh->bkgsm", q, k, jnp.float32) * q.shape[-1] ** -0.5
-    scores = jnp.where((jnp.arange(k.shape[2]) < count)[None, None, None, None], scores, -jnp.inf)
+    q = jnp.moveaxis(q, 3, 1)
+    scores = dot("bskgh,bskmh->bskgm", q, k, jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.where(jnp.arange(k.shape[3]) < count, scores, -jnp.inf)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - top)
-    out = dot("bkgsm,bkmsh->bkgsh", weights.astype(v.dtype), v, jnp.float32)
-    return top, weights.sum(axis=-1, keepdims=True), out
+    out = dot("bskgm,bskmh->bskgh", weights.astype(v.dtype), v, jnp.float32)
+    return tuple(jnp.moveaxis(x, 1, 3) for x in (top, weights.sum(axis=-1, keepdims=True), out))
 
 
 def grouped(q: jax.Array, kv_heads: int) -> jax.Array:

@@ -22,10 +22,10 @@ from eagle_jax.models import params
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.llama import Llama
-from eagle_jax.train.attention import causal, causal_part, finished, grouped, own_part
+from eagle_jax.train.attention import causal, causal_part, grouped, with_own
 from eagle_jax.train.later_steps import later_steps, with_step
 from eagle_jax.train.layout import Layout, layout
-from eagle_jax.train.vocabulary_loss import CHUNK, LossSums, Soft, likeliest_tokens, vocabulary_loss
+from eagle_jax.train.vocabulary_loss import CHUNK, LossSums, Soft, likeliest_tokens, vocabulary_loss, vocabulary_losses
 
 Alignment = Literal["corrected", "official"]
 
@@ -191,36 +191,19 @@ def eagle3_sums(
     rows = jax.lax.stop_gradient(weight if draft.target_ids is None else weight[draft.target_ids[...]])  # [Vd, H]
     floats, constants = _floats(draft)
     # Everything is read `steps` places further on, at most; past the end there are zeros, as in the reference.
-    constants |= {
-        "target": target,
-        "rows": rows,
-        "text": made.text,
-        "tokens": jnp.pad(made.tokens, [(0, 0), (0, steps)]),
-        "answers": jnp.pad(made.answers, [(0, 0), (0, steps), (0, 0)]),
-        "weights": weights,
-    }
+    following = jnp.pad(made.tokens, [(0, 0), (0, steps)])
+    answers = jnp.pad(made.answers[:, 1:], [(0, 0), (0, steps), (0, 0)])
+    constants |= {"target": target, "text": made.text, "tokens": following}
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width, axis=1)
 
     def one(floats, constants, hidden, step, attend):
-        """A step on its input hidden [B, S, D], or on features (None): its output, what `attend` keeps, its sums."""
+        """A step on its input hidden [B, S, D], or on features (None): its output, and what `attend` keeps."""
         head = in_dtype(params.load(draft, floats | constants["integers"]), dtype)
         if hidden is None:
             hidden = head.fuse(constants["features"])
         target, text = constants["target"], constants["text"]
-        hidden, kept = head(
-            target,
-            hidden,
-            cut(constants["tokens"], step + 1),
-            text.positions + step,
-            attend,
-            prompt_lengths=text.end - text.first,
-        )
-        answers = cut(constants["answers"], step + 1)
-        importance = jax.lax.dynamic_index_in_dim(constants["weights"], step, keepdims=False)
-        x, weight = head.before_logits(hidden), head.output_weight(target)
-        distance = (importance * smooth_l1(x, answers)).sum() if features else jnp.zeros(())
-        sums = vocabulary_loss(x, weight, Soft(answers, constants["rows"]), importance, chunk)
-        return hidden, kept, Eagle3Sums(sums, distance)
+        tokens, positions = cut(constants["tokens"], step + 1), text.positions + step
+        return head(target, hidden, tokens, positions, attend, prompt_lengths=text.end - text.first)
 
     @jax.checkpoint
     def first(floats, constants):
@@ -233,18 +216,26 @@ def eagle3_sums(
         def attend(q, k, v):
             queries = grouped(q, k.shape[1])
             own_k, own_v = (with_step(old, new, step) for old, new in zip(own, (k, v), strict=True))
-            mixed = finished(
-                causal_part(queries, rows[0], rows[1], constants["text"]), own_part(queries, own_k, own_v, step)
-            )
-            return mixed.astype(q.dtype), (k, v)
+            part = causal_part(queries, rows[0], rows[1], constants["text"])
+            return with_own(part, queries, own_k, own_v, step), (k, v)
 
         return one(floats, constants, hidden, step, attend)
 
-    hidden, kept, sums = first(floats, constants | {"features": made.features})
-    if steps == 1:
-        return jax.tree.map(lambda value: value[None], sums)
-    more = later_steps(later, steps, floats, constants, hidden, kept)
-    return jax.tree.map(lambda one, others: jnp.append(one, others), sums, more)
+    hidden, kept = first(floats, constants | {"features": made.features})
+    # [steps, B, S, D]
+    hidden = hidden[None] if steps == 1 else later_steps(later, steps, floats, constants, hidden, kept)
+    head = in_dtype(draft, dtype)
+    x = jax.checkpoint(head.before_logits)(hidden)
+    sums = vocabulary_losses(x, head.output_weight(target), Soft(answers, rows), weights, chunk)
+    if not features:
+        return Eagle3Sums(sums, jnp.zeros(steps))
+
+    @jax.checkpoint
+    def distance(of_step):
+        step, x, importance = of_step
+        return (importance * smooth_l1(x, cut(answers, step))).sum()
+
+    return Eagle3Sums(sums, jax.lax.map(distance, (jnp.arange(steps), x, weights)))
 
 
 def _floats(model: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:

@@ -1,10 +1,10 @@
 """Cross-entropy over a vocabulary, a chunk of positions at a time, with a gradient of its own.
 
-Letters: B batch, S positions, C positions of a row in a chunk, D width of what the logits are made of, H width of the
-target's hidden states, V entries of the vocabulary.
+Letters: B batch, S positions, C positions of a row in a chunk, K losses of one batch (steps), D width of what the
+logits are made of, H width of the target's hidden states, V entries of the vocabulary.
 
 Logits, probabilities and their gradients exist for one chunk only. Going backward they are computed again, and the
-gradient of the weight is added up in float32.
+gradient of the weight is added up in float32, in one array for all losses.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ CHUNK = 2048  # positions whose logits exist at a time, on a device
 
 
 class Soft(NamedTuple):
-    """A teacher's distributions, softmax(hidden rows^T): hidden [B, S, H], rows [V, H]."""
+    """A teacher's distributions, softmax(hidden rows^T): hidden [B, S + K - 1, H], rows [V, H]."""
 
     hidden: jax.Array
     rows: jax.Array
 
 
 class Labels(NamedTuple):
-    """The right tokens: ids [B, S]."""
+    """The right tokens: ids [B, S + K - 1]."""
 
     ids: jax.Array
 
 
 class LossSums(NamedTuple):
-    """Sums over positions, each times its importance; scalars, float32.
+    """Sums over positions, each times its importance; [K], or scalars; float32.
 
     loss: cross-entropy. match: whether both have one likeliest token. entropy: the teacher's; cross-entropy is more
     than the KL divergence by it.
@@ -45,58 +45,69 @@ class LossSums(NamedTuple):
     entropy: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def vocabulary_loss(
     x: jax.Array, weight: jax.Array, teacher: Soft | Labels, importance: jax.Array, chunk: int = CHUNK
 ) -> LossSums:
-    """Cross-entropy of softmax(x weight^T) against a teacher, summed. Differentiable in x and weight.
+    """`vocabulary_losses` of one x [B, S, D] and importance [B, S]: scalars."""
+    sums = vocabulary_losses(x[None], weight, teacher, importance[None], chunk)
+    return jax.tree.map(lambda value: value[0], sums)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def vocabulary_losses(
+    x: jax.Array, weight: jax.Array, teacher: Soft | Labels, importance: jax.Array, chunk: int = CHUNK
+) -> LossSums:
+    """Cross-entropies of softmax(x weight^T) against a teacher, summed: [K]. Differentiable in x and weight.
 
     Args:
-      x: [B, S, D]. weight: [V, D].
-      importance: [B, S] float32 of every position; those of 0 do not count.
+      x: [K, B, S, D]. Position s of x[k] is to agree with the teacher's position s + k. weight: [V, D].
+      importance: [K, B, S] float32 of every position; those of 0 do not count.
       chunk: positions of all rows whose logits exist at a time.
     """
+    count, part = _parts(x, teacher, importance, chunk)
 
-    def add(sums, part):
-        x, teacher, importance = part
+    def add(index, sums):
+        k, _, x, teacher, importance = part(index)
         logits = linear(x, weight, jnp.float32)
         wanted, likeliest = _wanted(teacher, logits)
         loss = jax.nn.logsumexp(logits, axis=-1) - (wanted * logits).sum(axis=-1)
         entropy = -(wanted * jnp.log(jnp.where(wanted > 0, wanted, 1))).sum(axis=-1)
         match = jnp.argmax(logits, axis=-1) == likeliest
         new = LossSums(*((importance * value).sum() for value in (loss, match, entropy)))
-        return jax.tree.map(jnp.add, sums, new), None
+        return jax.tree.map(lambda total, value: total.at[k].add(value), sums, new)
 
-    parts, same = _chunks(x, teacher, importance, chunk)
-    return jax.lax.scan(lambda sums, part: add(sums, same(part)), LossSums(*[jnp.float32(0)] * 3), parts)[0]
+    return jax.lax.fori_loop(0, count, add, LossSums(*[jnp.zeros(len(x), jnp.float32)] * 3))
 
 
 def _forward(x, weight, teacher, importance, chunk):
-    return vocabulary_loss(x, weight, teacher, importance, chunk), (x, weight, teacher, importance)
+    return vocabulary_losses(x, weight, teacher, importance, chunk), (x, weight, teacher, importance)
 
 
 def _backward(chunk, kept, gradient):
     """d loss / d logits = importance * (softmax(logits) - wanted)."""
     x, weight, teacher, importance = kept
+    count, part = _parts(x, teacher, importance, chunk)
 
-    def add(weight_gradient, part):
-        x, teacher, importance = same(part)
+    def add(index, gradients):
+        weight_gradient, x_gradient = gradients
+        k, start, x, teacher, importance = part(index)
         logits = linear(x, weight, jnp.float32)
         wanted, _ = _wanted(teacher, logits)
-        error = (jax.nn.softmax(logits, axis=-1) - wanted) * (importance * gradient.loss)[..., None]
+        error = (jax.nn.softmax(logits, axis=-1) - wanted) * (importance * gradient.loss[k])[..., None]
         error = error.astype(x.dtype)
         weight_gradient += dot("bcv,bcd->vd", error, x, jnp.float32)
-        x_gradient = dot("rv,vd->rd", error.reshape(-1, error.shape[-1]), weight, jnp.float32)
-        return weight_gradient, x_gradient.reshape(x.shape).astype(x.dtype)
+        of_x = dot("rv,vd->rd", error.reshape(-1, error.shape[-1]), weight, jnp.float32)
+        of_x = of_x.reshape(1, *x.shape).astype(x.dtype)
+        return weight_gradient, jax.lax.dynamic_update_slice(x_gradient, of_x, (k, 0, start, 0))
 
-    parts, same = _chunks(x, teacher, importance, chunk)
-    weight_gradient, x_gradient = jax.lax.scan(add, jnp.zeros(weight.shape, jnp.float32), parts)
-    batch, width, size = x.shape
-    x_gradient = jnp.moveaxis(x_gradient, 0, 1).reshape(batch, -1, size)[:, :width]
-    return x_gradient, weight_gradient.astype(weight.dtype), None, None
+    losses, batch, width, size = x.shape
+    whole = _chunk(batch, width, chunk)[1] * _chunk(batch, width, chunk)[0]
+    start = jnp.zeros(weight.shape, jnp.float32), jnp.zeros((losses, batch, whole, size), x.dtype)
+    weight_gradient, x_gradient = jax.lax.fori_loop(0, count, add, start)
+    return x_gradient[:, :, :width], weight_gradient.astype(weight.dtype), None, None
 
 
-vocabulary_loss.defvjp(_forward, _backward)
+vocabulary_losses.defvjp(_forward, _backward)
 
 
 def likeliest_tokens(hidden: jax.Array, weight: jax.Array, chunk: int = CHUNK) -> jax.Array:
@@ -115,21 +126,43 @@ def _wanted(teacher: Soft | Labels, logits: jax.Array) -> tuple[jax.Array, jax.A
     return jax.nn.softmax(wanted, axis=-1), jnp.argmax(wanted, axis=-1)
 
 
-def _chunks(x, teacher, importance, chunk):
-    """Chunks of everything that has positions, and what makes (x, teacher, importance) of one."""
-    if isinstance(teacher, Labels):
-        return tuple(_split(values, chunk) for values in (x, teacher.ids, importance)), (
-            lambda part: (part[0], Labels(part[1]), part[2])
-        )
-    return tuple(_split(values, chunk) for values in (x, teacher.hidden, importance)), (
-        lambda part: (part[0], Soft(part[1], teacher.rows), part[2])
-    )
+def _chunk(batch: int, width: int, chunk: int) -> tuple[int, int]:
+    """The positions of a row in a chunk, and the chunks of a row."""
+    size = min(max(chunk // batch, 1), width)
+    return size, -(-width // size)
+
+
+def _parts(x, teacher, importance, chunk):
+    """How many chunks there are, and what gives one by its number: k, its first position, and its own of everything.
+
+    A row stays where it is, whatever devices the batch is spread over.
+    """
+    losses, batch, width, _ = x.shape
+    size, count = _chunk(batch, width, chunk)
+    x = _padded(x, 2, size * count)
+    importance = _padded(importance, 2, size * count)
+    teacher_rows = _padded(teacher[0], 1, size * count + losses - 1)
+
+    def part(index):
+        k, start = index // count, index % count * size
+        own = [
+            jax.lax.dynamic_slice(array, (k, 0, start, *[0] * (array.ndim - 3)), (1, batch, size, *array.shape[3:]))[0]
+            for array in (x, importance)
+        ]
+        right = jax.lax.dynamic_slice_in_dim(teacher_rows, start + k, size, axis=1)
+        return k, start, own[0], teacher._replace(**{teacher._fields[0]: right}), own[1]
+
+    return losses * count, part
+
+
+def _padded(array: jax.Array, axis: int, width: int) -> jax.Array:
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, width - array.shape[axis])
+    return jnp.pad(array, padding)
 
 
 def _split(values: jax.Array, chunk: int) -> jax.Array:
-    """[B, S, ...] -> [chunks, B, C, ...]: a row stays where it is, whatever devices the batch is spread over."""
+    """[B, S, H] -> [chunks, B, C, H]."""
     batch, width = values.shape[:2]
-    size = min(max(chunk // batch, 1), width)
-    count = -(-width // size)
-    padding = [(0, 0), (0, count * size - width)] + [(0, 0)] * (values.ndim - 2)
-    return jnp.moveaxis(jnp.pad(values, padding).reshape(batch, count, size, *values.shape[2:]), 1, 0)
+    size, count = _chunk(batch, width, chunk)
+    return jnp.moveaxis(_padded(values, 1, size * count).reshape(batch, count, size, -1), 1, 0)

@@ -19,7 +19,7 @@ from eagle_jax.train.config import OptimizerSettings
 from eagle_jax.train.dataset import Dataset, pack
 from eagle_jax.train.loader import on_mesh
 from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, TargetObjective
-from eagle_jax.train.vocabulary_loss import Labels, Soft, likeliest_tokens, vocabulary_loss
+from eagle_jax.train.vocabulary_loss import Labels, Soft, likeliest_tokens, vocabulary_loss, vocabulary_losses
 from tests.toy import scaled
 
 TARGET = LlamaConfig(
@@ -173,6 +173,35 @@ def test_the_vocabulary_loss_in_chunks_is_the_plain_one(soft, chunk):
     for a, b in zip(jax.grad(lambda *args: 2 * ours(*args).loss, argnums=(0, 1))(x, weight), theirs, strict=True):
         np.testing.assert_allclose(a, 2 * b, atol=1e-5)
     np.testing.assert_array_equal(likeliest_tokens(hidden, rows, chunk), (hidden @ rows.T).argmax(-1))
+
+
+@pytest.mark.parametrize("chunk", [2, 10, 33])
+@pytest.mark.parametrize("soft", [True, False])
+def test_losses_of_several_steps_are_each_its_own(soft, chunk):
+    """Step k's teacher is k places on."""
+    keys = jax.random.split(jax.random.key(6), 4)
+    x, weight = jax.random.normal(keys[0], (4, 3, 11, 8)), jax.random.normal(keys[1], (19, 8))
+    hidden, rows = jax.random.normal(keys[2], (3, 14, 6)), jax.random.normal(keys[3], (19, 6))
+    teacher = Soft(hidden, rows) if soft else Labels((hidden @ rows.T).argmax(-1))
+    importance = (jnp.arange(132.0) % 5).reshape(4, 3, 11)
+    step_weights = jnp.array([1.0, 0.5, 2.0, 0.1])
+
+    def together(x, weight):
+        return vocabulary_losses(x, weight, teacher, importance, chunk)
+
+    def one_by_one(x, weight):
+        cut = [teacher._replace(**{teacher._fields[0]: teacher[0][:, k : k + 11]}) for k in range(4)]
+        sums = [vocabulary_loss(x[k], weight, cut[k], importance[k], chunk) for k in range(4)]
+        return jax.tree.map(lambda *values: jnp.stack(values), *sums)
+
+    for ours, right in zip(together(x, weight), one_by_one(x, weight), strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-6)
+    gradients = (
+        jax.grad(lambda x, weight, sums=sums: (step_weights * sums(x, weight).loss).sum(), argnums=(0, 1))(x, weight)
+        for sums in (together, one_by_one)
+    )
+    for ours, right in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, right, atol=1e-5)
 
 
 def test_bfloat16_computes_near_float32_masters():
