@@ -35,7 +35,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(PINNED) | $(VENV)/bin/python
-	$(PIP) install --constraint constraints.txt --editable '.[torch]'
+	$(PIP) install --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.test-installed: $(PINNED) | $(VENV)/bin/python

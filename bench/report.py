@@ -19,7 +19,7 @@ def main(description: str | None, rows: Mapping[str, Callable[[int | None], dict
     """Measures the rows that the command line asks for. rows: {name: measure(the target's layers, or None for all)}.
 
     Returns:
-      An exit code: 1 if a program does not fit its device, or copies weights or caches.
+      An exit code: 1 if a program does not fit its device, copies weights or caches, or cannot be read for copies.
     """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--only", default="", help="the rows whose name holds this")
@@ -33,7 +33,7 @@ def main(description: str | None, rows: Mapping[str, Callable[[int | None], dict
         return 0
     compilers.find_compilers()
     done = table((rows[name](args.layers) for name in chosen), args.json)
-    return int(any(row.get("copies", 0) > 0 or not row.get("fits", True) for row in done))
+    return int(any(row.get("copies", 0) != 0 or not row.get("fits", True) for row in done))
 
 
 def table(rows: Iterable[dict[str, Any]], path: str | None = None) -> list[dict[str, Any]]:

@@ -71,3 +71,11 @@ def test_training_s_memory_does_not_grow_with_the_steps():
     # Attention is the flash kernel's, forward and backward, and logits of all positions exist nowhere.
     assert "mha_forward" in text(steps[7]) and "mha_backward" in text(steps[7])
     assert not re.search(r"\[(4,2048|8192),(32000|128256)\]", text(steps[7]))
+
+
+def test_a_training_step_of_four_v5e_chips_fits_them():
+    """Every chip has the flash kernel for its own rows; no weight is copied."""
+    tpu_devices("v5e:2x2")
+    row = next(row for row in tpu_aot.ROWS if row.name == "v5e:2x2 8b train of 4")
+    measured = tpu_aot.measure(row, layers=4)
+    assert measured["fits"] and measured["copies"] == 0

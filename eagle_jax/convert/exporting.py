@@ -39,7 +39,14 @@ class Exported:
 
 
 def export(
-    draft: Draft, target: Llama, out: str | Path, *, format: str, dtype: Any = None, overwrite: bool = False
+    draft: Draft,
+    target: Llama,
+    out: str | Path,
+    *,
+    format: str,
+    dtype: Any = None,
+    overwrite: bool = False,
+    safetensors: bool = False,
 ) -> Exported:
     """Writes an EAGLE head for another engine, reads the folder back, and compares every tensor bit for bit.
 
@@ -51,6 +58,7 @@ def export(
       dtype: "float32", "bfloat16" or "float16", to cast; None keeps the head's own. The vocabulary tables d2t [Vd]
         int64 and t2d [V] bool stay as they are.
       overwrite: replace what `out` holds.
+      safetensors: write model.safetensors, whatever the format's own file is.
     Raises:
       ConfigError: a head that the engine cannot run as it is; nothing is written.
       CheckpointError: an `out` that is taken, weights that are not finite or too large for `dtype`, or a folder that
@@ -68,7 +76,7 @@ def export(
     leaves |= {path: _cast(path, array, kept) for path, array in planned.added.items()}
     config = planned.config | {"torch_dtype": kept.name}
 
-    file, notes = planned.file, planned.notes
+    file, notes = SAFETENSORS if safetensors else planned.file, planned.notes
     if file != SAFETENSORS and importlib.util.find_spec("torch") is None:
         notes += (
             f"{SAFETENSORS} in place of {file}, which needs PyTorch; the engine reads it where there is no {file}",

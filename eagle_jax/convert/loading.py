@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,14 +131,27 @@ def tokenizer(path: str | Path) -> Any:
     Raises:
       CheckpointError: if there are no tokenizer files, or damaged ones.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(path)
     source = folder / parts.TARGET if parts.is_conversion(folder) else path
     try:
-        return AutoTokenizer.from_pretrained(str(source))
+        return _tokenizer_class(Path(source)).from_pretrained(str(source))
     except Exception as error:  # the tokenizer libraries raise bare Exceptions for damaged files
         raise CheckpointError(f"{source}: no usable tokenizer files (tokenizer.json, ...): {error}") from error
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """The class that a folder names, where `AutoTokenizer` would take it; to ask that one takes seconds."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None  # a hub's, or damaged: its own message is the better one
+    if named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 _AGAIN = "convert again (python -m eagle_jax.convert)"

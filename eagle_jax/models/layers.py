@@ -76,7 +76,10 @@ def input_first(model: Model) -> Model:
         is_weight = isinstance(leaf, nnx.Param) and getattr(path[-1], "name", None) in PRODUCT_WEIGHTS
         if not is_weight or isinstance(leaf, InputFirst):
             return leaf
-        return InputFirst(jnp.moveaxis(leaf[...], -1, 0))
+        if isinstance(leaf[...], jax.core.Tracer):
+            return InputFirst(jnp.moveaxis(leaf[...], -1, 0))
+        # By NumPy: JAX would compile a program for every shape.
+        return InputFirst(jnp.asarray(np.ascontiguousarray(np.moveaxis(np.asarray(leaf[...]), -1, 0))))
 
     return jax.tree_util.tree_map_with_path(turn, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -38,7 +38,7 @@ def by_backend(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple[
     def by(kernel):
         return lambda q, k, v, text: flash.flash_part(kernel, q, k, v, text.first)
 
-    return jax.lax.platform_dependent(q, k, v, text, cuda=by(flash.TRITON), tpu=by(flash.SPLASH), default=_rounded)
+    return jax.lax.platform_dependent(q, k, v, text, cuda=by(flash.triton), tpu=by(flash.splash), default=_rounded)
 
 
 def _rounded(q, k, v, text):
@@ -57,7 +57,7 @@ def _backward(kept, of_part):
     def of_blocks(q, k, v, text, of_part):
         return jax.vjp(lambda q, k, v: _rounded(q, k, v, text), q, k, v)[1](of_part)
 
-    kernels = {"cuda": by(flash.TRITON), "tpu": by(flash.SPLASH)}
+    kernels = {"cuda": by(flash.triton), "tpu": by(flash.splash)}
     return *jax.lax.platform_dependent(*kept, of_part, **kernels, default=of_blocks), None
 
 

@@ -17,29 +17,22 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
+
+from eagle_jax.models import params
 
 BLOCK = 128  # rows are padded to a multiple of it
 LANES = 128  # of a TPU: head dims are padded to a multiple
-QKV = "b k g s h, b k s h, b k s h"
 Parts = tuple[jax.Array, ...]
 
-
-class Kernel(NamedTuple):
-    """A backend's kernel, causal among positions of the same segment.
-
-    attend: (q [B, K, G, S, H], k, v [B, K, S, H], segments [B, S], *tables, log_sum_exp: bool) -> [B, K, G, S, H], with
-      a gradient in q, k and v; or, if `log_sum_exp`, that and the log-sum-exp [B, K, G, S] float32, without one.
-    tables: the small arrays it reads besides, for rows of S positions.
-    """
-
-    attend: Callable[..., Any]
-    tables: Callable[[int], Parts]
+# Attention, causal among positions of the same segment: (q [B, K, G, S, H], k, v [B, K, S, H], segments [B, S],
+# log_sum_exp) -> [B, K, G, S, H], with a gradient in q, k and v; or, if log_sum_exp, that and the log-sum-exp
+# [B, K, G, S] float32, without one.
+Kernel = Callable[..., Any]
 
 
 def flash_part(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> Parts:
@@ -52,43 +45,21 @@ def flash_part(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment
       As `softmax_part`, [B, K, G, S, 1], [B, K, G, S, 1] and [B, K, G, S, H]: the log-sum-exp in place of the largest
       score, 1 in place of the sum of exponentials, and the normalised result, in q's dtype.
     """
-    width = q.shape[3]
-    arrays, segments, tables = _whole_blocks(kernel, (q, k, v), segments)
-    out, log_sum = _forward(kernel, len(tables))(*arrays, segments, *tables)
-    log_sum = log_sum[..., :width, None]
-    return log_sum, jnp.ones_like(log_sum), out[..., :width, :]
+
+    def attend(segments, q, k, v):
+        out, log_sum = kernel(q, k, v, segments, log_sum_exp=True)
+        return log_sum[..., None], out
+
+    log_sum, out = _by_row_and_head(attend, 2, segments, q, k, v)
+    return log_sum, jnp.ones_like(log_sum), out
 
 
-def gradient(
-    kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, of_part: Parts
-) -> tuple[jax.Array, ...]:
+def gradient(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, of_part: Parts) -> Parts:
     """The gradients of `flash_part` in q, k and v, from those of its result."""
-    of_log_sum, _, of_out = of_part
-    arrays, segments, tables = _whole_blocks(kernel, (q, k, v, of_out, of_log_sum), segments)
-    gradients = _backward(kernel, len(tables))(*arrays, segments, *tables)
-    return tuple(array[..., : q.shape[3], :] for array in gradients)
 
-
-def _whole_blocks(kernel, arrays, segments):
-    """Arrays [..., S, X] padded to whole blocks of rows; nothing before the padding sees it."""
-    more = -segments.shape[1] % BLOCK
-    padded = tuple(jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, more), (0, 0)]) for a in arrays)
-    return padded, jnp.pad(segments, [(0, 0), (0, more)]), kernel.tables(segments.shape[1] + more)
-
-
-@functools.cache
-def _forward(kernel, tables):
-    def fn(q, k, v, segments, *tables):
-        return kernel.attend(q, k, v, segments, *tables, log_sum_exp=True)
-
-    return _by_row_and_head(fn, QKV, "b k g s h, b k g s", tables)
-
-
-@functools.cache
-def _backward(kernel, tables):
-    def fn(q, k, v, of_out, of_log_sum, segments, *tables):
+    def pull(segments, q, k, v, of_log_sum, of_out):
         def attend(q, k, v):
-            return kernel.attend(q, k, v, segments, *tables, log_sum_exp=False)
+            return kernel(q, k, v, segments, log_sum_exp=False)
 
         scaled = of_log_sum * q.shape[-1] ** -0.5
         _, pull = jax.vjp(attend, q, k, v)
@@ -97,33 +68,28 @@ def _backward(kernel, tables):
         (more,) = pull((scaled * q).astype(q.dtype))
         return (of_q + scaled * keys).astype(q.dtype), of_k + more, of_v
 
-    return _by_row_and_head(fn, f"{QKV}, b k g s h, b k g s u", QKV, tables)
+    of_log_sum, _, of_out = of_part
+    return _by_row_and_head(pull, 3, segments, q, k, v, of_log_sum, of_out)
 
 
-def _by_row_and_head(fn, arrays, results, tables):
-    """`fn` for any mesh: every device does its own rows and heads. A compiler cannot divide a kernel by itself."""
-    count = len(arrays.split(","))
+def _by_row_and_head(fn, results, segments, *arrays):
+    """fn(segments, *arrays) with rows [..., S, X] in whole blocks; on a mesh, every device has its own rows and heads.
 
-    def partition(mesh, args, found):
-        spec = (*args[0].sharding.spec, None, None)
-
-        def along(names, shape):
-            return NamedSharding(mesh, PartitionSpec(*spec[:names], *[None] * (len(shape.shape) - names)))
-
-        names = [2] * count + [1] + [0] * tables  # rows and heads, rows, whole
-        return mesh, fn, tuple(along(2, shape) for shape in found), tuple(map(along, names, args))
-
-    made = custom_partitioning(fn)
-    whole = [f", ...{i}" for i in range(tables)]
-    made.def_partition(
-        partition=partition,
-        sharding_rule=f"{arrays}, b s{''.join(whole)} -> {results}",
-        need_replication_factors=tuple(name for name in "gshu" if name in arrays),
-    )
-    return made
+    A compiler cannot divide a kernel by itself.
+    """
+    more = -segments.shape[1] % BLOCK  # nothing before the padding sees it
+    padded = [jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, more), (0, 0)]) for array in arrays]
+    segments, width = jnp.pad(segments, [(0, 0), (0, more)]), segments.shape[1]
+    mesh = params.mesh_of(arrays[1])
+    if mesh is not None:
+        heads = params.fitting(params.CACHE_RULE[:2], arrays[1].shape[:2], mesh)
+        specs = PartitionSpec(heads[0]), *[heads] * len(arrays)
+        fn = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=(heads,) * results, check_vma=False)
+    return tuple(array[..., :width, :] for array in fn(segments, *padded))
 
 
-def _triton(q, k, v, segments, *, log_sum_exp, interpret=False):
+def triton(q, k, v, segments, *, log_sum_exp, interpret=False):
+    """A CUDA GPU's kernel."""
     with warnings.catch_warnings():
         # From jax 0.11 on it points at another package; both versions have it.
         warnings.filterwarnings("ignore", message=".*tokamax", category=DeprecationWarning)
@@ -148,21 +114,18 @@ def _triton(q, k, v, segments, *, log_sum_exp, interpret=False):
     return (out, result[1].reshape(q.shape[:-1]) * math.log(2)) if log_sum_exp else out
 
 
-def _splash(q, k, v, segments, *tables, log_sum_exp, interpret=False):
+def splash(q, k, v, segments, *, log_sum_exp, interpret=False):
+    """A TPU's kernel."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
     batch, kv_heads, groups, width, head_dim = q.shape
-    kernel = jax.tree.unflatten(jax.tree.structure(_splash_kernel(width, log_sum_exp, interpret)), tables)
+    kernel = _splash_kernel(width, log_sum_exp, interpret)
     more = -head_dim % LANES
     q, k, v = (jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, more)]) for array in (q, k, v))
     flat = (q * head_dim**-0.5).astype(q.dtype).reshape(batch, kv_heads * groups, width, -1)
     result = jax.vmap(kernel)(flat, k, v, SegmentIds(segments, segments))
     out = (result[0] if log_sum_exp else result).reshape(q.shape)[..., :head_dim]
     return (out, result[1][0].reshape(q.shape[:-1])) if log_sum_exp else out
-
-
-def _splash_tables(width):
-    return tuple(jax.tree.leaves(_splash_kernel(width, False, False)))
 
 
 @functools.cache
@@ -190,7 +153,3 @@ def _splash_kernel(width, log_sum_exp, interpret):
             save_residuals=log_sum_exp,
             interpret=interpret,
         )
-
-
-TRITON = Kernel(_triton, lambda width: ())
-SPLASH = Kernel(_splash, _splash_tables)

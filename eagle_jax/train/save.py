@@ -30,5 +30,5 @@ def save_target(model: Llama, config: Path, folder: Path, dtype: str) -> None:
 
 
 def save_head(head: Any, target: Llama, folder: Path, dtype: str) -> None:
-    """Writes a head in the official format, and reads it back."""
-    export(jax.device_get(head), target, folder, format="official", dtype=dtype, overwrite=True)
+    """Writes a head in the official format, as .safetensors, and reads it back."""
+    export(jax.device_get(head), target, folder, format="official", dtype=dtype, overwrite=True, safetensors=True)

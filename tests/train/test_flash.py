@@ -14,13 +14,9 @@ from eagle_jax.models import params
 from eagle_jax.models.layers import merge_parts
 from eagle_jax.train import flash
 from eagle_jax.train.attention import by_backend, in_blocks
-from eagle_jax.train.flash import Kernel
 from eagle_jax.train.layout import layout
 
-INTERPRETED = {
-    name: Kernel(functools.partial(kernel.attend, interpret=True), kernel.tables)
-    for name, kernel in (("triton", flash.TRITON), ("splash", flash.SPLASH))
-}
+INTERPRETED = {kernel.__name__: functools.partial(kernel, interpret=True) for kernel in (flash.triton, flash.splash)}
 
 
 def arrays(batch, kv_heads, groups, width, head_dim, dtype=jnp.float32):

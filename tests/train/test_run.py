@@ -68,13 +68,7 @@ def quiet(message: str) -> None:
 
 
 def weights(settings: TrainSettings, which: str = "final") -> dict[str, np.ndarray]:
-    import torch
-
-    folder = Path(settings.output) / which
-    if (folder / "model.safetensors").exists():
-        return load_file(folder / "model.safetensors")
-    loaded = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    return {name: tensor.numpy() for name, tensor in loaded.items()}
+    return load_file(Path(settings.output) / which / "model.safetensors")
 
 
 def assert_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
