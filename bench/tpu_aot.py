@@ -5,9 +5,8 @@
     python -m bench.tpu_aot --list
 
 A row is a program on a slice of chips: what it needs of each chip's memory, whether that fits, how many weights or
-whole caches it copies in a cycle, and how long it compiled. Ends with 1 if a row does not fit, copies any, or
-cannot be read for copies. Parameters
-lie by the rules of eagle_jax/models/params.py. Needs the `aot` extra (see bench/compilers.py).
+whole caches it copies in a cycle, and how long it compiled. Ends with 1 if a row does not fit, copies any, or cannot be
+read for copies. Parameters lie by the rules of eagle_jax/models/params.py. Needs the `aot` extra: bench/compilers.py.
 """
 
 from __future__ import annotations

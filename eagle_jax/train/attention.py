@@ -19,16 +19,17 @@ BLOCK = 512  # queries whose scores exist at a time
 def causal_part(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple[jax.Array, ...]:
     """Causal attention inside each document: a part of a softmax, to merge with others.
 
-    In half precision on a GPU or a TPU by the backend's flash kernel; else, and in float32, in blocks of plain XLA. No
-    scores or mask of S x S exist, forward or backward. The kernels know documents, not lengths: where `text` says of
-    one document a row that its padding is not seen, they let padding see the padding before it.
+    In half precision on a CUDA GPU or a TPU by the backend's flash kernel; else in blocks of plain XLA, as are heads
+    that are too narrow for a kernel. No scores or mask of S x S exist, forward or backward. The kernels know documents,
+    not lengths: where `text` says of one document a row that its padding is not seen, padding sees padding before it.
 
     Args:
       q: [B, K, G, S, H]. k, v: [B, K, S, H]. text: which keys a query sees, at least one.
     Returns:
       As `softmax_part`, [B, K, G, S, 1], [B, K, G, S, 1] and [B, K, G, S, H].
     """
-    return in_blocks(q, k, v, text) if q.dtype == jnp.float32 else by_backend(q, k, v, text)
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] >= flash.NARROWEST
+    return by_backend(q, k, v, text) if fits else in_blocks(q, k, v, text)
 
 
 @jax.custom_vjp

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec
 from eagle_jax.models import params
 
 BLOCK = 128  # rows are padded to a multiple of it
+NARROWEST = 16  # head dim that Triton multiplies
 LANES = 128  # of a TPU: head dims are padded to a multiple
 Parts = tuple[jax.Array, ...]
 
