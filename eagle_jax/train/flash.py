@@ -58,7 +58,7 @@ def flash_part(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment
 def gradient(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, of_part: Parts) -> Parts:
     """The gradients of `flash_part` in q, k and v, from those of its result."""
 
-    def pull(segments, q, k, v, of_log_sum, of_out):
+    def of_rows(segments, q, k, v, of_log_sum, of_out):
         def attend(q, k, v):
             return kernel(q, k, v, segments, log_sum_exp=False)
 
@@ -70,7 +70,7 @@ def gradient(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments:
         return (of_q + scaled * keys).astype(q.dtype), of_k + more, of_v
 
     of_log_sum, _, of_out = of_part
-    return _by_row_and_head(pull, 3, segments, q, k, v, of_log_sum, of_out)
+    return _by_row_and_head(of_rows, 3, segments, q, k, v, of_log_sum, of_out)
 
 
 def _by_row_and_head(fn, results, segments, *arrays):

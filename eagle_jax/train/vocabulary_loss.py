@@ -100,9 +100,9 @@ def _backward(chunk, kept, gradient):
         of_x = of_x.reshape(1, *x.shape).astype(x.dtype)
         return weight_gradient, jax.lax.dynamic_update_slice(x_gradient, of_x, (k, 0, start, 0))
 
-    losses, batch, width, size = x.shape
-    whole = _chunk(batch, width, chunk)[1] * _chunk(batch, width, chunk)[0]
-    start = jnp.zeros(weight.shape, jnp.float32), jnp.zeros((losses, batch, whole, size), x.dtype)
+    losses, batch, width, inputs = x.shape
+    size, chunks = _chunk(batch, width, chunk)
+    start = jnp.zeros(weight.shape, jnp.float32), jnp.zeros((losses, batch, size * chunks, inputs), x.dtype)
     weight_gradient, x_gradient = jax.lax.fori_loop(0, count, add, start)
     return x_gradient[:, :, :width], weight_gradient.astype(weight.dtype), None, None
 

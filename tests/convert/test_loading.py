@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import eagle_jax
 from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official, tokenizer
@@ -174,6 +176,20 @@ def test_tokenizer_of_source_and_conversion(tmp_path: Path):
     text = "def add(a, b): return a + b"
     ids = [tokenizer(path)(text)["input_ids"] for path in (PAIR / "target", out, str(out))]
     assert ids[0] == ids[1] == ids[2] and len(ids[0]) > 1
+
+
+@pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast", None])
+def test_a_named_tokenizer_is_what_transformers_would_choose(tmp_path: Path, named: str | None):
+    folder = tmp_path / "target"
+    shutil.copytree(PAIR / "target", folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"tokenizer_class": named, "chat_template": "{{ messages[0].content }}"}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    ours, theirs = tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(ours) is type(theirs) and ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.chat_template == theirs.chat_template == config["chat_template"]
+    for text in ("def __init__(self):\n    return 1", "<|bos|> é \t x", ""):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
 
 @pytest.mark.parametrize("contents", [None, "{", '{"version": "1.0"}'])
