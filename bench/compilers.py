@@ -12,15 +12,19 @@ plugin of an accelerator it does not have complains at each start. Work on this 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib.util
 import os
 import sys
+import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 from jax.sharding import Sharding, SingleDeviceSharding
 
@@ -36,6 +40,9 @@ LIBTPU = {
     "TPU_LOG_DIR": "disabled",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# And these flags (libtpu ends the process at one that it does not know): write every program's HLO, and nothing else.
+WRITE_HLO = "--xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=false --xla_jf_dump_llo_pass_label_regex=none"
+_written: weakref.WeakKeyDictionary[jax.stages.Compiled, Path] = weakref.WeakKeyDictionary()  # program -> its file
 
 
 class CompilerMissing(Exception):
@@ -70,7 +77,8 @@ def tpu_devices(topology: str = "v5e:2x2") -> list[Any]:
     _need("libtpu")
     import libtpu
 
-    os.environ.update(LIBTPU | {"TPU_LIBRARY_PATH": libtpu.get_library_path()})
+    flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {WRITE_HLO} --xla_jf_dump_to={_hlo_folder()}".strip()
+    os.environ.update(LIBTPU | {"TPU_LIBRARY_PATH": libtpu.get_library_path(), "LIBTPU_INIT_ARGS": flags})
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
 
@@ -115,22 +123,54 @@ def compile_for(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(path, leaf.shape))
 
     shapes = jax.tree_util.tree_map_with_path(abstract, args)
-    jitted = jax.jit(fn, donate_argnums=donate_argnums, static_argnames=static_argnames)
+    # A partial is new to JAX, which would else give the program of an earlier call, that libtpu does not write again.
+    jitted = jax.jit(functools.partial(fn), donate_argnums=donate_argnums, static_argnames=static_argnames)
     lowered = jitted.lower(*shapes, **static)
     # JAX's cache on disk stores the program of an absent device, but cannot load it: store nothing.
     shortest = getattr(jax.config, CACHE_FROM)
+    before = _hlo_files()
     jax.config.update(CACHE_FROM, float("inf"))
     try:
-        return lowered.compile(compiler_options={"xla_backend_optimization_level": "3"})  # the tests lower it
+        compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": "3"})  # the tests lower it
     finally:
         jax.config.update(CACHE_FROM, shortest)
+    if new := _hlo_files() - before:
+        _written[compiled] = max(new)
+    return compiled
 
 
 def text(compiled: jax.stages.Compiled) -> str:
-    """The program as HLO, after all of the compiler's passes: what bench/hlo.py reads."""
-    found = compiled.as_text()
+    """The program as HLO, after all of the compiler's passes: what bench/hlo.py reads.
+
+    libtpu may make instructions that jaxlib refuses (an `async-update` of three operands, jaxlib 0.10.2): then it is
+    the text that libtpu wrote of a program that `compile_for` made.
+    """
+    try:
+        found = compiled.as_text()
+    except JaxRuntimeError:
+        if compiled not in _written:  # not for a TPU
+            raise
+        return written_text(compiled)
     assert found is not None
     return found
+
+
+def written_text(compiled: jax.stages.Compiled) -> str:
+    """The HLO that libtpu itself wrote of a program that `compile_for` made for a TPU."""
+    return _written[compiled].read_text()
+
+
+@functools.cache
+def _hlo_folder() -> str:
+    """Where libtpu writes; removed at the end of the process."""
+    folder = tempfile.TemporaryDirectory(prefix="libtpu-", ignore_cleanup_errors=True)
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
+def _hlo_files() -> set[Path]:
+    """Those written so far, named by time."""
+    return set(Path(_hlo_folder()).glob("*-TLP-hlo.txt"))
 
 
 def _need(module: str) -> None:

@@ -29,6 +29,9 @@ BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 
+ON_CHIP = "1"  # a TPU's vector memory
+
+FETCHES = {"copy", "copy-start", "copy-done"}  # whose result is its operand, elsewhere
 MOVES = {"copy", "copy-start", "transpose"}
 SAME_BYTES = {"bitcast", "reshape", "get-tuple-element"}  # what a copy may be wrapped in
 # What launches nothing of its own on a GPU.
@@ -90,8 +93,9 @@ def parse(text: str) -> Program:
 def large_copies(text: str, at_least: int = 2**20, *, in_loops: bool = False) -> list[str]:
     """Arrays of `at_least` elements that a program copies as they are: weights and whole caches, where there are such.
 
-    Counted are copies and transposes, and fusions that come to no more. Not counted: those inside a fusion that
-    computes something (never in memory), and a TPU's prefetch, a copy from HBM into on-chip memory (or back).
+    Counted are copies and transposes, and fusions that come to no more, from memory into memory. Not counted: those
+    inside a fusion that computes something (never in memory), and on a TPU those into its on-chip memory (a prefetch
+    from HBM, or a move within) and of what was computed there.
 
     Args:
       in_loops: only what loops repeat, not what runs once before or after them.
@@ -101,13 +105,14 @@ def large_copies(text: str, at_least: int = 2**20, *, in_loops: bool = False) ->
     program = parse(text)
     copies = []
     for name in _run(program, in_loops):
-        types = {instruction.name: instruction.type for instruction in program.computations[name]}
+        made_by = {instruction.name: instruction for instruction in program.computations[name]}
         for instruction in program.computations[name]:
             if elements(instruction.type) < at_least or not _moves(program, instruction):
                 continue
-            source = types.get(instruction.operands[0], "") if instruction.operands else ""
-            target = ARRAY.search(instruction.type)
-            if target and _space(target[0]) == _space(source):
+            source = made_by.get(instruction.operands[0]) if instruction.operands else None
+            while source is not None and source.opcode in FETCHES:
+                source = made_by.get(source.operands[0])
+            if not _on_chip(instruction) and not _on_chip(source):
                 copies.append(instruction.array)
     return copies
 
@@ -174,7 +179,8 @@ def _moves(program: Program, instruction: Instruction) -> bool:
     return moved and inner.opcode == "parameter"
 
 
-def _space(type_: str) -> str:
-    """The memory space of an array's type: "" is the main one."""
-    found = MEMORY_SPACE.search(type_)
-    return found[1] if found else ""
+def _on_chip(instruction: Instruction | None) -> bool:
+    """Whether its array, or a tuple's first one, lies in a TPU's on-chip memory."""
+    array = ARRAY.search(instruction.type) if instruction else None
+    space = MEMORY_SPACE.search(array[0]) if array else None
+    return space is not None and space[1] == ON_CHIP

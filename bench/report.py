@@ -19,7 +19,7 @@ def main(description: str | None, rows: Mapping[str, Callable[[int | None], dict
     """Measures the rows that the command line asks for. rows: {name: measure(the target's layers, or None for all)}.
 
     Returns:
-      An exit code: 1 if a program does not fit its device, copies weights or caches, or cannot be read for copies.
+      An exit code: 1 if a program does not fit its device, or copies weights or caches.
     """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--only", default="", help="the rows whose name holds this")

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bench import compilers, hlo
 from tests.aot import compile_for, gpu_devices, tpu_devices
 
 WEIGHT = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
@@ -47,3 +49,29 @@ def test_static_arguments_select_the_program():
 
     text = compile_for(gpu_devices()[0], scaled, TOKENS, static_argnames="times", times=3).as_text()
     assert "fusion" in text
+
+
+def test_what_libtpu_writes_is_the_program():
+    def turned(weight, tokens):
+        return tokens @ weight.T, weight.T
+
+    def product(weight, tokens):
+        return turned(weight, tokens)[0]
+
+    for compiled in [compile_for(tpu_devices()[0], fn, WEIGHT, TOKENS) for fn in (turned, product)]:
+        written, read = hlo.parse(compilers.written_text(compiled)), hlo.parse(compiled.as_text())
+        assert written.computations.keys() == read.computations.keys() and written.entry == read.entry
+        for name, instructions in read.computations.items():
+            assert [each[:3] for each in written.computations[name]] == [each[:3] for each in instructions]
+
+
+def test_a_program_that_jaxlib_cannot_read_is_read_as_libtpu_wrote_it(monkeypatch):
+    compiled = compile_for(tpu_devices()[0], write_products, WEIGHT, TOKENS, CACHE, START)
+
+    def refused(self):
+        raise JaxRuntimeError("async-update has 3 operands")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", refused)
+    assert compilers.text(compiled) == compilers.written_text(compiled)
+    with pytest.raises(JaxRuntimeError, match="async-update"):  # not made for a TPU: nothing else to read
+        compilers.text(compile_for(gpu_devices()[0], write_products, WEIGHT, TOKENS, CACHE, START))

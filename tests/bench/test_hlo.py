@@ -82,6 +82,31 @@ def test_large_copies_are_those_in_memory():
     assert len(hlo.large_copies(PROGRAM, at_least=60)) == 5
 
 
+@pytest.mark.parametrize(
+    ("made", "copies"),
+    [
+        ("%made = bf16[2048,2048]{1,0:T(8,128)S(1)} copy(%a)", 0),  # a prefetch
+        ("%made = bf16[2048,2048]{0,1:T(8,128)S(1)} copy(%computed)", 0),  # turned there
+        ("%made = bf16[2048,2048]{0,1:T(8,128)} copy(%computed)", 0),  # its only way into memory
+        ("%made = bf16[2048,2048]{0,1:T(8,128)} copy(%fetched)", 1),  # out of memory and into it
+        ("%made = bf16[2048,2048]{1,0:T(8,128)} transpose(%fetched)", 1),
+        ("%made = bf16[2048,2048]{1,0:T(8,128)} copy(%a)", 1),
+        ("%made = bf16[2048,2048]{1,0:T(8,128)} copy(%host)", 1),
+    ],
+)
+def test_on_chip_memory_is_not_memory(made, copies):
+    program = f"""ENTRY %main (a: bf16[2048,2048]) -> bf16[2048,2048] {{
+  %a = bf16[2048,2048]{{1,0:T(8,128)}} parameter(0)
+  %host = bf16[2048,2048]{{1,0:T(8,128)S(5)}} parameter(1)
+  %computed = bf16[2048,2048]{{1,0:T(8,128)S(1)}} add(%a, %a)
+  %fetch = (bf16[2048,2048]{{1,0:T(8,128)S(1)}}, bf16[2048,2048]{{1,0:T(8,128)}}, u32[]{{:S(2)}}) copy-start(%a)
+  %fetched = bf16[2048,2048]{{1,0:T(8,128)S(1)}} copy-done(%fetch)
+  ROOT {made}
+}}
+"""
+    assert hlo.large_copies(program) == ["bf16[2048,2048]"] * copies
+
+
 def test_kernels_count_turns_of_a_loop_and_one_branch():
     turn = 5  # two fusions, the copy, the prefetch, the library's product
     assert hlo.kernels(PROGRAM) == 2 + 7 * turn + 2  # sort and copy; the loop; two copies

@@ -38,7 +38,7 @@ def test_list_measures_nothing(monkeypatch, capsys):
     assert capsys.readouterr().out == "v5e cycle\nv5e train\n"
 
 
-@pytest.mark.parametrize(("fits", "copies", "status"), [(True, 0, 0), (False, 0, 1), (True, 2, 1), (True, "unread", 1)])
+@pytest.mark.parametrize(("fits", "copies", "status"), [(True, 0, 0), (False, 0, 1), (True, 2, 1)])
 def test_what_does_not_fit_or_copies_is_an_error(monkeypatch, fits, copies, status):
     rows = {"a": lambda layers: {"fits": True, "copies": 0}, "b": lambda layers: {"fits": fits, "copies": copies}}
     assert run(monkeypatch, rows=rows) == status
