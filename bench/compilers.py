@@ -77,7 +77,9 @@ def tpu_devices(topology: str = "v5e:2x2") -> list[Any]:
     _need("libtpu")
     import libtpu
 
-    flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {WRITE_HLO} --xla_jf_dump_to={_hlo_folder()}".strip()
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if WRITE_HLO not in flags:  # as it is for a second topology
+        flags = f"{flags} {WRITE_HLO} --xla_jf_dump_to={_hlo_folder()}".strip()
     os.environ.update(LIBTPU | {"TPU_LIBRARY_PATH": libtpu.get_library_path(), "LIBTPU_INIT_ARGS": flags})
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
