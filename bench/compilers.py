@@ -77,10 +77,7 @@ def tpu_devices(topology: str = "v5e:2x2") -> list[Any]:
     _need("libtpu")
     import libtpu
 
-    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if WRITE_HLO not in flags:  # as it is for a second topology
-        flags = f"{flags} {WRITE_HLO} --xla_jf_dump_to={_hlo_folder()}".strip()
-    os.environ.update(LIBTPU | {"TPU_LIBRARY_PATH": libtpu.get_library_path(), "LIBTPU_INIT_ARGS": flags})
+    os.environ.update(LIBTPU | {"TPU_LIBRARY_PATH": libtpu.get_library_path(), "LIBTPU_INIT_ARGS": _libtpu_flags()})
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
 
@@ -160,6 +157,12 @@ def text(compiled: jax.stages.Compiled) -> str:
 def written_text(compiled: jax.stages.Compiled) -> str:
     """The HLO that libtpu itself wrote of a program that `compile_for` made for a TPU."""
     return _written[compiled].read_text()
+
+
+@functools.cache
+def _libtpu_flags() -> str:
+    """Those that the process was started with, and ours: of a flag given twice the last counts."""
+    return f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {WRITE_HLO} --xla_jf_dump_to={_hlo_folder()}".strip()
 
 
 @functools.cache
