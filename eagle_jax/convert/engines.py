@@ -153,19 +153,9 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
       ConfigError: a draft that is no EAGLE head, or one that the engine would run differently; the message names the
         fields and the formats that can hold it.
     """
-    engine = _engine(format)
-    if not isinstance(draft, Eagle3Draft | Eagle1Draft):
-        raise ConfigError(
-            f"a {type(draft).__name__} cannot be exported: the formats are for EAGLE heads (Eagle3Draft, Eagle1Draft)"
-        )
-    kind = KINDS[type(draft)]
-    draft.check_fits(target)
-    reasons = refusals(draft, target, format)
-    if reasons:
-        others = [name for name in ENGINES if not refusals(draft, target, name)]
-        fix = f"formats that can hold it: {', '.join(others)}" if others else "no other format can hold it either"
-        raise ConfigError(f"{engine.title} cannot run this head: {'; '.join(reasons)} ({fix})")
-
+    check_engine(draft, target, format)
+    assert isinstance(draft, Eagle3Draft | Eagle1Draft)
+    engine, kind = _engine(format), KINDS[type(draft)]
     config = draft.config
     layers = target.config.num_layers
     taps = tap_layers(config, layers) if kind == "eagle3" else ()
@@ -193,6 +183,21 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
         window=None,
     )
     return Plan(kind, engine.file, tensors, _config_json(expected, kind, engine), expected, added, tuple(notes))
+
+
+def check_engine(draft: Draft, target: Llama, format: str) -> None:
+    """Raises the ConfigError of `plan`. Both models may be abstract."""
+    engine = _engine(format)
+    if not isinstance(draft, Eagle3Draft | Eagle1Draft):
+        raise ConfigError(
+            f"a {type(draft).__name__} cannot be exported: the formats are for EAGLE heads (Eagle3Draft, Eagle1Draft)"
+        )
+    draft.check_fits(target)
+    reasons = refusals(draft, target, format)
+    if reasons:
+        others = [name for name in ENGINES if not refusals(draft, target, name)]
+        fix = f"formats that can hold it: {', '.join(others)}" if others else "no other format can hold it either"
+        raise ConfigError(f"{engine.title} cannot run this head: {'; '.join(reasons)} ({fix})")
 
 
 def refusals(draft: Eagle3Draft | Eagle1Draft, target: Llama, format: str) -> list[str]:

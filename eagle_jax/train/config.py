@@ -51,14 +51,15 @@ class HeadSettings(Settings):
     """The shape of a new head.
 
     draft_vocab_size: EAGLE-3's, chosen by frequency; None: the target's vocabulary.
-    intermediate_size, num_heads, num_kv_heads, rope_theta: the target's own by default (rope_theta: 10000, which the
-    official trainer uses). taps: the target layers that EAGLE-3 reads; None: 2, n // 2 and n - 3.
+    intermediate_size, num_heads, num_kv_heads, head_dim, rope_theta: the target's own by default (rope_theta: 10000,
+    which the official trainer uses). taps: the target layers that EAGLE-3 reads; None: 2, n // 2 and n - 3.
     """
 
     draft_vocab_size: pydantic.PositiveInt | None = None
     intermediate_size: pydantic.PositiveInt | None = None
     num_heads: pydantic.PositiveInt | None = None
     num_kv_heads: pydantic.PositiveInt | None = None
+    head_dim: pydantic.PositiveInt | None = None
     rope_theta: pydantic.PositiveFloat = 10000.0
     taps: tuple[pydantic.NonNegativeInt, ...] | None = None
 
@@ -154,7 +155,8 @@ class TrainSettings(Settings):
     start: a model of the kind to go on from, a folder or hub id; None: random weights.
     output: the run's folder. features: a folder that `eagle-jax train --precompute` wrote; None: the live target.
     steps or epochs: how long. batch_tokens: tokens a step, in all rows. accumulation: pieces that a step's batch is
-    gone through in. dtype: of the computation; masters are float32. save_dtype: of the model that is written.
+    gone through in. dtype: of the computation; masters are float32. save_dtype: of the model that is written;
+    save_format: whose names and config fields a head is written with, see docs/export.md.
     """
 
     kind: Literal["eagle3", "eagle1", "target"]
@@ -173,6 +175,7 @@ class TrainSettings(Settings):
     accumulation: pydantic.PositiveInt = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    save_format: Literal["official", "sglang", "vllm"] = "official"
     mesh: MeshSettings = MeshSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

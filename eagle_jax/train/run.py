@@ -22,11 +22,12 @@ import numpy as np
 import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
+from eagle_jax.convert.engines import check_engine
 from eagle_jax.convert.place import new_file
 from eagle_jax.models import params
 from eagle_jax.train import features, loader, metrics, processes, save, setup, step
 from eagle_jax.train.checkpoint import Checkpoints
-from eagle_jax.train.config import TrainSettings
+from eagle_jax.train.config import TrainSettings, read_settings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.evaluate import Evaluator
 from eagle_jax.train.say import Say, log
@@ -63,6 +64,8 @@ def train(settings: TrainSettings, say: Say = log) -> int:
 
     target = None if settings.kind == "target" else setup.load_target(settings, mesh)
     model = setup.new_model(settings, origin, target, train_data, say)
+    if target is not None:
+        check_engine(model, target, settings.save_format)  # before training what could not be written
     masters, frozen = step.split(model, () if settings.kind == "target" else step.FROZEN)
     frozen = {path: jax.device_put(array, params.sharding(path, array.shape, mesh)) for path, array in frozen.items()}
     model = jax.eval_shape(lambda: model)
@@ -130,7 +133,7 @@ def train(settings: TrainSettings, say: Say = log) -> int:
             if target is None:
                 save.save_target(trained, Path(str(settings.model)), folder, settings.save_dtype)
             else:
-                save.save_head(trained, target, folder, settings.save_dtype)
+                save.save_head(trained, target, folder, settings.save_dtype, settings.save_format)
             say(f"written: {folder}")
 
         write(state.masters, output / "final")
@@ -190,8 +193,8 @@ def _check_settings(output: Path, settings: TrainSettings) -> Callable[[], None]
     path = output / SETTINGS
     ours = settings.model_dump(mode="json")
     if path.is_file():
-        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
-        differing = sorted(k for k in ours if k not in MAY_CHANGE and ours[k] != theirs.get(k))
+        theirs = read_settings(path).model_dump(mode="json")  # a setting that is newer than the run has its default
+        differing = sorted(k for k in ours if k not in MAY_CHANGE and ours[k] != theirs[k])
         if differing:
             raise ValueError(
                 f"{output} holds a run with other settings ({', '.join(differing)}); choose another output, or those "

@@ -29,6 +29,6 @@ def save_target(model: Llama, config: Path, folder: Path, dtype: str) -> None:
                 shutil.copyfile(file, place / file.name)
 
 
-def save_head(head: Any, target: Llama, folder: Path, dtype: str) -> None:
-    """Writes a head in the official format, as .safetensors, and reads it back."""
-    export(jax.device_get(head), target, folder, format="official", dtype=dtype, overwrite=True, safetensors=True)
+def save_head(head: Any, target: Llama, folder: Path, dtype: str, format: str = "official") -> None:
+    """Writes a head in a format of `export`, as .safetensors, and reads it back."""
+    export(jax.device_get(head), target, folder, format=format, dtype=dtype, overwrite=True, safetensors=True)

@@ -145,6 +145,7 @@ def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
         intermediate_size=head.intermediate_size or target.intermediate_size,
         num_heads=head.num_heads or target.num_heads,
         num_kv_heads=head.num_kv_heads or target.num_kv_heads,
+        head_dim=head.head_dim or target.head_dim,
         rope=RopeConfig(head.rope_theta),
         tie_word_embeddings=False,
         attention_bias=False,

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 import eagle_jax
 from eagle_jax.convert import from_pretrained
 from eagle_jax.models import params
+from eagle_jax.models.config import ConfigError
 from eagle_jax.repetition import distinct_ngrams
 from eagle_jax.train import evaluate, metrics
 from eagle_jax.train.config import TrainSettings
@@ -147,6 +149,29 @@ def test_a_checkpoint_restores_onto_another_mesh(folder, whole):
 def test_a_run_is_not_gone_on_with_under_other_settings(folder, whole):
     with pytest.raises(ValueError, match=r"other settings \(loss, seed\)"):
         train(settings_of(folder, "whole", seed=1, loss={"steps": 2}), quiet)
+
+
+def test_a_run_from_before_a_setting_existed_is_gone_on_with(folder, whole, tmp_path):
+    settings = settings_of(tmp_path, "old", target=whole.target, data=whole.data, steps=EVERY)
+    assert train(settings, quiet) == 0
+    path = Path(settings.output) / "settings.yaml"
+    old = yaml.safe_load(path.read_text())
+    del old["head"]["head_dim"], old["loss"]["feature_weight"]
+    path.write_text(yaml.safe_dump(old))
+    assert train(settings.model_copy(update={"steps": TOTAL}), quiet) == 0
+    assert_bits(weights(settings), weights(whole))
+
+
+@pytest.mark.parametrize(("kind", "other"), [("eagle3", "vllm"), ("eagle1", "sglang")])
+def test_a_head_that_could_not_be_written_is_refused_before_it_is_trained(folder, kind, other):
+    settings = settings_of(folder, f"{kind}-wide", kind=kind, head={"head_dim": 24})
+    with pytest.raises(ConfigError, match="head_dim is 24, it takes hidden_size / heads only"):
+        train(settings, quiet)
+    assert not (Path(settings.output) / "checkpoints").exists()
+    assert not (Path(settings.output) / "settings.yaml").exists()  # so the same output is free for other settings
+    assert train(settings.model_copy(update={"save_format": other, "steps": 1}), quiet) == 0
+    _, head = from_pretrained(settings.target, Path(settings.output) / "final")
+    assert head.config.head_dim == 24
 
 
 @pytest.mark.parametrize("kind", ["eagle1", "target"])
