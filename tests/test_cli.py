@@ -235,25 +235,47 @@ def test_chat_template():
     assert prompts.encode(tokenizer, "hi", raw=True) == list(b"hi")
 
 
+def model_folder(folder: Path, tokenizer=None, **configs) -> models.Models:
+    """A target of 256 tokens without weights, in a folder of these configs (generation_config={...})."""
+    for name, content in configs.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return models.Models(SimpleNamespace(config=SimpleNamespace(vocab_size=256)), None, folder)
+
+
 @pytest.mark.parametrize(
     ("config", "generation_config", "stops"),
     [
-        ({"eos_token_id": 3}, None, (3,)),
+        ({"eos_token_id": 3}, {}, (3,)),
         ({"eos_token_id": None}, {"eos_token_id": [5, 4, -1, 256]}, (4, 5)),
         ({}, {}, ()),
     ],
 )
 def test_stop_tokens_of_both_configs(tmp_path, config, generation_config, stops):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    if generation_config is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
-    target = SimpleNamespace(config=SimpleNamespace(vocab_size=256))
-    loaded = models.Models(target, None, tmp_path)
+    loaded = model_folder(tmp_path, config=config, generation_config=generation_config)
     assert models.eos_tokens(loaded) == stops
     assert models.stop_tokens(loaded, SimpleNamespace(ignore_eos=False, stop_token=[7])) == (*stops, 7)
     assert models.stop_tokens(loaded, SimpleNamespace(ignore_eos=True, stop_token=[])) == ()
     with pytest.raises(ValueError, match="--stop-token 256: the vocabulary's ids are 0 to 255"):
         models.stop_tokens(loaded, SimpleNamespace(ignore_eos=True, stop_token=[256]))
+
+
+def test_the_tokenizer_s_end_token_ends_a_text_too(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "!"
+    assert models.eos_tokens(model_folder(tmp_path, tokenizer, config={"eos_token_id": 3})) == (3, ord("!"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(convert.CheckpointError, match="no usable tokenizer files"):
+        models.eos_tokens(model_folder(tmp_path))
+
+
+@pytest.mark.parametrize("wrong", ["3", [[3]], True, 2.0, [2, None], {"id": 2}])
+def test_an_end_token_that_is_no_id_is_named(tmp_path, wrong):
+    loaded = model_folder(tmp_path, generation_config={"eos_token_id": wrong})
+    found = rf"generation_config.json: eos_token_id is {re.escape(json.dumps(wrong))}, where .*; write one number"
+    with pytest.raises(ValueError, match=found):
+        models.eos_tokens(loaded)
 
 
 def test_a_draft_window_reaches_the_draft(folder):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from eagle_jax import convert
 from eagle_jax.cli import tuned
-from eagle_jax.convert import from_pretrained, load, parts
+from eagle_jax.convert import eos, from_pretrained, load, parts
 from eagle_jax.convert.match import PARAMETER_DTYPES
-from eagle_jax.convert.read import read_json, resolve
+from eagle_jax.convert.read import resolve
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle import EagleDraft, with_window
 from eagle_jax.drafts.medusa import Medusa
@@ -24,6 +26,7 @@ from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
 from eagle_jax.tree.named import tree_named
 
 GROWTH = ("stop_below", "score_temperature")  # options of dynamic trees, by the names of TreeConfig
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model")  # with one of them, a folder has a tokenizer, usable or not
 CHAIN = 5  # tokens that a draft model guesses, unless --tree says otherwise
 
 
@@ -34,6 +37,12 @@ class Models:
     target: Llama
     draft: Any
     folder: Path
+
+    @functools.cached_property
+    def tokenizer(self) -> Any | None:
+        """The target's tokenizer; None if its folder has no tokenizer files. CheckpointError: for unusable ones."""
+        there = any(any(self.folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+        return convert.tokenizer(self.folder) if there else None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -235,7 +244,7 @@ def chosen_draft(models: Models, args: argparse.Namespace) -> Any:
 
 
 def stop_tokens(models: Models, args: argparse.Namespace) -> tuple[int, ...]:
-    """The ids that end a text: those of the configs unless --ignore-eos, and each --stop-token."""
+    """The ids that end a text: the model's own unless --ignore-eos, and each --stop-token."""
     vocab = models.target.config.vocab_size
     for id in args.stop_token:
         if not 0 <= id < vocab:
@@ -244,14 +253,8 @@ def stop_tokens(models: Models, args: argparse.Namespace) -> tuple[int, ...]:
 
 
 def eos_tokens(models: Models) -> tuple[int, ...]:
-    """The model's own ids that end a text: eos_token_id of both its configs, each one id or a list."""
-    ids: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        path = models.folder / name
-        eos = read_json(path).get("eos_token_id") if path.is_file() else None
-        ids |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
-    # Some configs hold -1 or an id of another vocabulary: no model ever chooses those.
-    return tuple(sorted(id for id in ids if 0 <= id < models.target.config.vocab_size))
+    """The model's own ids that end a text: those of its configs, and its tokenizer's."""
+    return eos.eos_tokens(models.folder, models.target.config.vocab_size, models.tokenizer)
 
 
 def capacity(target: Llama, longest: int, width: int, max_new_tokens: int) -> int | None:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eagle_jax
+from eagle_jax.convert.eos import eos_tokens
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.repetition import distinct_ngrams
@@ -162,8 +163,7 @@ class Evaluator:
         self.batches = loader.batches(held_out, rows, counts, 0, features=features, blocks=blocks, of=of)
         self.count = min(settings.evaluation.loss_batches, loader.steps_of(rows, counts, 1))
         self.tree = tree_named(settings.evaluation.tree)
-        end = origin.tokenizer.eos_token_id
-        self.stop_tokens = () if end is None else (end,)
+        self.stop_tokens = eos_tokens(origin.folder, origin.config.vocab_size, origin.tokenizer)
         self.prompts = prompts_of(held_out, settings.evaluation.prompts, settings.evaluation.prompt_tokens)
         self.plain: Prompts | None = None  # a head's target writes it once, at the first evaluation
 
