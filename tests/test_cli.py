@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -186,13 +187,33 @@ def test_help_has_examples(command, capsys):
     assert f"examples:\n  eagle-jax {command}" in capsys.readouterr().out
 
 
-def test_ctrl_c_ends_quietly(monkeypatch, capsys):
-    def interrupted(args):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "error: 'utf-8' codec can't decode"),
+        (PermissionError(13, "Permission denied", "x"), 2, "error: [Errno 13] Permission denied: 'x'"),
+        (ImportError("No module named 'sentencepiece'"), 2, "error: No module named 'sentencepiece'; a package is"),
+        (RecursionError(), 2, "error: the input is nested too deeply"),
+        (MemoryError("no room\nfor 1 TiB"), 2, "error: out of memory: try a smaller --batch"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2, "error: out of memory: try a smaller"),
+    ],
+)
+def test_what_ends_a_command_is_a_code_and_one_line(error, code, message, monkeypatch, capsys):
+    def ended(args):
+        raise error
 
-    monkeypatch.setattr(generate, "run", interrupted)
-    assert main(["generate", "--prompt", "x"]) == 130
-    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(generate, "run", ended)
+    assert main(["generate", "--prompt", "x"]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(message) and err.count("\n") == (1 if message else 0)
+
+
+def test_the_version_is_the_package_s(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out == f"eagle-jax {eagle_jax.__version__}\n"
 
 
 def test_a_closed_pipe_ends_quietly():

@@ -12,12 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eagle_jax
-from eagle_jax import SamplingConfig, TreeConfig, convert
+from eagle_jax import (
+    DraftModel,
+    Lookahead,
+    Medusa,
+    MedusaConfig,
+    PromptLookup,
+    SamplingConfig,
+    StaticTree,
+    TreeConfig,
+    convert,
+)
 from eagle_jax.cli import main
 from eagle_jax.cli.results import read_finished
 from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.text import Detokenizer
 from tests.test_cli import byte_tokenizer, converted_pair
+from tests.toy import TARGET, near_ties, random_eagle3, random_prompts, random_target
 
 PROMPTS = ["def __len__(self):\n", "import os", "class Error(Exception):\n"]
 SAMPLED = ["--temperature", "0.8", "--top-p", "0.95", "--seed", "7", "--num-samples", "2", "--log-probs"]
@@ -183,6 +194,43 @@ def test_samples_of_one_prompt_have_the_library_s_keys(folder, capsys, monkeypat
     row = jax.random.fold_in(jax.random.key(7), 0)
     library = [jax.random.key_data(jax.random.fold_in(row, sample))[None] for sample in (0, 0, 1)]  # the first compiles
     np.testing.assert_array_equal([jax.random.key_data(key) for key in keys], library)
+
+
+DRAFTS = {
+    "draft model": lambda: (DraftModel(random_target(1)), StaticTree.chain(2)),
+    "medusa": lambda: (Medusa(MedusaConfig(TARGET.vocab_size, TARGET.hidden_size, 2), jax.random.key(1)), TREE),
+    "eagle3": lambda: (random_eagle3(1), TREE),
+    "lookahead": lambda: (Lookahead(window=2, ngram=3, guesses=2), TREE),
+    "prompt lookup": lambda: (PromptLookup(length=2), TREE),
+}
+TREE = TreeConfig(2, 2, 4)
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_every_kind_of_draft_works_in_a_running_batch(kind):
+    """Both ends of a row's life: a fresh prompt, and one that begins as the row's old text does (as in a chat)."""
+    target, (draft, tree) = random_target(0), DRAFTS[kind]()
+    rows = Rows(target, draft, 2, 48, tree=tree, buckets=(16, 48), reuse=True)
+    rows.compile(2)
+    prompts = [row[:length].tolist() for row, length in zip(*map(np.asarray, random_prompts(3, 2, 12)), strict=True)]
+    for row, prompt in enumerate(prompts):
+        assert rows.insert(row, prompt, jax.random.key(row), 12) == 0
+    first = finished(rows)
+    rows.insert(0, first[0] + [5, 6], jax.random.key(0), 12)
+    again = finished(rows)
+    expected = []
+    for prompt in (*prompts, first[0] + [5, 6]):
+        out = eagle_jax.generate(target, None, *eagle_jax.pad([prompt], (48,)), max_new_tokens=12, capacity=48)
+        expected.append(np.asarray(out.tokens[0, : out.lengths[0]]).tolist())
+    near_ties(target, [*first, again[0]], expected, kind)
+
+
+def finished(rows: Rows) -> list[list[int]]:
+    """The rows' texts, prompts included, once all have ended."""
+    while not rows.advance(2).done.all():
+        pass
+    tokens, lengths = jax.device_get((rows.state.tokens, rows.state.lengths))
+    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
 @pytest.mark.parametrize(

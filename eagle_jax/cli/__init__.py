@@ -7,11 +7,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
+
+import eagle_jax
 from eagle_jax.cli import bench, chat, demo, export, generate, machine, show, train, train_regenerate, tune
 from eagle_jax.convert import __main__ as convert
 
 TWO_WORDS = ("train regenerate",)
+REFUSED = 2  # as argparse has it
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in JAX's messages
+LESS_MEMORY = "try a smaller --batch, --context or --max-new-tokens, --dtype bfloat16, or --mesh over several devices"
 
 CONVERT_EXAMPLES = """\
 examples:
@@ -35,9 +41,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as in `eagle-jax generate ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
         return 1
-    except (ValueError, OSError) as error:  # ConfigError and CheckpointError are ValueErrors
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # ConfigError, CheckpointError, UnicodeError, JSONDecodeError are ValueErrors
+        return _refused(str(error))
+    except ImportError as error:  # of a package that only some inputs need
+        return _refused(f"{error}; a package is missing, or does not fit the others")
+    except RecursionError:
+        return _refused("the input is nested too deeply (JSON within JSON, or a template that calls itself)")
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY not in str(error):
+            raise
+        return _refused(f"out of memory: {LESS_MEMORY}. {error}")
+
+
+def _refused(message: str) -> int:
+    """Prints an error as one line; returns its exit code."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return REFUSED
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
@@ -48,6 +70,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eagle-jax", description="EAGLE speculative decoding in JAX.")
+    parser.add_argument("--version", action="version", version=f"eagle-jax {eagle_jax.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, module, help: str, examples: str) -> None:

@@ -42,9 +42,9 @@ class Rows:
         **options: Any,
     ):
         self.target, self.draft, self.tree = target, draft, None if draft is None else tree
-        # A dynamic rotation depends on the prompt's length: nothing that is cached stays true.
-        kinds = {model.config.rope.kind for model in (target, draft) if model is not None}
-        self.buckets, self.reuse = buckets, reuse and "dynamic" not in kinds
+        # Dynamic RoPE depends on the prompt's length, so keys cached for another prompt do not hold.
+        reusable = target.config.rope.kind != "dynamic" and (draft is None or draft.reusable)
+        self.buckets, self.reuse = buckets, reuse and reusable
 
         # On a mesh every device makes its own part; the models, of which nothing is read, tell it which mesh.
         @functools.partial(jax.jit, keep_unused=True)
