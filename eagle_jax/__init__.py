@@ -6,6 +6,7 @@ from eagle_jax import sampling
 from eagle_jax.api import Chunk, Output, advance, draft_forward, forward, generate, propose, stream
 from eagle_jax.convert import CheckpointError, from_pretrained, load, load_draft, tokenizer
 from eagle_jax.decode import cycle
+from eagle_jax.detokenizer import Detokenizer
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle import with_window
 from eagle_jax.drafts.lookahead import Lookahead
@@ -21,6 +22,7 @@ from eagle_jax.prompt import BUCKETS, insert, pad, prefill
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import DecodeState, empty_state
 from eagle_jax.tree import PUBLISHED_TREES, StaticTree, Tree, TreeConfig, TreePolicy
+from eagle_jax.version import __version__
 
 try:
     __version__ = metadata.version("eagle-jax")
@@ -34,6 +36,7 @@ __all__ = [
     "Chunk",
     "ConfigError",
     "DecodeState",
+    "Detokenizer",
     "Draft",
     "DraftConfig",
     "DraftModel",

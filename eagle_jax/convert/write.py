@@ -10,7 +10,6 @@ The folder is written beside its place and renamed into it when it is complete.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.match import Match, match_pair
 from eagle_jax.convert.place import new_folder
 from eagle_jax.models import params
+from eagle_jax.version import __version__
 
 # Small files that are copied from the target's folder.
 COPIED = (
@@ -77,7 +77,7 @@ def convert(
         manifest = {
             "format": parts.FORMAT,
             "version": parts.VERSION,
-            "package": _package_version(),
+            "package": __version__,
             "dtype": np.dtype(target_match.model.dtype).name,
             parts.DRAFT: None,
             **{role: _write_model(match, partial / role, report) for role, match in matches.items()},
@@ -160,10 +160,3 @@ def _copy_small_files(source: Path, folder: Path) -> None:
     for pattern in COPIED:
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
-
-
-def _package_version() -> str:
-    try:
-        return importlib.metadata.version("eagle-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "unknown"
