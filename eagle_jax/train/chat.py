@@ -18,6 +18,8 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 
+from eagle_jax.jsonl import Fault
+
 Kind: TypeAlias = Literal[
     "damaged file",
     "not UTF-8",
@@ -55,14 +57,6 @@ MAY_FOLLOW = {  # "": at the beginning
 NOT_KEPT = ("from", "value", "weight")  # of a message's keys
 MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 USE_MARKS = "give a chat template that marks them with {% generation %} and {% endgeneration %}"
-
-
-class Fault(ValueError):
-    """What is wrong with one record. kind: a short name, to count by."""
-
-    def __init__(self, kind: Kind, message: str):
-        super().__init__(message)
-        self.kind = kind
 
 
 def conversation_tokens(

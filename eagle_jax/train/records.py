@@ -13,20 +13,17 @@ Of a conversation the assistant's answers are learned: see `eagle_jax.train.chat
 
 from __future__ import annotations
 
-import codecs
 import collections
 import dataclasses
 import functools
-import gzip
-import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from eagle_jax.train.chat import Fault, Kind, conversation_tokens
+from eagle_jax.jsonl import DataError, Fault, read_values
+from eagle_jax.train.chat import conversation_tokens
 
 OnError: TypeAlias = Literal["refuse", "skip"]
 TooLong: TypeAlias = Literal["refuse", "skip", "truncate", "split"]
@@ -50,14 +47,6 @@ class Record:
     loss_mask: np.ndarray
 
 
-class DataError(ValueError):
-    """A record that cannot be used. The message begins "path:line: kind: "; path, line and kind are attributes."""
-
-    def __init__(self, path: str, line: int, kind: Kind, message: str):
-        super().__init__(f"{path}:{line}: {kind}: {message}")
-        self.path, self.line, self.kind = path, line, kind
-
-
 @dataclasses.dataclass
 class ReadReport:
     """What `read_records` has read so far.
@@ -75,8 +64,8 @@ class ReadReport:
     truncated: int = 0
     split: int = 0
     left_out: int = 0
-    faults: collections.Counter[Kind] = dataclasses.field(default_factory=collections.Counter)
-    messages: dict[Kind, list[str]] = dataclasses.field(default_factory=dict)
+    faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    messages: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def add_fault(self, error: DataError) -> None:
         """Counts a line that was skipped or refused."""
@@ -156,12 +145,12 @@ def _records(
 ) -> Iterator[Record]:
     for path in paths:
         report.files += 1
-        for number, line in numbered_lines(path):
+        for entry in read_values(path):
             report.lines += 1
             try:
-                records = fit(encode(parsed(line)), report)
+                records = fit(encode(as_object(entry.value)), report)
             except Fault as fault:
-                error = DataError(path, number, fault.kind, str(fault))
+                error = DataError(entry, fault)
                 report.add_fault(error)
                 if (too_long if fault.kind == "too long" else on_error) == "refuse":
                     raise error from fault
@@ -171,40 +160,13 @@ def _records(
                 yield record
 
 
-def numbered_lines(path: str) -> Iterator[tuple[int, bytes | Fault]]:
-    """The lines that are not blank, with their numbers; a Fault is the last one of a damaged file."""
-    number = 0
-    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if content.strip():
-                    yield number, content.rstrip()
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            yield number + 1, Fault("damaged file", f"the rest cannot be unpacked ({error})")
-
-
-def parsed(line: bytes | Fault) -> dict[str, Any]:
-    """The JSON object of a line."""
-    if isinstance(line, Fault):
-        raise line
-    try:
-        entry = json.loads(line.decode("utf-8"))
-        if b"\\ud" in line.lower():  # half of a surrogate pair is no character, and tokenizers fail on it
-            json.dumps(entry, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Fault(
-            "not UTF-8", f"byte {error.start + 1} of the line is {line[error.start]:#04x}; save as UTF-8"
-        ) from None
-    except UnicodeEncodeError:
-        raise Fault("not UTF-8", "the line has half of a surrogate pair (\\ud800 to \\udfff alone)") from None
-    except json.JSONDecodeError as error:
-        raise Fault("invalid JSON", f"{error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
-        raise Fault("invalid JSON", str(error)) from None
-    if not isinstance(entry, dict):
-        raise Fault("unknown format", f"a line must be a JSON object, and this one is a {type(entry).__name__}")
-    return entry
+def as_object(value: Any) -> dict[str, Any]:
+    """The JSON object that a record must be."""
+    if isinstance(value, Fault):
+        raise value
+    if not isinstance(value, dict):
+        raise Fault("unknown format", f"a record must be a JSON object, and this one is a {type(value).__name__}")
+    return value
 
 
 def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, add_end: bool) -> Encoded:

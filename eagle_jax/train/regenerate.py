@@ -26,25 +26,17 @@ from typing import Any, Literal, Protocol, TypeAlias
 import jax
 
 from eagle_jax.api import Chunk
+from eagle_jax.jsonl import DataError, Entry, Fault, read_values
 from eagle_jax.train import fingerprint
-from eagle_jax.train.chat import Fault, Kind, normal_messages, template_errors
+from eagle_jax.train.chat import normal_messages, template_errors
 from eagle_jax.train.progress import Progress
-from eagle_jax.train.records import (
-    DataError,
-    beginning_tokens,
-    check_texts,
-    conversation_of,
-    format_of,
-    given_tokens,
-    numbered_lines,
-    parsed,
-)
+from eagle_jax.train.records import as_object, beginning_tokens, check_texts, conversation_of, format_of, given_tokens
 from eagle_jax.train.say import Say
 
 CYCLES = 4  # between two looks at the rows
 LINES_A_ROW = 8  # of a window: more leave fewer rows idle at its end, fewer lose less when a run is killed
 SAY_EVERY = 10.0  # seconds
-FAILED: Kind = "failed"
+FAILED = "failed"
 UNFINISHED = "\ufffd"  # what a tokenizer decodes part of a character to
 
 
@@ -97,8 +89,7 @@ class Job:
     """A line of input in the making: its next prompt and what was decoded of it; at the end a record or an error."""
 
     index: int
-    path: str
-    line: int
+    entry: Entry
     work: Work
     prompt: list[int] = dataclasses.field(default_factory=list)
     turn: int = -1
@@ -116,9 +107,9 @@ class Job:
             self.prompt = next(self.work) if answer is None else self.work.send(answer)
             self.turn, self.new = self.turn + 1, []
         except StopIteration as end:
-            self.record = end.value | {"source": f"{self.path}:{self.line}"}
+            self.record = end.value | {"source": self.entry.where}
         except Fault as fault:
-            self.error = DataError(self.path, self.line, fault.kind, str(fault))
+            self.error = DataError(self.entry, fault)
 
 
 def regenerate(
@@ -176,10 +167,9 @@ def regenerate(
 
 def jobs(files: Sequence[str], source: Source, options: Options, first: int = 0) -> Iterator[Job]:
     """The lines of the files from the `first` on, each with its first prompt or its error."""
-    numbered = ((path, number, line) for path in files for number, line in numbered_lines(path))
-    chosen = itertools.islice(numbered, first, options.limit)
-    for index, (path, number, line) in enumerate(chosen, start=first):
-        job = Job(index, path, number, _work(line, source, options))
+    entries = itertools.chain.from_iterable(map(read_values, files))
+    for index, entry in enumerate(itertools.islice(entries, first, options.limit), start=first):
+        job = Job(index, entry, _work(entry.value, source, options))
         job.go_on()
         yield job
 
@@ -219,9 +209,9 @@ def _decode(
         meter.say_sometimes()
 
 
-def _work(line: bytes | Fault, source: Source, options: Options) -> Work:
+def _work(value: Any, source: Source, options: Options) -> Work:
     """What is to be done for a line."""
-    entry = parsed(line)
+    entry = as_object(value)
     kind = format_of(entry)
     if kind in ("messages", "conversations"):
         return (yield from _conversation(entry, source, options))

@@ -138,7 +138,7 @@ FAULTS: list[tuple[object, Kind, str]] = [
     (b'{"text": "\xff"}', "not UTF-8", "byte 11 of the line is 0xff"),
     ('{"text": "\\uD800"}', "not UTF-8", "surrogate"),
     ('{"text": "a"', "invalid JSON", "column 13"),
-    ("[" * 100_000, "invalid JSON", "recursion"),
+    ("[" * 100_000, "invalid JSON", "nested too deeply"),
     ('{"tokens": [' + "1" * 5000 + "]}", "invalid JSON", "digits"),
     ([1, 2], "unknown format", "this one is a list"),
     ({"content": "a"}, "unknown format", "has the keys 'content'"),
