@@ -188,6 +188,14 @@ def insert(
     return spread(put_row(before, jnp.asarray(row, jnp.int32), new), state.cache)
 
 
+def reusable(target: Llama, draft: Draft | None) -> bool:
+    """Whether what `insert(reuse=True)` keeps of a text holds for the next one; else the whole prompt is run.
+
+    A dynamic rotation depends on the length of the text's prompt.
+    """
+    return target.config.rope.kind != "dynamic" and (draft is None or draft.reusable)
+
+
 def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> None:
     batch = state.tokens.shape[0]
     if tokens.ndim != 1 or tokens.shape[0] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -255,8 +263,8 @@ def _run(
     """
     batch, width = state.tokens.shape
     start, last = state.cache.length, state.lengths - 1
-    if target.config.rope.kind == "dynamic" or (draft is not None and not draft.reusable):
-        start = jnp.zeros_like(start)  # what was kept depends on the rest of the text it was kept from
+    if not reusable(target, draft):
+        start = jnp.zeros_like(start)
     causal = jnp.broadcast_to(jnp.tri(chunk, dtype=bool), (batch, chunk, chunk))
     taps = () if draft is None else draft.taps(target)
 

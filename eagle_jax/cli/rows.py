@@ -13,6 +13,7 @@ import numpy as np
 
 import eagle_jax
 from eagle_jax.models.llama import Llama
+from eagle_jax.prompt import reusable
 from eagle_jax.tree import TreePolicy
 
 _insert = jax.jit(eagle_jax.insert, static_argnames="reuse", donate_argnames="state")
@@ -42,9 +43,7 @@ class Rows:
         **options: Any,
     ):
         self.target, self.draft, self.tree = target, draft, None if draft is None else tree
-        # Dynamic RoPE depends on the prompt's length, so keys cached for another prompt do not hold.
-        reusable = target.config.rope.kind != "dynamic" and (draft is None or draft.reusable)
-        self.buckets, self.reuse = buckets, reuse and reusable
+        self.buckets, self.reuse = buckets, reuse and reusable(target, draft)
 
         # On a mesh every device makes its own part; the models, of which nothing is read, tell it which mesh.
         @functools.partial(jax.jit, keep_unused=True)
