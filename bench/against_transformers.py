@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import statistics
@@ -192,16 +191,9 @@ def _common(ours: list[int], theirs: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
 
 
-def _prompts(args: argparse.Namespace, folder: Path, embedded: bool, vocab_size: int) -> list[Sequence[int]]:
-    tokenizer = functools.cache(lambda: eagle_jax.tokenizer(folder))
-
-    def encode_text(text: str) -> list[int]:
-        return prompts.encode(tokenizer(), text, raw=embedded)
-
-    if args.prompts is not None:
-        return [prompt.tokens for prompt in prompts.read_prompts(args.prompts, encode_text)]
+def _prompts(args: argparse.Namespace, folder: Path, embedded: bool, vocab_size: int) -> list[list[int]]:
     texts = prompts.CODE_TEXTS if embedded else prompts.DEFAULT_TEXTS
-    return list(prompts.default_prompts(vocab_size, encode_text, texts)[0])
+    return prompts.to_measure(args.prompts, folder, vocab_size, embedded, texts)[0]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -71,8 +72,9 @@ def test_generate_prints_what_the_library_generates(folder, capsys):
     assert main(["generate", "--model", str(folder), "--prompt", PROMPT, *OPTIONS]) == 0
     captured = capsys.readouterr()
     assert captured.out == library_text(folder, draft=True) + "\n"
-    new, cycles, tokens_a_cycle = re.match(
-        r"(\d+) new tokens, (\d+) cycles, ([\d.]+) tokens a cycle, [\d.]+ tok/s", captured.err
+    new, cycles, tokens_a_cycle = re.search(
+        r"(\d+) new tokens, (\d+) cycles, ([\d.]+) tokens a cycle, [\d.]+ tok/s .*; ended by --max-new-tokens",
+        captured.err,
     ).groups()
     assert int(new) == 24
     assert float(tokens_a_cycle) == pytest.approx(23 / int(cycles), abs=0.005)
@@ -242,8 +244,9 @@ def test_detokenizer_shows_whole_characters_only():
 
 def test_detokenizer_ends_with_half_a_character():
     detokenizer = Detokenizer(byte_tokenizer())
-    assert detokenizer.add(list("a🙂".encode())[:-1]) == ""
-    assert detokenizer.finish() == "a\ufffd"
+    assert detokenizer.add(list("a🙂".encode())[:-1]) == "a"
+    assert detokenizer.finish() == "\ufffd"
+    assert detokenizer.text == "a\ufffd"
 
 
 def test_chat_template():
@@ -313,25 +316,40 @@ def test_capacity_is_the_target_s_own_where_it_binds():
 
 
 def test_prompt_files(tmp_path):
-    lines = ['"a"', '{"prompt": "b"}', '{"text": "c"}', '{"turns": ["d", "e"]}', "", '{"tokens": [1, 2]}']
-    (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    lines = ['"a"', '{"prompt": "b", "id": "x-1"}', '{"text": "c"}', '{"turns": ["d", "e"], "question_id": 81}', ""]
+    lines += ['{"tokens": [1, 2]}', '{"messages": [{"role": "user", "content": "f"}], "tools": [{}]}']
+    (tmp_path / "p.jsonl").write_text("\ufeff" + "\r\n".join(lines))
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n", encoding="utf-16")
+    (tmp_path / "p.json").write_text(json.dumps(["a", {"prompt": "b"}], indent=1))
 
-    def encode(text):
-        return [text]
+    def encode(prompt):
+        return [prompt]
 
     found = prompts.read_prompts(str(tmp_path / "p.jsonl"), encode)
-    assert [prompt.tokens for prompt in found] == [["a"], ["b"], ["c"], ["d"], [1, 2]]
-    assert [prompt.text for prompt in found] == ["a", "b", "c", "d", None]
-    assert found[-1].where == f"{tmp_path / 'p.jsonl'}, line 6"
+    messages = prompts.Chat([{"role": "user", "content": "f"}], [{}])
+    assert [prompt.tokens for prompt in found] == [["a"], ["b"], ["c"], ["d"], [1, 2], [messages]]
+    assert [prompt.text for prompt in found] == ["a", "b", "c", "d", None, "f"]
+    assert [prompt.later_turns for prompt in found] == [(), (), (), ("e",), (), ()]
+    assert [prompt.own for prompt in found] == [{}, {"id": "x-1"}, {}, {"question_id": 81}, {}, {}]
+    assert found[4].where == f"{tmp_path / 'p.jsonl'}, line 6"
     assert [prompt.tokens for prompt in prompts.read_prompts(str(tmp_path / "p.txt"), encode)] == [["one"], ["two"]]
+    array = prompts.read_prompts(str(tmp_path / "p.json"), encode)
+    assert [(prompt.tokens, prompt.where.split(", ", 1)[1]) for prompt in array] == [
+        (["a"], "line 2, entry 1"),
+        (["b"], "line 3, entry 2"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('"a"\n{"prompt"', "line 2: not JSON"),
-        ('{"tokens": ["a"]}', "line 1: neither a string nor"),
+        ('"a"\n{"prompt"', "line 2: invalid JSON: Expecting"),
+        ('{"tokens": ["a"]}', 'line 1: neither a string nor an object with "prompt" or "text"'),
+        ('{"tokens": [true]}', "line 1: neither"),
+        ('{"turns": []}', "line 1: neither"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "the last one not the assistant's"),
+        ('"a"\n"\\ud83d"', "line 2: not UTF-8: it has half of a surrogate pair"),
+        ("[" * 100_000, "line 1, entry 1: .* nested too deeply"),
         ("\n", "holds no prompts"),
     ],
 )
@@ -339,6 +357,47 @@ def test_bad_prompt_files(tmp_path, text, message):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         prompts.read_prompts(str(tmp_path / "p.jsonl"), lambda text: [text])
+
+
+def test_bad_prompts_do_not_keep_the_others_from_being_used(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% if messages[0].content == 'b' %}{{ 1 + 'b' }}{% endif %}{{ messages[0].content }}"
+    (tmp_path / "p.jsonl").write_bytes(b'"a"\n{"prompt": "b", "id": 7}\n"caf\xe9"\n"d"\n')
+
+    def encode(prompt):
+        return prompts.encode(tokenizer, prompt, raw=False)
+
+    found = prompts.read_prompts(str(tmp_path / "p.jsonl"), encode, keep_faults=True)
+    assert [prompt.tokens for prompt in found] == [[97], [], [], [100]]
+    assert [prompt.fault is None for prompt in found] == [True, False, False, True]
+    assert "p.jsonl, line 2: the model's chat template refuses this conversation: TypeError" in found[1].fault
+    assert found[1].own == {"id": 7}
+    assert "p.jsonl, line 3: not UTF-8: byte 5 of the line is 0xe9" in found[2].fault
+    (tmp_path / "p.jsonl").write_text('"b"\n"b"')
+    with pytest.raises(ValueError, match=r"line 1: .* \(and none of the other 1 can be used\)"):
+        prompts.read_prompts(str(tmp_path / "p.jsonl"), encode, keep_faults=True)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt"], ["generate", "--prompt", "x", "--stop"]])
+def test_an_option_that_is_not_utf_8_is_named(command, capsys):
+    assert main([*command, "caf\udce9", "--model", "no-such-folder"]) == 2
+    assert f"error: {command[-1]}: character 4 is not UTF-8" in capsys.readouterr().err
+
+
+def test_stdin_that_is_not_utf_8_is_named(capsys, monkeypatch):
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors=errors))
+        assert main(["generate", "--prompt", "-", "--model", "no-such-folder"]) == 2
+        assert re.search("error: --prompt -, stdin: .* 4 is not", capsys.readouterr().err)
+
+
+def test_without_a_tokenizer_prompts_are_token_ids(golden, tmp_path):
+    folder, path = golden / "weights/t1_target", str(golden / "parity_prompts.jsonl")
+    tokens, source = prompts.to_measure(path, folder, vocab_size=256, raw=False)
+    assert tokens[0] == [102, 32, 97, 32, 99] and source == path
+    (tmp_path / "p.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"line 1: this model has no tokenizer .* so prompts must be token ids"):
+        prompts.to_measure(str(tmp_path / "p.txt"), folder, vocab_size=256, raw=False)
 
 
 def test_differences_are_located_and_measured(folder):

@@ -26,7 +26,7 @@ from eagle_jax import (
 from eagle_jax.cli import main
 from eagle_jax.cli.results import read_finished
 from eagle_jax.cli.rows import Rows
-from eagle_jax.cli.text import Detokenizer
+from eagle_jax.cli.text import Detokenizer, Ends
 from tests.test_cli import byte_tokenizer, converted_pair
 from tests.toy import TARGET, near_ties, random_eagle3, random_prompts, random_target
 
@@ -309,3 +309,55 @@ def test_what_may_begin_a_stop_string_waits():
     assert detokenizer.add(b"x") == detokenizer.finish() == ""
     with pytest.raises(ValueError, match="a stop string is empty"):
         Detokenizer(byte_tokenizer_once, [""])
+
+
+def special_tokenizer():
+    """Bytes, and two special tokens that no text shows."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|end|>", "additional_special_tokens": ["<|user|>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "shown", "last"),
+    [
+        (["<|end|>"], "ABC<|end|>DEF", "ABC", "<|end|>"),
+        (["<|end|>\nUser:"], "A<|end|>\nB<|end|>\nUser: C", "A\nB", ":"),  # the stop string spans a special token
+        (["B<|end|><|user|>"], "AB<|end|>B<|end|><|user|>C", "AB", "<|user|>"),
+        (["<|end|>", "D"], "AB<|user|>CD", "ABC", "D"),
+        (["BC"], "AB<|end|>CD", "A", "C"),  # one that no stop string names does not show
+        (["<|en", "d|>"], "AB<|end|>C", "ABC", "C"),  # a part of its name does not stop
+        (["<|end|>x"], "A<|end|>B", "AB", "B"),
+    ],
+)
+def test_stop_strings_may_hold_special_tokens(stops, text, shown, last):
+    tokenizer = special_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for size in (1, 3, len(ids)):
+        detokenizer = Detokenizer(tokenizer, stops)
+        given = "".join(detokenizer.add(ids[start : start + size]) for start in range(0, len(ids), size))
+        given += detokenizer.finish()
+        assert given == detokenizer.text == shown
+        assert detokenizer.stopped == (len(shown) < len(text.replace("<|end|>", "").replace("<|user|>", "")))
+        assert tokenizer.convert_ids_to_tokens(detokenizer.ids[-1]) == last
+
+
+def test_a_special_token_spelled_out_stops_too():
+    tokenizer = special_tokenizer()
+    detokenizer = Detokenizer(tokenizer, ["<|end|>"])
+    assert detokenizer.add(list(b"ABC<|end|>DEF")) == "ABC"
+    assert detokenizer.stopped
+
+
+@pytest.mark.parametrize(
+    ("ids", "stopped", "failed", "finish"),
+    [
+        ([1, 2], True, False, "stop"),
+        ([1, 9], False, False, "stop"),
+        ([1, 2], False, True, "failed"),
+        ([1, 2, 3], False, False, "length"),
+        ([1, 2], False, False, "context"),
+    ],
+)
+def test_why_a_text_ended(ids, stopped, failed, finish):
+    assert Ends(["x"], (9,), max_new_tokens=3).finish(ids, stopped, failed) == finish

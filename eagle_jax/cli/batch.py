@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from eagle_jax.cli import models, prompts, text
+from eagle_jax.cli import models, progress, prompts, text
 from eagle_jax.cli.results import Results, read_finished
 from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.sampling import random_key, with_logit_bias
@@ -27,14 +27,12 @@ def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     """Writes a line a text to --out; returns 1 if the model's numbers broke down in one of them."""
     from rich.console import Console
 
-    from eagle_jax import convert
-
     settings = _settings(args)
     finished = read_finished(args.out, settings)  # before the models are loaded, which may take long
     notes = Console(stderr=True, highlight=False, markup=False)  # a file may be called [red]
-    with notes.status("loading"):
+    with progress.status(notes, "loading"):
         loaded = models.load_models(args)
-        tokenizer = convert.tokenizer(loaded.folder)
+        tokenizer = loaded.tokenizer
     draft = models.chosen_draft(loaded, args)
     found = prompts.read_prompts(args.prompts, lambda prompt: prompts.encode(tokenizer, prompt, args.raw))
     _check(found, loaded.target, args.buckets)
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     if not jobs:
         notes.print(f"All {len(finished)} texts are in {args.out} already.", soft_wrap=True)
         return 0
-    stops = models.stop_tokens(loaded, args)
+    ends = text.Ends(args.stop, models.stop_tokens(loaded, args), args.max_new_tokens)
     rows = Rows(
         loaded.target,
         draft,
@@ -53,26 +51,26 @@ def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:
         tree=models.chosen_tree(draft, args),
         buckets=args.buckets,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
-        stop_tokens=stops,
+        stop_tokens=ends.tokens,
         log_probs=args.log_probs,
     )
-    with notes.status("compiling"):
+    with progress.status(notes, "compiling"):
         rows.compile(CYCLES)
 
     def start(index: int, sample: int) -> _Text:
         key = jax.random.fold_in(random_key(args), index)
         if args.num_samples > 1:
             key = jax.random.fold_in(key, sample)
-        return _Text(index, sample, key, text.Detokenizer(tokenizer, args.stop))
+        return _Text(index, sample, key, text.Detokenizer(tokenizer, ends.strings))
 
-    texts = _decode(rows, found, (start(*job) for job in jobs), args, stops)
+    texts = _decode(rows, found, (start(*job) for job in jobs), ends)
     with Results(args.out, settings) as results:
         return _write(texts, results, found, args, notes, len(jobs) + len(finished), len(finished))
 
 
 @dataclasses.dataclass
 class _Text:
-    """One text in the making. `finish` is set at its end: "stop", "length" or "failed"."""
+    """One text in the making. `finish` is set at its end."""
 
     index: int
     sample: int
@@ -80,22 +78,21 @@ class _Text:
     detokenizer: text.Detokenizer
     log_probs: list[float] = dataclasses.field(default_factory=list)
     cycles: int = 0
-    finish: str | None = None
+    finish: text.Finish | None = None
 
 
 def _decode(
     rows: Rows,
     found: Sequence[prompts.Prompt],
     waiting: Iterator[_Text],
-    args: argparse.Namespace,
-    stops: Sequence[int],
+    ends: text.Ends,
 ) -> Iterator[list[_Text]]:
     """Yields the texts that each chunk ended (maybe none), and has the next ones take their rows."""
     free = list(range(rows.state.done.shape[0]))
     running: dict[int, _Text] = {}
     while True:
         for row, one in zip(free, waiting, strict=False):
-            rows.insert(row, found[one.index].tokens, one.key, args.max_new_tokens)
+            rows.insert(row, found[one.index].tokens, one.key, ends.max_new_tokens)
             running[row] = one
         if not running:
             return
@@ -103,19 +100,13 @@ def _decode(
         for row, one in running.items():
             count = chunk.counts[row]
             ids = chunk.tokens[row, :count].tolist()
-            if args.stop:
-                one.detokenizer.add(ids)
-            else:  # all of the text is decoded at its end
-                one.detokenizer.ids += ids
+            one.detokenizer.collect(ids)
             if chunk.log_probs is not None:
                 one.log_probs += chunk.log_probs[row, :count].tolist()
             if chunk.done[row]:
                 one.detokenizer.finish()
-            ids = one.detokenizer.ids
-            if one.detokenizer.stopped or (chunk.done[row] and ids and ids[-1] in stops):
-                one.finish = "stop"
-            elif chunk.done[row]:
-                one.finish = "failed" if chunk.failed[row] else "length"
+            if chunk.done[row] or one.detokenizer.stopped:
+                one.finish = ends.finish(one.detokenizer.ids, one.detokenizer.stopped, bool(chunk.failed[row]))
         free = [row for row, one in running.items() if one.finish is not None]
         cycles = rows.cycles
         for row in free:
@@ -164,7 +155,7 @@ def _line(one: _Text, prompt: prompts.Prompt, args: argparse.Namespace) -> dict[
         "index": one.index,
         "sample": one.sample,
         "prompt": prompt.text,
-        "text": one.detokenizer.text,
+        "text": one.detokenizer.text if one.detokenizer.has_text else None,
         "tokens": one.detokenizer.ids,
         "finish": one.finish,
         "cycles": one.cycles,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import signal
 import sys
 import threading
@@ -13,9 +14,9 @@ from typing import Any
 
 import jax
 
-from eagle_jax import convert
-from eagle_jax.cli import models, prompts, text
+from eagle_jax.cli import models, progress, text
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.cli.prompts import Conversation, check_text, check_tokenizer
 from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
 from eagle_jax.models.llama import Llama
@@ -55,19 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talks until the end of the input."""
+    """Talks until the end of the input; returns 1 if a line of it could not be used."""
     from rich.console import Console
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
-    if "" in args.stop:
-        raise ValueError("--stop: a stop string is empty")
+    args.stop = text.stop_strings(args)
+    system = None if args.system is None else check_text("--system", args.system)
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
-    with notes.status("loading"):
+    with progress.status(notes, "loading"):
         loaded = models.load_models(args)
-        tokenizer = convert.tokenizer(loaded.folder)
-    conversation = Conversation(tokenizer, args.raw, args.system)
+        check_tokenizer(loaded.tokenizer)
+    conversation = Conversation(loaded.tokenizer, args.raw, system)
     context = _context(args.context, loaded.target)
     draft = models.chosen_draft(loaded, args)
+    stops = models.stop_tokens(loaded, args)
     rows = Rows(
         loaded.target,
         draft,
@@ -77,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
         buckets=(context,),
         reuse=True,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
-        stop_tokens=models.stop_tokens(loaded, args),
+        stop_tokens=stops,
     )
-    with notes.status("compiling"):
+    with progress.status(notes, "compiling"):
         rows.compile(cycles=1)
-    session = Session(rows, conversation, args, console, notes)
+    session = Session(rows, conversation, args, text.Ends(args.stop, stops, args.max_new_tokens), console, notes)
     for line in _lines(notes):
         if line == "/exit":
             break
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             notes.print(HELP, style="dim")
         elif line.strip():
             session.answer(line)
-    return 0
+    return 1 if session.refused else 0
 
 
 def _context(asked: int | None, target: Llama) -> int:
@@ -107,6 +109,8 @@ def _context(asked: int | None, target: Llama) -> int:
 def _lines(notes: Any) -> Iterator[str]:
     """What the user says; from a file or a pipe, each line of it."""
     terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not UTF-8 is refused, and those after it are read
+        sys.stdin.reconfigure(errors="surrogateescape")
     if terminal:
         notes.print("/help lists the commands.", style="dim")
         with contextlib.suppress(ImportError):
@@ -122,48 +126,31 @@ def _lines(notes: Any) -> Iterator[str]:
             notes.print("\nCtrl-D or /exit leaves.", style="dim")
 
 
-class Conversation:
-    """What was said: messages for the chat template, or without one a plain text."""
-
-    def __init__(self, tokenizer: Any, raw: bool, system: str | None):
-        self.tokenizer = tokenizer
-        self.template = prompts.has_template(tokenizer, raw)
-        if system is not None and not self.template:
-            raise ValueError("--system needs a chat template, which this model lacks or --raw leaves out")
-        self.system = [] if system is None else [{"role": "system", "content": system}]
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets all but the system message."""
-        self.messages = list(self.system)
-        self.text = ""
-
-    def tokens_with(self, said: str) -> list[int]:
-        """The token ids of the conversation, up to the answer to this."""
-        if not self.template:
-            return self.tokenizer(self.text + said)["input_ids"]
-        return prompts.encode_messages(self.tokenizer, [*self.messages, {"role": "user", "content": said}])
-
-    def add(self, said: str, answer: str) -> None:
-        """Adds a turn."""
-        self.messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-        self.text += said + answer
-
-
 @dataclasses.dataclass
 class Session:
-    """Answers in a conversation, whose keys and values stay in the one row of a state. turn: answers so far."""
+    """Answers in a conversation, whose keys and values stay in the one row of a state.
+
+    turn: answers so far. refused: lines that could not be used.
+    """
 
     rows: Rows
     conversation: Conversation
     args: argparse.Namespace
+    ends: text.Ends
     console: Any
     notes: Any
     turn: int = 0
+    refused: int = 0
 
     def answer(self, said: str) -> None:
-        """Shows the answer and adds the turn to the conversation."""
-        tokens = self.conversation.tokens_with(said)
+        """Shows the answer and adds the turn to the conversation; or says why that cannot be."""
+        try:
+            said = check_text("this line", said)
+            tokens = self.conversation.tokens_with(said)
+        except ValueError as error:
+            self.refused += 1
+            self.notes.print(f"error: {error}. This turn is left out.", style="red", markup=False, soft_wrap=True)
+            return
         most = self.rows.state.capacity - 1
         if not 1 <= len(tokens) <= most:
             self.notes.print(
@@ -177,10 +164,10 @@ class Session:
         self.turn += 1
         with _ctrl_c() as stopped:
             reused = self.rows.insert(0, tokens, key, self.args.max_new_tokens)
-            result = text.show(self._chunks(stopped), self.conversation.tokenizer, self.console, self.args.stop)
+            result = text.show(self._chunks(stopped), self.conversation.tokenizer, self.console, self.ends)
         if result.failed:
             self.notes.print("The model's logits became NaN or infinite, so the answer ends early.", style="red")
-        if stopped.is_set():
+        if result.finish == "interrupted":
             self.notes.print("Stopped.", style="dim")
         summary = f"{result.summary}; {reused} of the prompt's {len(tokens)} tokens were in the cache"
         self.notes.print(summary, style="dim", soft_wrap=True)

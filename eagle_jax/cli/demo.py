@@ -67,6 +67,7 @@ def _demo(out: Path) -> int:
 
     token_lists = [prompts.encode(tokenizer, prompt, raw=True) for prompt in PROMPTS]
     options: dict[str, Any] = {"tree": TREE, "max_new_tokens": MAX_NEW_TOKENS, "stop_tokens": stops}
+    ends = text.Ends((), stops, MAX_NEW_TOKENS)
     streamed = []
     for prompt, tokens in zip(PROMPTS, token_lists, strict=True):
         start = functools.partial(
@@ -76,7 +77,7 @@ def _demo(out: Path) -> int:
             jax.block_until_ready(list(itertools.islice(start(), 2)))
         console.rule(style="dim")
         console.out(prompt, style="bold", end="", highlight=False)
-        streamed.append(text.show(start(), tokenizer, console).tokens)
+        streamed.append(text.show(start(), tokenizer, console, ends).tokens)
     console.rule(style="dim")
 
     with notes.status("compiling and measuring"):

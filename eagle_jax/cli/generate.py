@@ -7,7 +7,9 @@ import functools
 import itertools
 import sys
 
+from eagle_jax.cli import progress, text
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, parse_buckets, positive
+from eagle_jax.cli.prompts import OBJECT, check_text
 from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
 from eagle_jax.prompt import BUCKETS
 from eagle_jax.sampling import SamplingConfig
@@ -24,8 +26,11 @@ examples:
 The text goes to stdout, coloured on a terminal where the draft proposed it. A summary goes to stderr: its tok/s is
 decoding alone, from the first token to the last; compilation and the prompt's pass are not in it.
 
-With --prompts and --out: a line of settings, then a JSON line a text as it ends, in any order. A run that was stopped
-goes on where it was, if started again. A text depends on its prompt, the settings and the seed alone, not on --batch.
+With --prompts and --out: a line of settings, then a JSON line a text as it ends, in any order. Its "finish" says why it
+ended: stop (a stop token or string), length (--max-new-tokens), context (the model's is full) or failed. A prompt that
+cannot be used fails, with an "error"; the others go on, and the exit code is 1. Of several turns each gets a line, with
+its number as "turn". A run that was stopped goes on where it was, if started again. A text depends on its prompt, the
+settings and the seed alone, not on --batch.
 """
 
 
@@ -37,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--prompts",
         metavar="FILE",
-        help="text, a prompt a line; or .jsonl, a line each: a string, or an object with prompt, text, turns (the "
-        "first is taken) or tokens (ids)",
+        help="text, a prompt a line; or .jsonl, a line each (or .json, an array): a string, or an object with "
+        f'{OBJECT}. Its "id" or "question_id" is kept',
     )
     many = parser.add_argument_group("with --prompts")
     many.add_argument("--out", metavar="FILE", help="the .jsonl file for the texts; one that is there is continued")
@@ -63,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from eagle_jax.cli import batch
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
-    if "" in args.stop:
-        raise ValueError("--stop: a stop string is empty")
+    args.stop = text.stop_strings(args)
     if (args.prompts is None) != (args.out is None):
         raise ValueError("--prompts and --out go together: the texts of many prompts go to a file")
     return _show(args, sampling) if args.prompts is None else batch.run(args, sampling)
@@ -75,16 +79,18 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     import jax
     from rich.console import Console
 
-    from eagle_jax import convert, pad, stream
-    from eagle_jax.cli import models, prompts, text
+    from eagle_jax import pad, stream
+    from eagle_jax.cli import models, prompts
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    with notes.status("loading"):
+    prompt = _stdin() if args.prompt == "-" else check_text("--prompt", args.prompt)
+    with progress.status(notes, "loading"):
         loaded = models.load_models(args)
-        tokenizer = convert.tokenizer(loaded.folder)
+        tokenizer = loaded.tokenizer
     draft = models.chosen_draft(loaded, args)
     tokens, lengths = pad([prompts.encode(tokenizer, prompt, args.raw)])
+    most = min(args.max_new_tokens, loaded.target.config.max_position_embeddings)
+    ends = text.Ends(args.stop, models.stop_tokens(loaded, args), args.max_new_tokens)
     start = functools.partial(
         stream,
         loaded.target,
@@ -93,23 +99,31 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
         lengths,
         tree=models.chosen_tree(draft, args),
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
-        max_new_tokens=args.max_new_tokens,
-        stop_tokens=models.stop_tokens(loaded, args),
-        capacity=models.capacity(loaded.target, int(lengths[0]), tokens.shape[1], args.max_new_tokens),
+        max_new_tokens=most,
+        stop_tokens=ends.tokens,
+        capacity=models.capacity(loaded.target, int(lengths[0]), tokens.shape[1], most),
         log_probs=args.log_probs,
         cycles_per_chunk=1,
     )
     key = jax.random.fold_in(random_key(args), 0)  # as `eagle_jax.generate` has it for its first row
     keys = [key] if args.num_samples == 1 else [jax.random.fold_in(key, sample) for sample in range(args.num_samples)]
-    with notes.status("compiling"):  # the first two chunks run every program once
+    with progress.status(notes, "compiling"):  # the first two chunks run every program once
         jax.block_until_ready(list(itertools.islice(start(keys[0][None]), 2)))
     failed = False
     for number, key in enumerate(keys, start=1):
         if len(keys) > 1:
             notes.rule(f"sample {number}", style="dim")
-        result = text.show(start(key[None]), tokenizer, console, args.stop)
+        result = text.show(start(key[None]), tokenizer, console, ends)
         notes.print(result.summary, style="dim", soft_wrap=True)
         if result.failed:
             print("error: the model's logits became NaN or infinite, so the text ends early", file=sys.stderr)
         failed |= result.failed
     return 1 if failed else 0
+
+
+def _stdin() -> str:
+    """All of stdin, which must be UTF-8 (or what the locale says)."""
+    try:
+        return check_text("--prompt -, stdin", sys.stdin.read())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt -, stdin: byte {error.start + 1} is not {error.encoding}; send UTF-8") from error

@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 
-from eagle_jax import convert
-from eagle_jax.cli import tuned
+from eagle_jax.cli import prompts, tuned
 from eagle_jax.convert import eos, from_pretrained, load, parts
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import resolve
@@ -26,7 +25,6 @@ from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
 from eagle_jax.tree.named import tree_named
 
 GROWTH = ("stop_below", "score_temperature")  # options of dynamic trees, by the names of TreeConfig
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model")  # with one of them, a folder has a tokenizer, usable or not
 CHAIN = 5  # tokens that a draft model guesses, unless --tree says otherwise
 
 
@@ -41,8 +39,7 @@ class Models:
     @functools.cached_property
     def tokenizer(self) -> Any | None:
         """The target's tokenizer; None if its folder has no tokenizer files. CheckpointError: for unusable ones."""
-        there = any(any(self.folder.glob(pattern)) for pattern in TOKENIZER_FILES)
-        return convert.tokenizer(self.folder) if there else None
+        return prompts.tokenizer_of(self.folder)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from eagle_jax.convert import CheckpointError
+from eagle_jax import convert
+from eagle_jax.jsonl import Fault, read_lines, read_values
 
 DEFAULT_TEXTS = (
     "Write a Python function that merges two sorted lists.",
@@ -32,13 +32,67 @@ CODE_TEXTS = (  # for the embedded pair, which continues Python code
 RANDOM_PROMPTS, RANDOM_LENGTH = 4, 24  # of a model without a tokenizer
 
 
+JSON_FILES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+OBJECT = (  # what an object of a prompt file holds
+    '"prompt" or "text" (a string), "tokens" (a list of ids), "turns" (a list of strings: what a user says in turn, as '
+    'in MT-bench) or "messages" (objects with role and content, the last one not the assistant\'s)'
+)
+OWN_IDS = ("id", "question_id")  # of the user's, kept in the output
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model")  # with one of them, a folder has a tokenizer, usable or not
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A conversation to answer: messages with "role" and "content", and the tools it may call."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Any] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt of a file: its token ids, its text if it has one, and where it stands, for messages."""
+    """A prompt of a file.
 
-    tokens: list[int]
-    text: str | None
+    where: the file and line, for messages. tokens: its ids. text: as the user wrote it; None for ids. later_turns: what
+    the user says after each answer. own: the user's "id" or "question_id". fault: why it cannot be used, or None.
+    """
+
     where: str
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    text: str | None = None
+    later_turns: tuple[str, ...] = ()
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fault: str | None = None
+
+
+def tokenizer_of(folder: Path) -> Any | None:
+    """Loads a folder's tokenizer; None if it has no tokenizer files. Raises CheckpointError for unusable ones."""
+    there = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+    return convert.tokenizer(folder) if there else None
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises ValueError if there is none."""
+    if tokenizer is None:
+        raise ValueError(
+            "this model has no tokenizer (tokenizer.json, ... beside its config.json), so prompts must be token ids: "
+            'a .jsonl file for `generate --prompts` with lines such as {"tokens": [1, 2]}'
+        )
+
+
+def check_text(name: str, text: str) -> str:
+    """Returns a text of the user's without a byte order mark.
+
+    Args:
+      name: what holds it, for the message, such as --prompt.
+    Raises:
+      ValueError: if it holds half surrogates, which bytes that are not UTF-8 are read as: no tokenizer takes them.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: character {error.start + 1} is not UTF-8; save or send it as UTF-8") from error
+    return text.removeprefix("\ufeff")
 
 
 def has_template(tokenizer: Any, raw: bool) -> bool:
@@ -46,99 +100,147 @@ def has_template(tokenizer: Any, raw: bool) -> bool:
     return not raw and bool(getattr(tokenizer, "chat_template", None))
 
 
-def encode(tokenizer: Any, text: str, raw: bool) -> list[int]:
-    """The token ids of a prompt: as a user's message if there is a chat template, unless `raw`."""
+def encode(tokenizer: Any, prompt: str | Chat, raw: bool) -> list[int]:
+    """The token ids of a prompt: a text as a user's message if there is a chat template, unless `raw`.
+
+    Args:
+      tokenizer: None is refused.
+    Raises:
+      ValueError: if there is no tokenizer; for a conversation without a template, or one that the template refuses.
+    """
+    check_tokenizer(tokenizer)
     if has_template(tokenizer, raw):
-        return encode_messages(tokenizer, [{"role": "user", "content": text}])
-    return tokenizer(text)["input_ids"]
+        chat = prompt if isinstance(prompt, Chat) else Chat([{"role": "user", "content": prompt}])
+        return encode_messages(tokenizer, chat.messages, chat.tools)
+    if isinstance(prompt, Chat):
+        raise ValueError("messages need a chat template, which this model lacks or --raw leaves out")
+    return tokenizer(prompt, verbose=False)["input_ids"]
 
 
-def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_messages(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+) -> list[int]:
     """The token ids of a conversation by the chat template, up to where the assistant answers.
 
     Args:
       messages: each with "role" and "content".
     Raises:
-      ValueError: if the template refuses the messages, such as a system message that it does not know.
+      ValueError: if the template refuses the messages, such as a system message that it does not know, or fails.
     """
-    import jinja2
-
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
+        text = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it can raise anything
+        kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
+        raise ValueError(f"the model's chat template refuses this conversation: {kind}{error}") from error
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template wrote them
 
 
-def read_prompts(path: str, encode_text: Callable[[str], list[int]]) -> list[Prompt]:
+class Conversation:
+    """What was said: messages for the chat template, or without one a plain text."""
+
+    def __init__(self, tokenizer: Any, raw: bool, system: str | None = None):
+        self.tokenizer, self.raw = tokenizer, raw
+        self.template = has_template(tokenizer, raw)
+        if system is not None and not self.template:
+            raise ValueError("--system needs a chat template, which this model lacks or --raw leaves out")
+        self.system = [] if system is None else [{"role": "system", "content": system}]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all but the system message."""
+        self.messages = list(self.system)
+        self.text = ""
+
+    def tokens_with(self, said: str) -> list[int]:
+        """The token ids of the conversation, up to the answer to this."""
+        chat = Chat([*self.messages, {"role": "user", "content": said}])
+        return encode(self.tokenizer, chat if self.template else self.text + said, self.raw)
+
+    def add(self, said: str, answer: str) -> None:
+        """Adds a turn."""
+        self.messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+        self.text += said + answer
+
+
+def read_prompts(path: str, encode: Callable[[str | Chat], list[int]], keep_faults: bool = False) -> list[Prompt]:
     """The prompts of a file.
 
     Args:
-      path: .jsonl, a JSON value a line: {"prompt": text}, {"text": text}, {"turns": [text, ...]} (MT-bench, the first
-        turn), {"tokens": [id, ...]} or a plain string. Any other file: a prompt a line.
-      encode_text: text to token ids; not called for "tokens".
+      path: JSON Lines or a JSON array (.jsonl, .json, also .gz) of strings, or of objects as OBJECT
+        says; any other file holds a prompt a line. UTF-8, or UTF-16 or UTF-32 with a byte order mark.
+      encode: a prompt to token ids, by ValueError if that cannot be; not called for "tokens".
+      keep_faults: whether a prompt that cannot be used is returned with its `fault`, rather than raised.
     Raises:
-      ValueError: naming the line.
+      ValueError: naming the line; with `keep_faults` if there is no prompt that can be used.
     """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
-        raise ValueError(f"{path}: holds no prompts")
-    read = _from_json if Path(path).suffix == ".jsonl" else (lambda line, where: line)
+    is_json = path.endswith(JSON_FILES)
     found = []
-    for where, line in numbered:
-        prompt = read(line, where)
-        tokens, text = (encode_text(prompt), prompt) if isinstance(prompt, str) else (prompt, None)
-        found.append(Prompt(tokens, text, where))
+    for entry in (read_values if is_json else read_lines)(path):
+        where = f"{path}, line {entry.line}" + (f", entry {entry.number}" if entry.number else "")
+        try:
+            if isinstance(entry.value, Fault):
+                raise ValueError(f"{entry.value.kind}: {entry.value}")
+            found.append(_prompt(entry.value, where, encode))
+        except ValueError as error:
+            own = entry.value if isinstance(entry.value, dict) else {}
+            found.append(Prompt(where, own=_own(own), fault=f"{where}: {error}"))
+            if not keep_faults:
+                raise ValueError(found[-1].fault) from error
+    if not found:
+        raise ValueError(f"{path}: holds no prompts")
+    if all(prompt.fault for prompt in found):
+        more = "" if len(found) == 1 else f" (and none of the other {len(found) - 1} can be used)"
+        raise ValueError(f"{found[0].fault}{more}")
     return found
 
 
-def _from_json(line: str, where: str) -> str | list[int]:
-    """The text or the token ids of a line."""
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if isinstance(entry, str):
-        return entry
-    if isinstance(entry, dict):
-        tokens = entry.get("tokens")
-        if isinstance(tokens, list) and all(type(token) is int for token in tokens):
-            return tokens
-        turns = entry.get("turns")
-        first = turns[0] if isinstance(turns, list) and turns else None
-        for text in (entry.get("prompt"), entry.get("text"), first):
+def _prompt(value: Any, where: str, encode: Callable[[str | Chat], list[int]]) -> Prompt:
+    """The prompt that a line or a value of JSON stands for."""
+    if isinstance(value, str):
+        return Prompt(where, encode(value), value)
+    if isinstance(value, dict):
+        own = _own(value)
+        if _is_list(tokens := value.get("tokens"), int):
+            return Prompt(where, tokens, own=own)
+        for text in (value.get("prompt"), value.get("text")):
             if isinstance(text, str):
-                return text
-    raise ValueError(f'{where}: neither a string nor an object with "prompt", "text", "turns" or "tokens"')
+                return Prompt(where, encode(text), text, own=own)
+        if _is_list(turns := value.get("turns"), str) and turns:
+            return Prompt(where, encode(turns[0]), turns[0], tuple(turns[1:]), own=own)
+        messages = value.get("messages")
+        if _is_list(messages, dict) and messages and messages[-1].get("role") not in (None, "assistant"):
+            said = messages[-1].get("content")
+            text = said if isinstance(said, str) else None
+            return Prompt(where, encode(Chat(messages, value.get("tools"))), text, own=own)
+    raise ValueError(f"neither a string nor an object with {OBJECT}")
 
 
-def default_prompts(
-    vocab_size: int, encode_text: Callable[[str], list[int]], texts: Sequence[str] = DEFAULT_TEXTS
-) -> tuple[list[list[int]], str]:
-    """Prompts of a bench without a file, and what they are: a few texts, or random tokens without a tokenizer."""
-    try:
-        return [encode_text(text) for text in texts], f"{len(texts)} built-in prompts"
-    except CheckpointError:
-        random = np.random.default_rng(0).integers(vocab_size, size=(RANDOM_PROMPTS, RANDOM_LENGTH))
-        return random.tolist(), f"{RANDOM_PROMPTS} prompts of random tokens (the model has no tokenizer)"
+def _is_list(value: Any, kind: type) -> TypeGuard[list[Any]]:
+    """Whether a value is a list of values of just this type: a bool is no int."""
+    return isinstance(value, list) and all(type(one) is kind for one in value)
+
+
+def _own(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value[name] for name in OWN_IDS if name in value}
 
 
 def to_measure(
     path: str | None, folder: Path, vocab_size: int, raw: bool, texts: Sequence[str] = DEFAULT_TEXTS
 ) -> tuple[list[list[int]], str]:
-    """The prompts of a measurement, and what they are: those of a file, or built-in ones.
+    """The prompts of a measurement, and what they are: those of a file, a few texts, or else random tokens.
 
     Args:
-      folder: of the tokenizer, which a file of token ids does without. raw: see `encode`.
+      folder: of the tokenizer. Without one a file must hold token ids; without a file, tokens are random.
+      raw: see `encode`.
     """
-    from eagle_jax import convert
+    tokenizer = functools.cache(lambda: tokenizer_of(folder))
 
-    tokenizer = functools.cache(lambda: convert.tokenizer(folder))
+    def to_tokens(prompt: str | Chat) -> list[int]:
+        return encode(tokenizer(), prompt, raw)
 
-    def encode_text(text: str) -> list[int]:
-        return encode(tokenizer(), text, raw)
-
-    if path is None:
-        return default_prompts(vocab_size, encode_text, texts)
-    return [prompt.tokens for prompt in read_prompts(path, encode_text)], path
+    if path is not None:
+        return [prompt.tokens for prompt in read_prompts(path, to_tokens)], path
+    if tokenizer() is None:
+        random = np.random.default_rng(0).integers(vocab_size, size=(RANDOM_PROMPTS, RANDOM_LENGTH))
+        return random.tolist(), f"{RANDOM_PROMPTS} prompts of random tokens (the model has no tokenizer)"
+    return [to_tokens(text) for text in texts], f"{len(texts)} built-in prompts"

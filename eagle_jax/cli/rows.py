@@ -62,6 +62,7 @@ class Rows:
     def insert(self, row: int, prompt: Sequence[int], key: jax.Array, max_new_tokens: int) -> int:
         """Gives a row a prompt of 1 to capacity - 1 tokens; returns how many of them the cache holds already."""
         tokens, lengths = eagle_jax.pad([prompt], self.buckets)
+        max_new_tokens = min(max_new_tokens, self.state.capacity)  # int32 on the device
         self.state = _insert(
             self.state, row, tokens[0], lengths[0], key, max_new_tokens=max_new_tokens, reuse=self.reuse
         )
