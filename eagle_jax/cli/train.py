@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 EXAMPLES = """\
@@ -13,7 +15,8 @@ examples:
   eagle-jax train --config run.yaml --distributed                  # on every host of a TPU pod or a Slurm job
   eagle-jax train --config run.yaml --distributed host0:9000,2,1   # elsewhere: process 1 of 2, and where 0 listens
 
-A run that was ended (SIGTERM saves first) goes on with the same command. The settings are in eagle_jax/train/config.py.
+A run that was ended (SIGTERM and Ctrl-C save first) goes on with the same command. The settings are in
+eagle_jax/train/config.py; optimizer's may be changed then, and others that leave what is learned as it is.
 """
 
 
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains."""
+    """Trains; returns 0, 1 (drafts change the target's text, or memory is too small), or 143 or 130 after a signal."""
     try:
         import grain  # noqa: F401
         import pydantic  # noqa: F401
@@ -46,14 +49,45 @@ def run(args: argparse.Namespace) -> int:
         import yaml  # noqa: F401
     except ImportError as error:
         raise ValueError(f"training needs {error.name}: pip install 'eagle-jax[train]'") from error
+    import jax
+
     from eagle_jax.train.config import read_settings
+    from eagle_jax.train.evaluate import NotLossless
     from eagle_jax.train.precompute import precompute
     from eagle_jax.train.run import train
 
     settings = read_settings(args.config, args.overrides)
     if args.distributed is not None:
         join(args.distributed)
-    return train(settings) if args.precompute is None else precompute(settings, Path(args.precompute))
+    command = again(args)
+    try:
+        if args.precompute is not None:
+            return precompute(settings, Path(args.precompute))
+        return train(settings, command=command)
+    except KeyboardInterrupt:
+        print(f"interrupted; what was written before stays, to go on from there: {command}", file=sys.stderr)
+        raise
+    except NotLossless as error:
+        print(f"error: {error}", file=sys.stderr)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "error: the device's memory is too small for a step: lower batch_tokens (in a new output), or raise "
+            f"accumulation or mesh.fsdp; {' '.join(str(error).split())[:200]}",
+            file=sys.stderr,
+        )
+    return 1
+
+
+def again(args: argparse.Namespace) -> str:
+    """The command line that goes on with what this one began."""
+    words = ["eagle-jax", "train", "--config", args.config, *args.overrides]
+    for option in ("precompute", "distributed"):
+        value = getattr(args, option)
+        if value is not None:
+            words += [f"--{option}", *([value] if value else [])]
+    return shlex.join(words)
 
 
 def join(where: str) -> None:

@@ -13,7 +13,8 @@ from eagle_jax.train import features, setup
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.features import Group
 from eagle_jax.train.loader import on_mesh
-from eagle_jax.train.say import Say, log
+from eagle_jax.train.lock import locked_folder
+from eagle_jax.train.say import Say, SignsOfLife, log, signs_of_life
 from eagle_jax.train.setup import objective_of, rows_of
 
 
@@ -23,19 +24,28 @@ def precompute(settings: TrainSettings, folder: Path, say: Say = log) -> int:
     Rows go through it as many at a time as in a step's piece, so that the numbers are those of the live target.
 
     Raises:
-      ValueError: for a run that has no head, or on several hosts; FeaturesError, OSError: see `features.write`.
+      ValueError: for a run that has no head, or on several hosts; Locked: while another process writes to the folder;
+        FeaturesError, OSError: see `features.write`.
     """
     if settings.kind == "target":
         raise ValueError("--precompute is for heads: a target has no features")
     if jax.process_count() > 1:
         raise ValueError("--precompute runs on one host; the training that reads the folder may run on several")
+    with locked_folder(folder, say), signs_of_life(say) as say:
+        return _precompute(settings, folder, say)
+
+
+def _precompute(settings: TrainSettings, folder: Path, say: SignsOfLife) -> int:
     mesh = params.make_mesh(settings.mesh.model_dump())
     origin = setup.source(settings)
-    splits = {}
-    for split, files in (("train", settings.data.train), ("held_out", settings.data.held_out)):
-        if files:
-            data = setup.documents(files, settings.data, origin, Path(settings.output) / "data" / split, say)
-            splits[split] = data, rows_of(data, settings)[0]
+    output, splits = Path(settings.output), {}
+    say.doing("preparing the data")
+    with locked_folder(output, say):
+        for split, files in (("train", settings.data.train), ("held_out", settings.data.held_out)):
+            if files:
+                data = setup.documents(files, settings.data, origin, output / "data" / split, say)
+                splits[split] = data, rows_of(data, settings)[0]
+    say.doing("loading the models")
     target = setup.load_target(settings, mesh)
     head = setup.new_model(settings, origin, target, splits["train"][0], say)
     objective = objective_of(settings)
@@ -62,6 +72,7 @@ def precompute(settings: TrainSettings, folder: Path, say: Say = log) -> int:
                 parts.append(whole[place, : group.starts[index + 1] - group.starts[index]])
         return np.concatenate(parts)
 
+    say.doing("computing features")
     began = time.monotonic()
     made = features.made_from(settings, head, target, splits, contents)
     features.write(folder, made, contents, groups, compute, say)

@@ -5,7 +5,10 @@ They share the run's folder. Alone, a process is the first one.
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,6 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from eagle_jax.train.say import Say
 
 Result = TypeVar("Result")
+EXIT_CODES: dict[int, int] = {
+    signal.SIGTERM: 143,
+    signal.SIGINT: 130,
+}  # what a shell reports for programs that these ended
 
 
 def is_first() -> bool:
@@ -29,24 +36,44 @@ def of_first(say: Say) -> Say:
     return say if is_first() else lambda message: None
 
 
+def by_first(work: Callable[[], object]) -> None:
+    """Has the first process do something, while the others wait.
+
+    Raises:
+      ValueError: in the others, if the first one's raised anything.
+    """
+    error = None
+    if is_first():
+        try:
+            work()
+        except Exception as raised:
+            error = raised
+    failed = any_of(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError("the first process could not go on; its own message says why")
+
+
 def first_then_others(work: Callable[[], Result]) -> Result:
     """What `work` returns, run in the first process before the others, which find the files that it wrote.
 
     Raises:
-      RuntimeError: in the others, if the first one's raised anything.
+      ValueError: in the others, if the first one's raised anything.
     """
-    result, error = None, None
-    if is_first():
-        try:
-            result = work()
-        except Exception as raised:
-            error = raised
-    failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
-    if error is not None:
-        raise error
-    if failed:
-        raise RuntimeError("the first process could not go on; its own message says why")
-    return work() if result is None else result
+    results: list[Result] = []
+    by_first(lambda: results.append(work()))
+    return results[0] if results else work()
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is set in any process; all of them call it."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def of_the_first(number: int) -> int:
+    """The first process's number."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.array(number)))
 
 
 def gathered(model: Any, mesh: Mesh) -> Any:
@@ -56,17 +83,59 @@ def gathered(model: Any, mesh: Mesh) -> Any:
 
 
 @contextmanager
-def termination() -> Iterator[Callable[[int], bool]]:
-    """Yields what tells, after each step, whether SIGTERM ends the run there. It ends nothing in the meantime.
+def termination(say: Say) -> Iterator[Callable[[int], int]]:
+    """Yields `ends_with(step)`: the exit code if a signal ends the run with this step, else 0.
 
-    Of several processes one may get it; JAX's own service for that agrees on a step that all of them end with.
+    SIGTERM and Ctrl-C end nothing in the meantime, but a second Ctrl-C ends the process at once. Of several processes
+    one may get the signal; JAX's own service for SIGTERM agrees on a step that all of them end with.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
+    several = jax.process_count() > 1
     came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        came.append(number)
+        if several and number == signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def ends_with(step: int) -> int:
+        ends = multihost_utils.reached_preemption_sync_point(step) if several else bool(came)
+        return EXIT_CODES[came[0] if came else signal.SIGTERM] if ends else 0
+
+    noted = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in noted}
     try:
-        yield lambda step: bool(came)
+        with _told_at_once(say):
+            yield ends_with
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _told_at_once(say: Say) -> Iterator[None]:
+    """Answers signals in a thread: Python's handlers wait for the end of a compilation, which may take minutes."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+    def answer() -> None:
+        interrupted = False
+        while number := reader.recv(1):
+            if number[0] == signal.SIGINT and interrupted:
+                os._exit(EXIT_CODES[signal.SIGINT])  # files are written whole or not at all
+            if number[0] == signal.SIGINT:
+                interrupted = True
+                say("Ctrl-C: this step is finished and saved first; Ctrl-C again ends at once, without saving")
+            elif number[0] == signal.SIGTERM:
+                say("SIGTERM: this step is finished and saved first")
+
+    thread = threading.Thread(target=answer, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+        thread.join()
+        reader.close()

@@ -1,6 +1,6 @@
 """A training run: data, models and state from settings, then steps with checkpoints, evaluation and metrics.
 
-output/settings.yaml    what the run was started with
+output/settings.yaml    what the run goes on with, and its history, see resume.py
 output/data/            tokenised documents, see dataset.py
 output/checkpoints/     see checkpoint.py; a run that was ended goes on from the latest
 output/metrics.jsonl    a line every log_every steps and every evaluation; output/tensorboard/ the same
@@ -10,48 +10,62 @@ output/plot.png         loss and accepted length over the steps
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import datetime
 import functools
+import math
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eagle_jax.convert.engines import check_engine
-from eagle_jax.convert.place import new_file
 from eagle_jax.models import params
-from eagle_jax.train import features, loader, metrics, processes, save, setup, step
-from eagle_jax.train.checkpoint import Checkpoints
-from eagle_jax.train.config import TrainSettings, read_settings
+from eagle_jax.train import features, loader, metrics, processes, resume, save, setup, step
+from eagle_jax.train.checkpoint import Checkpoints, NotFinite, is_finite
+from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.dataset import Dataset
-from eagle_jax.train.evaluate import Evaluator
-from eagle_jax.train.say import Say, log
+from eagle_jax.train.evaluate import Evaluator, NotLossless
+from eagle_jax.train.lock import locked_folder
+from eagle_jax.train.say import Say, SignsOfLife, log, signs_of_life
 from eagle_jax.train.step import Arrays, TrainState
 
-SETTINGS = "settings.yaml"
-TERMINATED = 143  # what a shell reports for a program that SIGTERM ended
-# Settings that a run may go on with in another form. All others make it another run.
-MAY_CHANGE = {"output", "features", "steps", "epochs", "mesh", "accumulation", "checkpoints", "evaluation", "log_every"}
+TERMINATED = processes.EXIT_CODES[signal.SIGTERM]
+INTERRUPTED = processes.EXIT_CODES[signal.SIGINT]
+MEAN_STEPS = 100  # of the running mean of the loss
 
 
-def train(settings: TrainSettings, say: Say = log) -> int:
+def train(settings: TrainSettings, say: Say = log, command: str = "the same command") -> int:
     """Starts the run in settings.output, or goes on with it. Several processes call it alike; the first one writes.
 
+    Args:
+      command: what starts it again, for messages.
     Returns:
-      An exit code: 0, or 143 after SIGTERM, which ends a run at its next step with everything saved.
+      An exit code: 0, or 143 after SIGTERM and 130 after Ctrl-C, which end a run at its next step, saved.
     Raises:
-      ValueError: bad data (DataError), models that do not fit, or settings other than the run was started with.
+      ValueError: bad data (DataError), models that do not fit, settings that another run was started with, an output
+        that another process writes to (Locked), damaged checkpoints only (CheckpointError), or a loss that diverged.
+      NotLossless: see `Evaluator`; the step is saved.
     """
-    output, say = Path(settings.output), processes.of_first(say)
+    say = processes.of_first(say)
+    with contextlib.ExitStack() as held:
+        processes.by_first(lambda: held.enter_context(locked_folder(Path(settings.output), say)))
+        return _train(settings, held.enter_context(signs_of_life(say)), command)
+
+
+def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
+    output = Path(settings.output)
     mesh = params.make_mesh(settings.mesh.model_dump())
-    note_settings = _check_settings(output, settings)
+    changed = resume.changes(output, settings)
     origin = setup.source(settings)
-    begun = (output / SETTINGS).is_file()
+    begun = resume.begun(output)
+    say.doing("preparing the data")
 
     def documents(split: str, files: Sequence[str]) -> Dataset:
         folder = output / "data" / split
@@ -62,6 +76,7 @@ def train(settings: TrainSettings, say: Say = log) -> int:
     rows, counts = setup.rows_of(train_data, settings)
     total = settings.steps or loader.steps_of(rows, counts, settings.epochs or 1)
 
+    say.doing("loading the models")
     target = None if settings.kind == "target" else setup.load_target(settings, mesh)
     model = setup.new_model(settings, origin, target, train_data, say)
     if target is not None:
@@ -84,17 +99,20 @@ def train(settings: TrainSettings, say: Say = log) -> int:
     batches = loader.iterator(
         loader.batches(train_data, rows, counts, settings.seed, features=read.get("train"), blocks=blocks, of=of)
     )
-    if processes.is_first():
-        note_settings()
+    say.doing("reading the latest checkpoint")
     checkpoints = Checkpoints(output / "checkpoints", settings.checkpoints.keep)
     try:
-        if checkpoints.latest is None:
+        restored = checkpoints.restore_latest(abstract, mesh, say)
+        if restored is None:
             state = jax.jit(start, out_shardings=shardings)(masters)
         else:
-            state, place = checkpoints.restore(checkpoints.latest, abstract, mesh)
+            state, place = restored
             batches.set_state(place)
             say(f"going on from step {int(state.step)} of {total}")
-        del masters
+        if changed:
+            say(f"settings that changed since: {resume.in_words(changed)}")
+        processes.by_first(lambda: resume.note(output, settings, changed, int(state.step)))
+        del masters, restored
 
         objective = setup.objective_of(settings)
         evaluator = None
@@ -109,7 +127,7 @@ def train(settings: TrainSettings, say: Say = log) -> int:
 
         everywhere = NamedSharding(mesh, PartitionSpec())
         advance = jax.jit(advance, donate_argnums=0, out_shardings=(shardings, everywhere))
-        state = _loop(
+        state, ended = _loop(
             settings,
             state,
             lambda state, batch: advance(state, frozen, target, loader.on_mesh(batch, mesh)),
@@ -119,17 +137,21 @@ def train(settings: TrainSettings, say: Say = log) -> int:
             total,
             say,
         )
+        say.doing("writing what was trained")
         if processes.is_first():
             metrics.plot(output)
         number = int(state.step)
-        if number < total:
-            say(f"ended by SIGTERM after step {number}; the same command goes on from there")
-            return TERMINATED
+        if ended:
+            checkpoints.wait()
+            by = "Ctrl-C" if ended == INTERRUPTED else "SIGTERM"
+            say(f"ended by {by} after step {number} of {total}, which is saved; to go on from there: {command}")
+            return ended
 
         def write(masters: Arrays, folder: Path) -> None:
             trained = processes.gathered(params.load(model, masters | frozen), mesh)
             if not processes.is_first():
                 return
+            save.check_range(trained, settings.save_dtype)
             if target is None:
                 save.save_target(trained, Path(str(settings.model)), folder, settings.save_dtype)
             else:
@@ -137,9 +159,10 @@ def train(settings: TrainSettings, say: Say = log) -> int:
             say(f"written: {folder}")
 
         write(state.masters, output / "final")
-        best = checkpoints.best
+        best = checkpoints.restore_best(abstract, mesh, say)
         if best is not None:
-            write(checkpoints.restore(best, abstract, mesh)[0].masters, output / "best")
+            write(best.masters, output / "best")
+        say(f"done: the run has all of its {total} steps" + (f", and {number - total} more" if number > total else ""))
         return 0
     finally:
         checkpoints.close()
@@ -153,75 +176,111 @@ def _loop(
     evaluator: Evaluator | None,
     checkpoints: Checkpoints,
     total: int,
-    say: Say,
-) -> TrainState:
-    """Steps from `state` on until the last, or SIGTERM."""
-    number = int(state.step)
+    say: SignsOfLife,
+) -> tuple[TrainState, int]:
+    """Steps from `state` on until the last, or a signal; returns its exit code, else 0, with the state."""
+    number, ended = int(state.step), 0
     records = metrics.Metrics(Path(settings.output), number)
+    decay = step.schedule(settings.optimizer, total)
+    decay(number)  # its first call compiles
+    unread: list[jax.Array] = []  # losses since the last line of the log
+    losses: collections.deque[float] = collections.deque(maxlen=MEAN_STEPS)
+    compiled: set[tuple[int, ...]] = set()
     clock = _Clock(number, total)
-    terminated = False
-    with processes.termination() as ends_with:
-        while number < total and not terminated:
-            state, values = advance(state, next(batches))
+
+    @contextlib.contextmanager
+    def apart(what: str, steps: int = 0) -> Iterator[None]:
+        """Leaves the block out of the clock."""
+        jax.block_until_ready(state)
+        began = time.monotonic()
+        say.doing(what)
+        yield
+        clock.leave_out(time.monotonic() - began, steps)
+
+    with processes.termination(say) as ends_with:
+        while number < total and not ended:
+            batch = next(batches)
+            shape = batch["tokens"].shape
+            if shape in compiled:
+                say.doing(f"step {number + 1} of {total}")
+                state, values = advance(state, batch)
+            else:
+                compiled.add(shape)
+                with apart(f"compiling a step with rows of {shape[1]}, and running it", steps=1):
+                    state, values = jax.block_until_ready(advance(state, batch))
             number += 1
-            last, terminated = number == total, ends_with(number)
+            last = number == total
+            unread.append(values["loss"])
             if number % settings.log_every == 0 or last:
-                values = jax.device_get(values)
-                if not np.isfinite(values["loss"]):
-                    raise ValueError(
-                        f"the loss is {values['loss']} at step {number}; lower optimizer.learning_rate, and go on from "
-                        "the latest checkpoint or in another output"
-                    )
-                speed = settings.batch_tokens * clock.rate(number)
-                records.add(number, values | {"tokens_a_second": speed})
-                say(f"step {number}/{total}  {_words(values)}  {speed:,.0f} tok/s  ETA {clock.left(number)}")
+                losses_read, found = jax.device_get((unread, values))
+                for at, loss in enumerate(losses_read, number - len(unread) + 1):
+                    if not math.isfinite(loss):
+                        raise _diverged(f"the loss is {loss} at step {at}", settings, checkpoints)
+                losses.extend(map(float, losses_read))
+                unread.clear()
+                rate = settings.optimizer.learning_rate * float(decay(number - 1))
+                found = {"loss": losses[-1], "loss_mean": np.mean(losses), **found, "learning_rate": rate}
+                words, speed = _words(found), settings.batch_tokens * clock.rate(number)
+                if not math.isnan(speed):
+                    found["tokens_a_second"] = speed
+                    words += f"  {speed:,.0f} tok/s  ETA {clock.left(number)}"
+                records.add(number, found)
+                say(f"step {number}/{total}  {words}")
             score = None
-            if evaluator is not None and (number % settings.evaluation.every == 0 or last):
-                before = time.monotonic()
-                values, score = evaluator(state.masters)
-                clock.leave_out(time.monotonic() - before)
-                records.add(number, values)
-                say(f"step {number}/{total}  {_words(values)}")
-            if score is not None or number % settings.checkpoints.every == 0 or last or terminated:
-                checkpoints.save(state, batches.get_state(), score)
+            try:
+                if evaluator is not None and (number % settings.evaluation.every == 0 or last):
+                    with apart(f"evaluating step {number}"):
+                        if not is_finite(state):
+                            raise NotFinite
+                        scores, score = evaluator(state.masters)
+                    records.add(number, scores)
+                    say(f"step {number}/{total}  {_words(scores)}")
+                ended = ends_with(number)
+                if score is not None or number % settings.checkpoints.every == 0 or last or ended:
+                    with apart(f"saving step {number}"):
+                        checkpoints.save(state, batches.get_state(), score)
+            except NotFinite:
+                what = f"parameters or optimizer state are NaN or infinite after step {number}"
+                raise _diverged(what, settings, checkpoints) from None
+            except NotLossless:
+                checkpoints.save(state, batches.get_state(), None)
+                raise
     records.close()
-    return state
+    return state, 0 if number == total else ended
 
 
-def _check_settings(output: Path, settings: TrainSettings) -> Callable[[], None]:
-    """Refuses to go on with a run under other settings; returns what notes these, once the run can begin."""
-    path = output / SETTINGS
-    ours = settings.model_dump(mode="json")
-    if path.is_file():
-        theirs = read_settings(path).model_dump(mode="json")  # a setting that is newer than the run has its default
-        differing = sorted(k for k in ours if k not in MAY_CHANGE and ours[k] != theirs[k])
-        if differing:
-            raise ValueError(
-                f"{output} holds a run with other settings ({', '.join(differing)}); choose another output, or those "
-                "settings"
-            )
-
-    def note() -> None:
-        with new_file(path) as partial:
-            partial.write_text(yaml.safe_dump(ours, sort_keys=False), encoding="utf-8")
-
-    return note
+def _diverged(what: str, settings: TrainSettings, checkpoints: Checkpoints) -> ValueError:
+    """An error that says how to go on."""
+    good = checkpoints.latest
+    begin = "begins anew" if good is None else f"goes on from step {good}, the last good checkpoint,"
+    clip = " or set optimizer.clip_norm" if settings.optimizer.clip_norm is None else ""
+    return ValueError(
+        f"{what}, and nothing of it is saved; lower optimizer.learning_rate (it is {settings.optimizer.learning_rate})"
+        f"{clip}: the same command with the changed setting {begin} in {settings.output}"
+    )
 
 
 class _Clock:
-    """Speed and time left, without the first step (which compiles) and what is left out."""
+    """Speed since the last look, and the time left. What compiles, evaluates and saves is left out."""
 
     def __init__(self, step: int, total: int):
-        self.first, self.total, self.start = step, total, time.monotonic()
+        self.step, self.total, self.at, self.last = step, total, time.monotonic(), math.nan
 
     def rate(self, step: int) -> float:
-        """Steps a second so far."""
-        return (step - self.first) / max(time.monotonic() - self.start, 1e-9)
+        """Steps a second since the last look at an earlier step; NaN if all since then were left out."""
+        if step > self.step:
+            now = time.monotonic()
+            self.last = (step - self.step) / max(now - self.at, 1e-9)
+            self.step, self.at = step, now
+        return self.last
 
-    def leave_out(self, seconds: float) -> None:
-        self.start += seconds
+    def leave_out(self, seconds: float, steps: int = 0) -> None:
+        """Seconds that were spent otherwise, and steps that took place in them."""
+        self.at += seconds
+        self.step += steps
 
     def left(self, step: int) -> datetime.timedelta:
+        """Until the last step, at the rate of the last ones."""
         return datetime.timedelta(seconds=round((self.total - step) / self.rate(step)))
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from eagle_jax.convert import to_official
 from eagle_jax.convert.exporting import CONFIG, SAFETENSORS, export, write_tensors
 from eagle_jax.convert.place import new_folder
 from eagle_jax.convert.read import read_json
 from eagle_jax.convert.write import COPIED
+from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.train.loss import in_dtype
 
@@ -32,3 +35,21 @@ def save_target(model: Llama, config: Path, folder: Path, dtype: str) -> None:
 def save_head(head: Any, target: Llama, folder: Path, dtype: str, format: str = "official") -> None:
     """Writes a head in a format of `export`, as .safetensors, and reads it back."""
     export(jax.device_get(head), target, folder, format=format, dtype=dtype, overwrite=True, safetensors=True)
+
+
+def check_range(model: Any, dtype: str) -> None:
+    """Refuses a model with a number that `dtype` cannot hold.
+
+    Raises:
+      ValueError: naming the parameter and the setting.
+    """
+    limit = float(jnp.finfo(dtype).max)
+    for path, array in params.flatten(model).items():
+        if (
+            jnp.issubdtype(array.dtype, jnp.floating)
+            and not (largest := np.abs(np.asarray(array, np.float32)).max()) <= limit
+        ):
+            raise ValueError(
+                f"{path} holds {largest:.3g}, and {dtype} at most {limit:.3g}: set save_dtype to bfloat16 or float32 "
+                "and start the same command again, which only writes the model then"
+            )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from eagle_jax.convert import from_pretrained
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
 from eagle_jax.repetition import distinct_ngrams
-from eagle_jax.train import evaluate, metrics
-from eagle_jax.train.config import TrainSettings
-from eagle_jax.train.run import TERMINATED, train
-from eagle_jax.train.save import save_target
+from eagle_jax.train import evaluate, metrics, processes, run
+from eagle_jax.train.config import OptimizerSettings, TrainSettings, read_settings
+from eagle_jax.train.lock import Locked, locked_folder
+from eagle_jax.train.run import train
+from eagle_jax.train.save import check_range, save_target
 from tests.sharding.meshes import child_environment
 from tests.train.chat_templates import byte_level
 from tests.train.models import VOCAB, write_target
@@ -127,14 +130,40 @@ def test_killed_and_taken_up_again_is_the_same_run(folder, whole):
     assert expected[-1]["loss"] < expected[0]["loss"]
 
 
-def test_sigterm_saves_and_the_run_goes_on(folder, whole):
-    settings = settings_of(folder, "terminated", checkpoints={"every": 100})
-    assert until(settings, folder, 5, signal.SIGTERM) == TERMINATED
+@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
+def test_a_signal_saves_and_the_run_goes_on(folder, whole, number, code, name):
+    settings = settings_of(folder, name, checkpoints={"every": 100})
     said: list[str] = []
+
+    def say(message: str) -> None:
+        said.append(message)
+        if "step 5/" in message:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    assert train(settings, say, "eagle-jax train --config run.yaml") == code
+    assert signal.getsignal(number) is before
+    assert any(f"{name}: this step is finished and saved first" in line for line in said)
+    assert f"ended by {name} after step 5 of {TOTAL}, which is saved; to go on from there: eagle-jax train" in said[-1]
+    said.clear()
     assert train(settings, said.append) == 0
-    (line,) = (line for line in said if "going on from step" in line)
-    assert 5 <= int(line.split("step ")[1].split()[0]) < TOTAL
+    assert any(f"going on from step 5 of {TOTAL}" in line for line in said)
+    assert said[-1] == f"done: the run has all of its {TOTAL} steps"
     assert_bits(weights(settings), weights(whole))
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    said: list[str] = []
+    ended = threading.Event()
+    codes: list[int] = []
+    monkeypatch.setattr(processes.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    with processes.termination(said.append) as ends_with:
+        assert ends_with(1) == 0
+        signal.raise_signal(signal.SIGINT)
+        assert ends_with(2) == 130 and not codes
+        signal.raise_signal(signal.SIGINT)
+        assert ended.wait(10)
+    assert codes == [130] and "Ctrl-C again ends at once" in said[0]
 
 
 def test_a_checkpoint_restores_onto_another_mesh(folder, whole):
@@ -147,8 +176,16 @@ def test_a_checkpoint_restores_onto_another_mesh(folder, whole):
 
 
 def test_a_run_is_not_gone_on_with_under_other_settings(folder, whole):
-    with pytest.raises(ValueError, match=r"other settings \(loss, seed\)"):
+    with pytest.raises(ValueError, match=r"other settings \(loss, seed\): loss.steps was 3, is 2, seed was 0, is 1"):
         train(settings_of(folder, "whole", seed=1, loss={"steps": 2}), quiet)
+    with pytest.raises(ValueError, match=r"optimizer.name was adamw, is muon; choose another output"):
+        train(settings_of(folder, "whole", optimizer={"name": "muon"}), quiet)
+
+
+def test_two_runs_do_not_share_an_output(folder, whole):
+    with locked_folder(Path(whole.output), quiet), pytest.raises(Locked, match="another run writes there"):
+        train(whole, quiet)
+    train(whole, quiet)
 
 
 def test_a_run_from_before_a_setting_existed_is_gone_on_with(folder, whole, tmp_path):
@@ -251,10 +288,72 @@ def test_bad_data_is_named_and_leaves_no_run_behind(folder):
         train(skipping, quiet)
 
 
-def test_a_run_that_diverges_ends_with_an_error(folder):
-    hot = {"learning_rate": 1e30, "schedule": "constant", "clip_norm": None}
-    with pytest.raises(ValueError, match=r"the loss is .* at step .*lower optimizer\.learning_rate"):
-        train(settings_of(folder, "hot", optimizer=hot), quiet)
+def test_a_run_that_diverges_keeps_what_was_good_and_goes_on_with_other_settings(folder):
+    """Divergence is found when a checkpoint is due, too, and none of it is kept."""
+    sane = {"learning_rate": 1e-3, "schedule": "constant", "clip_norm": None}
+    settings = settings_of(folder, "hot", optimizer=sane, steps=4, log_every=3, checkpoints={"every": 2, "keep": 1})
+    assert train(settings, quiet) == 0
+    hot = settings.model_copy(update={"steps": TOTAL, "optimizer": OptimizerSettings(**sane | {"learning_rate": 1e38})})
+    said: list[str] = []
+    fix = r"lower optimizer\.learning_rate \(it is 1e\+38\) or set optimizer\.clip_norm: .*goes on from step 4"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"(the loss is|NaN or infinite) .*step [56].*; {fix}"):
+            train(hot, said.append)
+        assert [path.name for path in (Path(hot.output) / "checkpoints").iterdir()] == ["4"]
+    cool = OptimizerSettings(**sane | {"learning_rate": 1e-4, "clip_norm": 0.5})
+    said.clear()
+    assert train(hot.model_copy(update={"optimizer": cool}), said.append) == 0
+    assert any("optimizer.learning_rate 1e+38 -> 0.0001, optimizer.clip_norm none -> 0.5" in line for line in said)
+    assert all(np.isfinite(array.astype(float)).all() for array in weights(hot).values())
+    lines = [json.loads(line) for line in (Path(hot.output) / "settings_history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 4]
+    assert lines[-1]["changed"]["optimizer.clip_norm"] == [None, 0.5] and "steps" in lines[0]["changed"]
+    assert read_settings(Path(hot.output) / "settings.yaml").optimizer == cool
+    rates = [line["learning_rate"] for line in metrics.read(Path(hot.output) / "metrics.jsonl")]
+    np.testing.assert_allclose(rates, [1e-3, 1e-3, 1e-4, 1e-4, 1e-4])
+
+
+def test_a_damaged_checkpoint_is_said_and_the_run_goes_on_from_the_one_before(folder, whole):
+    settings = settings_of(folder, "damaged")
+    shutil.copytree(whole.output, settings.output)
+    cut = Path(settings.output) / "checkpoints" / "12" / "place" / "metadata"
+    cut.write_text("{")
+    said: list[str] = []
+    assert train(settings, said.append) == 0
+    assert any("12: place/metadata has 1 bytes" in line and "step 8 the last usable" in line for line in said)
+    assert f"going on from step 8 of {TOTAL}" in said
+    assert_bits(weights(settings), weights(whole))
+
+
+def test_the_clock_leaves_out_what_is_no_step(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    clock = run._Clock(40, 100)
+    now[0] += 60
+    clock.leave_out(60, steps=1)  # the first step compiles
+    assert np.isnan(clock.rate(41))
+    now[0] += 9
+    assert clock.rate(50) == clock.rate(50) == 1.0 and clock.left(50).total_seconds() == 50
+    now[0] += 40
+    clock.leave_out(30)  # an evaluation
+    now[0] += 10  # it became slower
+    assert clock.rate(60) == 0.5 and clock.left(60).total_seconds() == 80
+
+
+def test_the_log_has_the_learning_rate_and_a_running_mean_of_the_loss(whole):
+    lines = metrics.read(Path(whole.output) / "metrics.jsonl")
+    losses = [line["loss"] for line in lines]
+    np.testing.assert_allclose([line["loss_mean"] for line in lines], np.cumsum(losses) / np.arange(1, TOTAL + 1))
+    assert {line["learning_rate"] for line in lines} == {1e-2}
+    assert "tokens_a_second" not in lines[0] and all(line["tokens_a_second"] > 0 for line in lines[1:])
+
+
+def test_a_number_that_the_written_dtype_cannot_hold_is_refused(folder, whole):
+    target, _ = from_pretrained(folder / "target")
+    large = params.load(target, params.flatten(target) | {"lm_head": params.flatten(target)["lm_head"] * 1e6})
+    check_range(large, "bfloat16")
+    with pytest.raises(ValueError, match=r"lm_head holds .*float16 at most 6.55e\+04: set save_dtype"):
+        check_range(large, "float16")
 
 
 def test_a_run_starts_from_a_model_of_its_kind(folder, whole):

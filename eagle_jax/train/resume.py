@@ -1,0 +1,95 @@
+"""Going on with a run: which of its settings may differ from before, and where that is noted.
+
+output/settings.yaml            those that the run goes on with
+output/settings_history.jsonl   a line for every change: when, after which step, and {setting: [before, since]}
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eagle_jax.convert.place import new_file
+from eagle_jax.train.config import TrainSettings, read_settings
+
+SETTINGS = "settings.yaml"
+HISTORY = "settings_history.jsonl"
+# Settings, and sections of them, that a run may go on with in another form. All others make it another run: what is
+# learned, from what, and in which order. The place in the data counts batches, so their size stays, too.
+MAY_CHANGE = {
+    "output",
+    "features",
+    "steps",
+    "epochs",
+    "mesh",
+    "accumulation",
+    "optimizer",
+    "dtype",
+    "save_dtype",
+    "save_format",
+    "checkpoints",
+    "evaluation",
+    "log_every",
+}
+STAYS = {"optimizer.name"}  # its state is another one's
+NOT_NOTED = {"output"}  # a run that was moved is the same
+
+
+def begun(output: Path) -> bool:
+    """Whether the folder holds a run."""
+    return (output / SETTINGS).is_file()
+
+
+def changes(output: Path, settings: TrainSettings) -> dict[str, tuple[Any, Any]]:
+    """{setting: (before, now)} of a run that goes on; empty for a new one.
+
+    Raises:
+      ValueError: if one changed that must not.
+    """
+    if not begun(output):
+        return {}
+    # A setting that is newer than the run has its default.
+    before, now = (_flat(s.model_dump(mode="json")) for s in (read_settings(output / SETTINGS), settings))
+    changed = {name: (before[name], now[name]) for name in now if before[name] != now[name]}
+    refused = [name for name in changed if name.split(".")[0] not in MAY_CHANGE or name in STAYS]
+    if refused:
+        sections = sorted({name if name in STAYS else name.split(".")[0] for name in refused})
+        what = ", ".join(f"{name} was {_word(changed[name][0])}, is {_word(changed[name][1])}" for name in refused)
+        raise ValueError(
+            f"{output} holds a run with other settings ({', '.join(sections)}): {what}; choose another output, or "
+            "those settings"
+        )
+    return {name: pair for name, pair in changed.items() if name not in NOT_NOTED}
+
+
+def note(output: Path, settings: TrainSettings, changed: dict[str, tuple[Any, Any]], step: int) -> None:
+    """Writes the settings, and a line of the history if some changed. step: the last one under the settings before."""
+    if changed:
+        path = output / HISTORY
+        earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+        line = {"time": datetime.datetime.now().isoformat(timespec="seconds"), "step": step, "changed": changed}
+        with new_file(path) as partial:
+            partial.write_text(earlier + json.dumps(line) + "\n", encoding="utf-8")
+    with new_file(output / SETTINGS) as partial:
+        partial.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def in_words(changed: dict[str, tuple[Any, Any]]) -> str:
+    """The changes, for the log."""
+    return ", ".join(f"{name} {_word(before)} -> {_word(now)}" for name, (before, now) in changed.items())
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer.learning_rate": ..., ...}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
