@@ -36,7 +36,8 @@ class Engine:
     taps: the config field that names tapped layers, "" for none. lowest_tap: the first layer whose input it can read.
     num_taps: how many it reads, None for any number. fc_by_width: features as wide as the head itself skip fc.
     target_embedding: kinds whose embedding it replaces by the target's; wide_embedding: those that keep their own
-    where the target has another width. fc_bias: "any", "always" or "never", of an EAGLE-1 head.
+    where the target has another width. target_lm_head: whether an EAGLE-3 head without an lm_head drafts with the
+    target's; null_vocabulary: if its draft_vocab_size is null. fc_bias: "any", "always" or "never", of an EAGLE-1 head.
     any_head_dim: whether head_dim may differ from D / heads. ropes: kinds of RoPE; free_theta: those with a base of
     their own.
     """
@@ -51,6 +52,8 @@ class Engine:
     fc_by_width: bool
     target_embedding: tuple[str, ...]
     wide_embedding: tuple[str, ...]
+    target_lm_head: bool
+    null_vocabulary: bool
     fc_bias: str
     norm_before_residual: bool
     attention_bias: tuple[str, ...]
@@ -73,6 +76,8 @@ ENGINES: dict[str, Engine] = {
         fc_by_width=True,
         target_embedding=(),
         wide_embedding=(),
+        target_lm_head=False,
+        null_vocabulary=False,
         fc_bias="any",
         norm_before_residual=False,
         attention_bias=(),
@@ -93,6 +98,8 @@ ENGINES: dict[str, Engine] = {
         fc_by_width=True,
         target_embedding=BOTH,
         wide_embedding=("eagle3",),
+        target_lm_head=True,
+        null_vocabulary=True,
         fc_bias="always",
         norm_before_residual=False,
         attention_bias=("eagle1",),
@@ -113,6 +120,8 @@ ENGINES: dict[str, Engine] = {
         fc_by_width=False,
         target_embedding=("eagle1",),
         wide_embedding=(),
+        target_lm_head=True,
+        null_vocabulary=False,
         fc_bias="never",
         norm_before_residual=True,
         attention_bias=BOTH,
@@ -148,10 +157,11 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
 
     Args:
       draft: an Eagle3Draft or Eagle1Draft.
-      target: its target. Of its arrays only `embed` is read, and only where an engine replaces the head's embedding.
+      target: its target. Of its arrays only `embed` is read, where an engine replaces the head's embedding, and
+        `lm_head`, where the head has none and the engine needs one.
     Raises:
       ConfigError: a draft that is no EAGLE head, or one that the engine would run differently; the message names the
-        fields and the formats that can hold it.
+        fields and the formats that can hold it. Or an abstract target, of which the lm_head is needed.
     """
     check_engine(draft, target, format)
     assert isinstance(draft, Eagle3Draft | Eagle1Draft)
@@ -167,8 +177,14 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
         added["fc_bias"] = np.zeros((config.hidden_size,), draft.dtype)
         notes.append(f"fc.bias was added, all zero: {engine.title} always has one")
 
+    borrowed = kind == "eagle3" and not config.own_lm_head
+    if borrowed and not engine.target_lm_head:
+        added["lm_head"] = _output_rows(target)
+        notes.append(f"lm_head.weight was added, the target's: {engine.title} takes none from the target")
+
     tensors = to_official(draft)
-    tensors |= {names.EAGLE1[path]: array for path, array in added.items()}
+    table = names.EAGLE3 if kind == "eagle3" else names.EAGLE1
+    tensors |= {table[path]: array for path, array in added.items()}
     if kind == "eagle3" and not engine.midlayer:
         tensors = {name.replace("midlayer.", "layers.0."): array for name, array in tensors.items()}
     expected = dataclasses.replace(
@@ -181,6 +197,7 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
         fc_bias=kind == "eagle3" or config.fc_bias or "fc_bias" in added,  # an EAGLE-3 head's config says nothing: True
         qkv_bias=config.qkv_bias and kind == "eagle1",
         window=None,
+        own_lm_head=not borrowed or "lm_head" in added,
     )
     return Plan(kind, engine.file, tensors, _config_json(expected, kind, engine), expected, added, tuple(notes))
 
@@ -255,6 +272,14 @@ def _same_embedding(draft: Any, target: Llama) -> bool:
     return np.array_equal(np.asarray(ours).astype(theirs.dtype), np.asarray(theirs))
 
 
+def _output_rows(target: Llama) -> np.ndarray:
+    """The target's output matrix [V, D]."""
+    leaf = params.flatten(target)["embed" if target.lm_head is None else "lm_head"]
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise ConfigError("this head has no lm_head, and the target is abstract: load the target with its weights")
+    return np.asarray(leaf)
+
+
 def _config_json(config: DraftConfig, kind: str, engine: Engine) -> dict[str, Any]:
     """config.json of a head whose config is already in the form that reading gives back."""
     rope, type_name = config.rope, "rope_type" if engine.any_head_dim else "type"
@@ -292,7 +317,8 @@ def _config_json(config: DraftConfig, kind: str, engine: Engine) -> dict[str, An
         if engine.fc_bias != "always":
             fields["bias"] = config.fc_bias
         return fields | ({"qkv_bias": True} if config.qkv_bias else {})
-    fields["draft_vocab_size"] = config.draft_vocab_size
+    null = engine.null_vocabulary and not config.own_lm_head
+    fields["draft_vocab_size"] = None if null else config.draft_vocab_size
     if config.target_hidden_size != config.hidden_size:
         fields["target_hidden_size"] = config.target_hidden_size
     if config.norm_before_residual:

@@ -52,7 +52,8 @@ def export(
 
     Args:
       draft: an Eagle3Draft or Eagle1Draft.
-      target: the model it drafts for; none of its weights is written. It may be abstract, or abstract but for `embed`.
+      target: the model it drafts for. None of its weights is written, except the lm_head of a head that has none, for
+        the official code. It may be abstract where no array of it is needed; see `plan`.
       out: the folder to write: the weights and config.json.
       format: "official", "sglang" or "vllm"; see docs/export.md.
       dtype: "float32", "bfloat16" or "float16", to cast; None keeps the head's own. The vocabulary tables d2t [Vd]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,18 @@ from eagle_jax.convert.match import (
     Match,
     as_draft,
     build,
+    check_copy,
     match_draft,
     match_pair,
+    output_path,
     own_dtype,
     parameter_dtype,
 )
 from eagle_jax.convert.read import open_checkpoint, read_json
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
+from eagle_jax.models.eagle3 import Eagle3Draft
+from eagle_jax.models.layers import InputFirst
 from eagle_jax.models.llama import Llama
 
 Models = tuple[Llama, Draft | None]
@@ -93,13 +97,18 @@ def load_draft(path: str | Path, target: Llama, *, dtype: Any = None, mesh: Mesh
             raise CheckpointError(f"{path}: this converted folder holds no draft")
         draft = as_draft(_load_model(Path(path) / parts.DRAFT, entries[parts.DRAFT], dtype, mesh))
     else:
-        draft = as_draft(_fill(match_draft(open_checkpoint(path), dtype), mesh))
+        match = match_draft(open_checkpoint(path), dtype)
+        as_draft(match.model).check_fits(target)
+        check_copy(match, lambda: _output_rows(target))
+        return as_draft(_fill(match, mesh))
     draft.check_fits(target)
     return draft
 
 
 def load_head(source: str | Path, draft: str | Path | None = None) -> tuple[Llama, Draft | None]:
-    """A draft in its own dtype, and its target without weights but for the embedding: what `export` needs.
+    """A draft in its own dtype, and its target without weights but for those that `export` needs.
+
+    Those are the embedding, and the lm_head where the draft has none of its own.
 
     Args:
       source: a converted folder, whose draft is taken; with `draft`, the target's official checkpoint.
@@ -110,19 +119,21 @@ def load_head(source: str | Path, draft: str | Path | None = None) -> tuple[Llam
     if draft is not None:
         target_match, draft_match = match_pair(source, draft, None)
         assert draft_match is not None  # a draft was named
-        draft_match = match_draft(draft_match.checkpoint, _weights_dtype(draft_match))
-        return _with_embedding(target_match.model, target_match.read("embed")), as_draft(_fill(draft_match, None))
+        loaded = as_draft(_fill(match_draft(draft_match.checkpoint, _weights_dtype(draft_match)), None))
+        needed = _needed_by_export(target_match.model, loaded)
+        return _with_arrays(target_match.model, {path: target_match.read(path) for path in needed}), loaded
     folder = Path(source)
     entries = _entries(folder)
     target = _checked_model(folder / parts.TARGET, entries[parts.TARGET])
-    leaves = {"embed": params.flatten(target)["embed"]}
-    ((_, embedding),) = _load_parts(folder / parts.TARGET, entries[parts.TARGET], leaves, None)
-    target = _with_embedding(target, embedding["embed"])
     if parts.DRAFT not in entries:
         return target, None
     loaded = as_draft(_load_model(folder / parts.DRAFT, entries[parts.DRAFT], None, None))
     loaded.check_fits(target)
-    return target, loaded
+    leaves = {path: params.flatten(target)[path] for path in _needed_by_export(target, loaded)}
+    found = {}
+    for _, arrays in _load_parts(folder / parts.TARGET, entries[parts.TARGET], leaves, None):
+        found |= arrays
+    return _with_arrays(target, found), loaded
 
 
 def tokenizer(path: str | Path) -> Any:
@@ -161,11 +172,11 @@ _AGAIN = "convert again (python -m eagle_jax.convert)"
 class _Entry:
     """What a manifest says about one model.
 
-    arrays: {path: shape and dtype}; shapes: {path: shape}; checksums: {part: sha256}.
+    held: see `build`. arrays: {path: shape and dtype}; shapes: {path: shape}; checksums: {part: sha256}.
     """
 
     kind: str
-    own_embedding: bool
+    held: tuple[str, ...]
     dtype: str
     config_sha256: str
     arrays: dict[str, dict[str, Any]]
@@ -198,9 +209,11 @@ def _entries(folder: Path) -> dict[str, _Entry]:
 
 def _entry(model: dict[str, Any], dtype: str) -> _Entry:
     arrays = {path: array for part in model["parts"].values() for path, array in part["arrays"].items()}
+    # Folders of older versions do not say whether a head has an lm_head: those have one.
+    told = {"embed": model["own_embedding"], "lm_head": model.get("own_lm_head", True), "fc_bias": "fc_bias" in arrays}
     return _Entry(
         kind=model["kind"],
-        own_embedding=model["own_embedding"],
+        held=tuple(path for path, there in told.items() if there),
         dtype=dtype,
         config_sha256=model["config_sha256"],
         arrays=arrays,
@@ -223,8 +236,7 @@ def _checked_model(folder: Path, entry: _Entry) -> Any:
     if parts.file_sha256(config_path) != entry.config_sha256:
         raise CheckpointError(f"{config_path}: was changed after the conversion; {_AGAIN}")
     hf, stored_dtype = read_json(config_path), parameter_dtype(entry.dtype)
-    where, own_embedding = str(config_path), entry.own_embedding
-    model = build(entry.kind, hf, where, stored_dtype, own_embedding=own_embedding, shapes=entry.shapes)
+    model = build(entry.kind, hf, str(config_path), stored_dtype, held=entry.held, shapes=entry.shapes)
     expected = {path: parts.describe(leaf) for path, leaf in params.flatten(model).items()}
     if entry.arrays != expected:
         differing = sorted(path for path in entry.arrays | expected if entry.arrays.get(path) != expected.get(path))
@@ -245,9 +257,22 @@ def _load_parts(
         yield part_folder, parts.restore_part(part_folder, {path: _placed(path, leaves[path], mesh) for path in paths})
 
 
-def _with_embedding(target: Llama, embed: Any) -> Llama:
-    """An abstract target with its real embedding."""
-    return params.load(target, params.flatten(target) | {"embed": embed})
+def _needed_by_export(target: Llama, draft: Draft) -> list[str]:
+    """The paths of a target's arrays that an export of the draft may compare or write."""
+    borrows = isinstance(draft, Eagle3Draft) and not draft.config.own_lm_head
+    return list(dict.fromkeys(["embed", *([output_path(target)] if borrows else [])]))
+
+
+def _with_arrays(target: Llama, arrays: Mapping[str, Any]) -> Llama:
+    """An abstract target with some real arrays."""
+    return params.load(target, params.flatten(target) | dict(arrays))
+
+
+def _output_rows(target: Llama) -> np.ndarray:
+    """A loaded target's output matrix [V, D], however it is stored."""
+    weight = target.embed if target.lm_head is None else target.lm_head
+    rows = np.asarray(weight[...])
+    return rows.T if isinstance(weight, InputFirst) else rows
 
 
 def _weights_dtype(match: Match) -> np.dtype:

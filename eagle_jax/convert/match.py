@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,20 @@ from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
-from eagle_jax.models.config import DraftConfig, LlamaConfig
+from eagle_jax.models.config import OFFICIAL_TAPS, DraftConfig, LlamaConfig
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
+from eagle_jax.models.head_config import is_vllm_eagle1
 from eagle_jax.models.llama import Llama
 
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
 FLOATS = (*PARAMETER_DTYPES, "float64")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
 
+LM_HEAD = names.LLAMA["lm_head"]
+OPTIONAL = ("embed", "lm_head", "fc_bias")  # paths of EAGLE heads that tensor names tell of, not the config
+
 BLOCK = 1 << 22  # values checked or cast at a time: bounds the temporaries
-OFFICIAL_TAPS = 3  # target layers that an EAGLE-3 head reads, unless its config names them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Match:
 
     kind: "llama", "eagle3", "eagle1" or "medusa". model: abstract (shapes and dtypes in place of arrays).
     tensors: the source of each parameter by path; all but `target_ids`, which is read already.
+    copy: the target's lm_head in the file of an EAGLE-1 head, which drafts with the target's; see `check_copy`.
     """
 
     kind: str
@@ -44,6 +48,7 @@ class Match:
     checkpoint: Checkpoint
     tensors: Mapping[str, Tensor]
     target_ids: np.ndarray | None
+    copy: Tensor | None = None
 
     def read(self, path: str) -> np.ndarray:
         """The parameter at `path`: checked, in the model's shape and dtype; a view of the file where no cast is due."""
@@ -55,7 +60,9 @@ class Match:
 
 
 def match_pair(target: str | Path, draft: str | Path | None, dtype: Any) -> tuple[Match, Match | None]:
-    """Opens and matches both checkpoints, and checks that the draft was made for the target. Reads no weights.
+    """Opens and matches both checkpoints, and checks that the draft was made for the target.
+
+    Reads no weights, except those that are in the files twice and have to be equal.
 
     Args:
       dtype: of both models; None means the target's own.
@@ -70,6 +77,7 @@ def match_pair(target: str | Path, draft: str | Path | None, dtype: Any) -> tupl
         return target_match, None
     draft_match = match_draft(open_checkpoint(draft), dtype)
     as_draft(draft_match.model).check_fits(target_match.model)
+    check_copy(draft_match, lambda: target_match.read(output_path(target_match.model)))
     return target_match, draft_match
 
 
@@ -81,12 +89,46 @@ def match_target(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
 
 def match_draft(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
     """Matches the checkpoint of a draft; its kind is read from its tensor names."""
-    kind, table = names.draft_kind(checkpoint.tensors, str(checkpoint.folder))
+    where = str(checkpoint.folder)
+    official = names.head_names(checkpoint.tensors.keys() | checkpoint.faults.keys(), where)
+    checkpoint = dataclasses.replace(
+        checkpoint,
+        tensors={bare: checkpoint.tensors[name] for bare, name in official.items() if name in checkpoint.tensors},
+        faults={bare: checkpoint.faults[name] for bare, name in official.items() if name in checkpoint.faults},
+    )
+    kind, table = names.draft_kind(official, where)
     if kind == "medusa":
         return _match_medusa(table, checkpoint, dtype)
-    own_embedding = table["embed"] in checkpoint.tensors
-    model = build(kind, checkpoint.config, str(checkpoint.config_path), dtype, own_embedding=own_embedding)
+    held = [path for path in OPTIONAL if table.get(path) in official]
+    if kind == "eagle3" and "lm_head" not in held and "embed" in held and checkpoint.config.get("tie_word_embeddings"):
+        held.append("lm_head")  # tied to the head's own embedding
+        table = table | {"lm_head": table["embed"]}
+    model = build(kind, checkpoint.config, str(checkpoint.config_path), dtype, held=held)
     return _match(kind, table, model, checkpoint)
+
+
+def check_copy(match: Match, target_rows: Callable[[], np.ndarray]) -> None:
+    """Checks the copy of the target's lm_head that some engines want in the file of an EAGLE-1 head.
+
+    Args:
+      target_rows: reads the target's output matrix, [V, D].
+    Raises:
+      CheckpointError: if the two differ: nobody would draft with this one.
+    """
+    if match.copy is None:
+        return
+    dtype = match.model.dtype
+    ours, theirs = finite_values(match.copy, dtype), target_rows()
+    if ours.shape != theirs.shape or not _same_values(ours, theirs.astype(dtype, copy=False)):
+        raise CheckpointError(
+            f"{match.copy.where} differs from the target's lm_head, which EAGLE-1 heads draft with; the head was made "
+            "for another target, or remove this tensor"
+        )
+
+
+def output_path(target: Llama) -> str:
+    """The path of a target's output matrix: its lm_head, or the embedding where they are tied."""
+    return "embed" if target.config.tie_word_embeddings else "lm_head"
 
 
 def as_draft(model: Any) -> Draft:
@@ -100,14 +142,14 @@ def build(
     where: str,
     dtype: Any,
     *,
-    own_embedding: bool = False,
+    held: Collection[str] = OPTIONAL,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Any:
     """The abstract model of a kind and a Hugging Face config.
 
     Args:
       where: what the sizes come from, for messages.
-      own_embedding: of EAGLE heads, whose config does not tell.
+      held: which of the paths OPTIONAL the files of an EAGLE head hold; its config does not tell.
       shapes: {path: shape} of all parameters; of Medusa heads, whose config holds no sizes.
     Raises:
       CheckpointError: an unknown kind, or shapes that no model has.
@@ -121,7 +163,10 @@ def build(
         return params.abstract(lambda key: Llama(config, key, dtype))
     if kind not in ("eagle1", "eagle3"):
         raise CheckpointError(f"{where}: unknown kind of model {kind!r}")
-    head = DraftConfig.from_hf(hf, where, own_embedding)
+    own_lm_head, fc_bias = kind == "eagle1" or "lm_head" in held, not is_vllm_eagle1(hf) or "fc_bias" in held
+    head = DraftConfig.from_hf(
+        hf, where, own_embedding="embed" in held, kind=kind, own_lm_head=own_lm_head, fc_bias=fc_bias
+    )
     if kind == "eagle1":
         return params.abstract(lambda key: Eagle1Draft(head, key, dtype))
     num_taps = OFFICIAL_TAPS if head.taps is None else len(head.taps)
@@ -214,24 +259,46 @@ def _match(
     leaves = params.flatten(model)
     tensors = checkpoint.tensors
     weights = {path: names.official_name(table, path) for path in leaves if path != "target_ids"}
-    tables = {names.DRAFT_TO_TARGET, names.TARGET_TO_DRAFT} & set(tensors) if kind == "eagle3" else set()
+    tied = kind == "llama" and model.config.tie_word_embeddings
+    if tied and weights["embed"] not in tensors and LM_HEAD in tensors:
+        weights["embed"] = LM_HEAD  # of two names for one tensor a file may keep either
+    unread = _unread(kind, model, checkpoint)
 
     _require(weights.values(), checkpoint, "the files are incomplete, or config.json belongs to another model")
     for path, name in weights.items():
         _check(tensors[name], names.official_shape(path, leaves[path].shape), FLOATS, sized_by)
-    for name in sorted(set(tensors) - set(weights.values()) - tables):
-        if not names.IGNORED.fullmatch(name) and not _repeats_embedding(name, model, weights, tensors):
+    for name in sorted(tensors.keys() - set(weights.values()) - unread):
+        if tied and name == LM_HEAD:
+            _check_repeats(tensors[name], tensors[weights["embed"]])
+        elif not names.IGNORED.fullmatch(name):
             raise CheckpointError(
                 f"{tensors[name].where} has no place in the model that {sized_by} describes; "
                 "one of the two belongs to another model"
             )
     sources = {path: tensors[name] for path, name in weights.items()}
-    ids = _target_ids(model.config, tensors, str(checkpoint.folder)) if kind == "eagle3" else None
-    return Match(kind, model, checkpoint, sources, ids)
+    ids = _target_ids(model.config, checkpoint) if kind == "eagle3" else None
+    return Match(kind, model, checkpoint, sources, ids, tensors.get(LM_HEAD) if kind == "eagle1" else None)
+
+
+def _unread(kind: str, model: Any, checkpoint: Checkpoint) -> set[str]:
+    """Tensors that no parameter of an EAGLE head comes from: vocabulary tables, and what other engines want there."""
+    if kind not in ("eagle1", "eagle3"):
+        return set()
+    tables = {names.DRAFT_TO_TARGET, names.TARGET_TO_DRAFT}
+    if kind == "eagle3":
+        return tables
+    one_vocabulary = model.config.draft_vocab_size == model.config.vocab_size
+    unread = {LM_HEAD} | (tables if one_vocabulary else set())
+    if is_vllm_eagle1(checkpoint.config):
+        unread |= {name for name in checkpoint.tensors if names.VLLM_UNREAD.fullmatch(name)}
+    return unread
 
 
 def _require(wanted: Collection[str], checkpoint: Checkpoint, cause: str) -> None:
-    missing = sorted(set(wanted) - set(checkpoint.tensors))
+    faults = sorted(set(wanted) & checkpoint.faults.keys())
+    if faults:
+        raise CheckpointError(checkpoint.faults[faults[0]])
+    missing = sorted(set(wanted) - checkpoint.tensors.keys())
     if missing:
         files = ", ".join(file.name for file in checkpoint.files)
         raise CheckpointError(f"{checkpoint.folder}: tensor {_and_more(missing)} missing from {files}; {cause}")
@@ -244,28 +311,28 @@ def _check(tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[str, ...], size
         raise CheckpointError(f"{tensor.where} is of dtype {tensor.dtype}; expected one of {', '.join(dtypes)}")
 
 
-def _repeats_embedding(name: str, model: Any, weights: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether `name` is an lm_head that repeats a tied embedding.
-
-    Raises:
-      CheckpointError: if it differs from the embedding.
-    """
-    if name != "lm_head.weight" or "embed" not in weights or not model.config.tie_word_embeddings:
-        return False
-    head, embedding = tensors[name], tensors[weights["embed"]]
-    if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
-        ours, theirs = head.load().reshape(-1), embedding.load().reshape(-1)
-        blocks = range(0, ours.size, BLOCK)
-        if all(np.array_equal(ours[i : i + BLOCK], theirs[i : i + BLOCK]) for i in blocks):
-            return True
-    raise CheckpointError(
-        f"{head.where} differs from the embedding {embedding.name!r} although config.json sets tie_word_embeddings; "
-        "one of the two files is wrong"
-    )
+def _check_repeats(lm_head: Tensor, embedding: Tensor) -> None:
+    """Raises CheckpointError if an lm_head differs from the embedding that it is tied to."""
+    alike = (lm_head.shape, lm_head.dtype) == (embedding.shape, embedding.dtype)
+    if not alike or not _same_values(lm_head.load(), embedding.load()):
+        raise CheckpointError(
+            f"{lm_head.where} differs from the embedding {embedding.name!r} although config.json sets "
+            "tie_word_embeddings; one of the two files is wrong"
+        )
 
 
-def _target_ids(config: DraftConfig, tensors: Mapping[str, Tensor], where: str) -> np.ndarray | None:
-    d2t, t2d = tensors.get(names.DRAFT_TO_TARGET), tensors.get(names.TARGET_TO_DRAFT)
+def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one shape are equal, in blocks that bound the temporaries."""
+    a, b = a.reshape(-1), b.reshape(-1)
+    return all(np.array_equal(a[i : i + BLOCK], b[i : i + BLOCK]) for i in range(0, a.size, BLOCK))
+
+
+def _target_ids(config: DraftConfig, checkpoint: Checkpoint) -> np.ndarray | None:
+    if config.draft_vocab_size == config.vocab_size:
+        return None
+    if names.DRAFT_TO_TARGET in checkpoint.faults:
+        raise CheckpointError(checkpoint.faults[names.DRAFT_TO_TARGET])
+    d2t, t2d = (checkpoint.tensors.get(name) for name in (names.DRAFT_TO_TARGET, names.TARGET_TO_DRAFT))
     if d2t is not None:
         _check(d2t, (config.draft_vocab_size,), INTEGERS)
     if t2d is not None:
@@ -275,7 +342,7 @@ def _target_ids(config: DraftConfig, tensors: Mapping[str, Tensor], where: str) 
         None if t2d is None else t2d.load(),
         config.draft_vocab_size,
         config.vocab_size,
-        where,
+        str(checkpoint.folder),
     )
 
 

@@ -72,6 +72,11 @@ MEDUSA = re.compile(rf"({re.escape(MEDUSA_PREFIX)})?(\d{{1,2}})\.(\d{{1,2}})\.(l
 # Vocabulary tables of an EAGLE-3 head: no weights, so read and written apart from them.
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 
+# What vLLM puts before the names of a head's tensors but for fc and lm_head, and NeMo before most of them.
+PREFIX = "model."
+# Tensors of vLLM's form of an EAGLE-1 head that it loads and never computes with.
+VLLM_UNREAD = re.compile(r"layers\.0\.input_layernorm\.weight|norm\.weight|token_map")
+
 # Tensors of no meaning: old exporters wrote the frequencies, speculators a copy of the target's last weights.
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|verifier_(norm|lm_head)\.weight")
 
@@ -113,14 +118,28 @@ def official_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
 
 
-def draft_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str, str]]:
-    """The kind of a draft, "eagle3", "eagle1", "medusa" or "llama", and its table, from its tensor names.
+def head_names(tensor_names: Collection[str], where: str) -> dict[str, str]:
+    """{official name: name in the file}, without the prefixes of other engines; of an EAGLE head, else as they are.
 
-    Args:
-      where: the checkpoint's name, for messages.
     Raises:
-      CheckpointError: if these are not the names of a draft.
+      CheckpointError: if two tensors have one official name.
     """
+    short = {name: name.removeprefix(PREFIX).removeprefix(PREFIX) for name in tensor_names}
+    if _eagle_kind(set(short.values())) is None:
+        return {name: name for name in tensor_names}
+    official: dict[str, str] = {}
+    for name, bare in short.items():
+        if bare in official:
+            raise CheckpointError(
+                f"{where}: {official[bare]!r} and {name!r} are two tensors for one place; remove the one that does "
+                "not belong to this head"
+            )
+        official[bare] = name
+    return official
+
+
+def _eagle_kind(tensor_names: Collection[str]) -> tuple[str, dict[str, str]] | None:
+    """The kind of an EAGLE head and its table; None if these are not the names of one."""
     if any(name.startswith("midlayer.") for name in tensor_names):
         return "eagle3", EAGLE3
     if "layers.0.hidden_norm.weight" in tensor_names:
@@ -129,6 +148,20 @@ def draft_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str
         return "eagle1", EAGLE1
     if "fusion_fc.weight" in tensor_names:
         return "eagle1", EAGLE1_FUSION
+    return None
+
+
+def draft_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str, str]]:
+    """The kind of a draft, "eagle3", "eagle1", "medusa" or "llama", and its table, from its official tensor names.
+
+    Args:
+      where: the checkpoint's name, for messages.
+    Raises:
+      CheckpointError: if these are not the names of a draft.
+    """
+    eagle = _eagle_kind(tensor_names)
+    if eagle is not None:
+        return eagle
     medusa = [match for match in map(MEDUSA.fullmatch, tensor_names) if match]
     if medusa:
         return "medusa", _medusa_table(medusa)

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,19 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An open folder. source: what the caller called it; files: the weight files that are read."""
+    """An open folder.
+
+    source: what the caller called it. files: the weight files that are read.
+    faults: {tensor name: why it cannot be read}, such as a shard that is not there. Only a tensor that a model needs
+    makes its fault an error.
+    """
 
     source: str
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     files: tuple[Path, ...]
+    faults: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def config_path(self) -> Path:
@@ -82,17 +88,22 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     config = read_json(folder / "config.json")
     files, weight_map = weight_files(folder)
     tensors: dict[str, Tensor] = {}
+    faults: dict[str, str] = {}
     for file in files:
         found = read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
-        for name in (name for name, shard in weight_map.items() if shard == file.name and name not in found):
-            raise CheckpointError(f"{file}: the index says that it holds tensor {name!r}, but it does not")
         for name, tensor in found.items():
             if weight_map.get(name, file.name) != file.name:
                 continue
             if name in tensors:
-                raise CheckpointError(f"{tensor.where} is also in {tensors[name].file.name}; remove one of the files")
-            tensors[name] = tensor
-    return Checkpoint(str(source), folder, config, tensors, tuple(files))
+                faults[name] = f"{tensor.where} is also in {tensors[name].file.name}; remove one of the files"
+            tensors.setdefault(name, tensor)
+    for name in weight_map.keys() - tensors.keys():
+        shard = folder / weight_map[name]
+        if shard in files:
+            faults[name] = f"{shard}: the index says that it holds tensor {name!r}, but it does not"
+        else:
+            faults[name] = f"{shard}: this shard, which holds tensor {name!r}, is missing; download or copy it again"
+    return Checkpoint(str(source), folder, config, tensors, tuple(files), faults)
 
 
 def resolve(source: str | Path) -> Path:
@@ -134,10 +145,13 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         # Folders may hold other files beside shards of the standard name, such as consolidated.safetensors.
         present = sorted(folder.glob(single.replace(".", "*."))) or sorted(folder.glob(shards))
         missing = [name for name in named or _shards_of(present) if not (folder / name).is_file()]
+        listed = [folder / name for name in named if name not in missing]
+        if listed:  # with shards missing, perhaps, of which nobody needs a tensor
+            return listed, weight_map
         if missing and present:
             raise CheckpointError(f"{folder / missing[0]}: this shard is missing; download or copy it again")
         if present:
-            return [folder / name for name in named] or present, weight_map
+            return present, weight_map
         absent = absent or (folder / missing[0] if missing else None)
     if (folder / MEDUSA_FILE).is_file():
         return [folder / MEDUSA_FILE], {}

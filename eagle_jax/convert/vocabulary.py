@@ -16,26 +16,17 @@ from eagle_jax.convert.error import CheckpointError
 def target_ids_of(
     d2t: np.ndarray | None, t2d: np.ndarray | None, draft_size: int, target_size: int, where: str
 ) -> np.ndarray | None:
-    """Reads d2t [Vd] and t2d [V], either of which may be absent, as far as they can be.
+    """Reads d2t [Vd] and t2d [V], of which t2d may be absent.
 
     Args:
       draft_size, target_size: Vd and V, from the head's config.
       where: the checkpoint's name, for messages.
     Returns:
-      target_ids [Vd] int32; None where Vd == V.
+      target_ids [Vd] int32; None where Vd == V, whose tables nobody reads.
     Raises:
       CheckpointError: a table that is missing, out of range, repeats an id, or contradicts the other one.
     """
     if draft_size == target_size:
-        if d2t is not None and d2t.any():
-            raise CheckpointError(
-                f"{where}: d2t is not all zero although draft_vocab_size equals vocab_size ({target_size}); "
-                "a permuted vocabulary is not implemented"
-            )
-        if t2d is not None and not t2d.all():
-            raise CheckpointError(
-                f"{where}: t2d is not all True although draft_vocab_size equals vocab_size ({target_size})"
-            )
         return None
     if d2t is None:
         raise CheckpointError(

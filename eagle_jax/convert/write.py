@@ -152,6 +152,7 @@ def _write_model(match: Match, folder: Path, report: _Report) -> dict[str, Any]:
         "files": files,
         "config_sha256": parts.file_sha256(folder / "config.json"),
         "own_embedding": getattr(match.model.config, "own_embedding", False),
+        "own_lm_head": getattr(match.model.config, "own_lm_head", True),
         "parts": entries,
     }
 

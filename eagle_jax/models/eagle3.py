@@ -59,7 +59,8 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         self.fc = normal(keys[0], (d, num_taps * config.target_hidden_size), dtype)
         self.layer = Eagle3Layer(config, keys[1], dtype)
         self.norm = ones((d,), dtype)
-        self.lm_head = normal(keys[2], (config.draft_vocab_size, d), dtype)
+        # None: the target's lm_head.
+        self.lm_head = normal(keys[2], (config.draft_vocab_size, d), dtype) if config.own_lm_head else None
         self.embed = normal(keys[3], (config.vocab_size, d), dtype) if config.own_embedding else None
         # Target id of every draft id; None where the two vocabularies are one.
         self.target_ids = (
@@ -90,8 +91,9 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         require_same(
             "target_hidden_size" if config.own_embedding else "hidden_size", config.target_hidden_size, t.hidden_size
         )
-        if self.embed is None:
-            require_same("hidden_size (the draft has no embedding of its own)", config.hidden_size, t.hidden_size)
+        for borrowed, what in ((self.embed, "embedding"), (self.lm_head, "lm_head")):
+            if borrowed is None:
+                require_same(f"hidden_size (the draft has no {what} of its own)", config.hidden_size, t.hidden_size)
         require_same("width of the features that fc reads", input_size(self.fc), len(taps) * t.hidden_size)
         if max(taps) > t.num_layers:
             raise ConfigError(
@@ -126,10 +128,10 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         return rms_norm(hidden, self.norm[...], self.config.rms_norm_eps)
 
     def output_weight(self, target: Llama) -> jax.Array:
-        """[Vd, D]: the head's own lm_head."""
-        del target  # an EAGLE-1 head uses the target's lm_head here
-        return self.lm_head[...]
+        """[Vd, D]: the head's own lm_head, or the target's."""
+        return target.output_weight() if self.lm_head is None else self.lm_head[...]
 
     def logits(self, target: Llama, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., Vd] over the draft vocabulary, float32."""
-        return linear(self.before_logits(hidden), self.lm_head, jnp.float32)
+        x = self.before_logits(hidden)
+        return target.logits(x.astype(target.dtype)) if self.lm_head is None else linear(x, self.lm_head, jnp.float32)

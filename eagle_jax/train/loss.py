@@ -226,7 +226,8 @@ def eagle3_sums(
     hidden = hidden[None] if steps == 1 else later_steps(later, steps, floats, constants, hidden, kept)
     head = in_dtype(draft, dtype)
     x = jax.checkpoint(head.before_logits)(hidden)
-    sums = vocabulary_losses(x, head.output_weight(target), Soft(answers, rows), weights, chunk)
+    output = head.output_weight(target)  # the target's, in its own dtype, where the head has no lm_head
+    sums = vocabulary_losses(x.astype(output.dtype), output, Soft(answers, rows), weights, chunk)
     if not features:
         return Eagle3Sums(sums, jnp.zeros(steps))
 

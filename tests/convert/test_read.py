@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.match import Match, match_target
 from eagle_jax.convert.read import open_checkpoint
 from tests.convert import folders
 from tests.convert.folders import CONFIG, assert_same, llama_arrays, read_arrays, write_bin, write_safetensors
@@ -142,7 +143,26 @@ def test_index_need_not_list_everything_and_settles_duplicates(tmp_path: Path):
     assert_same(read_arrays(tmp_path), arrays)  # a shard that the index does not name is not read
     (tmp_path / INDEX).unlink()
     with pytest.raises(CheckpointError, match=r"'model.norm.weight' is also in"):
-        read_arrays(tmp_path)
+        open_target(tmp_path)
+
+
+def open_target(folder: Path) -> Match:
+    """Opens a folder and looks for every tensor that its model needs."""
+    return match_target(open_checkpoint(folder), np.dtype(np.float32))
+
+
+@pytest.mark.parametrize("file", ["other-00004-of-00004.safetensors", SHARDS[1]])
+def test_an_index_may_list_what_nobody_reads(tmp_path: Path, file: str):
+    """Whether or not the file is there; nor does a tensor matter that two files hold, where no model reads it."""
+    write_safetensors(tmp_path, CONFIG, llama_arrays(), shards=3)
+    unread = {"model.mtp.layers.0.weight": file, "model.layers.0.self_attn.rotary_emb.inv_freq": file}
+    edit_json(tmp_path / INDEX, lambda index: index["weight_map"].update(unread))
+    match = open_target(tmp_path)
+    np.testing.assert_array_equal(match.read("norm"), llama_arrays()["model.norm.weight"])
+    (tmp_path / INDEX).unlink()
+    for name in ("model-a.safetensors", "model-b.safetensors"):
+        folders.save_file({"rotary_emb.inv_freq": np.ones(2, np.float32)}, tmp_path / name)
+    open_target(tmp_path)
 
 
 def set_shard(name: str) -> Callable[[Path], None]:
@@ -202,11 +222,11 @@ SHARD_DAMAGE = {
 @pytest.mark.parametrize("damage", SHARD_DAMAGE)
 def test_damaged_shards(tmp_path: Path, damage: str):
     write_safetensors(tmp_path, CONFIG, llama_arrays(), shards=3)
-    open_checkpoint(tmp_path)
+    open_target(tmp_path)
     inflict, message = SHARD_DAMAGE[damage]
     inflict(tmp_path)
     with pytest.raises(CheckpointError, match=message) as error:
-        open_checkpoint(tmp_path)
+        open_target(tmp_path)
     assert str(tmp_path) in str(error.value)
 
 

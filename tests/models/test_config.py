@@ -180,11 +180,14 @@ def test_every_draft_field_is_read(name):
 def test_no_field_is_left_out():
     """A field added to a config needs a row above."""
     covered = {field for _, expected in (*FIELDS.values(), *DRAFT_FIELDS.values()) for field in expected}
-    assert covered | {"own_embedding", "window"} == {field.name for field in dataclasses.fields(DraftConfig)}
+    told_by_tensors = {"own_embedding": True, "own_lm_head": False}
+    fields = {field.name for field in dataclasses.fields(DraftConfig)}
+    assert covered | told_by_tensors.keys() | {"window"} == fields
     plain = PLAIN | dict(num_hidden_layers=1)
-    assert changes(DraftConfig.from_hf(plain), DraftConfig.from_hf(plain, own_embedding=True)) == {
-        "own_embedding": True
-    }
+    for name, value in told_by_tensors.items():
+        assert changes(DraftConfig.from_hf(plain), DraftConfig.from_hf(plain, **{name: value})) == {name: value}
+    smaller = DraftConfig.from_hf(plain | dict(draft_vocab_size=50), own_lm_head=False)
+    assert smaller.own_lm_head  # or there would be none for its vocabulary
 
 
 def test_a_head_may_leave_out_its_one_layer():
@@ -228,16 +231,147 @@ def test_unknown_mathematics_is_refused_by_name(name):
         DraftConfig.from_hf(PLAIN | {"num_hidden_layers": 1, name: REFUSED[name]})
 
 
-@pytest.mark.parametrize("name", ["norm_before_fc", "fc_norm", "norm_output", "parallel_drafting"])
-def test_unknown_head_mathematics_is_refused_by_name(name):
-    with pytest.raises(ConfigError, match=f"{name} = True is not implemented"):
-        DraftConfig.from_hf(PLAIN | {"num_hidden_layers": 1, name: True})
-    assert DraftConfig.from_hf(PLAIN | {"num_hidden_layers": 1, name: False})
+HEAD = PLAIN | dict(num_hidden_layers=1)
+# Where a config may hold a field of the head: {name of the place: the config with these fields there}.
+PLACED = {
+    "": lambda fields: HEAD | fields,
+    "eagle_config.": lambda fields: HEAD | dict(eagle_config=fields),
+    "transformer_layer_config.": lambda fields: HEAD | dict(transformer_layer_config=fields),
+    "text_config.": lambda fields: HEAD | dict(text_config=fields),
+    "model.": lambda fields: dict(model_type="eagle", architectures=["EAGLEModel"], model=HEAD | fields),
+    "model.eagle_config.": lambda fields: dict(model_type="eagle", model=HEAD | dict(eagle_config=fields)),
+}
+# Mathematics of heads: fields with a value that is not implemented, and one that states what is.
+SWITCHES = dict(
+    norm_before_fc=(True, False),
+    fc_norm=(True, False),
+    norm_output=(True, False),
+    use_aux_norm=(True, False),
+    return_hidden_post_norm=(True, False),
+    use_mtp_layernorm=(True, False),
+    eh_proj_before_attn=(True, False),
+    use_input_layernorm_in_first_layer=(False, True),
+    use_last_layernorm=(False, True),
+    use_aux_hidden_state=(False, True),
+    parallel_drafting=(True, False),
+    parallel_draft_step=(4, 1),
+    mask_token_id=(7, None),
+    num_depths=(8, 1),
+    block_size=(16, None),
+    dflash_config=(dict(projector_type="domino"), {}),
+    aux_hidden_state_layer_ids=([2, 16, 29], []),
+    hidden_act=("gelu", "silu"),
+    sliding_window=(2048, None),
+    layer_types=(["sliding_attention"], ["full_attention"]),
+    use_qk_norm=(True, False),
+    logit_scale=(0.5, 1.0),
+)
 
 
-def test_heads_without_target_states_are_refused():
-    with pytest.raises(ConfigError, match="use_aux_hidden_state = False is not implemented"):
-        DraftConfig.from_hf(PLAIN | dict(num_hidden_layers=1, eagle_config=dict(use_aux_hidden_state=False)))
+@pytest.mark.parametrize("place", PLACED)
+@pytest.mark.parametrize("name", SWITCHES)
+def test_mathematics_of_heads_is_refused_wherever_it_is_stated(place, name):
+    other, neutral = SWITCHES[name]
+    with pytest.raises(ConfigError, match=rf"{re.escape(place + name)}\b.*not implemented"):
+        DraftConfig.from_hf(PLACED[place]({name: other}))
+    assert DraftConfig.from_hf(PLACED[place]({name: neutral})) == DraftConfig.from_hf(HEAD)
+
+
+@pytest.mark.parametrize("place", PLACED)
+@pytest.mark.parametrize("name", [name for name in DRAFT_FIELDS if name not in ("eagle_config", "bias")])
+def test_every_draft_field_is_read_wherever_it_is_stated(place, name):
+    value, expected = DRAFT_FIELDS[name]
+    if name == "eagle_aux_hidden_state_layer_ids" and place.endswith("eagle_config."):
+        expected = dict(taps=(2, 3))  # there it names outputs
+    assert changes(DraftConfig.from_hf(HEAD), DraftConfig.from_hf(PLACED[place]({name: value}))) == expected
+
+
+@pytest.mark.parametrize("place", [place for place in PLACED if place])
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [
+        ("rope_theta", 5e5, 1e4),
+        ("rope_scaling", LLAMA3, LLAMA3 | dict(factor=32.0)),
+        ("draft_vocab_size", 50, 60),
+        ("norm_before_residual", True, False),
+        ("attention_bias", True, False),
+        ("rms_norm_eps", 1e-5, 1e-6),
+        ("target_hidden_size", 64, 96),
+    ],
+)
+def test_fields_that_contradict_each_other_are_named_both(place, name, value, other):
+    config = PLACED[place]({name: value})
+    assert DraftConfig.from_hf(config | {name: value}) == DraftConfig.from_hf(config)
+    with pytest.raises(ConfigError, match=rf"{name} = .*{re.escape(place + name)} = .*contradict each other"):
+        DraftConfig.from_hf(config | {name: other})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(eagle_config=dict(new_norm=True)), "eagle_config.new_norm = True is not known"),
+        (dict(eagle_config=dict(new_norm=False)), "eagle_config.new_norm = False is not known"),
+        (dict(eagle_config=[1]), r"eagle_config must be an object, got \[1\]"),
+        (dict(draft_config=dict(norm_output=True)), "draft_config holds norm_output, which are not read there"),
+        (dict(bias=True, eagle_fc_bias=False), "bias = True and eagle_fc_bias = False contradict"),
+        (dict(rope_theta=1e4, rope_parameters=dict(rope_theta=5e5)), "rope_theta = 10000.0 and rope_parameters.rope_t"),
+        (
+            dict(rope_scaling=LLAMA3, rope_parameters=dict(rope_type="default")),
+            "rope_scaling = .*and rope_parameters =",
+        ),
+        (dict(rope_scaling="llama3"), "rope_scaling must be an object, got 'llama3'"),
+        (dict(truncated_vocab_size=64), "truncated_vocab_size 64 for vocab_size 128 is not implemented"),
+        (dict(num_aux_hidden_states=5), "num_aux_hidden_states is 5, eagle_aux.* names none, which means 3"),
+        (
+            dict(num_aux_hidden_states=3, eagle_config=dict(eagle_aux_hidden_state_layer_ids=[1, 2])),
+            "num_aux_hidden_states is 3, .* names 2",
+        ),
+    ],
+)
+def test_configs_of_heads_that_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=f"some/config.json: {message}"):
+        DraftConfig.from_hf(HEAD | fields, "some/config.json")
+
+
+def test_what_nvidia_writes_beside_the_mathematics_is_accepted():
+    written = dict(next_layer_regular=True, parallel_draft_heads_num_layers=1, parallel_draft_step=1, has_lm_head=True)
+    written |= dict(use_input_layernorm_in_first_layer=True, use_last_layernorm=True, use_mtp_layernorm=None)
+    written |= dict(use_aux_hidden_state=True, eagle_aux_hidden_state_layer_ids=[])
+    config = HEAD | dict(eagle_config=written, quantization_config=None, max_window_layers=28)
+    window = dict(use_sliding_window=False, sliding_window=4096)  # switched off
+    assert DraftConfig.from_hf(config | window) == DraftConfig.from_hf(HEAD)
+    assert DraftConfig.from_hf(HEAD | dict(truncated_vocab_size=128)) == DraftConfig.from_hf(HEAD)
+
+
+@pytest.mark.parametrize(
+    ("name", "standard", "other"),
+    [
+        ("use_aux_hidden_state", False, True),
+        ("use_input_layernorm_in_first_layer", False, True),
+        ("use_last_layernorm", False, True),
+        ("skip_prenorm", True, False),
+        ("norm_before_residual", False, True),
+        ("eagle_aux_hidden_state_layer_ids", [], [1, 2]),
+    ],
+)
+def test_an_eagle1_head_has_other_standards(name, standard, other):
+    for place in ("", "eagle_config."):
+        plain = DraftConfig.from_hf(HEAD, kind="eagle1")
+        assert DraftConfig.from_hf(PLACED[place]({name: standard}), kind="eagle1") == plain
+        with pytest.raises(ConfigError, match=name):
+            DraftConfig.from_hf(PLACED[place]({name: other}), kind="eagle1")
+
+
+def test_bias_of_fc():
+    def bias(fields, **options):
+        return DraftConfig.from_hf(HEAD | fields, kind="eagle1", **options).fc_bias
+
+    assert [bias({name: value}) for name in ("bias", "fusion_bias", "eagle_fc_bias") for value in (True, False)] == [
+        *(True, False),
+        *(True, False),
+        *(True, False),
+    ]
+    assert bias({}) and not bias({}, fc_bias=False) and bias(dict(bias=True), fc_bias=False)
 
 
 def test_neutral_values_are_accepted():
@@ -348,11 +482,14 @@ def test_tap_layers():
     assert tap_layers(head_with_taps(**{name: [2, 16, 29]}), 32) == (2, 16, 29)
     assert tap_layers(head_with_taps(**{name: [2, 16, 29]}, eagle_config={name: [1, 15, 28]}), 32) == (2, 16, 29)
     assert tap_layers(head_with_taps(eagle_config=dict(use_aux_hidden_state=True)), 32) == (2, 16, 29)
-    with pytest.raises(ConfigError, match=rf"eagle_config.{name} and {name} name different layers"):
+    assert tap_layers(head_with_taps(target_layer_ids=[1, 15, 28]), 32) == (2, 16, 29)
+    assert head_with_taps(**{name: []}).taps is head_with_taps(eagle_config={name: []}).taps is None
+    assert head_with_taps(**{name: []}, eagle_config={name: [1, 15, 28]}).taps == (2, 16, 29)
+    with pytest.raises(ConfigError, match=rf"{name} and eagle_config.{name} name different layers"):
         head_with_taps(**{name: [1, 15, 28]}, eagle_config={name: [1, 15, 28]})
 
 
-@pytest.mark.parametrize("value", ["2,16,29", [], [2.0], [-1, 3], [True], 5])
+@pytest.mark.parametrize("value", ["2,16,29", [2.0], [-1, 3], [True], 5])
 def test_impossible_tap_layers(value):
     for fields in (
         dict(eagle_aux_hidden_state_layer_ids=value),

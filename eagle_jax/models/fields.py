@@ -1,0 +1,198 @@
+"""Fields of a config.json: values that leave the forward pass as it is, and readers of single fields.
+
+A table maps a field to its accepted values; any other value is refused by name. None and an absent field are always
+accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Table = Mapping[str, tuple[Any, ...]]
+
+# Fields of other architectures, or of Llama derivatives.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama", "eagle", "eagle3"),
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "activation_function": ("silu", "swish"),
+    "sliding_window": (0, False),
+    "use_sliding_window": (False,),
+    "sliding_window_pattern": (0,),
+    "attention_chunk_size": (0,),
+    "partial_rotary_factor": (1, 1.0),
+    "rotary_pct": (1, 1.0),
+    "rope_interleaved": (False,),
+    "interleaved_rope": (False,),
+    "no_rope_layers": (),
+    "no_rope_layer_interval": (0,),
+    "use_qk_norm": (False,),
+    "qk_norm": (False,),
+    "qk_layernorm": (False,),
+    "clip_qkv": (0,),
+    "attn_logit_softcapping": (0, 0.0),
+    "final_logit_softcapping": (0, 0.0),
+    "logit_cap": (0, 0.0),
+    "logit_scale": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "embedding_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "scale_embeddings": (False,),
+    "scale_emb": (1, 1.0),
+    "scale_depth": (),
+    "dim_model_base": (),
+    "parallel_attn": (False,),
+    "use_parallel_residual": (False,),
+    "alibi": (False,),
+    "position_embedding_type": ("rope", "rotary", "absolute"),
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "n_routed_experts": (0,),
+    "kv_lora_rank": (),
+    "q_lora_rank": (),
+    "attention_sinks": (False,),
+    "is_causal": (True,),
+    "quantization_config": (),
+    "norm_type": ("rmsnorm", "rms_norm"),
+    "lm_head_bias": (False,),
+}
+# The same for heads of every kind.
+NEUTRAL_HEAD_VALUES: dict[str, tuple[Any, ...]] = {
+    # Norms around fc, and of what a step hands to the next one (EAGLE-3.1).
+    "norm_before_fc": (False,),
+    "fc_norm": (False,),
+    "norm_output": (False,),
+    "use_aux_norm": (False,),
+    "return_hidden_post_norm": (False,),
+    "use_mtp_layernorm": (False,),
+    "layernorms": (False,),
+    "add_para_norm": (False,),
+    "use_input_norm": (False,),
+    # Another layer, or none.
+    "mlp_only": (False,),
+    "eh_proj_before_attn": (False,),
+    "eh_proj_bias": (False,),
+    "use_rope": (True,),
+    "eagle_decoder_type": ("llama",),
+    # Several tokens in one pass (P-EAGLE, DFlash and its relatives).
+    "parallel_drafting": (False,),
+    "parallel_draft_step": (0, 1),
+    "mask_token_id": (),
+    "pard_token": (),
+    "ptd_token_id": (),
+    "num_depths": (0, 1),
+    "block_size": (0, 1),
+    "use_swa": (False,),
+    "dflash_config": (),
+    "dspark_config": (),
+    "jetspec_config": (),
+    "markov_rank": (0,),
+    "selector_rank": (0,),
+    "enable_confidence_head": (False,),
+    # Layers whose hidden states are read, by names that do not say whether before or after the layer.
+    "aux_hidden_state_layer_ids": (),
+    "aux_layer_indices": (),
+    "layers_to_capture": (),
+}
+# The same for one kind: what an EAGLE-3 head always has, an EAGLE-1 head never has.
+NEUTRAL_VALUES_OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
+    "eagle3": {
+        "use_aux_hidden_state": (True,),
+        "use_input_layernorm_in_first_layer": (True,),
+        "use_last_layernorm": (True,),
+        "skip_prenorm": (False,),
+        "skip_output_norm": (False,),
+    },
+    "eagle1": {
+        "use_aux_hidden_state": (False,),
+        "use_input_layernorm_in_first_layer": (False,),
+        "use_last_layernorm": (False,),
+        "skip_prenorm": (True,),
+        "skip_output_norm": (True,),
+        "norm_before_residual": (False,),
+    },
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that this package does not implement, or that contradicts itself."""
+
+
+def refuse_unknown_mathematics(hf: Mapping[str, Any], neutral: Table, where: str, place: str = "") -> None:
+    """Raises ConfigError for a field whose value changes the forward pass in a way not implemented here.
+
+    Args:
+      place: the object of the config.json that `hf` is, such as "eagle_config."; "" for the whole.
+    """
+    for name, values in neutral.items():
+        value = hf.get(name)
+        if name == "sliding_window" and hf.get("use_sliding_window") is False:
+            continue
+        if says_something(value) and value not in values:
+            accepted = ", ".join(repr(v) for v in values) or "null"
+            raise ConfigError(f"{where}: {place}{name} = {value!r} is not implemented (accepted: {accepted})")
+    layer_types = set(hf.get("layer_types") or ())
+    if layer_types - {"full_attention"}:
+        raise ConfigError(
+            f"{where}: {place}layer_types {sorted(layer_types)} are not implemented (only full_attention)"
+        )
+
+
+def says_something(value: Any) -> bool:
+    """Whether a field's value states anything: null and empty lists and objects do not."""
+    return value is not None and value not in ([], (), {})
+
+
+def require_equal(found: Mapping[str, Any], where: str) -> Any:
+    """The one value of a field that is stated under several names, {name: value}; None if it is nowhere.
+
+    Raises:
+      ConfigError: if two of them differ; the message names both.
+    """
+    (first, value), *others = list(found.items()) or [("", None)]
+    for name, other in others:
+        if other != value or isinstance(other, bool) != isinstance(value, bool):
+            raise ConfigError(f"{where}: {first} = {value!r} and {name} = {other!r} contradict each other; keep one")
+    return value
+
+
+def size(name: str, value: Any, where: str) -> int:
+    """A positive integer."""
+    if value is None:
+        raise ConfigError(f"{where}: {name} is missing")
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{where}: {name} must be a positive integer, got {value!r}")
+    return value
+
+
+def flag(hf: Mapping[str, Any], name: str, where: str, default: bool = False) -> bool:
+    """A bool; the default where it is null or absent."""
+    value = hf.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where}: {name} must be true or false, got {value!r}")
+    return value
+
+
+def positive(name: str, value: Any, where: str) -> float:
+    """A positive number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"{where}: {name} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def layer_indices(name: str, value: Any, where: str) -> tuple[int, ...]:
+    """A list of indices of layers, which may be empty."""
+    valid = isinstance(value, list | tuple) and all(type(v) is int and v >= 0 for v in value)
+    if not valid:
+        raise ConfigError(f"{where}: {name} must list layer indices, got {value!r}")
+    return tuple(value)
+
+
+def joined(*tables: Iterable[str]) -> frozenset[str]:
+    """The names in any of the tables."""
+    return frozenset(name for table in tables for name in table)

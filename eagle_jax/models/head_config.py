@@ -1,0 +1,200 @@
+"""A head's config.json as one flat config, whatever object of it a field is in, and however it is spelled.
+
+official, SpecForge   fields at the top level
+NVIDIA, SGLang        some of them in `eagle_config`
+speculators           those of the decoder layer in `transformer_layer_config`
+vLLM's EAGLE-1        all of them in `model`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from eagle_jax.models.fields import (
+    NEUTRAL_HEAD_VALUES,
+    NEUTRAL_VALUES,
+    NEUTRAL_VALUES_OF_KIND,
+    ConfigError,
+    joined,
+    layer_indices,
+    refuse_unknown_mathematics,
+    require_equal,
+    says_something,
+)
+
+NVIDIA = "eagle_config"
+LAYER = "transformer_layer_config"
+VLLM = "model"
+PLACES = (NVIDIA, LAYER, "text_config", VLLM)  # objects that hold fields of the head, one in another too
+
+TAPS = "eagle_aux_hidden_state_layer_ids"
+# Other spellings of a field.
+SPELLINGS = {
+    "fusion_bias": "bias",
+    "eagle_fc_bias": "bias",
+    "target_layer_ids": TAPS,
+    "rope_base": "rope_theta",
+    "rotary_base": "rope_theta",
+    "rotary_emb_base": "rope_theta",
+}
+
+# What DraftConfig.from_hf reads.
+READ = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "draft_vocab_size",
+    "truncated_vocab_size",
+    "target_hidden_size",
+    TAPS,
+    "num_aux_hidden_states",
+    "norm_before_residual",
+    "bias",
+    "qkv_bias",
+)
+# A head's layer is a copy of its target's config, whose tied embeddings are not the head's.
+FIRST_WINS = ("tie_word_embeddings",)
+
+MATHEMATICS = joined(READ, SPELLINGS, NEUTRAL_VALUES, NEUTRAL_HEAD_VALUES, *NEUTRAL_VALUES_OF_KIND.values())
+# Further fields of `eagle_config`. They describe the head's training, or mean nothing where a head has one layer.
+HARMLESS = {
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eagle_freeze_base_model",
+    "eagle_hidden_state_distillation",
+    "eagle_loss_decay_factor",
+    "eagle_offline",
+    "eagle_report_acc",
+    "eagle_self_logit_distillation",
+    "eagle_ttt_steps",
+    "eos_token_id",
+    "has_lm_head",
+    "initializer_range",
+    "layer_types",
+    "max_window_layers",
+    "next_layer_regular",
+    "pad_token_id",
+    "parallel_draft_heads_num_layers",
+    "pretraining_tp",
+    "torch_dtype",
+    "transformers_version",
+    "ttt_length",
+    "use_cache",
+}
+
+SPECULATORS = "speculators_model_type"  # the field that tells a config of speculators
+# What speculators must say of each kind of head: readers differ on what an absent one means.
+REQUIRED = {"eagle3": ("draft_vocab_size", "norm_before_residual"), "eagle": ("bias", "layernorms")}
+LAYERS = ("auto", "LlamaDecoderLayer")
+
+
+def flat_config(hf: Mapping[str, Any], where: str, kind: str) -> dict[str, Any]:
+    """The fields of a head's config.json, each once and by its first spelling; taps as layers whose input is read.
+
+    Args:
+      kind: "eagle3" or "eagle1".
+    Raises:
+      ConfigError: fields that contradict each other, mathematics that is not implemented, an unknown field of
+        `eagle_config`, or a speculator that is no EAGLE head; the message names the fields.
+    """
+    neutral = NEUTRAL_VALUES | NEUTRAL_HEAD_VALUES | NEUTRAL_VALUES_OF_KIND[kind]
+    flat: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for place, fields in _places(hf, where):
+        refuse_unknown_mathematics(fields, neutral, where, place)
+        _refuse_unread(fields, where, place)
+        for spelling, value in fields.items():
+            name = SPELLINGS.get(spelling, spelling)
+            if name == TAPS and says_something(value):
+                value = _inputs(spelling, value, where, place)
+            if says_something(value):
+                flat.setdefault(name, value)
+                if name in READ and name not in FIRST_WINS:
+                    found.setdefault(name, {})[f"{place}{spelling}"] = value
+    for name, values in found.items():
+        if name == TAPS and len(set(values.values())) > 1:
+            raise ConfigError(f"{where}: {' and '.join(values)} name different layers: inputs of {values}; keep one")
+        require_equal(values, where)
+    _check_speculators(hf, flat, where)
+    return flat
+
+
+def is_vllm_eagle1(hf: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of the form that vLLM reads EAGLE-1 heads in."""
+    return hf.get("model_type") == "eagle" and isinstance(hf.get(VLLM), Mapping)
+
+
+def _places(hf: Mapping[str, Any], where: str, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The config and the objects in it that hold fields of the head: ("", hf), ("eagle_config.", ...), ..."""
+    yield place, hf
+    for name in PLACES:
+        value = hf.get(name)
+        if isinstance(value, Mapping):
+            yield from _places(value, where, f"{place}{name}.")
+        elif value is not None and name != VLLM:
+            raise ConfigError(f"{where}: {place}{name} must be an object, got {value!r}; the file is damaged")
+
+
+def _refuse_unread(fields: Mapping[str, Any], where: str, place: str) -> None:
+    """Raises ConfigError for fields that nobody would read and that could change the mathematics."""
+    for name, value in fields.items():
+        if not says_something(value) or name in PLACES or name in MATHEMATICS:
+            continue
+        if isinstance(value, Mapping) and MATHEMATICS & value.keys():
+            inner = ", ".join(sorted(MATHEMATICS & value.keys()))
+            raise ConfigError(
+                f"{where}: {place}{name} holds {inner}, which are not read there; move them to the top level"
+            )
+        if place.endswith(f"{NVIDIA}.") and name not in HARMLESS:
+            raise ConfigError(
+                f"{where}: {place}{name} = {value!r} is not known, and could change what the head computes; "
+                "remove it if it does not"
+            )
+
+
+def _inputs(name: str, value: Any, where: str, place: str) -> tuple[int, ...]:
+    """Tapped layers as layer *inputs*: the output of layer i is the input of i + 1.
+
+    `eagle_config` (SGLang, NVIDIA) and `target_layer_ids` name layers whose output is read, the field of speculators
+    at the top level those whose input is read.
+    """
+    layers = layer_indices(f"{place}{name}", value, where)
+    outputs = name != TAPS or place.endswith(f"{NVIDIA}.")
+    return tuple(layer + 1 for layer in layers) if outputs else layers
+
+
+def _check_speculators(hf: Mapping[str, Any], flat: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for a config of speculators that is of another kind, or leaves out a field."""
+    if SPECULATORS not in hf:
+        return
+    kind = hf[SPECULATORS]
+    if kind not in REQUIRED:
+        known = ", ".join(map(repr, REQUIRED))
+        raise ConfigError(f"{where}: {SPECULATORS} = {kind!r} is not implemented (accepted: {known})")
+    if not isinstance(hf.get(LAYER), Mapping):
+        raise ConfigError(f"{where}: {LAYER} must be an object, got {hf.get(LAYER)!r}; the file is damaged")
+    named = hf.get("transformer_layer_architecture", "auto")
+    if named not in LAYERS:
+        raise ConfigError(
+            f"{where}: transformer_layer_architecture = {named!r} is not implemented (accepted: {LAYERS})"
+        )
+    for name in REQUIRED[kind]:
+        if name not in flat:
+            theirs = "fusion_bias" if name == "bias" else name
+            raise ConfigError(f"{where}: {theirs} is missing; take it from the configuration of the head's training")
