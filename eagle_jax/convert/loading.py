@@ -130,7 +130,7 @@ def load_head(source: str | Path, draft: str | Path | None = None) -> tuple[Llam
     loaded = as_draft(_load_model(folder / parts.DRAFT, entries[parts.DRAFT], None, None))
     loaded.check_fits(target)
     leaves = {path: params.flatten(target)[path] for path in _needed_by_export(target, loaded)}
-    found = {}
+    found: dict[str, jax.Array] = {}
     for _, arrays in _load_parts(folder / parts.TARGET, entries[parts.TARGET], leaves, None):
         found |= arrays
     return _with_arrays(target, found), loaded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 
 import jax
@@ -68,6 +70,23 @@ def test_eagle3_equals_the_reference(head, case):
     np.testing.assert_allclose(whole, gold[f"{case}/loss"], rtol=1e-5)
     np.testing.assert_allclose(accuracies, gold[f"{case}/acces"], atol=1e-6)
     assert_gradients(gradient, gold, f"{case}/")
+
+
+def test_a_head_without_lm_head_learns_with_the_targets():
+    """Losses and gradients equal those of a head that holds a copy of the target's lm_head."""
+    gold = np.load(GOLDEN / "train_eagle3_dv256.npz")
+    target, draft = golden_pair("t1_eagle3_dv256")
+    rows = {"lm_head": target.output_weight()}
+    copied = params.load(draft, params.flatten(draft) | rows)
+    borrows = copy.copy(draft)
+    borrows.lm_head, borrows.config = None, dataclasses.replace(draft.config, own_lm_head=False)
+    (whole, _), gradient = total_eagle3(copied, target, *batch_of(gold, "trained"))
+    (ours, _), found = total_eagle3(borrows, target, *batch_of(gold, "trained"))
+    np.testing.assert_allclose(ours, whole, rtol=1e-6)
+    expected, found = params.flatten(gradient), params.flatten(found)
+    assert expected.keys() - found.keys() == {"lm_head"}
+    for path, array in found.items():
+        np.testing.assert_allclose(array, expected[path], atol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("head", ["bias", "nobias"])
