@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -26,6 +28,7 @@ from eagle_jax import (
 from eagle_jax.cli import main
 from eagle_jax.cli.results import read_finished
 from eagle_jax.cli.rows import Rows
+from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config
 from eagle_jax.cli.text import Detokenizer, Ends
 from tests.test_cli import byte_tokenizer, converted_pair
 from tests.toy import TARGET, near_ties, random_eagle3, random_prompts, random_target
@@ -231,6 +234,68 @@ def finished(rows: Rows) -> list[list[int]]:
         pass
     tokens, lengths = jax.device_get((rows.state.tokens, rows.state.lengths))
     return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+
+
+GENERATION = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": None, "min_p": 0, "eos_token_id": 1}
+
+
+@pytest.fixture
+def sampled_by(tmp_path):
+    """The SamplingConfig of some options, with a model of this generation_config.json."""
+
+    def config(options, content):
+        if content is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(content))
+        parser = argparse.ArgumentParser()
+        add_sampling_arguments(parser)
+        parser.set_defaults(model=None, target=str(tmp_path))
+        return sampling_config(parser.parse_args(options))
+
+    return config
+
+
+@pytest.mark.parametrize(
+    ("options", "content", "expected"),
+    [
+        ([], GENERATION, {}),
+        (["--sampling-from-model"], GENERATION, {"temperature": 0.6, "top_p": 0.9, "top_k": 50}),
+        (
+            ["--sampling-from-model", "--top-p", "1", "--top-k", "7"],
+            GENERATION,
+            {"temperature": 0.6, "top_p": 1.0, "top_k": 7},
+        ),
+        (["--sampling-from-model", "--temperature", "0"], GENERATION, {"temperature": 0, "top_p": 0.9, "top_k": 50}),
+        (["--sampling-from-model"], {"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
+        (
+            ["--sampling-from-model"],
+            {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1},
+            {"repetition_penalty": 1.1},
+        ),
+        (["--top-k", "99999999999"], None, {"top_k": 2**31 - 1}),
+    ],
+)
+def test_sampling_of_the_model(sampled_by, options, content, expected, capsys):
+    assert sampled_by(options, content) == SamplingConfig(**expected)
+    err = capsys.readouterr().err
+    if not options:
+        assert err.startswith(
+            "greedy decoding; the model asks for --temperature 0.6 --top-k 50 --top-p 0.9 (--sampling"
+        )
+    elif content is not None:
+        assert err.startswith(f"sampling with --temperature {expected.get('temperature', 0):g}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "generation_config.json is not there; give --temperature"),
+        ({"do_sample": True, "temperature": "0.6"}, 'generation_config.json: temperature must be a number; got "0.6"'),
+        ({"do_sample": True, "top_p": 0}, "generation_config.json: sampling.top_p must be above 0"),
+    ],
+)
+def test_a_model_s_sampling_that_cannot_be_is_refused(sampled_by, content, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sampled_by(["--sampling-from-model"], content)
 
 
 @pytest.mark.parametrize(

@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from eagle_jax.sampling import SamplingConfig
+from eagle_jax.convert import parts
+from eagle_jax.convert.read import read_json, resolve
+from eagle_jax.sampling import RANGES, SamplingConfig
+
+GENERATION_CONFIG = "generation_config.json"
+TRANSFORMERS_TOP_K = 50  # what `generate` of transformers samples with, where the config has no top_k
+MOST = 2**31 - 1  # an int32: no vocabulary is larger, so that this keeps all tokens
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --temperature and what else shapes the distribution, --coupled and --seed."""
+    """Adds --temperature and what else shapes the distribution, --sampling-from-model, --coupled and --seed.
+
+    The numbers are None where they are not given; `sampling_config` fills them in.
+    """
     group = parser.add_argument_group("sampling", "how tokens are chosen; greedily by default")
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    group.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0: all (default)"
-    )
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default)")
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0: all (default)")
     group.add_argument(
         "--top-p",
         type=float,
-        default=1.0,
         metavar="P",
         help="keep the likeliest tokens that have probability P together; 1: all (default)",
     )
     group.add_argument(
         "--min-p",
         type=float,
-        default=0.0,
         metavar="P",
         help="keep tokens at least P times as likely as the likeliest; 0: all (default)",
     )
     group.add_argument(
         "--repetition-penalty",
         type=float,
-        default=1.0,
         metavar="R",
         help="make tokens that occurred less likely, with R above 1 (default: 1)",
+    )
+    group.add_argument(
+        "--sampling-from-model",
+        action="store_true",
+        help=f"take those of the five above that are not given from the model's {GENERATION_CONFIG}, as `generate` of "
+        "transformers does",
     )
     group.add_argument(
         "--logit-bias",
@@ -76,15 +92,68 @@ def parse_seed(text: str) -> int:
 
 
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:
-    """What the options say, but for --logit-bias, which needs the vocabulary. Raises ValueError for a bad number."""
-    return SamplingConfig(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        coupled=args.coupled,
-    )
+    """What the options say, but for --logit-bias, which needs the vocabulary; fills in those that were not given.
+
+    Says on stderr what --sampling-from-model took, or that the model asks for sampling and gets none.
+
+    Raises:
+      ValueError: for a number outside its range, or a model's generation_config.json that cannot be used.
+    """
+    given = {name: value for name in RANGES if (value := getattr(args, name)) is not None}
+    off = {field: getattr(SamplingConfig, field) for field in RANGES}
+    of_model = _model_sampling(args) if args.sampling_from_model else {}
+    chosen = off | of_model | given
+    for name, value in chosen.items():
+        setattr(args, name, value)
+    sampling = SamplingConfig(**(chosen | {"top_k": min(chosen["top_k"], MOST)}), coupled=args.coupled)
+    if args.sampling_from_model:
+        said = {name: value for name, value in chosen.items() if name == "temperature" or value != off[name]}
+        print(f"sampling with {_options(said)}, by the model's {GENERATION_CONFIG} and the options", file=sys.stderr)
+    elif "temperature" not in given:
+        with contextlib.suppress(ValueError):  # no such file or folder: that is told later, if it matters
+            if asked := {name: value for name, value in _model_sampling(args).items() if value != off[name]}:
+                take = "--sampling-from-model decodes with it"
+                print(f"greedy decoding; the model asks for {_options(asked)} ({take})", file=sys.stderr)
+    return sampling
+
+
+def _model_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling that the model's generation_config.json asks for, as `generate` of transformers reads it.
+
+    Without "do_sample" that is greedy decoding; with it, what is left out has the defaults of transformers.
+
+    Returns:
+      {field of SamplingConfig: its value}.
+    Raises:
+      ValueError: if the file is not there, or holds a value that cannot be.
+    """
+    if args.model is None and args.target is None:
+        raise ValueError("--sampling-from-model needs a model: --model or --target")
+    if args.model is not None:
+        path = Path(args.model) / parts.TARGET / GENERATION_CONFIG
+    else:  # a hub's folder is downloaded only if it is asked for
+        path = (resolve(args.target) if args.sampling_from_model else Path(args.target)) / GENERATION_CONFIG
+    if not path.is_file():
+        raise ValueError(f"--sampling-from-model: {path} is not there; give --temperature and the like")
+    config = read_json(path)
+    values = {name: config[name] for name in RANGES if config.get(name) is not None}
+    if config.get("do_sample") is True:
+        values = {"temperature": 1.0, "top_k": TRANSFORMERS_TOP_K} | values
+    else:
+        values = {name: value for name, value in values.items() if name == "repetition_penalty"}
+    for name, value in values.items():
+        try:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number; got {json.dumps(value)}")
+            SamplingConfig(**{name: value})  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return values
+
+
+def _options(values: Mapping[str, Any]) -> str:
+    """ "--temperature 0.6 --top-p 0.9"."""
+    return " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in values.items())
 
 
 def with_logit_bias(sampling: SamplingConfig, args: argparse.Namespace, vocab_size: int) -> SamplingConfig:
