@@ -101,10 +101,11 @@ def run(args: argparse.Namespace) -> int:
         stop_tokens=stops,
     )
     rows.compile(CYCLES)
+    drafted = [fingerprint.of_model(draft), fingerprint.of_config(tree), args.draft_window]
     settings = {
         "target": fingerprint.of_model(target),
-        "draft": None if draft is None else [fingerprint.of_model(draft), repr(tree), args.draft_window],
-        "sampling": repr(sampling),
+        "draft": None if draft is None else drafted,
+        "sampling": fingerprint.of_config(sampling),
         "logit_bias": [f"{id}={value:g}" for id, value in args.logit_bias],
     }
     source = Source(convert.tokenizer(loaded.folder), target.config.vocab_size, stops)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -11,10 +12,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# The fields of the configs when fingerprints of them were first stored. They are always part of the text, so that those
+# fingerprints stay valid; a field that was added since is part of it where it differs from its default.
+FIRST_FIELDS = {
+    "RopeConfig": "theta kind factor low_freq_factor high_freq_factor original_length",
+    "LlamaConfig": (
+        "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim rms_norm_eps rope "
+        "max_position_embeddings tie_word_embeddings attention_bias mlp_bias"
+    ),
+    "MedusaConfig": "vocab_size hidden_size num_heads num_blocks",
+    "TreeConfig": "depth top_k num_nodes stop_below score_temperature",
+    "StaticTree": "paths",
+    "SamplingConfig": "temperature top_k top_p min_p repetition_penalty logit_bias coupled",
+}
+FIRST_FIELDS["DraftConfig"] = FIRST_FIELDS["LlamaConfig"] + (
+    " draft_vocab_size target_hidden_size taps norm_before_residual own_embedding fc_bias qkv_bias window"
+)
+
+
+def of_config(config: Any) -> str:
+    """Of a config, as text that a new field with a default leaves as it is. Of anything else: its repr."""
+    kind = type(config)
+    if not dataclasses.is_dataclass(kind) or not kind.__module__.startswith("eagle_jax."):
+        return repr(config)
+    fields = {field.name: of_config(getattr(config, field.name)) for field in dataclasses.fields(kind)}
+    first = [name for name in FIRST_FIELDS.get(kind.__name__, "").split() if name in fields]
+    newer = [
+        field.name for field in dataclasses.fields(kind) if field.name not in first and not _is_default(config, field)
+    ]
+    shown = ", ".join(f"{name}={fields[name]}" for name in [*first, *sorted(newer)])
+    return f"{kind.__name__}({shown})"
+
+
+def _is_default(config: Any, field: dataclasses.Field[Any]) -> bool:
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    return default is not dataclasses.MISSING and of_config(getattr(config, field.name)) == of_config(default)
+
 
 def of_model(model: Any) -> str:
     """Of a model's config and parameters; the same on any device, and however the parameters are sharded."""
-    parts = [repr(getattr(model, "config", None))]
+    parts = [of_config(getattr(model, "config", None))]
     for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
         sums = np.asarray(_checksums(leaf)).tolist()
         parts.append(f"{jax.tree_util.keystr(path)} {leaf.dtype.name} {list(leaf.shape)} {sums}")

@@ -15,8 +15,10 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from eagle_jax import Eagle3Draft, SamplingConfig, TreeConfig
 from eagle_jax.cli import main
 from eagle_jax.models import params
+from eagle_jax.models.config import DraftConfig, RopeConfig
 from eagle_jax.train import features, fingerprint, loader, loss, metrics, setup
 from eagle_jax.train.config import TrainSettings, read_settings
 from eagle_jax.train.dataset import Dataset
@@ -284,3 +286,31 @@ def test_a_model_is_known_by_every_number_and_its_place():
     other = [digest(a=swapped.reshape(3, 4)), digest(a=nudged.reshape(3, 4)), digest(a=base.reshape(4, 3))]
     other += [digest(b=np.ones(5, np.float32)), digest(c=np.ones(1, np.float32)), digest(b=np.ones(4, np.float16))]
     assert len({digest(), *other}) == 7 and digest() == digest(a=base.reshape(3, 4).copy())
+
+
+def test_fingerprints_outlast_new_fields_of_a_config():
+    """A stored one (of the version before fields were chosen) holds; a new field counts where it is not its default."""
+    config = DraftConfig(8, 4, 4, 1, 2, 1, 2, rope=RopeConfig(500000.0), draft_vocab_size=8, target_hidden_size=4)
+    config = dataclasses.replace(config, taps=(0, 1, 1), window=(4, 64))
+    head = jax.tree.map(jax.numpy.ones_like, Eagle3Draft(config, 3, jax.random.key(0)))
+    stored = "09c090041d61e02d7d82b4a82f06ae263b863a86700d777c48778ce524148b63"
+    assert fingerprint.of_model(head) == stored
+
+    newer = dataclasses.make_dataclass(
+        "DraftConfig",
+        [("softcap", float, 0.0), ("sinks", tuple, dataclasses.field(default_factory=tuple))],
+        bases=(DraftConfig,),
+        frozen=True,
+    )
+    newer.__module__ = DraftConfig.__module__
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    head.config = newer(**fields)
+    assert fingerprint.of_model(head) == stored
+    others = []
+    for change in ({"softcap": 1.0}, {"sinks": (1,)}, {"window": None}, {"rope": RopeConfig()}):
+        head.config = dataclasses.replace(newer(**fields), **change)
+        others.append(fingerprint.of_model(head))
+    assert len({stored, *others}) == 5
+    assert fingerprint.of_config(TreeConfig()) == repr(TreeConfig()) and fingerprint.of_config(None) == "None"
+    sampled = SamplingConfig(temperature=0.7, coupled=True)
+    assert fingerprint.of_config(sampled) == repr(sampled)
