@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
-from eagle_jax.cli.models import add_model_arguments, parse_tree, parse_window, positive
+from eagle_jax import convert
+from eagle_jax.cli.models import GROWTH, add_model_arguments, parse_tree, parse_window, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config, with_logit_bias
+from eagle_jax.convert import parts
+from eagle_jax.convert.read import read_json, resolve
+from eagle_jax.models.config import LlamaConfig
 
 EXAMPLES = """\
 examples:
   eagle-jax train regenerate --target vicuna/ --data sharegpt.jsonl --out own.jsonl --batch 16
   eagle-jax train regenerate --model llama-8b/ --data chats.jsonl --out own.jsonl --temperature 0.7 --seed 1
 
-Conversations get new answers, turn by turn; texts and tokens keep their first --prompt-tokens, prompts stay whole, and
-the target goes on. Every line tells its source and how it ended. With a draft the same texts come sooner. A run that
-was stopped goes on where it was, if started again.
+Conversations get new answers, turn by turn, and a prompt is a user's turn if there is a chat template. Texts and tokens
+keep their first --prompt-tokens, prompts with a completion stay whole, and the target goes on. Every line has the
+decoded tokens, which training reads, its source, and how it ended. With a draft the same texts come sooner. A run that
+was stopped (Ctrl-C keeps the lines that are done) goes on where it was, if started again.
 """
 
 
@@ -28,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help=".jsonl or .jsonl.gz: text, prompt, tokens, messages or conversations a line, as for training",
+        help="JSON Lines or one JSON array, also .gz: records of text, prompt (with or without completion), tokens, "
+        "messages or conversations, as for training",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file to write")
     parser.add_argument("--overwrite", action="store_true", help="write it anew, if it is there or was begun")
@@ -55,28 +63,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-window", type=parse_window, metavar="FIRST,RECENT", help="as for `eagle-jax generate`")
     parser.add_argument("--ignore-eos", action="store_true", help="decode on after an end-of-text token")
     parser.add_argument("--stop-token", type=int, action="append", default=[], metavar="ID", help="end after it, too")
+    parser.set_defaults(**dict.fromkeys(GROWTH))
     add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the new training set; returns 1 if the model's numbers broke down in one of its texts."""
-    from eagle_jax import convert
     from eagle_jax.cli import models
     from eagle_jax.cli.rows import Rows
     from eagle_jax.prompt import BUCKETS
     from eagle_jax.train import fingerprint
     from eagle_jax.train.progress import check_place
-    from eagle_jax.train.regenerate import CYCLES, Options, Source, regenerate
+    from eagle_jax.train.regenerate import CYCLES, Options, Source, check_lines, regenerate
     from eagle_jax.train.say import log
 
-    sampling, out = sampling_config(args), Path(args.out)  # before the models are loaded, which may take long
+    # All that can be wrong with the input is found before the models are loaded, which may take long.
+    sampling, out = sampling_config(args), Path(args.out)
     template = None if args.chat_template is None else Path(args.chat_template).read_text(encoding="utf-8")
     check_place(out, args.overwrite)
     for path in args.data:
         open(path, "rb").close()
-    loaded = models.load_models(args)
-    target, draft = loaded.target, loaded.draft
-    length = min(args.max_length, target.config.max_position_embeddings)
+    folder, config = target_of(args)
+    length = min(args.max_length, config.max_position_embeddings)
     if args.prompt_tokens >= length:
         raise ValueError(f"--prompt-tokens {args.prompt_tokens} leave no room for more: a text has at most {length}")
     options = Options(
@@ -88,18 +96,17 @@ def run(args: argparse.Namespace) -> int:
         chat_template=template,
         seed=args.seed,
     )
-    stops = models.stop_tokens(loaded, args)
-    tree = models.default_tree(draft) if args.tree is None else args.tree
-    rows = Rows(
-        target,
-        draft,
-        args.batch,
-        length,
-        tree=tree,
-        buckets=BUCKETS,
-        sampling=with_logit_bias(sampling, args, target.config.vocab_size),
-        stop_tokens=stops,
-    )
+    biased = with_logit_bias(sampling, args, config.vocab_size)
+    only_config: Any = types.SimpleNamespace(config=config)
+    stops = models.stop_tokens(models.Models(only_config, None, folder), args)
+    source = Source(convert.tokenizer(folder), config.vocab_size, stops)
+    total = check_lines(args.data, source, options)
+    log(f"{total:,} lines; loading the models")
+    loaded = models.load_models(args)
+    target, draft = loaded.target, loaded.draft
+    tree = models.chosen_tree(draft, args)
+    rows = Rows(target, draft, args.batch, length, tree=tree, buckets=BUCKETS, sampling=biased, stop_tokens=stops)
+    log(f"compiling; {'without a draft' if draft is None else models.describe_tree(tree)}")
     rows.compile(CYCLES)
     drafted = [fingerprint.of_model(draft), fingerprint.of_config(tree), args.draft_window]
     settings = {
@@ -108,8 +115,17 @@ def run(args: argparse.Namespace) -> int:
         "sampling": fingerprint.of_config(sampling),
         "logit_bias": [f"{id}={value:g}" for id, value in args.logit_bias],
     }
-    source = Source(convert.tokenizer(loaded.folder), target.config.vocab_size, stops)
-    failed = regenerate(args.data, out, rows, args.batch, source, options, settings, log, args.overwrite)
+    failed = regenerate(args.data, out, rows, args.batch, source, options, settings, log, args.overwrite, total)
     if failed:
         print(f"error: in {failed} texts the model's logits became NaN or infinite", file=sys.stderr)
     return 1 if failed else 0
+
+
+def target_of(args: argparse.Namespace) -> tuple[Path, LlamaConfig]:
+    """The folder of the target's small files, and its config, without its weights."""
+    if (args.model is None) == (args.target is None):
+        raise ValueError("name the models with either --model, or --target and --draft")
+    folder = resolve(args.target) if args.model is None else Path(args.model) / parts.TARGET
+    if args.model is not None and not parts.is_conversion(Path(args.model)):
+        raise ValueError(f"--model {args.model} is no folder that `eagle-jax convert` wrote; official ones: --target")
+    return folder, LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))

@@ -1,24 +1,31 @@
-"""Conversations as tokens, and which of them are the assistant's own.
+"""Turns conversations into tokens, and says which of them are the assistant's own.
 
 What the assistant writes is known in one of two ways. A chat template may mark it, by {% generation %} and
 {% endgeneration %}. Without marks the conversation is rendered again up to each answer and up to its end: where each is
 a prefix of the whole, in text and in tokens, the answer is what lies between. A template that changes what it wrote
-before (leaves out earlier reasoning, say) has no such prefixes, and is refused rather than guessed at.
+before (leaves out earlier reasoning, say) has no such prefixes: then every answer makes a document of its own. An
+answer that is not found whole in what would be learned is refused rather than guessed at.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import json
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from eagle_jax.jsonl import Fault
+from eagle_jax.train.messages import (
+    REASONING,
+    REASONING_KEYS,
+    find_content,
+    is_learned,
+    missing_part,
+    normal_messages,
+    without_opening,
+)
+from eagle_jax.train.rendering import Rendering, Span, chat_template_of, probe, unsure
 
 Kind: TypeAlias = Literal[
     "damaged file",
@@ -34,39 +41,39 @@ Kind: TypeAlias = Literal[
     "wrong roles",
     "template refuses",
     "mask unsure",
+    "answer changed",
+    "other tokenizer",
     "token id out of range",
     "nothing to learn",
     "too long",
     "failed",
 ]
-Span: TypeAlias = tuple[int, int]  # characters of a text, or tokens: the first, and the one after the last
 
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
-}
-MAY_FOLLOW = {  # "": at the beginning
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
-NOT_KEPT = ("from", "value", "weight")  # of a message's keys
-MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-USE_MARKS = "give a chat template that marks them with {% generation %} and {% endgeneration %}"
+KEEP_WHOLE = (
+    "give a chat template that writes all of it, or let `eagle-jax train regenerate` write the answers, which keeps "
+    "their tokens"
+)
 
 
 def conversation_tokens(
     tokenizer: Any, messages: Any, *, chat_template: str | None = None, tools: list[Any] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of a conversation by the chat template, and which of them the assistant wrote.
+    """Returns the tokens of a conversation, and which of them the assistant wrote: `conversation_documents`' last one.
 
-    An answer is learned with the mark that ends it, which a model must learn to write, but without white space that a
-    template puts after that mark. Marks of a template count exactly as they are. What follows the last answer (a
-    user's turn) is there and not learned.
+    Where the template changes earlier answers, only the last answer is learned.
+    """
+    return conversation_documents(tokenizer, messages, chat_template=chat_template, tools=tools)[-1]
+
+
+def conversation_documents(
+    tokenizer: Any, messages: Any, *, chat_template: str | None = None, tools: list[Any] | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the tokens of a conversation by the chat template, and which of them the assistant wrote.
+
+    An answer is learned whole: its content, its reasoning and its tool calls stand in the learned text, or the
+    conversation is refused. It is learned with the mark that ends it, which a model must learn to write, but without
+    white space that a template puts after that mark. Marks of a template count exactly as they are. What follows the
+    last answer (a user's turn) is there and not learned, and so are answers of weight 0.
 
     Args:
       tokenizer: of transformers.
@@ -76,200 +83,154 @@ def conversation_tokens(
       chat_template: Jinja, in place of the tokenizer's own.
       tools: JSON schemas, for the template.
     Returns:
-      tokens [T] int32 and mask [T] uint8.
+      tokens [T] int32 and mask [T] uint8: one pair for all answers, or a pair for each answer, with what was said
+      before, if the template writes earlier answers otherwise than the last one.
     Raises:
       Fault: if the conversation cannot be used, or it is not sure which tokens are the assistant's.
       ValueError: if there is no chat template, or it is not valid Jinja.
     """
     chat = normal_messages(messages)
+    pairs = zip(messages, chat, strict=True)
+    learned = [index for index, (given, message) in enumerate(pairs) if is_learned(given, message)]
+    if not learned:
+        raise Fault("nothing to learn", "every answer has weight 0")
+    rendering = Rendering(tokenizer, chat_template_of(tokenizer, chat_template, tools), tools)
+    chat = rendering.with_arguments(chat)
+    together, alone = (_marked, _marked_alone) if rendering.marked else (_rendered_again, _alone)
     try:
-        template = tokenizer.get_chat_template(chat_template, tools)
-    except ValueError as error:
-        raise ValueError(f"conversations need a chat template, give chat_template: {error}") from error
-    if MARK.search(template):
-        text, spans = _marked(tokenizer, template, chat, tools)
-        tokens, spans = _token_spans(tokenizer, text, spans, straddling=True)
-    else:
-        text, spans = _rendered_again(tokenizer, template, chat, tools)
-        tokens, spans = _token_spans(tokenizer, text, spans, straddling=False)
-        spans = [_without_tail(tokenizer, tokens, span) for span in spans]
+        return [_encoded(rendering, *together(rendering, chat, learned))]
+    except Fault as fault:
+        if fault.kind not in ("mask unsure", "answer changed"):
+            raise
+    return [_encoded(rendering, *alone(rendering, chat[: index + 1])) for index in learned]
+
+
+def _encoded(rendering: Rendering, text: str, spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a text and the mask of its spans of characters."""
+    tokens, found = _token_spans(rendering.tokenizer, text, spans, straddling=rendering.marked)
     mask = np.zeros(len(tokens), np.uint8)
-    for start, end in spans:
+    for span in found:
+        start, end = span if rendering.marked else _without_tail(rendering.tokenizer, tokens, span)
         mask[start:end] = 1
     return np.asarray(tokens, np.int32), mask
 
 
-def normal_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages with "role" and a "content" that is a string; checked for their order."""
-    if not isinstance(messages, list):
-        raise Fault("bad message", "the messages are no list")
-    if not messages:
-        raise Fault("empty conversation", "there are no messages")
-    chat = [_normal_message(message, f"message {number}") for number, message in enumerate(messages, start=1)]
-    before = ""
-    for number, message in enumerate(chat, start=1):
-        role = message["role"]
-        if role not in MAY_FOLLOW[before]:
-            place = f"follows {before!r}" if before else "comes first"
-            expected = " or ".join(map(repr, MAY_FOLLOW[before]))
-            raise Fault("wrong roles", f"message {number}: {role!r} {place}, where {expected} must stand")
-        before = role
-    if not any(message["role"] == "assistant" for message in chat):
-        raise Fault("wrong roles", "no message is the assistant's")
-    return chat
+def _check_whole(message: dict[str, Any], name: str, text: str, before: str = "") -> None:
+    """Refuses an answer of which the template left something out of the text that is learned."""
+    missing = missing_part(message, text, before)
+    if missing is not None:
+        raise Fault("answer changed", f"{name}: the chat template leaves out or changes {missing}; {KEEP_WHOLE}")
 
 
-def _normal_message(message: Any, name: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise Fault("bad message", f"{name} is no object")
-    given = message.get("role", message.get("from"))
-    role = ROLES.get(given) if isinstance(given, str) else None
-    if role is None:
-        raise Fault("wrong roles", f"{name}: the role is {given!r}, not one of {', '.join(ROLES)}")
-    if message.get("weight", 1) != 1:
-        raise Fault("bad message", f"{name}: weights other than 1 are not supported; leave the record out")
-    content = message.get("content", message.get("value"))
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        texts = [part for part in parts if isinstance(part, str)]
-        content = "".join(texts) if len(texts) == len(parts) else parts
-    calls = message.get("tool_calls")
-    if content is None and role == "assistant":
-        content = ""
-    if not isinstance(content, str):
-        raise Fault("bad message", f"{name}: the content is neither a string nor a list of text parts")
-    if role == "assistant" and not content.strip() and not calls:
-        raise Fault("empty answer", f"{name}: the assistant says nothing")
-    kept = {key: value for key, value in message.items() if value is not None and key not in NOT_KEPT}
-    if isinstance(calls, list):
-        kept["tool_calls"] = [_parsed_call(call) for call in calls]
-    return {**kept, "role": role, "content": content}
-
-
-def _parsed_call(call: Any) -> Any:
-    """A tool call with its arguments as an object, which templates expect; OpenAI writes them as a string of JSON."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except ValueError:
-        return call
-
-
-def _unsure(message: str) -> NoReturn:
-    raise Fault("mask unsure", f"it is not sure which tokens are the assistant's: {message}; {USE_MARKS}")
-
-
-@contextlib.contextmanager
-def template_errors() -> Iterator[None]:
-    """Turns what a template raises into a Fault of the conversation, or an error of the template itself."""
-    import jinja2
-
-    try:
-        yield
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        raise Fault("template refuses", f"the chat template refuses this conversation: {error}") from error
-
-
-def _rendered_again(
-    tokenizer: Any, template: str, chat: list[dict[str, Any]], tools: list[Any] | None
-) -> tuple[str, list[Span]]:
+def _rendered_again(rendering: Rendering, chat: list[dict[str, Any]], learned: list[int]) -> tuple[str, list[Span]]:
     """The text of a conversation, and the span of each answer by rendering its beginnings."""
-
-    def render(count: int, prompt: bool) -> str:
-        with template_errors():
-            return tokenizer.apply_chat_template(
-                chat[:count], tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
-            )
-
-    text = render(len(chat), prompt=False)
+    text = rendering.text(chat)
     spans = []
-    for index, message in enumerate(chat):
-        if message["role"] != "assistant":
-            continue
+    for index in learned:
         name = f"message {index + 1}"
         try:
-            before = render(index, prompt=True)
-            after = text if index + 1 == len(chat) else render(index + 1, prompt=False)
+            before = rendering.text(chat[:index], prompt=True)
+            after = text if index + 1 == len(chat) else rendering.text(chat[: index + 1])
         except Fault as error:
-            _unsure(f"the chat template refuses what comes before or up to {name} ({error})")
+            unsure(f"the chat template refuses what comes before or up to {name} ({error})")
         if not (text.startswith(after) and after.startswith(before)):
-            _unsure(f"the chat template writes what comes before or up to {name} otherwise when more follows it")
-        content, answer = message["content"].strip(), after[len(before) :].strip()
+            unsure(f"the chat template writes what comes before or up to {name} otherwise when more follows it")
+        content, answer = chat[index]["content"].strip(), after[len(before) :].strip()
         # Without a generation prompt, a header such as "assistant:" would seem to be the answer's.
-        if not (content and answer.startswith(content)) and before == render(index, prompt=False):
-            _unsure(
+        if not (content and answer.startswith(content)) and before == rendering.text(chat[:index]):
+            unsure(
                 f"the chat template has no generation prompt, and {name} begins with something else than its content"
             )
+        _check_whole(chat[index], name, answer, before)
         spans.append((len(before), len(after)))
     return text, spans
 
 
-def _marked(
-    tokenizer: Any, template: str, chat: list[dict[str, Any]], tools: list[Any] | None
-) -> tuple[str, list[Span]]:
+def _alone(rendering: Rendering, chat: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+    """The text up to the last message, an answer, and its span: as the template writes it, or as a model does.
+
+    A template for models that reason drops the reasoning of every answer, or opens it in the generation prompt. A model
+    wrote its answer after that prompt nevertheless, and then the mark that ends it.
+    """
+    try:
+        return _rendered_again(rendering, chat, [len(chat) - 1])
+    except Fault as fault:
+        if chat[-1].get("tool_calls") or any(chat[-1].get(key) for key in REASONING_KEYS):
+            raise
+        written = _as_written(rendering, chat)
+        if written is None:
+            raise fault
+        return written
+
+
+def _as_written(rendering: Rendering, chat: list[dict[str, Any]]) -> tuple[str, list[Span]] | None:
+    """The generation prompt, the last message's content and the mark that ends it; None if that is not certain.
+
+    the template on a probe   <|user|>q<|assistant|>PROBE<|end|>          head, probe, tail
+    the generation prompt     <|user|>q<|assistant|><think>               head, opening
+    the template on "so</think>4", and the result:
+                              <|user|>q<|assistant|>4<|end|>              head, kept, tail
+                              <|user|>q<|assistant|><think>so</think>4<|end|>
+    """
+    try:
+        before, after = rendering.text(chat[:-1], prompt=True), rendering.text(chat)
+        probed = rendering.text([*chat[:-1], {"role": "assistant", "content": probe(0)}])
+    except Fault:
+        return None
+    head, found, tail = probed.partition(probe(0))
+    if not found or not before.startswith(head) or not (after.startswith(head) and after.endswith(tail)):
+        return None
+    closing = tuple(REASONING.values())
+    opening, kept = before[len(head) :].strip(), after[len(head) : len(after) - len(tail)]
+    content, spoken = chat[-1]["content"].strip(), without_opening(chat[-1]["content"], before)
+    if opening in REASONING and REASONING[opening] not in spoken:
+        unsure(f"the generation prompt begins reasoning, {opening}, which message {len(chat)} does not end")
+    left_out = content[: len(content) - len(kept.strip())].rstrip()
+    only_reasoning = content.endswith(kept.strip()) and (left_out.endswith(closing) or (opening and not left_out))
+    if not only_reasoning or (opening and opening not in REASONING and not opening.endswith(closing)):
+        return None
+    text = before + spoken.rstrip() + kept[len(kept.rstrip()) :] + tail
+    return text, [(len(before), len(text))]
+
+
+def _marked(rendering: Rendering, chat: list[dict[str, Any]], learned: list[int]) -> tuple[str, list[Span]]:
     """The text of a conversation, and the spans that the template marks."""
-    special = json.dumps(tokenizer.special_tokens_map)
-    probes = [{**message, "content": _probe(index)} for index, message in enumerate(chat)]
-    _check_marks(template, special, json.dumps(probes), json.dumps(tools))
-    text, spans = _render_marks(template, special, chat, tools)
+    rendering.check_marks(chat)
+    text, spans = rendering.marks(chat)
     answers = sum(message["role"] == "assistant" for message in chat)
     if len(spans) < answers:
-        _unsure(f"the chat template marks {len(spans)} pieces of text for {answers} answers")
+        unsure(f"the chat template marks {len(spans)} pieces of text for {answers} answers")
+    if len(learned) < answers:
+        spans = [span for index in learned for span in _inside(rendering, chat[:index], chat[: index + 1], text, spans)]
+    said, place = "\n".join(text[start:end] for start, end in spans), 0
+    for index in learned:
+        _check_whole(chat[index], f"message {index + 1}", said[place:], text[: spans[0][0]])
+        found = find_content(chat[index]["content"], said[place:], text[: spans[0][0]])
+        place += found.end() if found else 0
     return text, spans
 
 
-def _render_marks(template: str, special: str, chat: Any, tools: Any) -> tuple[str, list[Span]]:
-    """The text of a conversation, and the spans of its marks that hold any text.
-
-    `apply_chat_template(return_assistant_tokens_mask=True)` makes its mask of these, but drops all that follows a mark
-    which begins with a character of no token, learns all that follows one which ends so, and of a character of several
-    tokens it learns the first only.
-    """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    with template_errors():
-        rendered: Any = render_jinja_template(
-            conversations=[chat],
-            tools=tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **json.loads(special),
-        )
-    (text,), (spans,) = rendered
-    return text, [(start, end) for start, end in spans if start < end]
+def _marked_alone(rendering: Rendering, chat: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+    """The text up to the last message, an answer, and the spans in it that the template marks."""
+    rendering.check_marks(chat)
+    text, spans = rendering.marks(chat)
+    spans = _inside(rendering, chat[:-1], chat, text, spans)
+    said = "\n".join(text[start:end] for start, end in spans)
+    _check_whole(chat[-1], f"message {len(chat)}", said, text[: spans[0][0]])
+    return text, spans
 
 
-def _probe(index: int) -> str:
-    return f"probe{index}end"
-
-
-@functools.lru_cache(maxsize=1024)
-def _check_marks(template: str, special: str, probes: str, tools: str) -> None:
-    """Checks that the marks hold every answer, and nothing of the others, on a conversation of the same roles.
-
-    Inside a macro, say, marks give wrong places. Conversations of the same roles share a check: it is cached.
-
-    Args:
-      special: JSON of the special tokens. probes: JSON of the messages, with probes as contents. tools: JSON.
-    """
-    chat = json.loads(probes)
-    try:
-        text, spans = _render_marks(template, special, chat, json.loads(tools))
-    except Fault as error:
-        _unsure(f"the chat template cannot be tried on other contents ({error})")
-    for index, message in enumerate(chat):
-        places = [found.span() for found in re.finditer(_probe(index), text)]
-        marked = any(first <= start and end <= last for start, end in places for first, last in spans)
-        own, name = message["role"] == "assistant", f"message {index + 1}, of role {message['role']!r},"
-        if marked and not own:
-            _unsure(f"{name} stands inside the chat template's marks")
-        # What is said beside a tool call, a template may leave out.
-        if own and not marked and (places or not message.get("tool_calls")):
-            _unsure(f"{name} stands outside the chat template's marks")
+def _inside(
+    rendering: Rendering, before: list[dict[str, Any]], through: list[dict[str, Any]], text: str, spans: list[Span]
+) -> list[Span]:
+    """The spans of the last of the messages `through`; the others are `before`."""
+    start, end = rendering.text(before), rendering.text(through)
+    if not (text.startswith(end) and end.startswith(start)):
+        unsure(f"the chat template writes what comes up to message {len(through)} otherwise when more follows it")
+    found = [span for span in spans if len(start) <= span[0] and span[1] <= len(end)]
+    if not found:
+        unsure(f"the chat template marks nothing of message {len(through)}")
+    return found
 
 
 def _token_spans(tokenizer: Any, text: str, spans: list[Span], straddling: bool) -> tuple[list[int], list[Span]]:
@@ -303,7 +264,7 @@ def _token_spans(tokenizer: Any, text: str, spans: list[Span], straddling: bool)
             first = min(inside, default=None) if first is None else first
             last = max(inside, default=-1) + 1 if last is None else last
         if first is None or last is None or first >= last:
-            _unsure(f"no token begins or ends where the text {_short(text[start:end])} does")
+            unsure(f"no token begins or ends where the text {_short(text[start:end])} does")
         found.append((first, last))
     return tokens, found
 

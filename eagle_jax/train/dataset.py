@@ -57,6 +57,10 @@ class Dataset:
         return row | {"lengths": np.array(start, np.int32)}
 
 
+class NothingToLearn(ValueError):
+    """Records without a single document."""
+
+
 def write(folder: Path, records: Iterable[Any], about: dict[str, Any]) -> Dataset:
     """Writes records (their `tokens` and `loss_mask`) to a folder, whole or not at all."""
     lengths = [0]
@@ -67,7 +71,7 @@ def write(folder: Path, records: Iterable[Any], about: dict[str, Any]) -> Datase
                 mask.write(np.asarray(record.loss_mask, np.uint8).tobytes())
                 lengths.append(len(record.tokens))
         if len(lengths) == 1:
-            raise ValueError("there is no document to learn from")
+            raise NothingToLearn("there is no document to learn from")
         for name, dtype in (("tokens", np.int32), ("mask", np.uint8)):
             np.save(place / f"{name}.npy", np.memmap(place / name, dtype, "r"))
             os.remove(place / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -63,6 +64,17 @@ def of_model(model: Any) -> str:
 def of_tokenizer(tokenizer: Any) -> str:
     """Of a fast tokenizer with its chat template."""
     return of_text(json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]))
+
+
+def of_vocabulary(tokenizer: Any) -> str:
+    """Of a tokenizer's tokens with their ids: 16 characters, the same for every version of its library."""
+    return _of_vocabulary(tokenizer, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=4)
+def _of_vocabulary(tokenizer: Any, size: int) -> str:
+    del size  # part of the cache's key: tokens may be added
+    return of_text(json.dumps(sorted(tokenizer.get_vocab().items())))[:16]
 
 
 def of_file(path: str | Path) -> str:

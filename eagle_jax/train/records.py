@@ -1,6 +1,7 @@
-"""Training data: JSONL of texts, token ids or conversations, as tokens and the mask of those to learn.
+"""Reads training data: files of texts, token ids or conversations, as tokens and the mask of those to learn.
 
-A line is a JSON object of one of these forms; its other keys are ignored, and so are blank lines:
+A file is JSON Lines or one JSON array (see `eagle_jax.jsonl`). A record is an object of one of these forms; its other
+keys are ignored:
 
   {"text": "..."}                               all of it is learned
   {"prompt": "...", "completion": "..."}        the completion is learned
@@ -8,7 +9,10 @@ A line is a JSON object of one of these forms; its other keys are ignored, and s
   {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}        OpenAI; tools are optional
   {"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}   ShareGPT; a system text is optional
 
-Of a conversation the assistant's answers are learned: see `eagle_jax.train.chat`.
+Of a conversation the assistant's answers are learned, if their "weight" is not 0: see `eagle_jax.train.chat`. What
+`eagle-jax train regenerate` writes has tokens and loss_mask beside the messages, and "vocabulary", the fingerprint of
+the tokenizer that they belong to. Then these tokens are learned, exactly as they were decoded. Where the chat template
+changes earlier answers, tokens and loss_mask are lists of several documents.
 """
 
 from __future__ import annotations
@@ -17,13 +21,15 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from eagle_jax.jsonl import DataError, Fault, read_values
-from eagle_jax.train.chat import conversation_tokens
+from eagle_jax.jsonl import DataError, Entry, Fault, read_values
+from eagle_jax.train import fingerprint
+from eagle_jax.train.chat import conversation_documents
+from eagle_jax.train.messages import parsed_list
 
 OnError: TypeAlias = Literal["refuse", "skip"]
 TooLong: TypeAlias = Literal["refuse", "skip", "truncate", "split"]
@@ -36,6 +42,7 @@ FORMATS = {  # the keys that make a record one of a format
     "messages": ("messages",),
     "conversations": ("conversations",),
 }
+CONVERSATIONS = ("messages", "conversations")
 MESSAGES_KEPT = 3  # of each kind of fault, in a report
 
 
@@ -53,7 +60,9 @@ class ReadReport:
 
     files, lines: begun, without blank lines. records, tokens, learned: given out; learned counts the mask's ones.
     truncated, split: over-long lines that were cut; left_out: parts of split ones without anything to learn.
-    faults: {kind: lines}, of those skipped or refused. messages: {kind: the first few}.
+    unseen: documents that were left out because no loss predicts one of their tokens to learn.
+    unrolled: conversations of which every answer makes a document of its own.
+    faults: {kind: lines}, of those skipped or refused. messages: {kind: the first few}. unused: {path: its faults}.
     """
 
     files: int = 0
@@ -64,12 +73,16 @@ class ReadReport:
     truncated: int = 0
     split: int = 0
     left_out: int = 0
+    unseen: int = 0
+    unrolled: int = 0
     faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     messages: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    unused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def add_fault(self, error: DataError) -> None:
         """Counts a line that was skipped or refused."""
         self.faults[error.kind] += 1
+        self.unused[error.path] += 1
         kept = self.messages.setdefault(error.kind, [])
         if len(kept) < MESSAGES_KEPT:
             kept.append(str(error))
@@ -81,17 +94,33 @@ class ReadReport:
         self.learned += int(record.loss_mask.sum())
 
     def summary(self) -> str:
-        """Plain words, for a log: a line of counts, then one for each kind of fault with its first message."""
+        """Words for a log: a line of counts, then one for each file and each kind of fault, with its first message.
+
+        If no record was given out, a kind has all the messages that were kept.
+        """
         line = f"{_count(self.records, 'record')} of {_count(self.lines, 'line')} in {_count(self.files, 'file')}: "
         line += f"{_count(self.tokens, 'token')}, {self.learned:,} to learn"
         if self.truncated:
             line += f"; {_count(self.truncated, 'line')} truncated"
         if self.split:
             line += f"; {_count(self.split, 'line')} split ({_count(self.left_out, 'part')} without anything to learn)"
+        if self.unrolled:
+            line += (
+                f"; {_count(self.unrolled, 'conversation')} split by answers, as the chat template changes earlier ones"
+            )
+        if self.unseen:
+            line += (
+                f"; {_count(self.unseen, 'document')} left out, as no loss sees a token to learn in them (too short)"
+            )
         if self.faults:
             line += f"; {_count(self.faults.total(), 'line')} not used"
-        faults = [f"  {count:,} {kind}, first {self.messages[kind][0]}" for kind, count in self.faults.most_common()]
-        return "\n".join([line, *faults])
+        lines = [line]
+        if self.files > 1:
+            lines += [f"  {path}: {_count(count, 'line')} not used" for path, count in self.unused.items()]
+        for kind, count in self.faults.most_common():
+            lines.append(f"  {count:,} {kind}, first {self.messages[kind][0]}")
+            lines += [f"    {message}" for message in self.messages[kind][1:] if not self.records]
+        return "\n".join(lines)
 
 
 def read_records(
@@ -104,12 +133,13 @@ def read_records(
     too_long: TooLong | None = None,
     chat_template: str | None = None,
     add_end: bool = True,
+    predicted: slice = slice(None),
     report: ReadReport | None = None,
 ) -> Iterator[Record]:
-    """The records of JSONL files, in their order; read as they are asked for.
+    """Yields the records of files, in their order; read as they are asked for.
 
     Args:
-      files: .jsonl, or .jsonl.gz. UTF-8, with or without a byte order mark.
+      files: JSON Lines or JSON arrays; see `eagle_jax.jsonl.read_values`.
       tokenizer: of transformers; None if all lines are token ids.
       vocab_size: ids are below it.
       max_length: most tokens of a record.
@@ -118,6 +148,8 @@ def read_records(
         parts of it, all of max_length but the last, and leaves out those without anything to learn.
       chat_template: Jinja, in place of the tokenizer's own.
       add_end: texts and completions end with the tokenizer's end-of-text token, if it has one.
+      predicted: the positions of a document that a loss predicts; one with no token to learn there is left out, and
+        counted.
       report: counts as records are given out. Read it when all are.
     Raises:
       DataError: at a line that cannot be used, if that is refused.
@@ -131,33 +163,43 @@ def read_records(
         raise ValueError(f"vocab_size and max_length must be positive, got {vocab_size} and {max_length}")
     paths = [os.fspath(path) for path in ([files] if isinstance(files, (str, os.PathLike)) else files)]
     encode = functools.partial(_encode, tokenizer=tokenizer, chat_template=chat_template, add_end=add_end)
-    fit = functools.partial(_fit, vocab_size=vocab_size, max_length=max_length, cut=too_long)
+    fit = functools.partial(_fit, vocab_size=vocab_size, max_length=max_length, cut=too_long, predicted=predicted)
     return _records(paths, encode, fit, on_error, too_long or on_error, ReadReport() if report is None else report)
 
 
 def _records(
     paths: Sequence[str],
-    encode: Callable[[dict[str, Any]], Encoded],
+    encode: Callable[[dict[str, Any]], list[Encoded]],
     fit: Callable[[Encoded, ReadReport], list[Record]],
     on_error: str,
     too_long: str,
     report: ReadReport,
 ) -> Iterator[Record]:
+    def count(entry: Entry, fault: Fault) -> None:
+        error = DataError(entry, fault)
+        report.add_fault(error)
+        if (too_long if fault.kind == "too long" else on_error) == "refuse":
+            raise error from fault
+
     for path in paths:
         report.files += 1
         for entry in read_values(path):
             report.lines += 1
             try:
-                records = fit(encode(as_object(entry.value)), report)
+                documents = encode(as_object(entry.value))
             except Fault as fault:
-                error = DataError(entry, fault)
-                report.add_fault(error)
-                if (too_long if fault.kind == "too long" else on_error) == "refuse":
-                    raise error from fault
+                count(entry, fault)
                 continue
-            for record in records:
-                report.add_record(record)
-                yield record
+            report.unrolled += len(documents) > 1
+            for document in documents:
+                try:
+                    records = fit(document, report)
+                except Fault as fault:
+                    count(entry, fault)
+                    continue
+                for record in records:
+                    report.add_record(record)
+                    yield record
 
 
 def as_object(value: Any) -> dict[str, Any]:
@@ -169,56 +211,77 @@ def as_object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, add_end: bool) -> Encoded:
-    """The tokens of a record and its mask."""
+def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, add_end: bool) -> list[Encoded]:
+    """The documents of a record: tokens and masks."""
+    if entry.get("vocabulary") is not None and entry.get("tokens") is not None:
+        return decoded_tokens(entry, tokenizer)
     kind = format_of(entry)
     if kind == "tokens":
-        return given_tokens(entry["tokens"], entry.get("loss_mask"))
+        return [given_tokens(entry["tokens"], entry.get("loss_mask"))]
     if tokenizer is None:
         raise ValueError(f"a record of {kind} needs a tokenizer, and there is none: give one, or token ids as data")
-    if kind in ("messages", "conversations"):
+    if kind in CONVERSATIONS:
         messages, tools = conversation_of(entry)
-        return conversation_tokens(tokenizer, messages, chat_template=chat_template, tools=tools)
-    check_texts(entry, kind)
+        return list(conversation_documents(tokenizer, messages, chat_template=chat_template, tools=tools))
+    check_texts(entry, FORMATS[kind])
     if kind == "text":
         tokens = _with_end(tokenizer(entry["text"], verbose=False)["input_ids"], tokenizer, add_end)
-        return tokens, np.ones(len(tokens), np.uint8)
-    return _prompt_and_completion(tokenizer, entry["prompt"], entry["completion"], add_end)
+        return [(tokens, np.ones(len(tokens), np.uint8))]
+    return [_prompt_and_completion(tokenizer, entry["prompt"], entry["completion"], add_end)]
 
 
-def format_of(entry: dict[str, Any]) -> str:
-    """The one of FORMATS that a record is."""
-    held = [name for name, keys in FORMATS.items() if all(entry.get(key) is not None for key in keys)]
-    if len(held) != 1:
-        what = f"holds {' and '.join(map(repr, held))}" if held else f"has the keys {', '.join(map(repr, entry))}"
-        raise Fault("unknown format", f"a record must be exactly one of {', '.join(FORMATS)}; this one {what}")
-    (kind,) = held
-    return kind
+def format_of(entry: dict[str, Any], formats: Mapping[str, Sequence[str]] = FORMATS) -> str:
+    """The one of `formats` that a record is."""
+    held = [name for name, keys in formats.items() if all(entry.get(key) is not None for key in keys)]
+    if len(held) == 1:
+        return held[0]
+    what = f"holds {' and '.join(map(repr, held))}" if held else f"has the keys {', '.join(map(repr, entry))}"
+    lists = [key for key, value in entry.items() if isinstance(value, list) and any(isinstance(v, dict) for v in value)]
+    if not held and lists:
+        what += f"; if the records are the list under {lists[0]!r}, write that list alone to a file"
+    raise Fault("unknown format", f"a record must be exactly one of {', '.join(formats)}; this one {what}")
 
 
-def check_texts(entry: dict[str, Any], kind: str) -> None:
-    """Refuses a text, or a prompt and completion, that are no strings, or nothing to learn."""
-    for key in FORMATS[kind]:
+def check_texts(entry: dict[str, Any], keys: Sequence[str]) -> None:
+    """Refuses texts that are no strings, or a last one that is empty: nothing to learn."""
+    for key in keys:
         if not isinstance(entry[key], str):
             raise Fault("unknown format", f"{key!r} must be a string, and is a {type(entry[key]).__name__}")
-    if not entry[FORMATS[kind][-1]]:
-        raise Fault("empty text", f"{FORMATS[kind][-1]!r} is empty")
+    if not entry[keys[-1]]:
+        raise Fault("empty text", f"{keys[-1]!r} is empty")
 
 
 def conversation_of(entry: dict[str, Any]) -> tuple[Any, list[Any] | None]:
     """The messages and the tools of a record of messages or conversations."""
+    tools = parsed_list(entry.get("tools"), '"tools"')
     if entry.get("messages") is not None:
-        tools = entry.get("tools") or None
-        if tools is not None and not isinstance(tools, list):
-            raise Fault("bad message", f'"tools" must be a list, and is a {type(tools).__name__}')
         return entry["messages"], tools
     messages, system = entry["conversations"], entry.get("system")
     if system and isinstance(messages, list):
         messages = [{"role": "system", "content": system}, *messages]
-    return messages, None
+    return messages, tools
+
+
+def decoded_tokens(entry: dict[str, Any], tokenizer: Any) -> list[Encoded]:
+    """The documents that `eagle-jax train regenerate` wrote as tokens, if they are this tokenizer's."""
+    theirs, ours = entry["vocabulary"], None if tokenizer is None else fingerprint.of_vocabulary(tokenizer)
+    if ours not in (None, theirs):
+        raise Fault(
+            "other tokenizer",
+            f"its tokens are those of another tokenizer (vocabulary {theirs}, this one's is {ours}); let this target "
+            'regenerate it, or take "tokens" out of it where it has messages',
+        )
+    tokens, mask = entry["tokens"], entry.get("loss_mask")
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], list):
+        return [given_tokens(tokens, mask)]
+    masks = mask if isinstance(mask, list) else [None] * len(tokens)
+    if len(masks) != len(tokens):
+        raise Fault("bad loss mask", f'"loss_mask" has {len(masks)} lists for {len(tokens)} of tokens')
+    return list(map(given_tokens, tokens, masks))
 
 
 def given_tokens(tokens: Any, mask: Any) -> Encoded:
+    """The tokens and the mask of a record, checked; without a mask, all are learned."""
     if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise Fault("bad tokens", '"tokens" must be a list of integers')
     if mask is None:
@@ -253,7 +316,9 @@ def _with_end(tokens: list[int], tokenizer: Any, add_end: bool) -> list[int]:
     return tokens if not add_end or end is None or tokens[-1:] == [end] else [*tokens, end]
 
 
-def _fit(encoded: Encoded, report: ReadReport, *, vocab_size: int, max_length: int, cut: str | None) -> list[Record]:
+def _fit(
+    encoded: Encoded, report: ReadReport, *, vocab_size: int, max_length: int, cut: str | None, predicted: slice
+) -> list[Record]:
     """A record of at most max_length tokens, or if it is split several; checked."""
     tokens, mask = encoded
     ids = np.asarray(tokens)  # of a width that holds them all
@@ -264,22 +329,23 @@ def _fit(encoded: Encoded, report: ReadReport, *, vocab_size: int, max_length: i
     record = Record(np.asarray(tokens, np.int32), np.asarray(mask, np.uint8))
     if not record.loss_mask.any():
         raise Fault("nothing to learn", f"none of its {len(record.tokens)} tokens is to be learned")
-    if len(tokens) <= max_length:
-        return [record]
-    if cut not in ("truncate", "split"):
-        raise Fault("too long", f"{len(tokens)} tokens, and at most {max_length} are allowed (max_length)")
-    starts = range(0, len(tokens) if cut == "split" else 1, max_length)
-    parts = [
-        Record(record.tokens[start : start + max_length], record.loss_mask[start : start + max_length])
-        for start in starts
-    ]
+    parts = [record]
+    if len(tokens) > max_length:
+        if cut not in ("truncate", "split"):
+            raise Fault("too long", f"{len(tokens)} tokens, and at most {max_length} are allowed (max_length)")
+        starts = range(0, len(tokens) if cut == "split" else 1, max_length)
+        ends = [slice(start, start + max_length) for start in starts]
+        parts = [Record(record.tokens[part], record.loss_mask[part]) for part in ends]
     kept = [part for part in parts if part.loss_mask.any()]
     if not kept:
         raise Fault("nothing to learn", f"none of its first {max_length} tokens is to be learned; the rest is cut off")
-    report.truncated += cut == "truncate"
-    report.split += cut == "split"
-    report.left_out += len(parts) - len(kept)
-    return kept
+    if len(tokens) > max_length:
+        report.truncated += cut == "truncate"
+        report.split += cut == "split"
+        report.left_out += len(parts) - len(kept)
+    seen = [part for part in kept if part.loss_mask[predicted].any()]
+    report.unseen += len(kept) - len(seen)
+    return seen
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,10 +1,18 @@
-"""Training data whose answers the target writes itself: a head learns best from the text it will draft.
+"""Writes training data whose answers are the target's own: a head learns best from the text it will draft.
 
-Of a conversation every answer is replaced, in turn, each with the new ones before it; answers that are calls of tools
-stay, as the results that follow belong to them. Of a text, tokens or a prompt the beginning stays and the target goes
-on. A line of input becomes at most one line of output, in the same order; its "source" names the input's file and line,
-its "finish" tells how each new text ended ("stop" at an end token, or "length"). A conversation that cannot go on (no
-room is left, or the target said nothing) ends with the answer before, and "cut_short" tells why.
+Of a conversation every answer is replaced, in turn, each with the new ones before it. Answers that are calls of tools
+stay, as the results that follow belong to them, and so do answers of weight 0. Without any answer, the last user's turn
+gets one; a prompt alone is such a turn if there is a chat template. Of a text, tokens, or a prompt with a completion
+the beginning stays and the target goes on.
+
+A line of input becomes at most one line of output, in the same order. Its keys beside those of the input's form:
+
+    tokens, loss_mask   what was decoded: prompt and new tokens, and 1 for the new ones. Lists of several documents,
+                        where the chat template changes earlier answers, so that no text holds all as they were decoded
+    vocabulary          of which tokenizer these are; training refuses them with another one
+    source              the input's file and line
+    finish              how each new text ended: "stop" at an end token, or "length"
+    cut_short           why a conversation ends before its last answer: no room was left, or the target said nothing
 
     OUT.partial         the lines that are done, a window of input lines at a time
     OUT.progress.json   how far that is, and what it was made from
@@ -19,7 +27,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -28,9 +36,20 @@ import jax
 from eagle_jax.api import Chunk
 from eagle_jax.jsonl import DataError, Entry, Fault, read_values
 from eagle_jax.train import fingerprint
-from eagle_jax.train.chat import normal_messages, template_errors
+from eagle_jax.train.messages import is_learned, normal_messages
 from eagle_jax.train.progress import Progress
-from eagle_jax.train.records import as_object, beginning_tokens, check_texts, conversation_of, format_of, given_tokens
+from eagle_jax.train.records import (
+    CONVERSATIONS,
+    FORMATS,
+    as_object,
+    beginning_tokens,
+    check_texts,
+    conversation_of,
+    decoded_tokens,
+    format_of,
+    given_tokens,
+)
+from eagle_jax.train.rendering import Rendering, chat_template_of
 from eagle_jax.train.say import Say
 
 CYCLES = 4  # between two looks at the rows
@@ -38,6 +57,7 @@ LINES_A_ROW = 8  # of a window: more leave fewer rows idle at its end, fewer los
 SAY_EVERY = 10.0  # seconds
 FAILED = "failed"
 UNFINISHED = "\ufffd"  # what a tokenizer decodes part of a character to
+NO_ANSWER = {"role": "assistant", "content": ""}  # where one is to be written
 
 
 class Decoder(Protocol):
@@ -80,6 +100,7 @@ class Answer:
     finish: str
 
 
+Encoded: TypeAlias = tuple[list[int], list[int]]  # tokens and mask
 # Yields prompts, is sent their answers, returns the new record; a Fault where there is none.
 Work: TypeAlias = Generator[list[int], Answer, dict[str, Any]]
 
@@ -122,27 +143,25 @@ def regenerate(
     settings: dict[str, Any],
     say: Say,
     overwrite: bool = False,
+    total: int | None = None,
 ) -> int:
-    """Writes `out`, or goes on with what an earlier call left of it.
+    """Writes `out`, or goes on with what an earlier call left of it. Ctrl-C keeps the lines that are done.
 
     Args:
       rows: of the decoder.
       settings: what else the texts depend on (the models, the sampling), as JSON has it.
+      total: what `check_lines` returned, if it was called already.
     Returns:
       Lines whose texts end early or are left out because the target's logits were NaN or infinite.
     Raises:
       DataError: at a line that cannot be used, if that is refused; before anything is decoded where that shows it.
-      ValueError: if `out` is there, or was begun with other settings or files.
+      ValueError: if `out` is there, or was begun with other settings or files, or no line can be used.
     """
     made_from = settings | dataclasses.asdict(options)
     made_from["files"] = [fingerprint.of_file(path) for path in files]
     made_from["tokenizer"] = fingerprint.of_tokenizer(source.tokenizer)
     made_from["stop_tokens"] = list(source.stop_tokens)
-    total = 0
-    for job in jobs(files, source, options):
-        total += 1
-        if job.error is not None and options.on_error == "refuse":
-            raise job.error
+    total = check_lines(files, source, options) if total is None else total
     with Progress(out, json.loads(json.dumps(made_from)), overwrite) as progress:
         if progress.inputs:
             say(f"going on after {progress.inputs} of {total} lines")
@@ -150,19 +169,50 @@ def regenerate(
         key = jax.random.key(options.seed)
         waiting = jobs(files, source, options, progress.inputs)
         while window := list(itertools.islice(waiting, rows * LINES_A_ROW)):
-            _decode(decoder, rows, window, source, options, key, meter)
-            for job in window:
-                if job.error is not None:
-                    say(f"left out: {job.error}")
-                    progress.faults[f"left out, {job.error.kind}"] += 1
-                elif job.record is not None and "cut_short" in job.record:
-                    progress.faults[f"cut short, {job.record['cut_short']}"] += 1
-            progress.add([job.record for job in window if job.record is not None], len(window))
+            try:
+                _decode(decoder, rows, window, source, options, key, meter)
+            except KeyboardInterrupt:
+                _keep(progress, list(itertools.takewhile(lambda job: job.done, window)), say)
+                say(f"stopped: {progress.inputs} of {total} lines are kept; the same command goes on from there")
+                raise
+            _keep(progress, window, say)
         progress.finish()
     meter.say_now()
     faults = "".join(f"; {count:,} {what}" for what, count in progress.faults.most_common())
     say(f"written: {out}, {progress.records:,} records of {total:,} lines{faults}")
     return sum(count for what, count in progress.faults.items() if what.endswith(FAILED))
+
+
+def check_lines(files: Sequence[str], source: Source, options: Options) -> int:
+    """Returns how many lines there are to work on.
+
+    Raises:
+      DataError: at the first line that cannot be used, if that is refused.
+      ValueError: if no line can be used; with the reasons.
+    """
+    total, faults, examples = 0, collections.Counter[str](), dict[str, str]()
+    for job in jobs(files, source, options):
+        total += 1
+        if job.error is not None:
+            if options.on_error == "refuse":
+                raise job.error
+            faults[job.error.kind] += 1
+            examples.setdefault(job.error.kind, str(job.error))
+    if faults.total() == total:
+        why = "; ".join(f"{count:,} {kind}, first {examples[kind]}" for kind, count in faults.most_common())
+        raise ValueError(f"{', '.join(files)}: none of {total:,} lines can be used{f': {why}' if why else ''}")
+    return total
+
+
+def _keep(progress: Progress, done: Sequence[Job], say: Say) -> None:
+    """Writes the records of lines that are done, and says what was left out of them."""
+    for job in done:
+        if job.error is not None:
+            say(f"left out: {job.error}")
+            progress.faults[f"left out, {job.error.kind}"] += 1
+        elif job.record is not None and "cut_short" in job.record:
+            progress.faults[f"cut short, {job.record['cut_short']}"] += 1
+    progress.add([job.record for job in done if job.record is not None], len(done))
 
 
 def jobs(files: Sequence[str], source: Source, options: Options, first: int = 0) -> Iterator[Job]:
@@ -212,15 +262,30 @@ def _decode(
 def _work(value: Any, source: Source, options: Options) -> Work:
     """What is to be done for a line."""
     entry = as_object(value)
-    kind = format_of(entry)
-    if kind in ("messages", "conversations"):
-        return (yield from _conversation(entry, source, options))
-    prompt = _checked(_beginning(entry, kind, source.tokenizer, options.prompt_tokens), source, options)
-    answer = yield prompt
-    if answer.finish == "failed":
-        raise Fault(FAILED, "the target's logits are NaN or infinite")
-    mask = [0] * len(prompt) + [1] * len(answer.tokens)
-    return {"tokens": prompt + answer.tokens, "loss_mask": mask, "finish": answer.finish}
+    kind = _form(entry)
+    if kind == "prompt" and (options.chat_template or getattr(source.tokenizer, "chat_template", None)):
+        check_texts(entry, ("prompt",))
+        entry, kind = {"messages": [{"role": "user", "content": entry["prompt"]}]}, "messages"
+    if kind in CONVERSATIONS:
+        record = yield from _conversation(entry, source, options)
+    else:
+        if entry.get("vocabulary") is not None:
+            decoded_tokens(entry, source.tokenizer)  # refuses those of another tokenizer
+        prompt = _checked(_beginning(entry, kind, source.tokenizer, options.prompt_tokens), source, options)
+        answer = yield prompt
+        if answer.finish == "failed":
+            raise Fault(FAILED, "the target's logits are NaN or infinite")
+        mask = [0] * len(prompt) + [1] * len(answer.tokens)
+        record = {"tokens": prompt + answer.tokens, "loss_mask": mask, "finish": answer.finish}
+    return record | {"vocabulary": fingerprint.of_vocabulary(source.tokenizer)}
+
+
+def _form(entry: dict[str, Any]) -> str:
+    """The one of the FORMATS that a line is, or "prompt"; a conversation, if it has decoded tokens beside it."""
+    held = {key for keys in FORMATS.values() for key in keys if entry.get(key) is not None}
+    if held & {*CONVERSATIONS} and entry.get("vocabulary") is not None:
+        entry = {key: value for key, value in entry.items() if key != "tokens"}
+    return "prompt" if held == {"prompt"} else format_of(entry)
 
 
 def _beginning(entry: dict[str, Any], kind: str, tokenizer: Any, count: int) -> list[int]:
@@ -229,7 +294,7 @@ def _beginning(entry: dict[str, Any], kind: str, tokenizer: Any, count: int) -> 
         tokens, mask = given_tokens(entry["tokens"], entry.get("loss_mask"))
         learned = list(mask).index(1) if 1 in mask else len(tokens)
         return list(tokens[: learned or count])
-    check_texts(entry, kind)
+    check_texts(entry, FORMATS.get(kind, ("prompt",)))
     if kind == "text":
         return beginning_tokens(tokenizer, entry["text"])[:count]
     return beginning_tokens(tokenizer, entry["prompt"])
@@ -250,38 +315,35 @@ def _checked(prompt: list[int], source: Source, options: Options) -> list[int]:
 def _conversation(entry: dict[str, Any], source: Source, options: Options) -> Work:
     """A conversation up to the last answer that could be had; a Fault if that is none."""
     messages, tools = conversation_of(entry)
-    chat = normal_messages(messages)
+    chat = normal_messages(messages, answered=False)
+    learned = [is_learned(given, message) for given, message in zip(messages, chat, strict=True)]
     shown = messages if entry.get("messages") is not None else chat  # other turns stay as they were given
-    tokenizer = source.tokenizer
-    try:
-        template = tokenizer.get_chat_template(options.chat_template, tools)
-    except ValueError as error:
-        raise ValueError(f"conversations need a chat template, give --chat-template: {error}") from error
-
-    def render(before: Sequence[dict[str, Any]], prompt: bool) -> str:
-        with template_errors():
-            return tokenizer.apply_chat_template(
-                list(before), tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
-            )
+    template = chat_template_of(source.tokenizer, options.chat_template, tools)
+    rendering = Rendering(source.tokenizer, template, tools)
+    chat = rendering.with_arguments(chat)
+    if not any(message["role"] == "assistant" for message in chat):
+        chat, shown, learned = [*chat, NO_ANSWER], [*shown, NO_ANSWER], [*learned, True]
 
     history: list[dict[str, Any]] = []  # for the template
     written: list[dict[str, Any]] = []
     whole = 0  # of `written`, up to the last new answer
     finish: list[str] = []
+    documents: list[Encoded] = []
     end: dict[str, Any] = {"tools": tools} if tools else {}
     try:
-        for message, given in zip(chat, shown, strict=True):
-            if message["role"] != "assistant" or message.get("tool_calls"):
+        for message, given, new_answer in zip(chat, shown, learned, strict=True):
+            if not new_answer or message.get("tool_calls"):
                 history.append(message)
                 written.append(given)
                 continue
-            before = render(history, prompt=True)
-            ids = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]  # the template wrote them
+            before = rendering.text(history, prompt=True)
+            ids = source.tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]  # specials are in it
             answer = yield _checked(ids, source, options)
             text = _text(answer, source)
-            new = {"role": "assistant", "content": _content(text, lambda new: render([*history, new], False), before)}
+            new = {"role": "assistant", "content": _content(text, rendering, history, before)}
             history.append(new)
             written.append(new)
+            _add_document(documents, ids, answer.tokens)
             whole, finish = len(written), [*finish, answer.finish]
     except Fault as fault:
         if not finish:
@@ -289,8 +351,21 @@ def _conversation(entry: dict[str, Any], source: Source, options: Options) -> Wo
         written = written[:whole]
         end["cut_short"] = fault.kind
     if not finish:
-        raise Fault("wrong roles", "every answer calls a tool: there is none to write")
-    return {"messages": written, "finish": finish} | end
+        raise Fault("wrong roles", "every answer calls a tool or has weight 0: there is none to write")
+    tokens, masks = zip(*documents, strict=True)
+    one = len(documents) == 1
+    decoded = {"tokens": tokens[0] if one else list(tokens), "loss_mask": masks[0] if one else list(masks)}
+    return {"messages": written, "finish": finish} | end | decoded
+
+
+def _add_document(documents: list[Encoded], prompt: list[int], answer: list[int]) -> None:
+    """Adds what was decoded: to the last document if the prompt goes on with that, else as another one."""
+    mask: list[int] = []
+    if documents and prompt[: len(documents[-1][0])] == documents[-1][0]:
+        _, earlier = documents.pop()
+        mask += earlier
+    mask += [0] * (len(prompt) - len(mask)) + [1] * len(answer)
+    documents.append((prompt + answer, mask))
 
 
 def _text(answer: Answer, source: Source) -> str:
@@ -305,10 +380,11 @@ def _text(answer: Answer, source: Source) -> str:
     return text
 
 
-def _content(text: str, render: Callable[[dict[str, Any]], str], before: str) -> str:
+def _content(text: str, rendering: Rendering, history: list[dict[str, Any]], before: str) -> str:
     """The content that has the template write `text` after `before`: some put a space before every answer."""
     for content in (text, text.strip()):
-        if render({"role": "assistant", "content": content}).startswith(before + text.rstrip()):
+        new = {"role": "assistant", "content": content}
+        if rendering.text([*history, new]).startswith(before + text.rstrip()):
             return content
     return text
 

@@ -31,11 +31,15 @@ from eagle_jax.train.vocabulary_loss import CHUNK
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where the target (of heads), or its config and tokenizer (of a target's own training), come from."""
+    """Where the target (of heads), or its config and tokenizer (of a target's own training), come from.
+
+    predicted: the positions of a document that the run's loss predicts, see `predicted_by`.
+    """
 
     folder: Path
     tokenizer: Any
     config: LlamaConfig
+    predicted: slice
 
 
 def source(settings: TrainSettings) -> Source:
@@ -43,12 +47,24 @@ def source(settings: TrainSettings) -> Source:
     if settings.kind == "target":
         assert settings.model is not None
         path = Path(settings.model)
-        return Source(path.parent, convert.tokenizer(path.parent), LlamaConfig.from_hf(read_json(path), str(path)))
+        config = LlamaConfig.from_hf(read_json(path), str(path))
+        return Source(path.parent, convert.tokenizer(path.parent), config, predicted_by(settings))
     assert settings.target is not None
     folder = Path(settings.target)
     folder = folder / parts.TARGET if parts.is_conversion(folder) else resolve(settings.target)
     config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    return Source(folder, convert.tokenizer(folder), config)
+    return Source(folder, convert.tokenizer(folder), config, predicted_by(settings))
+
+
+def predicted_by(settings: TrainSettings) -> slice:
+    """The positions of a document whose loss mask has a weight in the loss.
+
+    A target predicts all tokens but the first. EAGLE-3 reads a feature and the token after it, and predicts the next
+    one; its official alignment weighs the rows by their own mask. EAGLE-1 regresses the feature after each position.
+    """
+    if settings.kind == "eagle3":
+        return slice(None) if settings.loss.alignment == "official" else slice(2, None)
+    return slice(1, None) if settings.kind == "target" else slice(None, -1)
 
 
 def documents(
@@ -59,7 +75,8 @@ def documents(
     Args:
       begun: whether a run has learned from the folder's documents.
     Raises:
-      ValueError: if the files are no longer those of a run that has begun. DataError: see `read_records`.
+      ValueError: if the files are no longer those of a run that has begun, or hold nothing to learn.
+      DataError: see `read_records`.
     """
     template = None if settings.chat_template is None else Path(settings.chat_template).read_text(encoding="utf-8")
     about = {
@@ -87,9 +104,16 @@ def documents(
         too_long=settings.too_long,
         add_end=settings.add_end,
         chat_template=template,
+        predicted=origin.predicted,
         report=report,
     )
-    made = dataset.write(folder, records, about)
+    try:
+        made = dataset.write(folder, records, about)
+    except dataset.NothingToLearn as error:
+        say(report.summary())
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in report.faults.most_common())
+        why = counts or "no loss sees a token to learn"
+        raise ValueError(f"{error} in {', '.join(files)}: of {report.lines:,} lines none is used ({why})") from error
     say(report.summary())
     return made
 

@@ -27,6 +27,11 @@ STRIPPING = (  # as Qwen 3: earlier answers lose their reasoning
     "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+REASONING = (  # as DeepSeek's R1 distilled: reasoning begins in the generation prompt, and no answer in the text has it
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}"
+    "{% elif m.role == 'assistant' and m.content is not none %}<|im_end|>{{ m.content.split('</think>')[-1] }}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
+)
 MISTRAL = (  # no header of the assistant, the system's text in the first user turn, and roles in turn
     "{{ bos_token }}{% set s = namespace(text='') %}"
     "{% if messages[0].role == 'system' %}{% set s.text = messages[0].content + '\n\n' %}"

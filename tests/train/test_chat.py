@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle_jax.train import chat as chat_module
+from eagle_jax.train import rendering
 from eagle_jax.train.chat import Fault, conversation_tokens
 from tests.train import chat_templates as templates
 from tests.train.chat_templates import byte_level, chat, word_pieces
@@ -148,14 +148,6 @@ def test_a_token_across_one_edge_of_a_mark():
     assert answers_of(byte_level(starts, trim_offsets=True), messages) == [" Hello "]
 
 
-def test_an_answer_that_the_template_leaves_out():
-    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}A{% endif %}{% endfor %}"
-    template = template.replace(
-        "A", "{% if add_generation_prompt or not loop.last or messages[loop.index] %}A{% endif %}"
-    )
-    assert fault_of(make(template), chat("Hello", "fine")).kind == "mask unsure"
-
-
 def test_special_tokens_of_a_template_with_marks():
     tokens, _ = conversation_tokens(make("{{ bos_token }}" + templates.MARKED), HELLO)
     assert tokens[0] == 0 and np.count_nonzero(tokens == 0) == 1
@@ -164,23 +156,6 @@ def test_special_tokens_of_a_template_with_marks():
 def test_a_token_across_the_edge_without_marks_is_refused():
     fault = fault_of(make(templates.SPACED), chat("Hello", "Hello"))
     assert fault.kind == "mask unsure" and "no token begins or ends" in str(fault) and "{% generation %}" in str(fault)
-
-
-def test_changed_history_is_refused():
-    tokenizer = make(templates.STRIPPING)
-    reasoned = chat("Hello", "<think>hm</think>Hello", "how", "fine")
-    fault = fault_of(tokenizer, reasoned)
-    assert fault.kind == "mask unsure" and "message 2" in str(fault) and "{% generation %}" in str(fault)
-    assert answers_of(tokenizer, reasoned[:2]) == ["<think>hm</think>Hello<|im_end|>"]
-    assert answers_of(tokenizer, chat("Hello", "Hello", "how", "fine")) == ["Hello<|im_end|>", "fine<|im_end|>"]
-
-
-def test_changed_history_with_marks():
-    template = templates.STRIPPING.replace(
-        "{{ m.content if", "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content if"
-    ).replace("[-1] }}", "[-1] }}{% endgeneration %}{% endif %}")
-    messages = chat("Hello", "<think>hm</think>Hello", "how", "<think>oh</think>fine")
-    assert answers_of(make(template), messages) == ["Hello", "<think>oh</think>fine"]
 
 
 def test_a_prompt_that_answers_do_not_begin_with_is_refused():
@@ -237,17 +212,17 @@ def test_marks_that_a_content_empties():
         "{{ m.content }}<|im_end|>{% end", "{{ m.content | replace('Hello', '') }}{% end"
     )
     fault = fault_of(make(template), chat("Hello", "Hello", "how", "fine"))
-    assert fault.kind == "mask unsure" and "1 pieces of text for 2 answers" in str(fault)
+    assert fault.kind == "mask unsure" and "marks nothing of message 2" in str(fault)
 
 
 def test_marks_are_checked_once_for_the_same_roles():
     tokenizer = make(templates.MARKED)
-    chat_module._check_marks.cache_clear()
+    rendering._check_marks.cache_clear()
     for content in ("Hello", "fine", "how"):
         conversation_tokens(tokenizer, chat(content, content))
-    assert chat_module._check_marks.cache_info().misses == 1
+    assert rendering._check_marks.cache_info().misses == 1
     conversation_tokens(tokenizer, chat("Hello", "Hello", system="how"))
-    assert chat_module._check_marks.cache_info().misses == 2
+    assert rendering._check_marks.cache_info().misses == 2
 
 
 def test_white_space_after_the_end_mark():
@@ -321,7 +296,10 @@ def test_wrong_roles(messages, says):
         ([USER, {"role": "assistant", "content": 3}], "bad message", "message 2: the content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT], "bad message", "message 1: the content"),
         ([{"role": "user"}, ASSISTANT], "bad message", "message 1: the content"),
-        ([USER, {**ASSISTANT, "weight": 0}], "bad message", "weights"),
+        ([USER, {**ASSISTANT, "weight": 0.5}], "bad message", "message 2: weights of answers are 0 (not learned) or 1"),
+        ([USER, {**ASSISTANT, "weight": "1"}], "bad message", "got '1'"),
+        ([USER, {**ASSISTANT, "weight": 0}], "nothing to learn", "weight 0"),
+        ([USER, {**ASSISTANT, "tool_calls": "look"}], "bad message", 'message 2: "tool_calls" must be a list, or JSON'),
         ([USER, {"role": "assistant", "content": " \n"}], "empty answer", "message 2"),
         ([USER, {"role": "assistant", "content": None}], "empty answer", "message 2"),
     ],
@@ -389,8 +367,3 @@ def test_tools(marks):
     assert "answer to" not in tokenizer.decode(tokens)
     assert tokenizer.decode(tokens).startswith('tools: [{"name": "look"}]\n<|im_start|>user\nHello')
     assert learned(tokenizer, tokens, mask) == ['call look {"at": 1}<|im_end|>', "fine<|im_end|>"]
-
-
-@pytest.mark.parametrize("call", ["look", {"function": {"name": "look", "arguments": "not JSON"}}, {"function": None}])
-def test_tool_calls_of_other_forms_are_the_templates(call):
-    assert chat_module._parsed_call(call) == call

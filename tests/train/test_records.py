@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eagle_jax.train import fingerprint
 from eagle_jax.train.chat import Kind, conversation_tokens
 from eagle_jax.train.records import DataError, ReadReport, Record, read_records
 from tests.train import chat_templates as templates
@@ -126,14 +127,17 @@ def test_conversations(read):
 
 def test_tools(read):
     template = "{{ tools | tojson }}" + templates.CHATML
-    entry = {"messages": chat("Hello", "fine"), "tools": [{"name": "look"}]}
-    tokens = read(entry, chat_template=template, max_length=100)[0].tokens
-    assert TOKENIZER.decode(tokens).startswith('[{"name": "look"}]<|im_start|>')
+    shared = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "fine"}]
+    for talk in ({"messages": chat("Hello", "fine")}, {"conversations": shared}):
+        for tools in ([{"name": "look"}], '[{"name": "look"}]'):
+            tokens = read(talk | {"tools": tools}, chat_template=template, max_length=100)[0].tokens
+            assert TOKENIZER.decode(tokens).startswith('[{"name": "look"}]<|im_start|>')
     none = read({"messages": chat("Hello", "fine"), "tools": []}, chat_template=template, max_length=100)[0].tokens
     assert TOKENIZER.decode(none).startswith("null<|im_start|>")  # templates ask whether there are any, by `is none`
 
 
 GOOD = {"tokens": [3, 4]}
+VOCABULARY = fingerprint.of_vocabulary(TOKENIZER)
 FAULTS: list[tuple[object, Kind, str]] = [
     (b'{"text": "\xff"}', "not UTF-8", "byte 11 of the line is 0xff"),
     ('{"text": "\\uD800"}', "not UTF-8", "surrogate"),
@@ -165,7 +169,43 @@ FAULTS: list[tuple[object, Kind, str]] = [
     ({"messages": chat("a", "")}, "empty answer", "message 2"),
     ({"conversations": [{"from": "gpt", "value": "a"}]}, "wrong roles", "message 1"),
     ({"messages": chat("a", "RAISE")}, "template refuses", "said no"),
-    ({"messages": chat("a", "STRIP", "b", "c")}, "mask unsure", "{% generation %}"),
+    ({"messages": chat("UNSURE", "b")}, "mask unsure", "{% generation %}"),
+    (
+        {"messages": chat("a", "CUT it")},
+        "answer changed",
+        "message 2: the chat template leaves out or changes its content",
+    ),
+    (
+        {"messages": [], "tokens": [3], "vocabulary": "x"},
+        "other tokenizer",
+        "another tokenizer (vocabulary x, this one's",
+    ),
+    ({"tokens": [3], "vocabulary": "x"}, "other tokenizer", "let this target regenerate it"),
+    ({"messages": [], "tokens": [3]}, "unknown format", "holds 'tokens' and 'messages'"),
+    ({"tokens": [[3], [4]], "loss_mask": [[1]], "vocabulary": VOCABULARY}, "bad loss mask", "1 lists for 2 of tokens"),
+    ({"tokens": [3, "4"], "vocabulary": VOCABULARY}, "bad tokens", "list of integers"),
+    ({"tokens": [999], "vocabulary": VOCABULARY}, "token id out of range", "token 1 is 999"),
+    (
+        {"data": [GOOD, GOOD]},
+        "unknown format",
+        "if the records are the list under 'data', write that list alone to a file",
+    ),
+    ({"text": float("nan")}, "invalid JSON", "NaN is no JSON"),
+    (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": "look"}]},
+        "bad message",
+        '"tool_calls" must be',
+    ),
+    (
+        {"messages": [*chat("a", "b")[:1], chat("a", "b")[1] | {"weight": 2}]},
+        "bad message",
+        "0 (not learned) or 1, got 2",
+    ),
+    (
+        {"messages": [*chat("a", "b")[:1], chat("a", "b")[1] | {"weight": 0}]},
+        "nothing to learn",
+        "every answer has weight 0",
+    ),
     ({"tokens": [3, len(TOKENIZER), -1]}, "token id out of range", f"token 2 is {len(TOKENIZER)}; ids are 0 to"),
     ({"tokens": [3, 4, -1]}, "token id out of range", "token 3 is -1"),
     ({"tokens": [2**80]}, "token id out of range", f"token 1 is {2**80}"),
@@ -176,8 +216,9 @@ FAULTS: list[tuple[object, Kind, str]] = [
 ]
 # Refuses and changes its mind on command, to reach every kind of fault.
 TEMPLATE = (
-    "{% if messages[1].content == 'RAISE' %}{{ raise_exception('said no') }}{% endif %}"
-    "{% if messages[1].content == 'STRIP' and messages | length > 2 %}stripped{% endif %}" + templates.CHATML
+    "{% if messages[-1].content == 'RAISE' %}{{ raise_exception('said no') }}{% endif %}"
+    "{% if messages | length == 1 and messages[0].content == 'UNSURE' %}{{ raise_exception('too short') }}{% endif %}"
+    + templates.CHATML.replace("{{ m.content }}", "{{ m.content | replace('CUT', '') }}")
 )
 
 
@@ -214,6 +255,57 @@ def test_skips(tmp_path):
         assert told or kinds[:number].count(kind) >= 3  # the first three of a kind are kept
         assert all(says in message for message in told)
     assert all(len(messages) <= 3 for messages in report.messages.values())
+
+
+def test_decoded_tokens_are_learned_as_they_are(read):
+    """Not the messages beside them, which a template may write otherwise; several lists are several documents."""
+    talk = {"messages": chat("Hello", "fine"), "vocabulary": VOCABULARY}
+    assert pairs(read(talk | {"tokens": [3, 4, 5], "loss_mask": [0, 1, 1]})) == [([3, 4, 5], [0, 1, 1])]
+    assert pairs(read({"tokens": [3, 4], "vocabulary": VOCABULARY})) == [([3, 4], [1, 1])]
+    report = ReadReport()
+    several = talk | {"tokens": [[3, 4, 5], [6] * 65, [7, 8]], "loss_mask": [[0, 1, 1], [1] * 65, [0, 1]]}
+    assert pairs(read(several, on_error="skip", report=report)) == [([3, 4, 5], [0, 1, 1]), ([7, 8], [0, 1])]
+    assert report.unrolled == 1 and report.faults == {"too long": 1}
+    assert "1 conversation split by answers, as the chat template changes earlier ones" in report.summary()
+
+
+def test_a_conversation_whose_template_changes_earlier_answers(read):
+    report = ReadReport()
+    talk = {"messages": chat("a", "<think>b</think>c", "d", "<think>e</think>f")}
+    records = read(talk, tokenizer=byte_level(templates.STRIPPING), max_length=100, report=report)
+    said = [TOKENIZER.decode(record.tokens[record.loss_mask > 0]) for record in records]
+    assert said == ["<think>b</think>c<|im_end|>", "<think>e</think>f<|im_end|>"] and report.unrolled == 1
+
+
+@pytest.mark.parametrize(
+    ("predicted", "left"),
+    [(slice(None), [0, 1, 2, 3]), (slice(1, None), [1, 2, 3]), (slice(2, None), [2]), (slice(None, -1), [0, 1, 2])],
+)
+def test_documents_in_which_no_loss_sees_a_token_are_counted_and_left_out(read, predicted, left):
+    lines = [
+        {"tokens": [10, 9], "loss_mask": [1, 0]},
+        {"tokens": [11, 9, 9], "loss_mask": [0, 1, 0]},
+        {"tokens": [12, 9, 9, 9], "loss_mask": [0, 0, 1, 1]},
+        {"tokens": [13, 9], "loss_mask": [0, 1]},
+    ]
+    report = ReadReport()
+    records = read(*lines, predicted=predicted, report=report)
+    assert [record.tokens[0] - 10 for record in records] == left
+    assert report.unseen == 4 - len(left)
+    said = f"{4 - len(left)} document{'s' if len(left) < 3 else ''} left out, as no loss sees a token to learn in them"
+    assert (said in report.summary()) == bool(report.unseen)
+
+
+def test_one_json_array_is_a_file_of_records(tmp_path):
+    """ShareGPT's own form; a fault has its place in the file, and the others are read."""
+    talk = {"id": "x", "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "fine"}]}
+    path = tmp_path / "sharegpt.json"
+    for indent, place in ((None, ":1, entry 2"), (1, ":15, entry 2")):
+        path.write_text(json.dumps([talk, {"id": "y"}, talk], indent=indent))
+        report = ReadReport()
+        records = list(read_records([path], TOKENIZER, **LIMITS, on_error="skip", report=report))
+        assert len(records) == 2 and report.lines == 3
+        assert report.messages["unknown format"][0].startswith(f"{path}{place}: unknown format: ")
 
 
 def test_ids_of_a_larger_tokenizer(read):
@@ -354,6 +446,20 @@ def test_summary(read):
     report = ReadReport()
     read({"tokens": [1] * 65}, too_long="truncate", report=report)
     assert report.summary() == "1 record of 1 line in 1 file: 64 tokens, 64 to learn; 1 line truncated"
+
+
+def test_summary_of_several_files_and_of_nothing(tmp_path):
+    """Every file with faults is named; where no record is left, further examples are shown."""
+    good, bad, worse = (
+        write(tmp_path / f"{name}.jsonl", *lines) for name, lines in (("a", [GOOD]), ("b", "{[{"), ("c", "["))
+    )
+    for files, told in (([good, bad, worse], 1), ([bad, worse], 3)):
+        report = ReadReport()
+        list(read_records(files, TOKENIZER, **LIMITS, on_error="skip", report=report))
+        first, *lines = report.summary().split("\n")
+        assert first.endswith("; 4 lines not used")
+        assert lines[:2] == [f"  {bad}: 3 lines not used", f"  {worse}: 1 line not used"]
+        assert lines[2].startswith(f"  4 invalid JSON, first {bad}:1: invalid JSON: ") and len(lines) == 2 + told
 
 
 def test_settings_are_checked_at_once(tmp_path):

@@ -1,0 +1,144 @@
+"""Renders conversations by a chat template, and finds what the template marks as the assistant's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn, TypeAlias
+
+from eagle_jax.jsonl import Fault
+from eagle_jax.train.messages import with_arguments
+
+Span: TypeAlias = tuple[int, int]  # characters of a text, or tokens: the first, and the one after the last
+
+MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+USE_MARKS = "give a chat template that marks them with {% generation %} and {% endgeneration %}"
+
+
+def chat_template_of(tokenizer: Any, chat_template: str | None, tools: list[Any] | None) -> str:
+    """The chat template to render with: the given one, or the tokenizer's own. Raises ValueError if there is none."""
+    try:
+        return tokenizer.get_chat_template(chat_template, tools)
+    except ValueError as error:
+        raise ValueError(f"conversations need a chat template, give chat_template: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """A tokenizer, a chat template in Jinja, and the tools that it is told of."""
+
+    tokenizer: Any
+    template: str
+    tools: list[Any] | None
+
+    @property
+    def marked(self) -> bool:
+        """Whether the template marks what the assistant writes."""
+        return MARK.search(self.template) is not None
+
+    def text(self, chat: list[dict[str, Any]], prompt: bool = False) -> str:
+        """Renders messages. prompt: up to where the assistant's next answer begins."""
+        with template_errors():
+            return self.tokenizer.apply_chat_template(
+                chat, tools=self.tools, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+            )
+
+    def with_arguments(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with arguments of tool calls as the template reads them: as objects, or else as JSON text."""
+        as_objects, as_text = with_arguments(chat, objects=True), with_arguments(chat, objects=False)
+        if as_objects == as_text:
+            return chat
+        try:
+            text = self.text(as_objects)
+        except Fault as fault:
+            try:
+                self.text(as_text)
+            except Fault:
+                raise fault from None
+            return as_text
+        calls = [call for message in as_objects for call in message.get("tool_calls", ()) if isinstance(call, dict)]
+        arguments = [(call.get("function") or call).get("arguments") for call in calls]
+        as_python = any(isinstance(value, dict) and value and repr(value) in text for value in arguments)
+        return as_text if as_python else as_objects
+
+    def marks(self, chat: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        """Renders messages; the text, and the spans of the template's marks."""
+        return _render_marks(self.template, json.dumps(self.tokenizer.special_tokens_map), chat, self.tools)
+
+    def check_marks(self, chat: list[dict[str, Any]]) -> None:
+        """Refuses marks in the wrong places: see `_check_marks`."""
+        probes = [{**message, "content": probe(index)} for index, message in enumerate(chat)]
+        special = json.dumps(self.tokenizer.special_tokens_map)
+        _check_marks(self.template, special, json.dumps(probes), json.dumps(self.tools))
+
+
+def unsure(message: str) -> NoReturn:
+    raise Fault("mask unsure", f"it is not sure which tokens are the assistant's: {message}; {USE_MARKS}")
+
+
+@contextlib.contextmanager
+def template_errors() -> Iterator[None]:
+    """Turns what a template raises into a Fault of the conversation, or an error of the template itself."""
+    import jinja2
+
+    try:
+        yield
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
+    except Exception as error:  # a template is a program: it may raise anything
+        said = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+        raise Fault("template refuses", f"the chat template refuses this conversation: {said}") from error
+
+
+def _render_marks(template: str, special: str, chat: Any, tools: Any) -> tuple[str, list[Span]]:
+    """The text of a conversation, and the spans of its marks that hold any text.
+
+    `apply_chat_template(return_assistant_tokens_mask=True)` makes its mask of these, but drops all that follows a mark
+    which begins with a character of no token, learns all that follows one which ends so, and of a character of several
+    tokens it learns the first only.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with template_errors():
+        rendered: Any = render_jinja_template(
+            conversations=[chat],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **json.loads(special),
+        )
+    (text,), (spans,) = rendered
+    return text, [(start, end) for start, end in spans if start < end]
+
+
+def probe(index: int) -> str:
+    return f"probe{index}end"
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_marks(template: str, special: str, probes: str, tools: str) -> None:
+    """Checks that the marks hold every answer, and nothing of the others, on a conversation of the same roles.
+
+    Inside a macro, say, marks give wrong places. Conversations of the same roles share a check: it is cached.
+
+    Args:
+      special: JSON of the special tokens. probes: JSON of the messages, with probes as contents. tools: JSON.
+    """
+    chat = json.loads(probes)
+    try:
+        text, spans = _render_marks(template, special, chat, json.loads(tools))
+    except Fault as error:
+        unsure(f"the chat template cannot be tried on other contents ({error})")
+    for index, message in enumerate(chat):
+        places = [found.span() for found in re.finditer(probe(index), text)]
+        marked = any(first <= start and end <= last for start, end in places for first, last in spans)
+        own, name = message["role"] == "assistant", f"message {index + 1}, of role {message['role']!r},"
+        if marked and not own:
+            unsure(f"{name} stands inside the chat template's marks")
+        # What is said beside a tool call, a template may leave out.
+        if own and not marked and (places or not message.get("tool_calls")):
+            unsure(f"{name} stands outside the chat template's marks")
