@@ -246,7 +246,7 @@ class Features:
         """A shard, memory-mapped. Not kept open: there may be more than a process can hold."""
         path = self.folder / name
         if name not in self.verified:
-            if fingerprint.of_file(path) != self.known[name]["sha256"]:
+            if fingerprint.of_file(path) != self.known[name].get("sha256"):
                 raise FeaturesError(f"{path}: this shard of the features is damaged; remove it and {self._fix()}")
             self.verified.add(name)
         return np.load(path, mmap_mode="r")
@@ -257,9 +257,13 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FeaturesError(f"{path}: not JSON ({error}); remove the folder and {AGAIN} {folder}") from error
+    parts = [manifest.get(name) for name in ("made_from", "shard_rows", "shards")] if isinstance(manifest, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise FeaturesError(f"{path}: damaged, parts of it are missing; remove the folder and {AGAIN} {folder}")
+    return manifest
 
 
 def _check_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -279,7 +283,7 @@ def _as_written(groups: Sequence[Group], manifest: dict[str, Any]) -> list[Group
 
 
 def _is_whole(path: Path, known: dict[str, Any] | None) -> bool:
-    return known is not None and path.is_file() and path.stat().st_size == known["bytes"]
+    return isinstance(known, dict) and path.is_file() and path.stat().st_size == known.get("bytes")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

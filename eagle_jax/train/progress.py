@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -11,8 +13,12 @@ from types import TracebackType
 from typing import Any
 
 from eagle_jax.convert.place import new_file
+from eagle_jax.train.lock import locked_file
+from eagle_jax.train.say import log
 
 START_ANEW = "to write it anew, give --overwrite"
+EMPTY = hashlib.sha256().hexdigest()
+KINDS = {"settings": dict, "inputs": int, "records": int, "bytes": int, "faults": dict}  # of what is noted
 
 
 class Progress:
@@ -22,17 +28,26 @@ class Progress:
       for the caller to count.
 
     Raises:
-      ValueError: if the file is there already, or was begun with other settings.
+      ValueError: if the file is there already, or was begun with other settings. Locked: if another process writes it.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], overwrite: bool):
         self.out, self.settings = out, settings
         self.partial, self.note = part_paths(out)
-        check_place(out, overwrite)
+        check_place(out, overwrite)  # before its lock file is made
+        with contextlib.ExitStack() as held:
+            held.enter_context(locked_file(out, log))
+            check_place(out, overwrite)  # again: another process may have finished it in the meantime
+            self._open(overwrite)
+            self.held = held.pop_all()
+
+    def _open(self, overwrite: bool) -> None:
+        """Opens what is there, or begins anew."""
+        settings = self.settings
         known = None if overwrite or not self.note.is_file() else _read(self.note)
         if known is None:
             self.partial.unlink(missing_ok=True)
-            known = {"settings": settings, "inputs": 0, "records": 0, "bytes": 0, "faults": {}}
+            known = {"settings": settings, "inputs": 0, "records": 0, "bytes": 0, "faults": {}, "sha256": EMPTY}
         theirs = known["settings"]
         changed = [name for name in {**settings, **theirs} if settings.get(name) != theirs.get(name)]
         if changed:
@@ -42,12 +57,26 @@ class Progress:
             )
         self.inputs, self.records, self.bytes = known["inputs"], known["records"], known["bytes"]
         self.faults: collections.Counter[str] = collections.Counter(known["faults"])
+        self.partial.touch()
+        self.digest = hashlib.sha256()
+        with open(self.partial, "rb") as file:
+            left = self.bytes
+            while part := file.read(min(left, 1 << 20)):
+                self.digest.update(part)
+                left -= len(part)
+        if left:
+            raise ValueError(
+                f"{self.partial} lost some of its {self.bytes} bytes, it has {self.bytes - left}; {START_ANEW}"
+            )
+        if known.get("sha256", self.sha256) != self.sha256:  # older versions noted none
+            raise ValueError(f"{self.partial} is damaged, it is not as it was written; {START_ANEW}")
         self.file = open(self.partial, "ab")  # noqa: SIM115 (this object is the context manager)
-        there = self.file.seek(0, os.SEEK_END)
-        if there < self.bytes:
-            self.file.close()
-            raise ValueError(f"{self.partial} lost some of its {self.bytes} bytes, it has {there}; {START_ANEW}")
         self.file.truncate(self.bytes)  # what was added after the last note
+
+    @property
+    def sha256(self) -> str:
+        """Of the lines that are done."""
+        return self.digest.hexdigest()
 
     def __enter__(self) -> Progress:
         return self
@@ -56,6 +85,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.file.close()
+        self.held.close()
 
     def add(self, records: Sequence[dict[str, Any]], inputs: int) -> None:
         """Adds the records of so many lines of input; they stay."""
@@ -63,10 +93,11 @@ class Progress:
         self.file.write(content)
         self.file.flush()
         os.fsync(self.file.fileno())
+        self.digest.update(content)
         self.inputs += inputs
         self.records += len(records)
         self.bytes += len(content)
-        names = ("settings", "inputs", "records", "bytes", "faults")
+        names = ("settings", "inputs", "records", "bytes", "faults", "sha256")
         with new_file(self.note) as new, open(new, "w", encoding="utf-8") as file:
             json.dump({name: getattr(self, name) for name in names}, file, indent=1)
             file.flush()
@@ -97,6 +128,9 @@ def check_place(out: Path, overwrite: bool) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); {START_ANEW}") from error
+    if not isinstance(known, dict) or not all(isinstance(known.get(name), kind) for name, kind in KINDS.items()):
+        raise ValueError(f"{path}: damaged, it does not say how far the work is; {START_ANEW}")
+    return known

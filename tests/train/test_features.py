@@ -23,6 +23,7 @@ from eagle_jax.train import features, fingerprint, loader, loss, metrics, setup
 from eagle_jax.train.config import TrainSettings, read_settings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.features import FeaturesError
+from eagle_jax.train.lock import Locked, locked_folder
 from eagle_jax.train.precompute import precompute
 from eagle_jax.train.setup import objective_of, rows_of
 from tests.train.chat_templates import byte_level
@@ -226,9 +227,10 @@ def test_missing_damaged_and_strange_shards_are_refused(place, written, tmp_path
     shard.unlink()
     with pytest.raises(FeaturesError, match=r"train-32-00000\.npy: .*missing.*--precompute .*, which writes what is"):
         made.stored(ours)
-    (ours / "manifest.json").write_text("{")
-    with pytest.raises(FeaturesError, match="not JSON"):
-        made.stored(ours)
+    for content, fault in (("{", "not JSON"), ("{}", "damaged, parts of it are missing"), ("[1]", "damaged")):
+        (ours / "manifest.json").write_text(content)
+        with pytest.raises(FeaturesError, match=rf"manifest\.json: {fault}.*--precompute"):
+            made.stored(ours)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +272,8 @@ def test_settings_that_features_do_not_depend_on(place, written, tmp_path):
     for name, array in theirs.stored(written[1]).batch("train", 32, rows).items():
         np.testing.assert_array_equal(ours.stored(written[1]).batch("train", 32, rows)[name], array)
     target = {"kind": "target", "target": None, "model": str(place / "target" / "config.json")}
+    with locked_folder(written[1], print), pytest.raises(Locked, match="another run writes there"):
+        precompute(ours.settings, written[1], lambda _: None)
     with pytest.raises(ValueError, match="--precompute is for heads"):
         precompute(read_settings(write_config(place, tmp_path / "own", "target", PACKED, **target)), tmp_path / "no")
 

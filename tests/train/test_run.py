@@ -348,6 +348,12 @@ def test_the_log_has_the_learning_rate_and_a_running_mean_of_the_loss(whole):
     assert "tokens_a_second" not in lines[0] and all(line["tokens_a_second"] > 0 for line in lines[1:])
 
 
+def test_damaged_lines_of_the_metrics_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st\xff\n[2]\n{"loss": 3}\n{"step": 4}\n{"step": 5')
+    assert metrics.read(path) == [{"step": 1}, {"step": 4}]
+
+
 def test_a_number_that_the_written_dtype_cannot_hold_is_refused(folder, whole):
     target, _ = from_pretrained(folder / "target")
     large = params.load(target, params.flatten(target) | {"lm_head": params.flatten(target)["lm_head"] * 1e6})
