@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from eagle_jax.train import dataset, loader, setup
 from eagle_jax.train.config import read_settings
+from tests.train.chat_templates import byte_level
 
 SETTINGS = """\
 kind: eagle3
@@ -49,6 +51,36 @@ def test_documents_are_written_whole_or_not_at_all(tmp_path):
         dataset.write(tmp_path / "other", [], {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
     assert dataset.about(tmp_path / "other") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "says"),
+    [
+        ("eagle3", {"tokens": [1, 2, 3], "loss_mask": [1, 1, 0]}, "no loss sees a token to learn"),
+        ("eagle3", {"tokens": [1, 2]}, "no loss sees a token to learn"),
+        ("eagle1", {"tokens": [1]}, "no loss sees a token to learn"),
+        ("target", {"tokens": [1, 2], "loss_mask": [1, 0]}, "no loss sees a token to learn"),
+        ("eagle3", {"tokens": [1, 2, 3], "loss_mask": [0, 0, 0]}, "3 nothing to learn"),
+        ("eagle3", {"tokens": [1] * 64 + [2], "loss_mask": [0] * 64 + [1]}, "3 nothing to learn"),
+        ("eagle3", {"text": 7}, "3 unknown format"),
+    ],
+)
+def test_a_run_with_nothing_to_learn_is_refused_with_the_reasons(tmp_path, kind, line, says):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(line)}\n" * 3)
+    (tmp_path / "run.yaml").write_text(SETTINGS)
+    overrides = [f"kind={kind}", *(["model=config.json", "target=null"] if kind == "target" else [])]
+    settings = read_settings(tmp_path / "run.yaml", [*overrides, "data.on_error=skip"])
+    origin = setup.Source(tmp_path, byte_level(), SimpleNamespace(vocab_size=50), setup.predicted_by(settings))
+    said: list[str] = []
+    with pytest.raises(ValueError, match=f"there is no document to learn from in .*a.jsonl: of 3 lines none.*{says}"):
+        setup.documents([str(path)], settings.data, origin, tmp_path / "data", said.append)
+    assert "0 records of 3 lines" in said[0] and said[0].count(f"{path}:") == (3 if "3 " in says else 0)
+    assert not (tmp_path / "data").exists()
+    # Beside one that can be learned from, they are counted.
+    path.write_text(path.read_text() + json.dumps({"tokens": [1, 2, 3, 4]}))
+    assert len(setup.documents([str(path)], settings.data, origin, tmp_path / "data", said.append)) == 1
+    assert ("3 documents left out" in said[1]) == ("3 lines not used" not in said[1])
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=200), st.integers(0, 3))

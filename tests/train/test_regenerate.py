@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from eagle_jax.train.records import DataError, read_records
 from eagle_jax.train.regenerate import Options, Source, regenerate
 from eagle_jax.train.save import save_head
 from tests.toy import draft_config, scaled
-from tests.train.chat_templates import CHATML, LLAMA3, MISTRAL, PLAIN, STRIPPING, byte_level, chat
+from tests.train.chat_templates import CHATML, LLAMA3, MISTRAL, PLAIN, REASONING, STRIPPING, byte_level, chat
 from tests.train.models import VOCAB, write_target
+from tests.train.test_answers import DROPS
 
 END = "<|im_end|>"
 
@@ -126,6 +129,78 @@ def test_a_template_writes_the_text_that_was_decoded(tmp_path, template, end, te
     assert whole.startswith(before + spoken)
 
 
+def said(tokenizer: Any, record: Any) -> str:
+    return tokenizer.decode(record.tokens[record.loss_mask > 0])
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "together"), [(REASONING, "<|eos|>", False), (DROPS, END, False), (CHATML, END, True)]
+)
+def test_training_learns_exactly_the_tokens_that_were_decoded(tmp_path, template, end, together):
+    """Also where the template leaves reasoning out of every answer: then each is a document, after what it was told."""
+    tokenizer = byte_level(template)
+    decoder = Scripted(tokenizer, script=lambda prompt, key: f"hm {key}\n</think>\n\nans {key}", end=end)
+    messages = chat("one", "old", "two", "older", system="S")
+    ((line,), _) = made(tmp_path, [{"messages": messages}], decoder)
+    answers = [message["content"] for message in line["messages"] if message["role"] == "assistant"]
+    assert [answer.startswith("hm ") for answer in answers] == [True, True]
+    found = records(tmp_path / "out.jsonl", tokenizer)
+    if together:
+        assert [said(tokenizer, record) for record in found] == [answers[0] + end + answers[1] + end]
+        assert line["tokens"] == found[0].tokens.tolist() and line["loss_mask"] == found[0].loss_mask.tolist()
+    else:
+        assert [said(tokenizer, record) for record in found] == [answer + end for answer in answers]
+    for prompt, record in zip(decoder.prompts, found * 2 if together else found, strict=True):
+        assert tokenizer.decode(record.tokens).startswith(prompt)
+
+
+def test_tokens_that_differ_from_the_templates_are_learned(tmp_path):
+    """A model may write a text in other tokens than a tokenizer does."""
+    tokenizer = byte_level(CHATML)
+    decoder = Scripted(tokenizer)
+    letters = [token for letter in "Hello" for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    decoder.insert = lambda row, prompt, key, room: decoder.left.update({row: ([*letters, decoder.end], False)})
+    ((line,), _) = made(tmp_path, [{"messages": chat("a", "b", "c", "d")}], decoder)
+    assert line["messages"][1]["content"] == "Hello" and tokenizer("Hello")["input_ids"][1:] != letters
+    first, second = records(tmp_path / "out.jsonl", tokenizer)
+    assert first.tokens[first.loss_mask > 0].tolist() == [*letters, decoder.end]
+    assert second.tokens[second.loss_mask > 0].tolist() == [*letters, decoder.end]
+    other = byte_level(CHATML)
+    other.add_tokens(["more"])
+    with pytest.raises(DataError, match=r"out\.jsonl:1: other tokenizer: its tokens are those of another tokenizer"):
+        records(tmp_path / "out.jsonl", other)
+    # And they may be regenerated again: by messages, not by tokens.
+    again = tmp_path / "again"
+    again.mkdir()
+    ((line,), _) = made(again, [line], Scripted(tokenizer))
+    assert line["messages"][1]["content"].startswith("new")
+
+
+def test_prompts_alone_are_turns_of_a_user(tmp_path):
+    """With a chat template; a conversation that nobody answered gets its answer, too."""
+    lines = [{"prompt": "Hello"}, {"messages": chat("Hello")}, {"prompt": "Hello", "completion": None}]
+    out, _ = made(tmp_path, lines, Scripted(byte_level(CHATML), script=lambda prompt, key: "Hi"))
+    for line in out:
+        assert line["messages"] == chat("Hello", "Hi") and line["finish"] == ["stop"]
+    tokenizer = byte_level()
+    decoder = Scripted(tokenizer, script=lambda prompt, key: "Hi")
+    out, _ = made(tmp_path, lines[:1], decoder, overwrite=True)
+    assert decoder.prompts == ["<|bos|>Hello"] and tokenizer.decode(out[0]["tokens"]) == f"<|bos|>HelloHi{END}"
+    for wrong, says in (({"prompt": ""}, "empty text"), ({"prompt": ["a"]}, "'prompt' must be a string")):
+        for template in (CHATML, None):
+            with pytest.raises(DataError, match=says):
+                made(tmp_path, [wrong], Scripted(byte_level(template)), overwrite=True)
+
+
+def test_answers_of_weight_0_stay(tmp_path):
+    messages = chat("a", "an example", "b", "old")
+    messages[1]["weight"] = 0
+    ((line,), _) = made(tmp_path, [{"messages": messages}], Scripted(byte_level(CHATML)))
+    assert line["messages"][:3] == messages[:3] and line["messages"][3]["content"].startswith("new")
+    (record,) = records(tmp_path / "out.jsonl", byte_level(CHATML))
+    assert said(byte_level(CHATML), record) == line["messages"][3]["content"] + END
+
+
 def test_texts_and_tokens_keep_their_beginning_and_exact_ids(tmp_path):
     tokenizer = byte_level(CHATML)
     decoder = Scripted(tokenizer, rows=3)
@@ -166,6 +241,10 @@ def test_bad_lines_are_refused_before_any_is_decoded_or_left_out_by_name(tmp_pat
     for number, kind in ((2, "invalid JSON"), (3, "token id out of range"), (4, "too long")):
         assert sum(f"left out: {tmp_path / 'data.jsonl'}:{number}: {kind}: " in line for line in said) == 1
     assert "2 records of 5 lines; 1 left out, invalid JSON; 1 left out, token" in said[-1]
+    with pytest.raises(
+        ValueError, match=r"none of 2 lines can be used: 1 invalid JSON, first .*data\.jsonl:1: .*; 1 too"
+    ):
+        made(tmp_path, [lines[1], lines[3]], decoder, on_error="skip", overwrite=True)
     assert [line["source"] for line in made(tmp_path, lines[:1] * 5, decoder, True, limit=3)[0]] == [
         f"{tmp_path / 'data.jsonl'}:{number}" for number in (1, 2, 3)
     ]
@@ -243,6 +322,23 @@ def test_a_run_that_was_killed_comes_to_the_same_bytes(tmp_path, monkeypatch):
         made(tmp_path, lines, whole)
 
 
+def test_ctrl_c_keeps_the_lines_that_are_done_and_says_how_to_go_on(tmp_path):
+    """Not only whole windows: what is done in order."""
+    lines = [{"tokens": [9 + index]} for index in range(12)]
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, lines, Scripted(byte_level(CHATML), rows=2, die_at=8), say=told)
+    kept = [json.loads(line) for line in (tmp_path / "out.jsonl.partial").read_text().splitlines()]
+    assert 2 <= len(kept) < 12
+    assert told[-1] == f"stopped: {len(kept)} of 12 lines are kept; the same command goes on from there"
+    out, _ = made(tmp_path, lines, Scripted(byte_level(CHATML), rows=2), say=told)
+    assert out[: len(kept)] == kept and len(out) == 12
+    assert f"going on after {len(kept)} of 12 lines" in told
+    (tmp_path / "whole").mkdir()
+    whole, _ = made(tmp_path / "whole", lines, Scripted(byte_level(CHATML), rows=2))
+    assert [line["tokens"] for line in whole] == [line["tokens"] for line in out]
+
+
 @pytest.mark.parametrize("change", ["settings", "data", "options", "template"])
 def test_other_settings_are_refused(tmp_path, monkeypatch, change):
     monkeypatch.setattr(module, "LINES_A_ROW", 4)
@@ -289,6 +385,29 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("data", "options", "says"),
+    [
+        ("{bad", (), r"data\.jsonl:1: invalid JSON"),
+        ('{"prompt": "x"}\n{"tokens": [999]}', (), r"data\.jsonl:2: token id out of range: the prompt holds 999"),
+        ("{bad", ("--on-error", "skip"), "none of 1 lines can be used: 1 invalid JSON"),
+        ('{"prompt": "x"}', ("--stop-token", "999"), "--stop-token 999"),
+        ('{"prompt": "x"}', ("--logit-bias", "999=1"), "--logit-bias 999"),
+        ('{"prompt": "x"}', ("--chat-template", "none.jinja"), "none.jinja"),
+        ('{"prompt": "x"}', ("--model", "x"), "either --model, or --target"),
+        ('{"prompt": "x"}', (), "weights"),
+    ],
+)
+def test_bad_input_is_found_before_the_weights_are_read(folder, tmp_path, capsys, data, options, says):
+    """In a folder that has none."""
+    shutil.copytree(folder / "target", tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "data.jsonl").write_text(data)
+    files = ["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    assert main(["train", "regenerate", "--target", str(tmp_path / "target"), *files, *options]) == 2
+    assert re.search(says, capsys.readouterr().err.splitlines()[-1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "target"]
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_the_command_writes_the_targets_own_text(folder, tmp_path, sampled, capsys):
     rng = np.random.default_rng(0)
@@ -310,6 +429,8 @@ def test_the_command_writes_the_targets_own_text(folder, tmp_path, sampled, caps
     if not sampled:
         head = ["--draft", str(folder / "head"), "--tree", "chain:2", "--batch", "3"]
         assert run("drafted.jsonl", *head) == out
+        model = ["--draft", str(folder / "target"), "--tree", "chain:2", "--batch", "3"]  # a whole model drafts
+        assert run("drafted_by_model.jsonl", *model) == out
         again = ["--target", "x", "--data", "y", "--out", str(tmp_path / "plain.jsonl")]
         assert main(["train", "regenerate", *again]) == 2
         assert "is there already" in capsys.readouterr().err
