@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -25,7 +26,9 @@ from eagle_jax import (
     TreeConfig,
     convert,
 )
-from eagle_jax.cli import main
+from eagle_jax.cli import batch, main
+from eagle_jax.cli.answers import Job, Rules, decode
+from eagle_jax.cli.prompts import Prompt
 from eagle_jax.cli.results import read_finished
 from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config
@@ -145,6 +148,8 @@ def test_a_file_without_a_text_may_change_its_settings(tmp_path):
         assert read_finished(str(path), {"seed": 2}) == set()
     path.write_text('{"settings": {"seed": 2}}\n{"index": 4}\n{"index": 5, "sample": 1}\n{"ind')
     assert read_finished(str(path), {"seed": 2}) == {(4, 0), (5, 1)}
+    path.write_text('{"settings": {}}\n{"index": 4, "turn": 0, "turns": 2}\n{"index": 5, "turn": 1, "turns": 2}\n')
+    assert read_finished(str(path), {}) == {(5, 0)}  # a conversation is whole with its last turn
 
 
 @pytest.mark.parametrize("batch", ["1", "3"])
@@ -163,20 +168,138 @@ def test_stop_strings_end_texts_just_there(write, expected, batch):
     assert len(lines[0]["tokens"]) < 24
 
 
-def test_prompts_that_cannot_be_decoded_are_refused_with_their_line(write, tmp_path, capsys):
+def test_prompts_that_cannot_be_decoded_fail_and_the_others_go_on(write, expected, tmp_path, capsys):
     assert write("--buckets", "8,16")[0] == 2
     assert (
         "prompts.jsonl, line 1: the prompt has 19 tokens, the widest of --buckets holds 16" in capsys.readouterr().err
     )
-    for line, message in (
-        ('"' + "x" * 512 + '"', "line 2: the prompt has 512 tokens, this model takes at most 511"),
-        ('{"tokens": [256]}', "line 2: token 256 is outside the vocabulary, 0 to 255"),
-        ('{"tokens": []}', "line 2: the prompt is empty"),
-    ):
-        (tmp_path / "prompts.jsonl").write_text('"a"\n' + line)
-        assert write()[0] == 2
-        assert message in capsys.readouterr().err
+    faults = {
+        '"' + "x" * 512 + '"': "the prompt has 512 tokens, this model takes at most 511",
+        '{"tokens": [256]}': "token 256 is outside the vocabulary, 0 to 255",
+        '{"tokens": [], "id": "mine"}': "the prompt is empty",
+        '{"promt": "x", "id": 3}': "neither a string nor an object with",
+        '"\\ud83d"': "half of a surrogate pair",
+    }
+    (tmp_path / "prompts.jsonl").write_text("\n".join(faults))
+    assert write()[0] == 2  # there is nothing to do
+    assert "line 1: the prompt has 512 tokens" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+    (tmp_path / "prompts.jsonl").write_text("\n".join([json.dumps(PROMPTS[0]), *faults, json.dumps(PROMPTS[2])]))
+    code, lines = write("--batch", "3")
+    assert code == 1
+    assert [(line["index"], line["sample"]) for line in lines] == [(i, j) for i in range(7) for j in range(2)]
+    assert lines[:2] == expected[:2] and lines[-1]["tokens"]
+    for line, (number, fault) in zip(lines[2:12:2], enumerate(faults.values(), start=2), strict=True):
+        assert (line["finish"], line["text"], line["tokens"]) == ("failed", None, [])
+        assert f"prompts.jsonl, line {number}: " in line["error"] and fault in line["error"]
+    assert [line.get("id") for line in lines[2:12:2]] == [None, None, "mine", 3, None]
+    err = capsys.readouterr().err
+    assert err.count("error: ") == 6 and "10 texts failed; their lines in" in err
+    assert write("--batch", "3") == (1, lines)  # nothing is written twice
+
+
+class EchoRows:
+    """Rows without a model, whose every answer is the last letter of the prompt; `broken` by NaN after one token."""
+
+    def __init__(self, batch: int, broken: str = ""):
+        self.state = SimpleNamespace(done=np.ones(batch, bool))
+        self.cycles = np.ones(batch, np.int32)
+        self.broken, self.prompts, self.inserted = broken, [0] * batch, []
+
+    def insert(self, row, prompt, key, max_new_tokens):
+        self.prompts[row] = prompt[-1]
+        self.inserted.append((bytes(prompt).decode(), jax.random.key_data(key).tolist()))
+
+    def advance(self, cycles):
+        failed = np.array([chr(letter) in self.broken for letter in self.prompts])
+        done = np.ones(len(failed), bool)
+        return eagle_jax.Chunk(np.array(self.prompts)[:, None], done.astype(int), done, failed)
+
+
+def answered(rows, *found: Prompt, room: int = 100) -> list[Job]:
+    ends = Ends((), (), max_new_tokens=1)
+    rules = Rules(byte_tokenizer_once, False, ends, room)
+    keys = jax.random.split(jax.random.key(0), len(found))
+    jobs = [Job(index, 0, prompt, keys[index], rules) for index, prompt in enumerate(found)]
+    ended = [job for some in decode(rows, jobs, ends) for job in some]
+    return sorted(ended, key=lambda job: job.index)
+
+
+def test_turns_are_answered_one_after_the_other():
+    """As MT-bench has it: a turn follows the model's own answers before it, and has a key of its own."""
+    rows = EchoRows(batch=2)
+    found = [
+        Prompt("f, line 1", list(b"Hi"), "Hi", ("ab", "c"), 3),
+        Prompt("f, line 2", list(b"x"), "x"),
+        Prompt("g", [121]),
+    ]
+    jobs = answered(rows, *found)
+    assert [[text.detokenizer.text for text in job.texts] for job in jobs] == [["i", "b", "c"], ["x"], ["y"]]
+    assert [[text.said for text in job.texts] for job in jobs] == [["Hi", "ab", "c"], ["x"], [None]]
+    assert all(text.finish == "length" and text.cycles == 1 for job in jobs for text in job.texts)
+    first = jax.random.split(jax.random.key(0), 3)[0]
+    keys = [first, *(jax.random.fold_in(first, np.uint32(2**31 + turn)) for turn in (1, 2))]
+    expected = zip(["Hi", "Hiiab", "Hiiabbc"], [jax.random.key_data(key).tolist() for key in keys], strict=True)
+    assert [one for one in rows.inserted if one[0].startswith("Hi")] == list(expected)
+
+
+def test_a_turn_that_fails_ends_its_conversation_alone():
+    prompts = [
+        Prompt("f, line 1", list(b"Hi"), "Hi", ("x" * 9, "c"), 10),
+        Prompt("f, line 2", list(b"!"), "!", ("b",), 1),
+        Prompt("f, line 3", fault="f, line 3: no"),
+        Prompt("f, line 4", list(b"z"), "z"),
+    ]
+    jobs = answered(EchoRows(batch=1, broken="!"), *prompts, room=12)
+    assert [[text.finish for text in job.texts] for job in jobs] == [
+        ["length", "failed", "failed"],
+        ["failed", "failed"],
+        ["failed"],
+        ["length"],
+    ]
+    assert [[text.error for text in job.texts] for job in jobs] == [
+        [
+            None,
+            "f, line 1, turn 2: the conversation has 12 tokens, and there is room for 1 to 11 and an answer",
+            "f, line 1, turn 3: the answer before it failed",
+        ],
+        ["the model's logits became NaN or infinite", "f, line 2, turn 2: the answer before it failed"],
+        ["f, line 3: no"],
+        [None],
+    ]
+
+
+def test_a_line_a_turn():
+    job = answered(EchoRows(batch=1), Prompt("f", list(b"Hi"), "Hi", ("b",), 1, {"question_id": 81}))[0]
+    args = SimpleNamespace(num_samples=1, log_probs=False)
+    assert batch._line(job, 1, args) == {
+        **{"index": 0, "turn": 1, "turns": 2, "question_id": 81, "prompt": "b", "text": "b", "tokens": [98]},
+        **{"finish": "length", "cycles": 1},
+    }
+
+
+def test_token_ids_need_no_tokenizer_and_end_with_the_context(golden, tmp_path, capsys):
+    weights, out, path = golden / "weights", tmp_path / "out.jsonl", tmp_path / "prompts.jsonl"
+    pair = ["--target", str(weights / "t1_target"), "--draft", str(weights / "t1_eagle3_dv96")]
+    path.write_text(json.dumps({"tokens": [65] * 505, "id": "a"}) + '\n"text"\n')
+    options = ["--prompts", str(path), "--out", str(out), "--batch", "1", "--baseline", "--ignore-eos"]
+    assert main(["generate", *pair, *options, "--max-new-tokens", "9" * 20]) == 1
+    text, whole = sorted(map(json.loads, out.read_text().splitlines()[1:]), key=lambda line: -line["index"])
+    assert (whole["id"], whole["text"], whole["finish"], len(whole["tokens"])) == ("a", None, "context", 7)
+    assert "this model has no tokenizer" in text["error"]
+    assert main(["chat", *pair]) == 2
+    assert "this model has no tokenizer" in capsys.readouterr().err
+
+
+def test_more_new_tokens_than_there_is_room_for(folder, capsys, monkeypatch):
+    def stream(target, draft, tokens, lengths, key, *, max_new_tokens, capacity, **options):
+        assert max_new_tokens == capacity == 512
+        yield eagle_jax.Chunk(np.array([[65]]), np.array([1]), np.array([True]), np.array([False]))
+
+    monkeypatch.setattr(eagle_jax, "stream", stream)
+    assert main(["generate", "--model", str(folder), "--prompt", "x", "--max-new-tokens", "9" * 20]) == 0
+    assert "ended by the context" in capsys.readouterr().err
 
 
 def test_samples_of_one_prompt_have_the_library_s_keys(folder, capsys, monkeypatch):

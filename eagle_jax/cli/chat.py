@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = sampling_config(args)  # before the models are loaded, which may take long
     args.stop = text.stop_strings(args)
     system = None if args.system is None else check_text("--system", args.system)
+    text.lenient(sys.stdout)
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with progress.status(notes, "loading"):
         loaded = models.load_models(args)

@@ -82,6 +82,7 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     from eagle_jax import pad, stream
     from eagle_jax.cli import models, prompts
 
+    text.lenient(sys.stdout)
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     prompt = _stdin() if args.prompt == "-" else check_text("--prompt", args.prompt)
     with progress.status(notes, "loading"):

@@ -54,15 +54,26 @@ class Prompt:
     """A prompt of a file.
 
     where: the file and line, for messages. tokens: its ids. text: as the user wrote it; None for ids. later_turns: what
-    the user says after each answer. own: the user's "id" or "question_id". fault: why it cannot be used, or None.
+    the user says after each answer, later_tokens long by themselves. own: the user's "id" or "question_id". fault: why
+    it cannot be used, or None.
     """
 
     where: str
     tokens: list[int] = dataclasses.field(default_factory=list)
     text: str | None = None
     later_turns: tuple[str, ...] = ()
+    later_tokens: int = 0
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fault: str | None = None
+
+    @property
+    def turns(self) -> int:
+        """How many answers it asks for."""
+        return 1 + len(self.later_turns)
+
+    def longest(self, max_new_tokens: int) -> int:
+        """About the most tokens that it can have with all its answers but the last."""
+        return len(self.tokens) + self.later_tokens + max_new_tokens * len(self.later_turns)
 
 
 def tokenizer_of(folder: Path) -> Any | None:
@@ -106,9 +117,12 @@ def encode(tokenizer: Any, prompt: str | Chat, raw: bool) -> list[int]:
     Args:
       tokenizer: None is refused.
     Raises:
-      ValueError: if there is no tokenizer; for a conversation without a template, or one that the template refuses.
+      ValueError: if there is no tokenizer; for text that is not UTF-8; for a conversation without a template, or one
+        that the template refuses.
     """
     check_tokenizer(tokenizer)
+    if isinstance(prompt, str):
+        check_text("the prompt", prompt)
     if has_template(tokenizer, raw):
         chat = prompt if isinstance(prompt, Chat) else Chat([{"role": "user", "content": prompt}])
         return encode_messages(tokenizer, chat.messages, chat.tools)
@@ -162,13 +176,18 @@ class Conversation:
         self.text += said + answer
 
 
-def read_prompts(path: str, encode: Callable[[str | Chat], list[int]], keep_faults: bool = False) -> list[Prompt]:
+def read_prompts(
+    path: str,
+    encode: Callable[[str | Chat], list[int]],
+    check: Callable[[list[int]], None] = lambda tokens: None,
+    keep_faults: bool = False,
+) -> list[Prompt]:
     """The prompts of a file.
 
     Args:
-      path: JSON Lines or a JSON array (.jsonl, .json, also .gz) of strings, or of objects as OBJECT
-        says; any other file holds a prompt a line. UTF-8, or UTF-16 or UTF-32 with a byte order mark.
-      encode: a prompt to token ids, by ValueError if that cannot be; not called for "tokens".
+      path: JSON Lines or a JSON array (.jsonl, .json, also .gz) of strings, or of objects as OBJECT says; any other
+        file holds a prompt a line. UTF-8, or UTF-16 or UTF-32 with a byte order mark.
+      encode: a prompt to token ids; not called for "tokens". check: of token ids. Both raise ValueError.
       keep_faults: whether a prompt that cannot be used is returned with its `fault`, rather than raised.
     Raises:
       ValueError: naming the line; with `keep_faults` if there is no prompt that can be used.
@@ -180,7 +199,9 @@ def read_prompts(path: str, encode: Callable[[str | Chat], list[int]], keep_faul
         try:
             if isinstance(entry.value, Fault):
                 raise ValueError(f"{entry.value.kind}: {entry.value}")
-            found.append(_prompt(entry.value, where, encode))
+            prompt = _prompt(entry.value, where, encode)
+            check(prompt.tokens)
+            found.append(prompt)
         except ValueError as error:
             own = entry.value if isinstance(entry.value, dict) else {}
             found.append(Prompt(where, own=_own(own), fault=f"{where}: {error}"))
@@ -206,7 +227,9 @@ def _prompt(value: Any, where: str, encode: Callable[[str | Chat], list[int]]) -
             if isinstance(text, str):
                 return Prompt(where, encode(text), text, own=own)
         if _is_list(turns := value.get("turns"), str) and turns:
-            return Prompt(where, encode(turns[0]), turns[0], tuple(turns[1:]), own=own)
+            later = turns[1:]
+            later_tokens = sum(len(encode(turn)) for turn in later)
+            return Prompt(where, encode(turns[0]), turns[0], tuple(later), later_tokens, own)
         messages = value.get("messages")
         if _is_list(messages, dict) and messages and messages[-1].get("role") not in (None, "assistant"):
             said = messages[-1].get("content")

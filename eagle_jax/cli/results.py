@@ -36,7 +36,8 @@ def read_finished(path: str, settings: dict[str, Any]) -> set[tuple[int, int]]:
     if changed:
         raise ValueError(f"{path} was written with other settings ({'; '.join(changed)}); choose another --out")
     rows = [_from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=2)]
-    return {(row["index"], row.get("sample", 0)) for row in rows}
+    whole = (row for row in rows if row.get("turn", 0) + 1 == row.get("turns", 1))  # up to its last turn
+    return {(row["index"], row.get("sample", 0)) for row in whole}
 
 
 def _from_json(line: bytes, where: str) -> dict[str, Any]:
@@ -73,8 +74,9 @@ class Results:
     ) -> None:
         self._file.close()
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Adds a line."""
-        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Adds lines, at once."""
+        lines = (json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for row in rows)
+        self._file.write(b"".join(lines))
         self._file.flush()
         os.fsync(self._file.fileno())

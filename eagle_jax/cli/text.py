@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
@@ -48,6 +49,12 @@ def stop_strings(args: argparse.Namespace) -> list[str]:
     if "" in args.stop:
         raise ValueError("--stop: a stop string is empty")
     return [check_text("--stop", stop) for stop in args.stop]
+
+
+def lenient(stream: Any) -> None:
+    """Has stdout write "?" for what its encoding lacks, rather than fail in the middle of a text."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
 
 
 class Detokenizer:
