@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     pair = eagle_jax.from_pretrained(args.target, args.draft, dtype=args.dtype)
     target, draft = map(for_this_machine, pair)
     folder = resolve(args.target)
-    rows = _prompts(args, folder, embedded, target.config.vocab_size)
+    texts = prompts.CODE_TEXTS if embedded else prompts.DEFAULT_TEXTS
+    rows, _ = prompts.to_measure(args.prompts, folder, embedded, texts)
     decoders = {"transformers": transformers_decoder(folder, np.dtype(target.dtype).name, args.max_new_tokens)}
     for name, head in [("plain", None)] + ([("speculative", draft)] if draft is not None else []):
         decoders[name] = our_decoder(target, head, args.tree, args.max_new_tokens)
@@ -189,11 +190,6 @@ def _common(ours: list[int], theirs: list[int]) -> int:
     """Tokens before the first difference."""
     pairs = zip(ours, theirs, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
-
-
-def _prompts(args: argparse.Namespace, folder: Path, embedded: bool, vocab_size: int) -> list[list[int]]:
-    texts = prompts.CODE_TEXTS if embedded else prompts.DEFAULT_TEXTS
-    return prompts.to_measure(args.prompts, folder, vocab_size, embedded, texts)[0]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,19 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import eagle_jax
 from eagle_jax import TreeConfig, convert
-from eagle_jax.cli import demo, generate, main, measure, models, prompts
+from eagle_jax.cli import demo, generate, main, measure, models, progress, prompts
 from eagle_jax.cli.text import Detokenizer
 
 PROMPT = "def __len__(self):\n"
@@ -72,6 +74,7 @@ def test_generate_prints_what_the_library_generates(folder, capsys):
     assert main(["generate", "--model", str(folder), "--prompt", PROMPT, *OPTIONS]) == 0
     captured = capsys.readouterr()
     assert captured.out == library_text(folder, draft=True) + "\n"
+    assert "Eagle3Draft, tree: depth 3, top_k 2, 5 nodes (from --tree)\n" in captured.err
     new, cycles, tokens_a_cycle = re.search(
         r"(\d+) new tokens, (\d+) cycles, ([\d.]+) tokens a cycle, [\d.]+ tok/s .*; ended by --max-new-tokens",
         captured.err,
@@ -126,6 +129,9 @@ def test_bench_fills_the_last_batch_and_needs_no_tokenizer(golden, tmp_path, cap
     monkeypatch.setattr(eagle_jax, "generate", two_tokens)
     weights, report = golden / "weights", tmp_path / "out.json"
     pair = ["--target", str(weights / "t1_target"), "--draft", str(weights / "t1_eagle3_dv96")]
+    assert main(["bench", *pair]) == 2
+    assert "no usable tokenizer files" in capsys.readouterr().err
+    pair.append("--random-prompts")
     assert main(["bench", *pair, "--batch", "3", "--repeats", "1", "--json", str(report)]) == 0
     result = json.loads(report.read_text())
     assert (result["rows"], result["plain"]["new_tokens"]) == (6, 12)  # four random prompts, in two batches of three
@@ -148,7 +154,7 @@ def test_bench_fills_the_last_batch_and_needs_no_tokenizer(golden, tmp_path, cap
         (["generate", "--prompt", "x", "--model", "no-such-folder"], "error: no-such-folder: not a converted folder"),
         (["generate", "--prompt", "", "--model", "MODEL"], "error: a prompt is empty"),
         (["generate", "--prompt", "x" * 512, "--model", "MODEL"], "512 tokens, this model takes at most 511"),
-        (["generate", "--prompt", "x", "--target", "TARGET"], "error: there is no draft head here"),
+        (["generate", "--prompt", "x", "--target", "TARGET"], "error: there is no draft here; for plain decoding add"),
         (["bench", "--model", "MODEL", "--prompts", "no-such-file"], "error: [Errno 2] No such file or directory"),
         (["bench", "--target", "TARGET"], "error: there is no draft head here"),
     ],
@@ -216,6 +222,31 @@ def test_the_version_is_the_package_s(capsys):
         main(["--version"])
     assert exit_info.value.code == 0
     assert capsys.readouterr().out == f"eagle-jax {eagle_jax.__version__}\n"
+
+
+def test_without_a_terminal_progress_is_plain_lines(monkeypatch):
+    """Also while the program's own thread is busy, as in compiling; what is done sooner prints none."""
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    out = io.StringIO()
+    console = Console(file=out)
+
+    def printed(line: str) -> bool:
+        deadline = time.monotonic() + 60
+        while not (found := re.search(f"^{line}$", out.getvalue(), re.MULTILINE)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return found is not None
+
+    with progress.status(console, "compiling"):
+        assert printed(r"compiling, 0:\d\d")
+    with progress.bar(console, "texts", 10, before=2) as advance:
+        advance(3, "7.0 tok/s")
+        assert printed(r"texts, 5 of 10, 0:\d\d, ETA 0:\d\d, 7.0 tok/s")
+    monkeypatch.setattr(progress, "EVERY", 60)
+    out.seek(0)
+    out.truncate()
+    with progress.status(console, "loading"), progress.bar(console, "texts", 1) as advance:
+        advance()
+    assert out.getvalue() == ""
 
 
 def test_a_closed_pipe_ends_quietly():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -26,7 +27,7 @@ from eagle_jax import (
     TreeConfig,
     convert,
 )
-from eagle_jax.cli import batch, main
+from eagle_jax.cli import batch, main, models
 from eagle_jax.cli.answers import Job, Rules, decode
 from eagle_jax.cli.prompts import Prompt
 from eagle_jax.cli.results import read_finished
@@ -123,6 +124,40 @@ def test_the_texts_are_the_library_s_in_any_batch_and_after_a_crash(write, expec
     capsys.readouterr()
     assert write("--batch", "1", out="again.jsonl") == (0, expected)
     assert "All 6 texts are in" in capsys.readouterr().err
+
+
+def test_a_file_goes_on_with_the_same_weights_whatever_their_folder_is_called(
+    write, folder, expected, tmp_path, monkeypatch, capsys
+):
+    assert write("--batch", "3") == (0, expected)
+    out = tmp_path / "out.jsonl"
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-1]))
+    monkeypatch.chdir(folder.parent)
+    (tmp_path / "link").symlink_to(folder)
+    load = models.load_models
+    for name in ("converted", f"{folder}/", str(tmp_path / "link")):
+        code, lines = write("--batch", "3", "--model", name)
+        assert (code, lines) == (0, expected)
+
+    def other(args):
+        loaded = load(args)
+        halves = jax.tree.map(lambda x: x / 2, getattr(loaded, part))
+        return dataclasses.replace(loaded, **{part: halves})
+
+    monkeypatch.setattr(models, "load_models", other)
+    before = out.read_text()
+    for part in ("target", "draft"):
+        capsys.readouterr()
+        assert write("--batch", "3")[0] == 2
+        assert f"was written with other settings ({part} " in capsys.readouterr().err
+    assert out.read_text() == before
+
+
+def test_another_tree_is_another_setting(write, expected, capsys):
+    write("--batch", "3")
+    assert write("--batch", "3", "--tree", "3,2,4")[0] == 2
+    assert "(tree " in capsys.readouterr().err
+    assert write("--batch", "1") == (0, expected)
 
 
 def test_another_run_s_file_is_refused(write, tmp_path, capsys):

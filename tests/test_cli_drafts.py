@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import eagle_jax
-from eagle_jax import Medusa, MedusaConfig, PromptLookup, StaticTree, TreeConfig, convert
-from eagle_jax.cli import drafts, main, models, plot, show
+from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
+from eagle_jax.cli import drafts, machine, main, models, places, plot, show
 from eagle_jax.convert import to_official
 from eagle_jax.tree import PUBLISHED_TREES, Acceptance, Tree
 from tests.test_cli import OPTIONS, PROMPT, converted_pair
@@ -88,7 +88,8 @@ def test_candidates_take_their_weights_and_trees(folder, medusa):
     whole = str(GOLDEN / "weights/t1_target")
     specs = drafts.parse_specs(f"plain,lookahead,prompt-lookup-tree,model={whole},medusa={medusa},eagle3")
     tree = TreeConfig(3, 2, 5)
-    found = drafts.candidates(loaded, specs, tree, {"model": StaticTree.chain(2)})
+    options = decoding(tree=tree, draft_tree=[("model", StaticTree.chain(2))])
+    found = drafts.candidates(loaded, specs, options)
     assert [one.name for one in found] == list(specs)
     plain, _, lookup, model, heads, eagle3 = found
     assert plain.draft is None and eagle3.draft is head and eagle3.tree == tree
@@ -101,19 +102,19 @@ def test_candidates_take_their_weights_and_trees(folder, medusa):
         (f"medusa={whole}", r"medusa=.*: holds a DraftModel, not a Medusa"),
     ):
         with pytest.raises(ValueError, match=message):
-            drafts.candidates(loaded, drafts.parse_specs(spec), tree)
+            drafts.candidates(loaded, drafts.parse_specs(spec), options)
 
 
 def test_the_embedded_pair_has_heads_of_its_own():
     target, _ = convert.from_pretrained(drafts.embedded_pair() / "target", dtype=jnp.float32)
     loaded = models.Models(target, None, drafts.embedded_pair() / "target")
-    found = drafts.candidates(loaded, drafts.parse_specs("eagle1,eagle2,eagle3"), TreeConfig(), embedded=True)
+    found = drafts.candidates(loaded, drafts.parse_specs("eagle1,eagle2,eagle3"), decoding(), embedded=True)
     assert found[0].draft is found[1].draft  # loaded once
     assert found[0].tree == PUBLISHED_TREES["eagle"] and found[1].tree == TreeConfig()
     assert [type(one.draft).__name__ for one in found] == ["Eagle1Draft", "Eagle1Draft", "Eagle3Draft"]
     assert all(one.draft.dtype == jnp.float32 and one.draft.config.window is None for one in found)
     specs = drafts.parse_specs("lookahead,eagle3")
-    found = drafts.candidates(loaded, specs, TreeConfig(), embedded=True, window=(4, 64))
+    found = drafts.candidates(loaded, specs, decoding(draft_window=(4, 64)), embedded=True)
     assert found[1].draft.config.window == (4, 64)  # of the EAGLE heads; others have no such thing
 
 
@@ -141,19 +142,61 @@ def test_trees_on_the_command_line(tmp_path):
         drafts.parse_draft_tree("lookahead=chain:2")
 
 
-def test_a_tree_that_suits_the_draft():
-    def args(tree=None, stop_below=None, score_temperature=None):
-        return SimpleNamespace(tree=tree, stop_below=stop_below, score_temperature=score_temperature)
+def decoding(**options) -> SimpleNamespace:
+    """The options of decoding, as argparse has them where none is given but these."""
+    names = ("model", "target", "draft", "tree", "stop_below", "score_temperature", "draft_window")
+    return SimpleNamespace(**dict.fromkeys(names) | options)
 
-    assert models.chosen_tree(None, args()) == TreeConfig()
-    assert models.chosen_tree(None, args(stop_below=0.2)) == dataclasses.replace(TreeConfig(), stop_below=0.2)
+
+def test_a_tree_that_suits_the_draft(folder):
+    _, head = convert.load(folder)
+
+    def choose(draft=head, **options):
+        choice = models.choose_tree(draft, decoding(**options))
+        return choice.tree, choice.words(draft)
+
+    assert choose() == (TreeConfig(), "Eagle3Draft, tree: depth 8, top_k 10, 60 nodes (the default)")
     both = dataclasses.replace(TreeConfig(), stop_below=0.2, score_temperature=0.5)
-    assert models.chosen_tree(None, args(stop_below=0.2, score_temperature=0.5)) == both
-    assert models.describe_tree(both).endswith("60 nodes, stops below 0.2, score temperature 0.5")
-    with pytest.raises(ValueError, match=r"--score-temperature is for dynamic trees"):
-        models.chosen_tree(None, args(StaticTree.chain(2), score_temperature=0.5))
-    with pytest.raises(ValueError, match=r"--stop-below is for dynamic trees .* not for a chain of 2"):
-        models.chosen_tree(None, args(StaticTree.chain(2), 0.2))
+    tree, words = choose(stop_below=0.2, score_temperature=0.5)
+    assert tree == both and "60 nodes, stops below 0.2, score temperature 0.5 (the default)" in words
+    assert choose(tree=StaticTree.chain(2)) == (StaticTree.chain(2), "Eagle3Draft, chain of 2 (from --tree)")
+    assert choose(None)[1] == "plain decoding"
+    assert choose(PromptLookup())[1] == "PromptLookup, length 10, branches 1, ngram 3 (a shape of its own)"
+    for draft, options, message in (
+        (head, {"score_temperature": 0.5, "tree": StaticTree.chain(2)}, "--score-temperature is for dynamic trees"),
+        (head, {"stop_below": 0.2, "tree": StaticTree.chain(2)}, "--stop-below .* not for a chain of 2"),
+        (PromptLookup(), {"tree": TreeConfig()}, "--tree is for drafts that grow trees; PromptLookup does not"),
+        (PromptLookup(), {"stop_below": 0.2}, "--stop-below is for drafts that grow trees"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose(draft, **options)
+
+
+def test_the_tuned_tree_is_that_of_the_nearest_batch_and_of_one_batch_where_texts_depend_on_it(folder, tmp_path):
+    """A greedy or coupled text is the same with every tree; any other sampled text must not depend on --batch."""
+    _, head = convert.load(folder)
+    setting = {"device": machine.device_name(), "dtype": "float32"}
+    sizes = {1: (1, 1, 2), 4: (2, 2, 5), 32: (3, 2, 6)}
+    entries = [
+        setting | {"batch": batch, "tree": {"depth": depth, "top_k": k, "num_nodes": nodes}}
+        for batch, (depth, k, nodes) in sizes.items()
+    ]
+    (tmp_path / "tuned.json").write_text(json.dumps(entries))
+
+    def batch_of(choice):
+        words = re.search(r"\(tuned on this device for batch (\d+)\)", choice.words(head))
+        assert choice.tree == TreeConfig(*sizes[int(words[1])])
+        return int(words[1])
+
+    for batch, nearest in ((1, 1), (2, 1), (3, 4), (8, 4), (12, 32), (100, 32)):
+        args = decoding(model=str(tmp_path), batch=batch)
+        assert batch_of(models.choose_tree(head, args, batch)) == nearest
+        for sampling in (SamplingConfig(), SamplingConfig(1.0, coupled=True)):
+            assert batch_of(models.choose_tree_for_many(head, args, sampling)) == nearest
+        assert batch_of(models.choose_tree_for_many(head, args, SamplingConfig(1.0))) == 4
+    tree = TreeConfig(2, 2, 4)
+    args = decoding(model=str(tmp_path), batch=1, tree=tree)
+    assert models.choose_tree_for_many(head, args, SamplingConfig(1.0)).words(head).endswith("4 nodes (from --tree)")
 
 
 def test_show_draws_a_cycle(folder, tmp_path, capsys):
@@ -175,7 +218,19 @@ def test_show_draws_a_cycle(folder, tmp_path, capsys):
         assert repr(character)[1:-1] in line
     assert "<svg" in picture.read_text()
     with pytest.raises(ValueError, match=r"the text ends in cycle [1-8], at 24 tokens, before --cycle 9"):
-        show.decode_to(target, head, TreeConfig(3, 2, 5), tokens, lengths, 9, capacity=24)
+        show.decode_to(target, head, TreeConfig(3, 2, 5), tokens, lengths, 9, capacity=24, max_new_tokens=30)
+
+
+def test_show_stops_at_the_end_of_the_text(folder, capsys):
+    """The text after "import os" begins with a dot, the target's own, and an accepted newline."""
+    arguments = ["show", "--model", str(folder), "--prompt", "import os", *OPTIONS, "--stop-token", "10"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.count("accepted") == 1 and "the text ends here" in out and "target's own" not in out
+    assert main([*arguments, "--cycle", "2"]) == 2
+    assert "the text ends in cycle 1, at 11 tokens, before --cycle 2" in capsys.readouterr().err
+    assert main([*arguments[:-2], "--cycle", "2", "--max-new-tokens", "3"]) == 2
+    assert "the text ends in cycle 1, at 12 tokens, before --cycle 2" in capsys.readouterr().err
 
 
 def test_show_leaves_out_nodes_without_a_guess():
@@ -186,17 +241,67 @@ def test_show_leaves_out_nodes_without_a_guess():
         scores=jnp.array([[0.0, 0.0, -jnp.inf, -jnp.inf]]),
     )
     acceptance = Acceptance(jnp.array([[0, 1, -1, -1]]), jnp.array([1]), jnp.array([9]))
-    drawn = show.describe(tree, acceptance, str)
+    drawn = show.describe(tree, acceptance, str, gained=2)
     assert [(node.text, node.probability, node.accepted) for node in drawn.nodes] == [
         ("1", None, True),
         ("2", None, True),
     ]
     assert (drawn.last_accepted, drawn.bonus, drawn.omitted) == (1, "9", 2)
+    assert show.describe(tree, acceptance, str, gained=1).bonus is None
     guessed = dataclasses.replace(tree, scores=jnp.log(jnp.array([[1.0, 0.5, 0.25, 0.125]])))
-    drawn = show.describe(guessed, acceptance, str)
+    drawn = show.describe(guessed, acceptance, str, gained=2)
     assert [node.probability for node in drawn.nodes] == [None, 0.5, 0.25, 0.125]
     # A leaf has a column of its own; a parent stands above the middle of its children.
     assert plot._columns(drawn) == {2: 0.0, 1: 0.0, 3: 1.0, 0: 0.5}
+
+
+def test_places_that_cannot_be_written_are_found(tmp_path):
+    (tmp_path / "mine.json").write_text('{"a": 1}')
+    (tmp_path / "empty.json").touch()
+    places.write_json(str(tmp_path / "ours.json"), {"a": 1})
+    for name in ("new.json", "empty.json", "ours.json"):
+        places.check_report("--json", str(tmp_path / name))
+    for path, message in (
+        (tmp_path, "--json .*: is a folder; name a file in it"),
+        (tmp_path / "none/x.json", "--json .*x.json: there is no folder .*none to write it to"),
+        (tmp_path / "mine.json/x.json", "there is no folder .*mine.json to write it to"),
+        ("/dev/null", "--json /dev/null: is there, and no file"),
+        ("/proc/x.json", "--json /proc/x.json: cannot be written"),
+        (tmp_path / "mine.json", "--json .*mine.json: is there already, and not written by eagle-jax"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            places.check_report("--json", str(path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.json", "mine.json", "ours.json"]
+    assert (tmp_path / "mine.json").read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--json", "none/x.json"],
+        ["bench", "--drafts", "plain", "--plot", "none/x.png"],
+        ["show", "--prompt", "x", "--out", "none/x.svg"],
+        ["generate", "--prompts", __file__, "--out", "none/x.jsonl"],
+        ["train regenerate", "--data", __file__, "--out", "none/x.jsonl"],
+    ],
+)
+def test_commands_check_their_output_before_they_load_anything(arguments, monkeypatch, capsys):
+    def too_late(args):
+        raise AssertionError
+
+    monkeypatch.setattr(models, "load_models", too_late)
+    assert main([*arguments[0].split(), "--model", "m", *arguments[1:]]) == 2
+    assert "there is no folder none to write it to" in capsys.readouterr().err
+
+
+def test_a_picture_replaces_only_one_of_ours(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG of my cat")
+    with pytest.raises(ValueError, match=r"--plot .*photo.png: is there already"):
+        plot.check("--plot", str(tmp_path / "photo.png"))
+    node = show.Node(0, None, 0, "a", None, True)
+    for name in ("x.png", "x.svg", "x.pdf"):
+        plot.tree(show.Drawn([node], 0, "b", 0), "a tree", str(tmp_path / name))
+        plot.check("--plot", str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -210,6 +315,14 @@ def test_show_leaves_out_nodes_without_a_guess():
         (["show", "--model", "MODEL", "--prompt", "x", "--draft-name", "eagle3,lookahead"], "name one draft"),
         (["bench", "--model", "MODEL", "--plot", "x.png"], "--plot and --draft-tree go with --drafts"),
         (["bench", "--model", "MODEL", "--drafts", "plain,eagle2"], "eagle2 needs weights"),
+        (
+            ["show", "--model", "MODEL", "--prompt", "x", "--draft-name", "lookahead", "--tree", "3,2,5"],
+            "--tree is for drafts that grow trees; Lookahead does not",
+        ),
+        (
+            ["show", "--model", "MODEL", "--prompt", "x", "--draft-name", "lookahead", "--draft-window", "4,16"],
+            "--draft-window is for EAGLE heads, this draft is a Lookahead",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(folder, arguments, message, capsys):

@@ -147,7 +147,7 @@ def test_the_fastest_tree_is_saved_with_what_was_expected_and_measured(tuned):
     assert entry["expected"]["tokens_a_second"] > 0 and entry["measured"]["tokens_a_second"] > 0
 
 
-def test_commands_use_the_tuned_tree_on_the_same_device_with_the_same_dtype_and_batch(tuned, tmp_path, capsys):
+def test_commands_use_the_tuned_tree_on_the_same_device_with_the_same_dtype(tuned, tmp_path, capsys):
     folder, models, prompts = tuned
     entry = json.loads((folder / "tuned.json").read_text())[0]
     report = tmp_path / "bench.json"
@@ -160,12 +160,15 @@ def test_commands_use_the_tuned_tree_on_the_same_device_with_the_same_dtype_and_
     default = {"depth": 8, "top_k": 10, "num_nodes": 60, "score_temperature": 1.0}
     assert tree_of() == {name: value for name, value in entry["tree"].items() if value}
     assert tree_of("--tree", "2,2,3")["num_nodes"] == 3
-    for key, value in (("device", "a TPU"), ("dtype", "bfloat16"), ("batch", 8)):
+    assert "(tuned on this device for batch 1)" in capsys.readouterr().out
+    for key, value in (("device", "a TPU"), ("dtype", "bfloat16")):
         (folder / "tuned.json").write_text(json.dumps([entry | {key: value}]))
         assert tree_of() == default
-    (folder / "tuned.json").write_text("[{}]")
-    assert main(["bench", *models, "--prompts", str(prompts)]) == 2
-    assert "tuned.json: not a file of `eagle-jax tune`" in capsys.readouterr().err
+    for damaged in ([{}], [entry | {"batch": 0}], [entry | {"batch": "1"}], {"a": 1}, None):
+        (folder / "tuned.json").write_text(json.dumps(damaged))
+        for command in ("bench", "tune"):
+            assert main([command, *models, "--prompts", str(prompts)]) == 2
+            assert "tuned.json: not a file of `eagle-jax tune`" in capsys.readouterr().err
 
 
 def test_a_draft_without_a_folder_cannot_be_tuned(golden, capsys):

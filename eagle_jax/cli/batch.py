@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +17,8 @@ from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.sampling import random_key, with_logit_bias
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
+from eagle_jax.train import fingerprint
+from eagle_jax.tree import TreePolicy
 
 FAULTS_SHOWN = 5  # of the prompts that cannot be used; the file tells all
 
@@ -28,12 +28,14 @@ def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     from rich.console import Console
 
     settings = _settings(args)
-    finished = read_finished(args.out, settings)  # before the models are loaded, which may take long
+    read_finished(args.out, settings, whole=False)  # before the models are loaded, which may take long
     notes = Console(stderr=True, highlight=False, markup=False)  # a file may be called [red]
     with progress.status(notes, "loading"):
         loaded = models.load_models(args)
         tokenizer = loaded.tokenizer
     draft = models.chosen_draft(loaded, args)
+    choice = models.choose_tree_for_many(draft, args, sampling)
+    stops = models.stop_tokens(loaded, args)
     found = prompts.read_prompts(
         args.prompts,
         lambda prompt: prompts.encode(tokenizer, prompt, args.raw),
@@ -44,24 +46,27 @@ def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     bad = [prompt.fault for prompt in found if prompt.fault is not None]
     for fault in bad[:FAULTS_SHOWN]:
         notes.print(f"error: {fault}", soft_wrap=True)
+    settings |= _settings_of_models(loaded.target, draft, choice.tree, stops, found)
+    finished = read_finished(args.out, settings)
     longest = max(prompt.longest(args.max_new_tokens) for prompt in found)
     pairs = ((index, sample) for index in range(len(found)) for sample in range(args.num_samples))
     jobs = [pair for pair in pairs if pair not in finished]
     if not jobs:
         notes.print(f"All {len(finished)} texts are in {args.out} already.", soft_wrap=True)
         return 1 if bad else 0
-    ends = text.Ends(args.stop, models.stop_tokens(loaded, args), args.max_new_tokens)
+    ends = text.Ends(args.stop, stops, args.max_new_tokens)
     rows = Rows(
         loaded.target,
         draft,
         min(args.batch, len(jobs)),
         min(loaded.target.config.max_position_embeddings, longest + args.max_new_tokens),
-        tree=models.chosen_tree(draft, args),
+        tree=choice.tree,
         buckets=args.buckets,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
         stop_tokens=ends.tokens,
         log_probs=args.log_probs,
     )
+    notes.print(choice.words(draft), style="dim", soft_wrap=True)
     with progress.status(notes, "compiling"):
         rows.compile(answers.CYCLES)
 
@@ -159,14 +164,27 @@ def _check_buckets(found: Sequence[prompts.Prompt], widest: int) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """All that a text depends on, as JSON has it. Rows a batch and widths of prompts are not among it."""
+    """The options that a text depends on, as JSON has them. The batch and widths of prompts are not among them."""
     names = (
-        *("model", "target", "draft", "dtype", "baseline", "tree", "draft_window", "raw", "max_new_tokens"),
-        *("ignore_eos", "stop_token", "stop", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-        *("coupled", "seed", "num_samples", "log_probs"),
+        *("draft_window", "raw", "max_new_tokens", "ignore_eos", "stop_token", "stop"),
+        *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "coupled", "seed", "num_samples"),
+        "log_probs",
     )
     settings = {name: getattr(args, name) for name in names}
-    settings["tree"] = [None if args.tree is None else repr(args.tree), args.stop_below, args.score_temperature]
     settings["logit_bias"] = [f"{id}={value:g}" for id, value in args.logit_bias]
-    settings["prompts"] = hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest()[:16]
+    settings["prompts"] = fingerprint.of_file(args.prompts)
+    return json.loads(json.dumps(settings))
+
+
+def _settings_of_models(
+    target: Llama, draft: Any, tree: TreePolicy, stops: Sequence[int], found: Sequence[prompts.Prompt]
+) -> dict[str, Any]:
+    """The rest that a text depends on: weights, tree and token ids, wherever they lie and whatever they are called."""
+    settings = {
+        "target": fingerprint.of_model(target),
+        "draft": models.draft_identity(draft),
+        "tree": fingerprint.of_config(tree) if jax.tree.leaves(draft) else None,
+        "stop_tokens": list(stops),
+        "prompt_tokens": fingerprint.of_text(json.dumps([prompt.tokens for prompt in found])),
+    }
     return json.loads(json.dumps(settings))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from eagle_jax.cli import places
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
 from eagle_jax.sampling import RANGES
@@ -21,8 +20,8 @@ examples:
   eagle-jax bench --model vicuna-jax/ --drafts plain,lookahead,medusa=medusa-vicuna/,eagle1,eagle2 --plot drafts.png
   eagle-jax bench --drafts plain,lookahead,prompt-lookup,eagle1,eagle2,eagle3 --tree 5,4,16
 
-Without --prompts: a few built-in ones, or random tokens if the model has no tokenizer. Without a model, --drafts takes
-the embedded pair.
+Without --prompts: a few built-in ones, which need a tokenizer; --random-prompts need none. Without a model, --drafts
+takes the embedded pair.
 """
 
 
@@ -31,12 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from eagle_jax.cli import drafts
 
     add_model_arguments(parser)
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--prompts",
         metavar="FILE",
         help="text, a prompt a line; or .jsonl, a line each: a string, or an object with prompt, text, turns (as in "
         "MT-bench, the first turn) or tokens (ids)",
     )
+    source.add_argument("--random-prompts", action="store_true", help="random tokens, which need no tokenizer")
     several = parser.add_argument_group("several drafts")
     several.add_argument("--drafts", type=drafts.parse_specs, metavar="NAME,...", help=drafts.SPEC_HELP)
     several.add_argument(
@@ -59,13 +60,17 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; returns 1 if a row ended in NaN or infinite logits."""
     from rich.console import Console
 
-    from eagle_jax.cli import bench_drafts, drafts, measure, models, prompts
+    from eagle_jax.cli import bench_drafts, drafts, measure, models, plot, progress, prompts
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
     if args.drafts is None and (args.plot or args.draft_tree):
         raise ValueError("--plot and --draft-tree go with --drafts")
+    if args.plot is not None:
+        plot.check("--plot", args.plot)
+    if args.json is not None:
+        places.check_report("--json", args.json)
     notes = Console(stderr=True, highlight=False)
-    with notes.status("loading"):
+    with progress.status(notes, "loading"):
         embedded = args.drafts is not None and args.model is None and args.target is None
         if embedded:
             args.target, args.raw = str(drafts.embedded_pair() / "target"), True  # it continues code, and knows no chat
@@ -75,7 +80,10 @@ def run(args: argparse.Namespace) -> int:
 
     texts = prompts.CODE_TEXTS if embedded else prompts.DEFAULT_TEXTS
     vocab_size = loaded.target.config.vocab_size
-    token_lists, source = prompts.to_measure(args.prompts, loaded.folder, vocab_size, args.raw, texts)
+    if args.random_prompts:
+        token_lists, source = prompts.random_prompts(vocab_size)
+    else:
+        token_lists, source = prompts.to_measure(args.prompts, loaded.folder, args.raw, texts)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "stop_tokens": models.stop_tokens(loaded, args),
@@ -86,18 +94,20 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.drafts is not None:
         return bench_drafts.run(args, loaded, embedded, token_lists, source, options, notes)
-    tree = models.chosen_tree(loaded.draft, args)
+    choice = models.choose_tree(loaded.draft, args, args.batch)
+    tree = choice.tree
     calls = 2 * (args.repeats + 1) * -(-len(token_lists) // args.batch)
-    with measure.progress_bar(notes, calls) as advance:
+    with progress.bar(notes, "measuring", calls) as advance:
         comparison = measure.compare(loaded.target, loaded.draft, token_lists, tree=tree, **options, progress=advance)
     setting = measure.setting(loaded.target)
     console = Console(highlight=False)
-    console.print(measure.table(comparison, f"{title(args, setting, source)}\n{models.describe_tree(tree)}"))
+    console.print(f"{title(args, setting, source)}\n{choice.words(loaded.draft)}", soft_wrap=True, markup=False)
+    console.print(measure.table(comparison))
     if len(comparison.by_position) > 1:
         console.print(measure.position_table(comparison))
     console.print(measure.verdict(comparison), soft_wrap=True)
     if args.json is not None:
-        write_json(args.json, _report(args, setting, tree, source, comparison))
+        places.write_json(args.json, _report(args, setting, tree, source, comparison))
     return 1 if comparison.plain.failed + comparison.speculative.failed else 0
 
 
@@ -110,13 +120,6 @@ def title(args: argparse.Namespace, setting: dict[str, Any], source: str) -> str
         f"{source}, batch {args.batch}, at most {args.max_new_tokens} new tokens, {sampled}, {args.repeats} repeats\n"
         f"{measure.describe_setting(setting)}"
     )
-
-
-def write_json(path: str, report: dict[str, Any]) -> None:
-    """Writes a report in one step, so that no half of it is ever there."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def figures(result: Any) -> dict[str, Any]:

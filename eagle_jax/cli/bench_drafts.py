@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 import eagle_jax
-from eagle_jax.cli import bench, measure
+from eagle_jax.cli import bench, measure, places, progress
 from eagle_jax.cli.drafts import Candidate, candidates
-from eagle_jax.cli.models import Models, chosen_tree
+from eagle_jax.cli.models import Models
 from eagle_jax.cli.phases import RUNS, Phases, measure_phases
 
 NOTES = (
@@ -62,13 +62,11 @@ def run(
     """Measures, prints, writes; returns 1 if a row ended in NaN or infinite logits."""
     from eagle_jax.cli import plot
 
-    if args.plot is not None:
-        plot.check(args.plot)
-    found = candidates(loaded, args.drafts, chosen_tree(None, args), dict(args.draft_tree), embedded, args.draft_window)
+    found = candidates(loaded, args.drafts, args, embedded)
     measured = compare(loaded.target, found, token_lists, options, notes)
     setting = measure.setting(loaded.target)
     console = Console(highlight=False)
-    proposes = [f"{one.name}: {one.shape}" for one in found if one.shape]
+    proposes = [f"{one.name}: {one.words}" for one in found if one.words]
     console.print("\n".join([bench.title(args, setting, source), *proposes]), soft_wrap=True, markup=False)
     console.print(_table(measured))
     console.print(NOTES)
@@ -84,7 +82,7 @@ def run(
     if args.json is not None:
         rows = len(measured[0].result.tokens)
         report = {**setting, **bench.asked_for(args, source, rows), "drafts": [_report(one) for one in measured]}
-        bench.write_json(args.json, report)
+        places.write_json(args.json, report)
     if args.plot is not None:
         plot.drafts(measured, measure.describe_setting(setting), args.plot)
     return 1 if failed else 0
@@ -100,7 +98,7 @@ def compare(
     """Decodes the prompts by every candidate in turn; those of `measure.decode_in_turn` are the options."""
     methods = {one.name: (one.draft, one.tree) for one in found}
     calls = len(found) * (options["repeats"] + 1) * -(-len(token_lists) // options["batch"])
-    with measure.progress_bar(notes, calls + len(found)) as advance:
+    with progress.bar(notes, "measuring", calls + len(found)) as advance:
         results, rows = measure.decode_in_turn(target, methods, token_lists, **options, progress=advance)
         phases = []
         for one in found:

@@ -71,17 +71,19 @@ def run(args: argparse.Namespace) -> int:
     context = _context(args.context, loaded.target)
     draft = models.chosen_draft(loaded, args)
     stops = models.stop_tokens(loaded, args)
+    choice = models.choose_tree(draft, args)
     rows = Rows(
         loaded.target,
         draft,
         1,
         context,
-        tree=models.chosen_tree(draft, args),
+        tree=choice.tree,
         buckets=(context,),
         reuse=True,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
         stop_tokens=stops,
     )
+    notes.print(choice.words(draft), style="dim", soft_wrap=True)
     with progress.status(notes, "compiling"):
         rows.compile(cycles=1)
     session = Session(rows, conversation, args, text.Ends(args.stop, stops, args.max_new_tokens), console, notes)

@@ -50,10 +50,10 @@ def _demo(out: Path) -> int:
 
     import eagle_jax
     from eagle_jax import convert
-    from eagle_jax.cli import measure, models, prompts, text
+    from eagle_jax.cli import measure, models, progress, prompts, text
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
-    with notes.status("converting and loading"), _pair() as (target_folder, head_folder):
+    with progress.status(notes, "converting and loading"), _pair() as (target_folder, head_folder):
         convert.convert(target_folder, head_folder, out)
         target, draft = map(models.for_this_machine, convert.load(out, dtype="float32"))
         loaded = models.Models(target, draft, out / convert.parts.TARGET)
@@ -73,15 +73,18 @@ def _demo(out: Path) -> int:
         start = functools.partial(
             eagle_jax.stream, loaded.target, loaded.draft, *eagle_jax.pad([tokens]), **options, cycles_per_chunk=1
         )
-        with notes.status("compiling"):
+        with progress.status(notes, "compiling"):
             jax.block_until_ready(list(itertools.islice(start(), 2)))
         console.rule(style="dim")
         console.out(prompt, style="bold", end="", highlight=False)
         streamed.append(text.show(start(), tokenizer, console, ends).tokens)
     console.rule(style="dim")
 
-    with notes.status("compiling and measuring"):
-        comparison = measure.compare(loaded.target, loaded.draft, token_lists, **options, repeats=REPEATS)
+    calls = 2 * (REPEATS + 1) * len(token_lists)
+    with progress.bar(notes, "compiling and measuring", calls) as advance:
+        comparison = measure.compare(
+            loaded.target, loaded.draft, token_lists, **options, repeats=REPEATS, progress=advance
+        )
     title = f"{measure.describe_setting(measure.setting(loaded.target))}, {models.describe_tree(TREE)}"
     console.print(measure.table(comparison, title))
     console.print(measure.verdict(comparison), soft_wrap=True)

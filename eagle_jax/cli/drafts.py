@@ -9,35 +9,44 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.cli.models import Models, default_tree, describe_tree, for_this_machine, parse_tree
+from eagle_jax.cli.models import (
+    WEIGHTLESS,
+    Models,
+    choose_tree,
+    default_tree,
+    describe_proposal,
+    for_this_machine,
+    grown,
+    parse_tree,
+)
 from eagle_jax.convert import load_draft
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle import EagleDraft, with_window
-from eagle_jax.drafts.lookahead import Lookahead
 from eagle_jax.drafts.medusa import Medusa
-from eagle_jax.drafts.prompt_lookup import PromptLookup
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
-from eagle_jax.tree import PUBLISHED_TREES, TreePolicy
+from eagle_jax.tree import PUBLISHED_TREES, TreeConfig, TreePolicy
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way of decoding: plain if draft is None, which needs no tree."""
+    """A way of decoding: plain if draft is None, which needs no tree. origin: where the tree comes from, in words."""
 
     name: str
     draft: Draft | None
     tree: TreePolicy
+    origin: str
 
     @property
     def shape(self) -> str:
         """What it proposes, in words."""
-        if self.draft is None:
-            return ""
-        if isinstance(self.draft, Lookahead | PromptLookup):
-            return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self.draft).items())
-        return describe_tree(self.tree)
+        return describe_proposal(self.draft, self.tree)
+
+    @property
+    def words(self) -> str:
+        """The same, with where its tree comes from."""
+        return f"{self.shape} ({self.origin})" if self.origin else self.shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +60,7 @@ class _Name:
 
 NAMES = {
     "plain": _Name(),
-    "lookahead": _Name(weightless=Lookahead),
-    "prompt-lookup": _Name(weightless=PromptLookup),
-    "prompt-lookup-tree": _Name(weightless=lambda: PromptLookup(branches=4)),
+    **{name: _Name(weightless=make) for name, make in WEIGHTLESS.items()},
     "model": _Name(kind=DraftModel, tree=default_tree),
     "medusa": _Name(kind=Medusa, tree=default_tree),
     "eagle1": _Name(kind=Eagle1Draft, tree=lambda draft: PUBLISHED_TREES["eagle"]),
@@ -100,43 +107,53 @@ def parse_draft_tree(text: str) -> tuple[str, TreePolicy]:
 
 
 def candidates(
-    models: Models,
-    specs: dict[str, str | None],
-    tree: TreePolicy,
-    trees: dict[str, TreePolicy] | None = None,
-    embedded: bool = False,
-    window: tuple[int, int] | None = None,
+    models: Models, specs: dict[str, str | None], args: argparse.Namespace, embedded: bool = False
 ) -> list[Candidate]:
     """The drafts that the specs name, made for the target.
 
     Args:
-      tree: of the dynamic ones. trees: of single ones, instead of their own.
+      args: --tree and its companions, of the dynamic ones; --draft-tree, of single ones; --draft-window, of the EAGLE
+        heads that are loaded here; --batch.
       embedded: whether the target is the embedded pair's, which has heads of its own for some names.
-      window: --draft-window, of the EAGLE heads that are loaded here.
     Raises:
       ValueError: for a draft with weights whose folder is not named. CheckpointError, ConfigError: as `load_draft`.
     """
     loaded: dict[str, Draft] = {}
+    given = dict(getattr(args, "draft_tree", ()))
 
     def weights(name: str, kind: type[Draft]) -> Draft:
         source = specs.get(name) or specs.get(SAME_WEIGHTS.get(name, ""))
+        if source is None and isinstance(models.draft, kind):
+            return models.draft
         if source is None and embedded and name in EMBEDDED:
             source = str(embedded_pair() / EMBEDDED[name])
         if source is None:
-            if isinstance(models.draft, kind):
-                return models.draft
             raise ValueError(f"{name} needs weights that this model has not; name them: {name}=DIR_OR_ID")
         if source not in loaded:
             draft = for_this_machine(load_draft(source, models.target))
-            loaded[source] = with_window(draft, *window) if window and isinstance(draft, EagleDraft) else draft
+            window = args.draft_window if isinstance(draft, EagleDraft) else None
+            loaded[source] = draft if window is None else with_window(draft, *window)
         if not isinstance(loaded[source], kind):
             raise ValueError(f"{name}={source}: holds a {type(loaded[source]).__name__}, not a {kind.__name__}")
         return loaded[source]
 
+    def tree_of(name: str, draft: Draft) -> tuple[TreePolicy, str]:
+        own = NAMES[name].tree
+        if name in given:
+            return given[name], "from --draft-tree"
+        if own is not None:
+            return own(draft), "the default"
+        if draft is models.draft:
+            choice = choose_tree(draft, args, getattr(args, "batch", 1))
+            return choice.tree, choice.origin
+        return grown(args.tree or TreeConfig(), args), "the default" if args.tree is None else "from --tree"
+
     found = []
     for name in specs:
         known = NAMES[name]
-        draft = known.weightless() if known.weightless else weights(name, known.kind) if known.kind else None
-        own = tree if known.tree is None else known.tree(draft)
-        found.append(Candidate(name, draft, (trees or {}).get(name, own)))
+        if known.kind is None:
+            found.append(Candidate(name, known.weightless() if known.weightless else None, TreeConfig(), ""))
+        else:
+            draft = weights(name, known.kind)
+            found.append(Candidate(name, draft, *tree_of(name, draft)))
     return found

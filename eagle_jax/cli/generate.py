@@ -8,7 +8,7 @@ import itertools
 import sys
 
 from eagle_jax.cli import progress, text
-from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, parse_buckets, positive
+from eagle_jax.cli.models import BATCH, add_decoding_arguments, add_model_arguments, parse_buckets, positive
 from eagle_jax.cli.prompts import OBJECT, check_text
 from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
 from eagle_jax.prompt import BUCKETS
@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     many = parser.add_argument_group("with --prompts")
     many.add_argument("--out", metavar="FILE", help="the .jsonl file for the texts; one that is there is continued")
-    many.add_argument("--batch", type=positive, default=8, metavar="B", help="texts at a time (default: %(default)s)")
+    many.add_argument(
+        "--batch", type=positive, default=BATCH, metavar="B", help="texts at a time (default: %(default)s)"
+    )
     many.add_argument(
         "--buckets",
         type=parse_buckets,
@@ -89,6 +91,7 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
         loaded = models.load_models(args)
         tokenizer = loaded.tokenizer
     draft = models.chosen_draft(loaded, args)
+    choice = models.choose_tree(draft, args)
     tokens, lengths = pad([prompts.encode(tokenizer, prompt, args.raw)])
     most = min(args.max_new_tokens, loaded.target.config.max_position_embeddings)
     ends = text.Ends(args.stop, models.stop_tokens(loaded, args), args.max_new_tokens)
@@ -98,7 +101,7 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
         draft,
         tokens,
         lengths,
-        tree=models.chosen_tree(draft, args),
+        tree=choice.tree,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
         max_new_tokens=most,
         stop_tokens=ends.tokens,
@@ -108,6 +111,7 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     )
     key = jax.random.fold_in(random_key(args), 0)  # as `eagle_jax.generate` has it for its first row
     keys = [key] if args.num_samples == 1 else [jax.random.fold_in(key, sample) for sample in range(args.num_samples)]
+    notes.print(choice.words(draft), style="dim", soft_wrap=True)
     with progress.status(notes, "compiling"):  # the first two chunks run every program once
         jax.block_until_ready(list(itertools.islice(start(keys[0][None]), 2)))
     failed = False

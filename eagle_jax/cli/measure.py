@@ -5,13 +5,12 @@ Letters: B batch, P padded prompt.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -292,17 +291,6 @@ def _gap(target: Llama, before: list[int], pair: list[int]) -> float:
     return float(last.max() - last[np.asarray(pair)].min())
 
 
-@contextlib.contextmanager
-def progress_bar(console: Any, calls: int) -> Iterator[Callable[[], None]]:
-    """A progress bar of this many calls; gives the function that advances it."""
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = SpinnerColumn(), "measuring", MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("measuring", total=calls)
-        yield lambda: bar.advance(task)
-
-
 def setting(target: Llama) -> dict[str, Any]:
     """What a figure depends on beside the models: versions, device, dtype, date."""
     return {
@@ -326,7 +314,7 @@ def tree_fields(tree: TreePolicy) -> Any:
     return {name: value for name, value in fields.items() if value} or repr(tree)
 
 
-def table(comparison: Comparison, title: str) -> Any:
+def table(comparison: Comparison, title: str | None = None) -> Any:
     """The rich table of a comparison."""
     from rich.table import Table
 

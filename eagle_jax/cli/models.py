@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,27 @@ from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import resolve
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle import EagleDraft, with_window
+from eagle_jax.drafts.lookahead import Lookahead
 from eagle_jax.drafts.medusa import Medusa
+from eagle_jax.drafts.prompt_lookup import PromptLookup
+from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.models.layers import input_first
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.params import DATA, TENSOR
+from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
 from eagle_jax.tree.named import tree_named
 
 GROWTH = ("stop_below", "score_temperature")  # options of dynamic trees, by the names of TreeConfig
+BATCH = 8  # texts at a time, the default of commands that decode many
 CHAIN = 5  # tokens that a draft model guesses, unless --tree says otherwise
+# Drafts without weights, by the names that --draft and --drafts know.
+WEIGHTLESS: dict[str, Callable[[], Draft]] = {
+    "lookahead": Lookahead,
+    "prompt-lookup": PromptLookup,
+    "prompt-lookup-tree": lambda: PromptLookup(branches=4),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +59,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models", "a converted folder, or official checkpoints as they are")
     group.add_argument("--model", metavar="DIR", help="a folder that `eagle-jax convert` wrote")
     group.add_argument("--target", metavar="DIR_OR_ID", help="instead: the target, a Hugging Face folder or hub id")
-    group.add_argument("--draft", metavar="DIR_OR_ID", help="and its EAGLE head, Medusa heads, or draft model")
+    group.add_argument(
+        "--draft",
+        metavar="DIR_OR_ID",
+        help="and its EAGLE head, Medusa heads, or draft model; or a draft without weights, with --model, too: "
+        + ", ".join(WEIGHTLESS),
+    )
     group.add_argument("--dtype", choices=PARAMETER_DTYPES, help="dtype of both models (default: their own)")
     group.add_argument(
         "--mesh",
@@ -115,16 +132,64 @@ def parse_tree(text: str) -> TreePolicy:
         raise argparse.ArgumentTypeError(message) from error
 
 
-def chosen_tree(draft: Any, args: argparse.Namespace) -> TreePolicy:
-    """--tree with --stop-below and --score-temperature; by default what `eagle-jax tune` found, or `default_tree`."""
-    tree = args.tree
-    if tree is None:
-        tree = (tuned.find(draft, args) if isinstance(draft, EagleDraft) else None) or default_tree(draft)
-    changes = {name: getattr(args, name) for name in GROWTH if getattr(args, name) is not None}
-    if changes and not isinstance(tree, TreeConfig):
-        option = "--" + next(iter(changes)).replace("_", "-")
+@dataclasses.dataclass(frozen=True)
+class TreeChoice:
+    """The tree to decode with, and where it comes from, in words; a draft with a shape of its own ignores it."""
+
+    tree: TreePolicy
+    origin: str
+
+    def words(self, draft: Any) -> str:
+        """The draft, what it proposes, and where its tree comes from."""
+        if draft is None:
+            return "plain decoding"
+        return f"{type(draft).__name__}, {describe_proposal(draft, self.tree)} ({self.origin})"
+
+
+def choose_tree(draft: Any, args: argparse.Namespace, batch: int = 1) -> TreeChoice:
+    """--tree with --stop-below and --score-temperature; by default what `eagle-jax tune` found, or `default_tree`.
+
+    Args:
+      draft: None for plain decoding.
+      batch: texts at a time: of several tuned trees the one of the nearest batch is taken.
+    Raises:
+      ValueError: for options of trees that this draft, or this tree, does not have.
+    """
+    if isinstance(draft, Lookahead | PromptLookup):
+        for name in ("tree", *GROWTH):
+            if getattr(args, name, None) is not None:
+                raise ValueError(f"{_option(name)} is for drafts that grow trees; {type(draft).__name__} does not")
+        return TreeChoice(default_tree(draft), "a shape of its own")
+    found = None if args.tree is None else (args.tree, "from --tree")
+    if found is None and isinstance(draft, EagleDraft):
+        found = tuned.find(draft, args, batch)
+    tree, origin = found or (default_tree(draft), "the default")
+    return TreeChoice(grown(tree, args), origin)
+
+
+def choose_tree_for_many(draft: Any, args: argparse.Namespace, sampling: SamplingConfig) -> TreeChoice:
+    """The tree of a command that decodes --batch texts at a time, each of which must not depend on --batch.
+
+    A greedy or coupled text is the same with every tree; any other sampled text is not, so it has the tree tuned for
+    the nearest batch to BATCH.
+    """
+    same_with_every_tree = sampling.temperature == 0 or sampling.coupled
+    return choose_tree(draft, args, args.batch if same_with_every_tree else BATCH)
+
+
+def grown(tree: TreePolicy, args: argparse.Namespace) -> TreePolicy:
+    """A dynamic tree with --stop-below and --score-temperature. Raises ValueError for them with another tree."""
+    changes = {name: value for name in GROWTH if (value := getattr(args, name, None)) is not None}
+    if not changes:
+        return tree
+    if not isinstance(tree, TreeConfig):
+        option = _option(next(iter(changes)))
         raise ValueError(f"{option} is for dynamic trees such as --tree 8,10,60, not for a {describe_tree(tree)}")
-    return dataclasses.replace(tree, **changes) if changes else tree
+    return dataclasses.replace(tree, **changes)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def default_tree(draft: Any) -> TreePolicy:
@@ -144,6 +209,13 @@ def describe_tree(tree: TreePolicy) -> str:
     if tree.num_nodes == tree.depth + 1:
         return f"chain of {tree.depth}"
     return f"static tree: depth {tree.depth}, {tree.num_nodes} nodes"
+
+
+def describe_proposal(draft: Any, tree: TreePolicy) -> str:
+    """What a draft proposes: its tree, or the settings of one with a shape of its own; nothing for plain decoding."""
+    if isinstance(draft, Lookahead | PromptLookup):
+        return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(draft).items())
+    return "" if draft is None else describe_tree(tree)
 
 
 def parse_window(text: str) -> tuple[int, int]:
@@ -212,17 +284,24 @@ def load_models(args: argparse.Namespace) -> Models:
     if (args.model is None) == (args.target is None):
         raise ValueError("name the models with either --model, or --target and --draft")
     mesh = None if args.mesh is None else params.make_mesh(args.mesh)
+    weightless = WEIGHTLESS.get(args.draft)
     if args.model is not None:
-        if args.draft is not None:
-            raise ValueError("--draft goes with --target; a converted folder holds its own draft")
+        if args.draft is not None and weightless is None:
+            raise ValueError(
+                "--draft goes with --target: a converted folder holds its own draft, in place of which --draft takes "
+                f"one without weights: {', '.join(WEIGHTLESS)}"
+            )
         folder = Path(args.model) / parts.TARGET
         target, draft = load(args.model, dtype=args.dtype, mesh=mesh)
     else:
-        target, draft = from_pretrained(args.target, args.draft, dtype=args.dtype, mesh=mesh)
+        source = args.draft if weightless is None else None
+        target, draft = from_pretrained(args.target, source, dtype=args.dtype, mesh=mesh)
         folder = resolve(args.target)
+    if weightless is not None:
+        draft = weightless()
     if draft is not None and args.draft_window is not None:
         if not isinstance(draft, EagleDraft):
-            raise ValueError(f"--draft-window is for EAGLE heads, this draft is of class {type(draft).__name__}")
+            raise ValueError(f"--draft-window is for EAGLE heads, this draft is a {type(draft).__name__}")
         draft = with_window(draft, *args.draft_window)
     return Models(for_this_machine(target), for_this_machine(draft), folder)
 
@@ -230,14 +309,27 @@ def load_models(args: argparse.Namespace) -> Models:
 def for_this_machine(model: Any) -> Any:
     """A model as it decodes fastest here: `input_first` on a CPU, unless it is sharded."""
     on_cpu = jax.default_backend() == "cpu"
-    return input_first(model) if on_cpu and model is not None and params.mesh_of(model) is None else model
+    has_weights = bool(jax.tree.leaves(model))
+    return input_first(model) if on_cpu and has_weights and params.mesh_of(model) is None else model
 
 
 def chosen_draft(models: Models, args: argparse.Namespace) -> Any:
     """The draft to decode with: None with --baseline. Raises ValueError if there is none and none was asked for."""
     if models.draft is None and not args.baseline:
-        raise ValueError("there is no draft head here; for plain decoding add --baseline")
+        raise ValueError(
+            "there is no draft here; for plain decoding add --baseline, or name a draft without weights: --draft "
+            + ", ".join(WEIGHTLESS)
+        )
     return None if args.baseline else models.draft
+
+
+def draft_identity(draft: Any) -> str | None:
+    """A draft in a few characters, for resumed runs: of its weights, or, where it has none, of its settings."""
+    from eagle_jax.train import fingerprint
+
+    if draft is None:
+        return None
+    return fingerprint.of_model(draft) if jax.tree.leaves(draft) else repr(draft)
 
 
 def stop_tokens(models: Models, args: argparse.Namespace) -> tuple[int, ...]:

@@ -9,15 +9,19 @@ from typing import Any
 
 import numpy as np
 
-FORMATS = (".png", ".svg", ".pdf")
+from eagle_jax.cli.places import MARK, check_report
+from eagle_jax.convert.place import new_file
+
+FORMATS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # and what each calls the program it is from
 ACCEPTED, REJECTED, BONUS = "tab:green", "0.6", "tab:orange"
 PARTS = {"draft": "tab:blue", "verify": "tab:orange", "rest": "0.6"}
 
 
-def check(path: str) -> None:
-    """Raises ValueError if a picture cannot be drawn there: before anything is measured for it."""
+def check(option: str, path: str) -> None:
+    """Raises ValueError, naming the option, if a picture cannot be drawn there: before anything is done for it."""
     if Path(path).suffix not in FORMATS:
-        raise ValueError(f"{path}: a picture's name ends in {', '.join(FORMATS)}")
+        raise ValueError(f"{option} {path}: a picture's name ends in {', '.join(FORMATS)}")
+    check_report(option, path)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -82,7 +86,7 @@ def tree(drawn: Any, title: str, path: str) -> None:
     last = drawn.node(drawn.last_accepted)
     place = columns[last.index]
     axes.plot([place, place], [-last.depth, -depth], color=BONUS, linestyle="dotted", zorder=0)
-    _box(axes, place, -depth, drawn.bonus, BONUS)
+    _box(axes, place, -depth, "the text ends" if drawn.bonus is None else drawn.bonus, BONUS)
     axes.margins(0.08)
     _save(figure, path)
 
@@ -114,8 +118,7 @@ def _columns(drawn: Any) -> dict[int, float]:
 
 
 def _save(figure: Any, path: str) -> None:
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    with warnings.catch_warnings():
+    kind = Path(path).suffix[1:]
+    with new_file(Path(path)) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a token may hold characters that the font lacks
-        figure.savefig(partial, format=Path(path).suffix[1:], dpi=150)
-    partial.replace(path)
+        figure.savefig(partial, format=kind, dpi=150, metadata={FORMATS[f".{kind}"]: MARK})

@@ -1,4 +1,4 @@
-"""Signs of life of long work: spinners and bars on a terminal, plain lines now and then elsewhere."""
+"""What a command is at, on stderr: animated on a terminal, and elsewhere plain lines, so that a log tells, too."""
 
 from __future__ import annotations
 
@@ -8,61 +8,49 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-EVERY = 30.0  # seconds between two lines where there is no terminal
+EVERY = 10.0  # seconds between two lines; what is done sooner prints none
 
 
 @contextlib.contextmanager
 def status(console: Any, doing: str) -> Iterator[None]:
-    """Shows that something is going on, such as "loading".
-
-    Args:
-      console: a rich Console. If it is no terminal, what takes longer than EVERY seconds says so in plain lines.
-    """
+    """Shows that something goes on, such as "compiling"."""
     if console.is_terminal:
         with console.status(doing):
             yield
-        return
-    began, ended = time.monotonic(), threading.Event()
-
-    def tell() -> None:
-        while not ended.wait(EVERY):
-            console.print(f"{doing}, {time.monotonic() - began:.0f} s so far", style="dim", soft_wrap=True)
-
-    thread = threading.Thread(target=tell, daemon=True)  # this one is busy: in a compiler, or waiting for a device
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    else:
+        with _lines(console, lambda seconds: f"{doing}, {_clock(seconds)}"):
+            yield
 
 
 @contextlib.contextmanager
 def bar(console: Any, doing: str, total: int, before: int = 0) -> Iterator[Callable[..., None]]:
-    """Shows how much of some work is done; gives `advance(count=1, note="")`, to call as more is done.
+    """Shows how many of `total` pieces are done, and when the rest may be.
 
     Args:
-      console: a rich Console. If it is no terminal, a plain line comes every EVERY seconds.
-      doing: what is done, such as "measuring".
-      before: how much was done before this work began; the time left is not judged by it.
+      before: pieces that were done before; the time left is not judged by them.
+    Yields:
+      advance(count=1, note=""): call it after so many pieces more, with a word on how it goes.
     """
-    done, began = before, time.monotonic()
-    last = began
-
-    def tell(count: int = 1, note: str = "") -> None:
-        nonlocal done, last
-        done += count
-        now = time.monotonic()
-        if now - last >= EVERY:
-            last = now
-            parts = [f"{doing}: {done} of {total}", *([note] if note else [])]
-            if done > before:
-                parts.append(f"{_clock((now - began) * (total - done) / (done - before))} left")
-            console.print(", ".join(parts), style="dim", soft_wrap=True)
-
-    if not console.is_terminal:
-        yield tell
+    if console.is_terminal:
+        with _bar(console, doing, total, before) as advance:
+            yield advance
         return
+    done, shown = before, ""
+
+    def advance_lines(count: int = 1, note: str = "") -> None:
+        nonlocal done, shown
+        done, shown = done + count, note
+
+    def line(seconds: float) -> str:
+        left = f", ETA {_clock(seconds * (total - done) / (done - before))}" if done > before else ""
+        return f"{doing}, {done} of {total}, {_clock(seconds)}{left}" + (f", {shown}" if shown else "")
+
+    with _lines(console, line):
+        yield advance_lines
+
+
+@contextlib.contextmanager
+def _bar(console: Any, doing: str, total: int, before: int) -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     columns = SpinnerColumn(), doing, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), "ETA"
@@ -71,7 +59,27 @@ def bar(console: Any, doing: str, total: int, before: int = 0) -> Iterator[Calla
         yield lambda count=1, note="": shown.update(task, advance=count, note=note)
 
 
+@contextlib.contextmanager
+def _lines(console: Any, line: Callable[[float], str]) -> Iterator[None]:
+    """Prints line(seconds so far) every EVERY seconds, from a thread: compiling holds up the program's own."""
+    ended, began = threading.Event(), time.monotonic()
+
+    def run() -> None:
+        while not ended.wait(EVERY):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any longer
+                console.print(line(time.monotonic() - began), soft_wrap=True, markup=False)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _clock(seconds: float) -> str:
-    """3725 -> "1:02:05"."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+    """ "1:23:45", or "0:07"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

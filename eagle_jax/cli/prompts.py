@@ -29,7 +29,7 @@ CODE_TEXTS = (  # for the embedded pair, which continues Python code
     'def read(self, size=-1):\n    """',
     "    if not isinstance(",
 )
-RANDOM_PROMPTS, RANDOM_LENGTH = 4, 24  # of a model without a tokenizer
+RANDOM_PROMPTS, RANDOM_LENGTH = 4, 24  # of `random_prompts`
 
 
 JSON_FILES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -247,14 +247,21 @@ def _own(value: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value[name] for name in OWN_IDS if name in value}
 
 
+def random_prompts(vocab_size: int) -> tuple[list[list[int]], str]:
+    """Prompts of random tokens, the same in every run, and what they are."""
+    random = np.random.default_rng(0).integers(vocab_size, size=(RANDOM_PROMPTS, RANDOM_LENGTH))
+    return random.tolist(), f"{RANDOM_PROMPTS} prompts of random tokens"
+
+
 def to_measure(
-    path: str | None, folder: Path, vocab_size: int, raw: bool, texts: Sequence[str] = DEFAULT_TEXTS
+    path: str | None, folder: Path, raw: bool, texts: Sequence[str] = DEFAULT_TEXTS
 ) -> tuple[list[list[int]], str]:
     """The prompts of a measurement, and what they are: those of a file, a few texts, or else random tokens.
 
     Args:
-      folder: of the tokenizer. Without one a file must hold token ids; without a file, tokens are random.
-      raw: see `encode`.
+      folder: of the tokenizer, which a file of token ids does without. raw: see `encode`.
+    Raises:
+      ValueError: if there is no tokenizer for texts; CheckpointError: for an unusable one.
     """
     tokenizer = functools.cache(lambda: tokenizer_of(folder))
 
@@ -264,6 +271,8 @@ def to_measure(
     if path is not None:
         return [prompt.tokens for prompt in read_prompts(path, to_tokens)], path
     if tokenizer() is None:
-        random = np.random.default_rng(0).integers(vocab_size, size=(RANDOM_PROMPTS, RANDOM_LENGTH))
-        return random.tolist(), f"{RANDOM_PROMPTS} prompts of random tokens (the model has no tokenizer)"
+        raise ValueError(
+            "this model has no tokenizer (tokenizer.json, ... beside its config.json): name a --prompts file of token "
+            'ids, with lines such as {"tokens": [1, 2]}; `eagle-jax bench` takes --random-prompts, too'
+        )
     return [to_tokens(text) for text in texts], f"{len(texts)} built-in prompts"

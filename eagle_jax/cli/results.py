@@ -8,19 +8,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from eagle_jax.cli.places import check_file
+
+LONG = 60  # characters: what is longer is shown by its beginning
 BEGINNING = b'{"settings": {'  # of the first line
 
 
-def read_finished(path: str, settings: dict[str, Any]) -> set[tuple[int, int]]:
+def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> set[tuple[int, int]]:
     """The (index, sample) of the rows that an earlier run finished; none if there is no file.
 
     Args:
       settings: all that the rows' texts depend on, as JSON has it.
+      whole: False if more settings follow, which are then not missed.
     Raises:
-      ValueError: if the file is another run's, or none of ours, or its folder is not there.
+      ValueError: if the file is another run's, or none of ours, or cannot be written.
     """
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {Path(path).parent} to write it to")
+    check_file("--out", path)
     content = Path(path).read_bytes() if Path(path).exists() else b""
     if content[: len(BEGINNING)] != BEGINNING[: len(content)]:
         raise ValueError(f"{path} is there already, and not from `generate --prompts`; choose another --out")
@@ -28,19 +31,31 @@ def read_finished(path: str, settings: dict[str, Any]) -> set[tuple[int, int]]:
     if not lines:
         return set()
     before = _from_json(header, f"{path}, line 1")["settings"]
+    names = {**settings, **before} if whole else settings
     changed = [
-        f"{name} {json.dumps(before.get(name))}, now {json.dumps(settings.get(name))}"
-        for name in {**settings, **before}
+        f"{name} {_short(before.get(name))}, now {_short(settings.get(name))}"
+        for name in names
         if before.get(name) != settings.get(name)
     ]
     if changed:
         raise ValueError(f"{path} was written with other settings ({'; '.join(changed)}); choose another --out")
-    rows = [_from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=2)]
-    whole = (row for row in rows if row.get("turn", 0) + 1 == row.get("turns", 1))  # up to its last turn
-    return {(row["index"], row.get("sample", 0)) for row in whole}
+    finished = set()
+    for number, line in enumerate(lines, start=2):
+        row = _from_json(line, f"{path}, line {number}")
+        if not isinstance(row, dict) or type(row.get("index")) is not int:
+            raise ValueError(f"{path}, line {number}: no text of `generate --prompts`; choose another --out")
+        if row.get("turn", 0) + 1 == row.get("turns", 1):  # with its last turn a conversation is whole
+            finished.add((row["index"], row.get("sample", 0)))
+    return finished
 
 
-def _from_json(line: bytes, where: str) -> dict[str, Any]:
+def _short(value: Any) -> str:
+    """A setting as JSON, cut off where it is long, as fingerprints and static trees are."""
+    text = json.dumps(value)
+    return text if len(text) <= LONG else text[: LONG // 2] + "..."
+
+
+def _from_json(line: bytes, where: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:

@@ -7,9 +7,11 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.tree import TreeConfig
 
 EXAMPLES = """\
 examples:
@@ -19,9 +21,9 @@ examples:
   eagle-jax show --prompt "for i in range(" --draft-name lookahead --cycle 12
 
 Tokens with their cumulative draft probability, where the draft has one. Green: accepted; orange: the target's own next
-token. Without a model: the embedded pair.
+token, unless the text ended before it. Without a model: the embedded pair.
 """
-MAX_CYCLES = 1000
+MAX_NEW_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,14 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What a cycle did: nodes in the tree's order, the last one accepted, and the target's own token after it."""
+    """What a cycle did: nodes in the tree's order, the last one accepted, and the target's own token after it.
+
+    bonus: None where the text ended before it.
+    """
 
     nodes: list[Node]
     last_accepted: int
-    bonus: str
+    bonus: str | None
     omitted: int
 
     def node(self, index: int) -> Node:
@@ -63,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cycle", type=positive, default=1, metavar="N", help="which cycle (default: the first)")
     parser.add_argument("--out", metavar="FILE", help="draw the tree there: .png, .svg or .pdf")
-    add_decoding_arguments(parser, max_new_tokens=MAX_CYCLES)
+    add_decoding_arguments(parser, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,62 +77,79 @@ def run(args: argparse.Namespace) -> int:
 
     import eagle_jax
     from eagle_jax import convert
-    from eagle_jax.cli import drafts, models, plot, prompts
+    from eagle_jax.cli import drafts, models, plot, progress, prompts
 
     if args.out is not None:
-        plot.check(args.out)
+        plot.check("--out", args.out)
     if args.draft_name is not None and len(args.draft_name) != 1:
         raise ValueError("--draft-name: name one draft")
     notes = Console(stderr=True, highlight=False)
-    with notes.status("loading"):
+    with progress.status(notes, "loading"):
         embedded = args.model is None and args.target is None
         if embedded:
             args.target, args.raw = str(drafts.embedded_pair() / "target"), True
-            args.draft_name = args.draft_name or {"eagle3": None}
+            if args.draft is None:
+                args.draft_name = args.draft_name or {"eagle3": None}
         loaded = models.load_models(args)
         tokenizer = convert.tokenizer(loaded.folder)
-    if args.draft_name is not None:
-        tree = models.chosen_tree(None, args)
-        (one,) = drafts.candidates(loaded, args.draft_name, tree, {}, embedded, args.draft_window)
-        if args.tree is not None:
-            one = dataclasses.replace(one, tree=models.chosen_tree(one.draft, args))
-    elif loaded.draft is not None:
-        one = drafts.Candidate(type(loaded.draft).__name__, loaded.draft, models.chosen_tree(loaded.draft, args))
-    else:
-        raise ValueError("there is no draft here; name one: --draft-name")
-    if one.draft is None:
-        raise ValueError("plain decoding has no tree to show")
-
+    one = _shown(loaded, args, embedded)
     tokens, lengths = eagle_jax.pad([prompts.encode(tokenizer, args.prompt, args.raw)])
-    room = models.capacity(loaded.target, int(lengths[0]), tokens.shape[1], args.max_new_tokens)
-    with notes.status("decoding"):
-        before, step = decode_to(loaded.target, one.draft, one.tree, tokens, lengths, args.cycle, room)
+    most = min(args.max_new_tokens, args.cycle * (one.draft.depth(one.tree) + 1) + 1)
+    options = {
+        "max_new_tokens": most,
+        "capacity": models.capacity(loaded.target, int(lengths[0]), tokens.shape[1], most),
+        "stop_tokens": models.stop_tokens(loaded, args),
+    }
+    with progress.status(notes, "decoding"):
+        before, step = decode_to(loaded.target, one.draft, one.tree, tokens, lengths, args.cycle, **options)
     text = np.asarray(before.tokens[0, : before.lengths[0]]).tolist()
-    spell = functools.partial(_spell, tokenizer)
-    drawn = describe(step.tree, step.acceptance, spell)
+    gained = int(step.state.lengths[0] - before.lengths[0])
+    drawn = describe(step.tree, step.acceptance, functools.partial(_spell, tokenizer), gained)
     title = f"{one.name}, {one.shape}: cycle {args.cycle}"
     console = Console(highlight=False)
     console.print(f"... {tokenizer.decode(text[-40:-1])}", style="dim", markup=False)
     console.print(terminal_tree(drawn, title))
+    notes.print(f"the tree: {one.origin}", style="dim", soft_wrap=True)
     if args.out is not None:
         plot.tree(drawn, title, args.out)
         notes.print(f"drawn to {args.out}", markup=False)
     return 0
 
 
-def decode_to(target: Any, draft: Any, tree: Any, tokens: Any, lengths: Any, cycle: int, capacity: int | None) -> Any:
+def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
+    """The draft and tree to show, as a `Candidate`. Raises ValueError if there is none, or not with these options."""
+    from eagle_jax.cli import drafts, models
+    from eagle_jax.drafts.eagle import EagleDraft
+
+    if args.draft_name is not None:
+        (one,) = drafts.candidates(loaded, args.draft_name, args, embedded)
+    elif loaded.draft is not None:
+        one = drafts.Candidate(type(loaded.draft).__name__, loaded.draft, TreeConfig(), "")
+    else:
+        raise ValueError("there is no draft here; name one: --draft-name, or --draft")
+    if one.draft is None:
+        raise ValueError("plain decoding has no tree to show")
+    if args.draft_window is not None and not isinstance(one.draft, EagleDraft):
+        raise ValueError(f"--draft-window is for EAGLE heads, this draft is a {type(one.draft).__name__}")
+    # A named draft has a tree of its own, such as eagle1's, unless --tree names another.
+    if args.draft_name is None or args.tree is not None or not jax.tree.leaves(one.draft):
+        choice = models.choose_tree(one.draft, args)
+        return dataclasses.replace(one, tree=choice.tree, origin=choice.origin)
+    return dataclasses.replace(one, tree=models.grown(one.tree, args))
+
+
+def decode_to(target: Any, draft: Any, tree: Any, tokens: Any, lengths: Any, cycle: int, **options: Any) -> Any:
     """The state before a cycle of the first row's greedy text, and the cycle's `Step`.
 
+    Args:
+      options: max_new_tokens, capacity and stop_tokens, as in `prefill`.
     Raises:
       ValueError: if the text ends before.
     """
-    import jax
-
     import eagle_jax
     from eagle_jax import decode
 
-    depth = draft.depth(tree)
-    options = {"max_new_tokens": cycle * (depth + 1) + 1, "capacity": capacity, "tree": tree}
+    options["tree"] = tree
     state = jax.jit(eagle_jax.prefill, static_argnames=tuple(options))(target, draft, tokens, lengths, **options)
     advance = jax.jit(functools.partial(eagle_jax.cycle, tree=tree), donate_argnums=2)
     for number in range(1, cycle + 1):
@@ -140,16 +162,18 @@ def decode_to(target: Any, draft: Any, tree: Any, tokens: Any, lengths: Any, cyc
     return state, jax.jit(functools.partial(decode.step, tree=tree))(target, draft, state)
 
 
-def describe(tree: Any, acceptance: Any, spell: Any) -> Drawn:
+def describe(tree: Any, acceptance: Any, spell: Any, gained: int) -> Drawn:
     """The first row's tree and what was accepted, for drawing. Nodes that stand for no guess are omitted.
 
     Args:
       spell: token id to text.
+      gained: tokens that the text got, fewer than were accepted where it ended.
     """
     tokens, parents, depths, scores = (
         np.asarray(field[0]) for field in (tree.tokens, tree.parents, tree.depths, tree.scores)
     )
-    path = {int(i) for i in np.asarray(acceptance.path[0]) if i >= 0}
+    accepted = [int(i) for i in np.asarray(acceptance.path[0]) if i >= 0]
+    path = accepted[: gained + 1]  # the root was in the text before
     has_probabilities = not np.isin(scores, (0, -np.inf)).all()
     kept = [i for i in range(len(tokens)) if scores[i] > -np.inf or i in path]
     nodes = [
@@ -163,8 +187,8 @@ def describe(tree: Any, acceptance: Any, spell: Any) -> Drawn:
         )
         for i in kept
     ]
-    last = max(path, key=lambda i: depths[i])
-    return Drawn(nodes, last, spell(int(acceptance.bonus[0])), len(tokens) - len(kept))
+    bonus = spell(int(acceptance.bonus[0])) if gained == len(accepted) else None
+    return Drawn(nodes, path[-1], bonus, len(tokens) - len(kept))
 
 
 def terminal_tree(drawn: Drawn, title: str) -> Any:
@@ -185,7 +209,8 @@ def terminal_tree(drawn: Drawn, title: str) -> Any:
     for node in drawn.nodes:
         above = whole if node.parent is None else branches[node.parent]
         branches[node.index] = above.add(label(node))
-    branches[drawn.last_accepted].add(Text(f"{drawn.bonus}  the target's own", style="yellow"))
+    end = "the text ends here" if drawn.bonus is None else f"{drawn.bonus}  the target's own"
+    branches[drawn.last_accepted].add(Text(end, style="yellow"))
     if drawn.omitted:
         whole.add(Text(f"{drawn.omitted} nodes without a guess are not shown", style="dim"))
     return whole

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_jax import convert
-from eagle_jax.cli.models import GROWTH, add_model_arguments, parse_tree, parse_window, positive
+from eagle_jax.cli.models import BATCH, GROWTH, add_model_arguments, parse_tree, parse_window, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config, with_logit_bias
 from eagle_jax.convert import parts
 from eagle_jax.convert.read import read_json, resolve
@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file to write")
     parser.add_argument("--overwrite", action="store_true", help="write it anew, if it is there or was begun")
-    parser.add_argument("--batch", type=positive, default=8, metavar="B", help="texts at a time (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, default=BATCH, metavar="B", help="texts at a time (default: %(default)s)"
+    )
     parser.add_argument(
         "--prompt-tokens",
         type=positive,
@@ -69,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the new training set; returns 1 if the model's numbers broke down in one of its texts."""
-    from eagle_jax.cli import models
+    from rich.console import Console
+
+    from eagle_jax.cli import models, places, progress
     from eagle_jax.cli.rows import Rows
     from eagle_jax.prompt import BUCKETS
     from eagle_jax.train import fingerprint
@@ -80,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     # All that can be wrong with the input is found before the models are loaded, which may take long.
     sampling, out = sampling_config(args), Path(args.out)
     template = None if args.chat_template is None else Path(args.chat_template).read_text(encoding="utf-8")
+    places.check_file("--out", args.out)
     check_place(out, args.overwrite)
     for path in args.data:
         open(path, "rb").close()
@@ -102,13 +107,17 @@ def run(args: argparse.Namespace) -> int:
     source = Source(convert.tokenizer(folder), config.vocab_size, stops)
     total = check_lines(args.data, source, options)
     log(f"{total:,} lines; loading the models")
-    loaded = models.load_models(args)
+    notes = Console(stderr=True, highlight=False)
+    with progress.status(notes, "loading"):
+        loaded = models.load_models(args)
     target, draft = loaded.target, loaded.draft
-    tree = models.chosen_tree(draft, args)
+    choice = models.choose_tree_for_many(draft, args, sampling)
+    tree = choice.tree
     rows = Rows(target, draft, args.batch, length, tree=tree, buckets=BUCKETS, sampling=biased, stop_tokens=stops)
-    log(f"compiling; {'without a draft' if draft is None else models.describe_tree(tree)}")
-    rows.compile(CYCLES)
-    drafted = [fingerprint.of_model(draft), fingerprint.of_config(tree), args.draft_window]
+    log(f"compiling; {choice.words(draft)}")
+    with progress.status(notes, "compiling"):
+        rows.compile(CYCLES)
+    drafted = [models.draft_identity(draft), fingerprint.of_config(tree), args.draft_window]
     settings = {
         "target": fingerprint.of_model(target),
         "draft": None if draft is None else drafted,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 from eagle_jax.cli.models import add_model_arguments, positive
@@ -22,6 +23,7 @@ of the draft's scores, and measures the most promising. The fastest goes to tune
 draft's, with --draft), where other commands find it: they use it on the same device, with the same dtype and batch,
 unless --tree names another.
 """
+NO_HEAD = "there is no EAGLE head here: only their trees can be tuned"
 CANDIDATES = 4  # trees that are decoded with, in the end
 CYCLES = 24  # of each prompt, with large trees
 
@@ -43,26 +45,23 @@ def run(args: argparse.Namespace) -> int:
     """Tunes, prints what it expected and measured, and saves the fastest tree."""
     from rich.console import Console
 
-    from eagle_jax.cli import measure, models, prompts, tuned, tuning
+    from eagle_jax.cli import measure, models, progress, prompts, tuned, tuning
     from eagle_jax.drafts.eagle import EagleDraft
 
     sampling = sampling_config(args)
     notes, console = Console(stderr=True, highlight=False), Console(highlight=False)
     args.draft_window = None
-    with notes.status("loading"):
+    folder = _folder(args)
+    with progress.status(notes, "loading"):
         loaded = models.load_models(args)
     if not isinstance(loaded.draft, EagleDraft):
-        raise ValueError("there is no EAGLE head here: only their trees can be tuned")
-    folder = tuned.folder_of(args)
-    if folder is None:
-        raise ValueError("convert the models first, or name a draft's folder: tuned.json needs a place to be saved")
-    token_lists, source = prompts.to_measure(args.prompts, loaded.folder, loaded.target.config.vocab_size, args.raw)
+        raise ValueError(NO_HEAD)
+    token_lists, source = prompts.to_measure(args.prompts, loaded.folder, args.raw)
     options: dict[str, Any] = {"sampling": sampling, "key": random_key(args), "stop_tokens": models.eos_tokens(loaded)}
 
     setting = measure.setting(loaded.target)
-    with measure.progress_bar(
-        notes, tuning.measurements(tuning.NODES, tuning.WIDTHS) + len(tuning.TEMPERATURES)
-    ) as advance:
+    steps = tuning.measurements(tuning.NODES, tuning.WIDTHS) + len(tuning.TEMPERATURES)
+    with progress.bar(notes, "measuring parts of a cycle", steps) as advance:
         seen, widths = {}, tuning.widths_for(loaded.draft)
         for temperature in tuning.TEMPERATURES:
             large = tuning.large_tree(widths, temperature)
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     methods = {"plain": (None, expected[0].tree)} | {_name(one.tree): (loaded.draft, one.tree) for one in expected}
     calls = len(methods) * (args.repeats + 1) * -(-len(token_lists) // args.batch)
-    with measure.progress_bar(notes, calls) as advance:
+    with progress.bar(notes, "measuring", calls) as advance:
         results, _ = measure.decode_in_turn(
             loaded.target,
             methods,
@@ -109,6 +108,21 @@ def run(args: argparse.Namespace) -> int:
     if best < plain:
         console.print("Plain decoding is faster here: add --baseline to generate, or draft with a better head.")
     return 0
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    """The folder of tuned.json. Raises ValueError if it cannot be written there, or there is no EAGLE head."""
+    from eagle_jax.cli import models, places, tuned
+
+    if args.model is None and args.draft in (None, *models.WEIGHTLESS):
+        raise ValueError(NO_HEAD)
+    folder = tuned.folder_of(args)
+    if folder is None:
+        raise ValueError("convert the models first, or name a draft's folder: tuned.json needs a place to be saved")
+    if folder.is_dir():  # else loading the models says what is wrong
+        places.check_file("tune:", str(folder / tuned.NAME))
+    tuned.read(folder)
+    return folder
 
 
 def _state(loaded: Any, token_lists: list[list[int]], batch: int, max_new_tokens: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,22 @@ def read(folder: Path | None) -> list[dict[str, Any]]:
         entries = json.loads(path.read_text(encoding="utf-8"))
         for entry in entries:
             TreeConfig(**entry["tree"])
-            [entry[name] for name in KEY]
+            device, dtype, batch = (entry[name] for name in KEY)
+            if not (isinstance(device, str) and isinstance(dtype, str) and type(batch) is int and batch > 0):
+                raise TypeError(f"device {device!r}, dtype {dtype!r}, batch {batch!r}")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not a file of `eagle-jax tune` ({error!r}); delete it, or tune again") from error
     return entries
 
 
-def find(draft: Any, args: argparse.Namespace) -> TreeConfig | None:
-    """The tree tuned for this draft on this device, with its dtype and the command's batch, if there is one."""
-    key = {"device": machine.device_name(), "dtype": np.dtype(draft.dtype).name, "batch": getattr(args, "batch", 1)}
-    for entry in read(folder_of(args)):
-        if all(entry[name] == key[name] for name in KEY):
-            return TreeConfig(**entry["tree"])
-    return None
+def find(draft: Any, args: argparse.Namespace, batch: int) -> tuple[TreeConfig, str] | None:
+    """The tree tuned for this draft on this device with its dtype, for the nearest batch, and where it comes from."""
+    device, dtype = machine.device_name(), np.dtype(draft.dtype).name
+    entries = [entry for entry in read(folder_of(args)) if (entry["device"], entry["dtype"]) == (device, dtype)]
+    if not entries:
+        return None
+    nearest = min(entries, key=lambda entry: (abs(math.log(entry["batch"] / batch)), entry["batch"]))
+    return TreeConfig(**nearest["tree"]), f"tuned on this device for batch {nearest['batch']}"
 
 
 def write(folder: Path, entry: dict[str, Any]) -> Path:

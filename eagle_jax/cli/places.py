@@ -1,0 +1,46 @@
+"""Places for output: checked before the work whose output they take, and written in one step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from eagle_jax.convert.place import new_file
+
+MARK = "written by eagle-jax"  # in every report and picture, so that a later run may replace it
+
+
+def check_file(option: str, path: str) -> None:
+    """Raises ValueError, naming the option, if this file cannot be written. Leaves it as it is."""
+    place = Path(path)
+    if not place.name or place.is_dir():
+        raise ValueError(f"{option} {path}: is a folder; name a file in it")
+    if place.exists() and not place.is_file():
+        raise ValueError(f"{option} {path}: is there, and no file; choose another")
+    if not place.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {place.parent} to write it to; make it first")
+    # Only writing tells: the file system may be read-only, full, or take no files, whatever the permissions are.
+    probe = place.with_name(f".{place.name}")
+    try:
+        if place.exists():
+            open(place, "ab").close()
+        if not probe.exists():
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{option} {path}: cannot be written ({error.strerror}); choose another") from error
+
+
+def check_report(option: str, path: str) -> None:
+    """`check_file` of a file that is written in one step: a new or empty one, or an earlier result of ours."""
+    check_file(option, path)
+    place = Path(path)
+    if place.is_file() and place.stat().st_size and MARK.encode() not in place.read_bytes():
+        raise ValueError(f"{option} {path}: is there already, and not {MARK}; choose another, or remove it")
+
+
+def write_json(path: str, report: dict[str, Any]) -> None:
+    """Writes a report in one step, so that no half of it is ever there."""
+    with new_file(Path(path)) as partial:
+        partial.write_text(json.dumps({"note": MARK, **report}, indent=1) + "\n", encoding="utf-8")
