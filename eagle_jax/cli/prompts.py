@@ -256,7 +256,7 @@ def random_prompts(vocab_size: int) -> tuple[list[list[int]], str]:
 def to_measure(
     path: str | None, folder: Path, raw: bool, texts: Sequence[str] = DEFAULT_TEXTS
 ) -> tuple[list[list[int]], str]:
-    """The prompts of a measurement, and what they are: those of a file, a few texts, or else random tokens.
+    """The prompts of a measurement, and what they are: those of a file, or a few texts.
 
     Args:
       folder: of the tokenizer, which a file of token ids does without. raw: see `encode`.
