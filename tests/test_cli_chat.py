@@ -16,7 +16,7 @@ from rich.console import Console
 import eagle_jax
 from eagle_jax import TreeConfig, convert
 from eagle_jax.cli import main
-from eagle_jax.cli.chat import Conversation, _lines
+from eagle_jax.cli.chat import Conversation, Session, _lines
 from eagle_jax.cli.rows import Rows
 from tests.test_cli import byte_tokenizer, converted_pair
 
@@ -134,6 +134,16 @@ def test_a_conversation_that_is_too_long_goes_on_without_the_turn(chat, continua
     assert f"would have {CONTEXT} tokens; its context takes 1 to {CONTEXT - 1}" in err and "/reset" in err
 
 
+def test_a_line_that_is_not_utf_8_is_left_out(folder, continuation, capsys, monkeypatch):
+    lines = b"caf\xe9\n" + FIRST.encode() + b"\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    assert main(["chat", "--model", str(folder), *OPTIONS, "--max-new-tokens", "9" * 20]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(continuation(FIRST))
+    assert "error: this line: character 4 is not UTF-8" in captured.err
+    assert "ended by the context, which is full; 0 of the prompt's" in captured.err
+
+
 def test_a_failed_answer_says_so(chat, monkeypatch):
     advance = Rows.advance
 
@@ -171,8 +181,24 @@ def test_wrong_options(folder, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_template_that_refuses_is_an_error():
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ 1 + messages[0].content }}", "TypeError: unsupported operand"),
+        ("{{ messages[9].content.x }}", "UndefinedError: "),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError: "),
+    ],
+)
+def test_a_template_that_refuses_or_breaks_leaves_the_turn_out(template, message):
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(ValueError, match="chat template refuses this conversation: no system role"):
-        Conversation(tokenizer, raw=False, system="x").tokens_with("hi")
+    tokenizer.chat_template = template
+    conversation = Conversation(tokenizer, raw=False, system="x")
+    with pytest.raises(ValueError, match=f"chat template refuses this conversation: {re.escape(message)}"):
+        conversation.tokens_with("hi")
+    said: list[str] = []
+    notes = SimpleNamespace(print=lambda text, **style: said.append(text))
+    session = Session(None, conversation, None, None, None, notes)
+    session.answer("hi")
+    assert session.refused == 1 and message in said[0] and said[0].endswith("This turn is left out.")
+    assert conversation.messages == conversation.system
