@@ -79,11 +79,12 @@ def run(args: argparse.Namespace) -> int:
     from eagle_jax.train import fingerprint
     from eagle_jax.train.progress import check_place
     from eagle_jax.train.regenerate import CYCLES, Options, Source, check_lines, regenerate
+    from eagle_jax.train.rendering import read_template
     from eagle_jax.train.say import log
 
     # All that can be wrong with the input is found before the models are loaded, which may take long.
     sampling, out = sampling_config(args), Path(args.out)
-    template = None if args.chat_template is None else Path(args.chat_template).read_text(encoding="utf-8")
+    template = read_template(args.chat_template)
     places.check_file("--out", args.out)
     check_place(out, args.overwrite)
     for path in args.data:

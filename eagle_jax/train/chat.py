@@ -25,7 +25,7 @@ from eagle_jax.train.messages import (
     normal_messages,
     without_opening,
 )
-from eagle_jax.train.rendering import Rendering, Span, chat_template_of, probe, unsure
+from eagle_jax.train.rendering import KEEP_TOKENS, Rendering, Span, chat_template_of, probe, unsure
 
 Kind: TypeAlias = Literal[
     "damaged file",
@@ -48,11 +48,6 @@ Kind: TypeAlias = Literal[
     "too long",
     "failed",
 ]
-
-KEEP_WHOLE = (
-    "give a chat template that writes all of it, or let `eagle-jax train regenerate` write the answers, which keeps "
-    "their tokens"
-)
 
 
 def conversation_tokens(
@@ -95,7 +90,7 @@ def conversation_documents(
     if not learned:
         raise Fault("nothing to learn", "every answer has weight 0")
     rendering = Rendering(tokenizer, chat_template_of(tokenizer, chat_template, tools), tools)
-    chat = rendering.with_arguments(chat)
+    chat = rendering.with_calls(chat)
     together, alone = (_marked, _marked_alone) if rendering.marked else (_rendered_again, _alone)
     try:
         return [_encoded(rendering, *together(rendering, chat, learned))]
@@ -119,7 +114,8 @@ def _check_whole(message: dict[str, Any], name: str, text: str, before: str = ""
     """Refuses an answer of which the template left something out of the text that is learned."""
     missing = missing_part(message, text, before)
     if missing is not None:
-        raise Fault("answer changed", f"{name}: the chat template leaves out or changes {missing}; {KEEP_WHOLE}")
+        whole = f"give one that writes all of it, or {KEEP_TOKENS}"
+        raise Fault("answer changed", f"{name}: the chat template leaves out or changes {missing}; {whole}")
 
 
 def _rendered_again(rendering: Rendering, chat: list[dict[str, Any]], learned: list[int]) -> tuple[str, list[Span]]:
@@ -135,7 +131,7 @@ def _rendered_again(rendering: Rendering, chat: list[dict[str, Any]], learned: l
             unsure(f"the chat template refuses what comes before or up to {name} ({error})")
         if not (text.startswith(after) and after.startswith(before)):
             unsure(f"the chat template writes what comes before or up to {name} otherwise when more follows it")
-        content, answer = chat[index]["content"].strip(), after[len(before) :].strip()
+        content, answer = (chat[index]["content"] or "").strip(), after[len(before) :].strip()
         # Without a generation prompt, a header such as "assistant:" would seem to be the answer's.
         if not (content and answer.startswith(content)) and before == rendering.text(chat[:index]):
             unsure(
@@ -205,8 +201,8 @@ def _marked(rendering: Rendering, chat: list[dict[str, Any]], learned: list[int]
     said, place = "\n".join(text[start:end] for start, end in spans), 0
     for index in learned:
         _check_whole(chat[index], f"message {index + 1}", said[place:], text[: spans[0][0]])
-        found = find_content(chat[index]["content"], said[place:], text[: spans[0][0]])
-        place += found.end() if found else 0
+        found = find_content(chat[index]["content"] or "", said[place:], text[: spans[0][0]])
+        place += found[1] if found else 0
     return text, spans
 
 

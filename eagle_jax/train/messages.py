@@ -24,6 +24,7 @@ MAY_FOLLOW = {  # "": at the beginning
     "tool": ("tool", "assistant"),
 }
 NOT_KEPT = ("from", "value", "weight")  # of a message's keys
+LET_REGENERATE = "`eagle-jax train regenerate` lets the target answer"
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message: what was thought before its content
 REASONING = {  # how reasoning begins and ends inside a content
     "<think>": "</think>",
@@ -55,7 +56,7 @@ def normal_messages(messages: Any, answered: bool = True) -> list[dict[str, Any]
             raise Fault("wrong roles", f"message {number}: {role!r} {place}, where {expected} must stand")
         before = role
     if not any(message["role"] == "assistant" for message in chat) and (answered or before != "user"):
-        raise Fault("wrong roles", "no message is the assistant's")
+        raise Fault("wrong roles", f"no message is the assistant's; {LET_REGENERATE}")
     return chat
 
 
@@ -74,11 +75,16 @@ def parsed_list(value: Any, name: str) -> list[Any] | None:
     return value or None
 
 
-def with_arguments(chat: list[dict[str, Any]], objects: bool) -> list[dict[str, Any]]:
-    """The messages with the arguments of tool calls as objects, or as JSON text; as they are if they are no JSON."""
+def with_calls(chat: list[dict[str, Any]], objects: bool, empty: str | None) -> list[dict[str, Any]]:
+    """The messages with their tool calls in one of the forms that templates read.
+
+    Args:
+      objects: the arguments of calls become objects, else JSON text; they stay as they are if they are no JSON.
+      empty: what stands for a content that a message with calls lacks.
+    """
 
     def changed(call: Any) -> Any:
-        function = _function(call)
+        function = function_of(call)
         arguments = function.get("arguments")
         if objects and isinstance(arguments, str):
             with contextlib.suppress(ValueError, RecursionError):
@@ -90,8 +96,11 @@ def with_arguments(chat: list[dict[str, Any]], objects: bool) -> list[dict[str, 
         function = {**function, "arguments": arguments}
         return {**call, "function": function} if "function" in call else function
 
-    calls = [[changed(call) for call in message.get("tool_calls", ())] for message in chat]
-    return [{**message, "tool_calls": own} if own else message for message, own in zip(chat, calls, strict=True)]
+    def with_content(message: dict[str, Any]) -> dict[str, Any]:
+        calls = [changed(call) for call in message["tool_calls"]]
+        return {**message, "tool_calls": calls, "content": message["content"] or empty}
+
+    return [with_content(message) if "tool_calls" in message else message for message in chat]
 
 
 def missing_part(message: Mapping[str, Any], text: str, before: str = "") -> str | None:
@@ -107,12 +116,12 @@ def missing_part(message: Mapping[str, Any], text: str, before: str = "") -> str
         reasoning = message.get(key)
         if isinstance(reasoning, str) and reasoning.strip() not in text:
             return f"its {key}"
-    found = find_content(message["content"], text, before)
+    found = find_content(message["content"] or "", text, before)
     if found is None:
         return "its content"
-    text = text[: found.start()] + "\n" + text[found.end() :]  # a call is not found in what is said beside it
+    text = text[: found[0]] + "\n" + text[found[1] :]  # a call is not found in what is said beside it
     for call in message.get("tool_calls", ()):
-        function = _function(call)
+        function = function_of(call)
         named = isinstance(function.get("name"), str)
         for value in [function["name"], *_leaves(function.get("arguments"))] if named else _leaves(call):
             if not any(form in text for form in _forms(value)):
@@ -120,10 +129,14 @@ def missing_part(message: Mapping[str, Any], text: str, before: str = "") -> str
     return None
 
 
-def find_content(content: str, text: str, before: str = "") -> re.Match[str] | None:
-    """Finds a content in a text; see `missing_part`."""
-    pieces = REASONING_MARK.split(without_opening(content, before).strip())
-    return re.search(r"\s*".join(map(re.escape, filter(None, pieces))), text)
+def find_content(content: str, text: str, before: str = "") -> tuple[int, int] | None:
+    """Finds a content in a text, its first character and the one after its last; see `missing_part`."""
+    pieces = [*filter(None, REASONING_MARK.split(without_opening(content, before).strip()))]
+    if len(pieces) < 2:  # the rule; patterns of long contents take long to compile
+        start = text.find("".join(pieces))
+        return None if start < 0 else (start, start + sum(map(len, pieces)))
+    found = re.search(r"\s*".join(map(re.escape, pieces)), text)
+    return None if found is None else found.span()
 
 
 def without_opening(content: str, before: str) -> str:
@@ -136,7 +149,7 @@ def without_opening(content: str, before: str) -> str:
     return rest.removeprefix(space) if rest.startswith(space) else rest.lstrip()
 
 
-def _function(call: Any) -> Mapping[str, Any]:
+def function_of(call: Any) -> Mapping[str, Any]:
     """The name and arguments of a tool call, which may stand under "function"."""
     if not isinstance(call, Mapping):
         return {}

@@ -29,7 +29,7 @@ import numpy as np
 from eagle_jax.jsonl import DataError, Entry, Fault, read_values
 from eagle_jax.train import fingerprint
 from eagle_jax.train.chat import conversation_documents
-from eagle_jax.train.messages import parsed_list
+from eagle_jax.train.messages import LET_REGENERATE, parsed_list
 
 OnError: TypeAlias = Literal["refuse", "skip"]
 TooLong: TypeAlias = Literal["refuse", "skip", "truncate", "split"]
@@ -237,7 +237,9 @@ def format_of(entry: dict[str, Any], formats: Mapping[str, Sequence[str]] = FORM
         return held[0]
     what = f"holds {' and '.join(map(repr, held))}" if held else f"has the keys {', '.join(map(repr, entry))}"
     lists = [key for key, value in entry.items() if isinstance(value, list) and any(isinstance(v, dict) for v in value)]
-    if not held and lists:
+    if not held and entry.get("prompt") is not None:
+        what += f"; a prompt alone has nothing to learn: {LET_REGENERATE}"
+    elif not held and lists:
         what += f"; if the records are the list under {lists[0]!r}, write that list alone to a file"
     raise Fault("unknown format", f"a record must be exactly one of {', '.join(formats)}; this one {what}")
 

@@ -320,7 +320,7 @@ def _conversation(entry: dict[str, Any], source: Source, options: Options) -> Wo
     shown = messages if entry.get("messages") is not None else chat  # other turns stay as they were given
     template = chat_template_of(source.tokenizer, options.chat_template, tools)
     rendering = Rendering(source.tokenizer, template, tools)
-    chat = rendering.with_arguments(chat)
+    chat = rendering.with_calls(chat)
     if not any(message["role"] == "assistant" for message in chat):
         chat, shown, learned = [*chat, NO_ANSWER], [*shown, NO_ANSWER], [*learned, True]
 

@@ -5,18 +5,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from eagle_jax.jsonl import Fault
-from eagle_jax.train.messages import with_arguments
+from eagle_jax.train.messages import function_of, missing_part, with_calls
 
 Span: TypeAlias = tuple[int, int]  # characters of a text, or tokens: the first, and the one after the last
 
 MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-USE_MARKS = "give a chat template that marks them with {% generation %} and {% endgeneration %}"
+KEEP_TOKENS = "let `eagle-jax train regenerate` write the answers, which keeps their tokens"
+USE_MARKS = f"give a chat template that marks them with {{% generation %}} and {{% endgeneration %}}, or {KEEP_TOKENS}"
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of a chat template's file; None without a path. Raises ValueError if it is not UTF-8."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat template {path}: byte {error.start + 1} is not UTF-8; save it as UTF-8") from error
 
 
 def chat_template_of(tokenizer: Any, chat_template: str | None, tools: list[Any] | None) -> str:
@@ -47,23 +60,26 @@ class Rendering:
                 chat, tools=self.tools, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
             )
 
-    def with_arguments(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with arguments of tool calls as the template reads them: as objects, or else as JSON text."""
-        as_objects, as_text = with_arguments(chat, objects=True), with_arguments(chat, objects=False)
-        if as_objects == as_text:
+    def with_calls(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with their tool calls in the form that the template writes, of those in `messages.with_calls`.
+
+        Raises:
+          Fault: if the template refuses all of them.
+        """
+        if not any("tool_calls" in message for message in chat):
             return chat
-        try:
-            text = self.text(as_objects)
-        except Fault as fault:
+        rendered, faults = [], []
+        for objects, empty in itertools.product((True, False), (None, "")):
+            made = with_calls(chat, objects, empty)
             try:
-                self.text(as_text)
-            except Fault:
-                raise fault from None
-            return as_text
-        calls = [call for message in as_objects for call in message.get("tool_calls", ()) if isinstance(call, dict)]
-        arguments = [(call.get("function") or call).get("arguments") for call in calls]
-        as_python = any(isinstance(value, dict) and value and repr(value) in text for value in arguments)
-        return as_text if as_python else as_objects
+                rendered.append((made, self.text(made)))
+            except Fault as fault:
+                faults.append(fault)
+        if not rendered:
+            raise faults[0]
+        fewest = min(text.count("None") for _, text in rendered)  # some templates write a content of None as a word
+        sound = [(made, text) for made, text in rendered if text.count("None") == fewest]
+        return next((made for made, text in sound if _writes_calls(made, text)), sound[0][0])
 
     def marks(self, chat: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """Renders messages; the text, and the spans of the template's marks."""
@@ -74,6 +90,14 @@ class Rendering:
         probes = [{**message, "content": probe(index)} for index, message in enumerate(chat)]
         special = json.dumps(self.tokenizer.special_tokens_map)
         _check_marks(self.template, special, json.dumps(probes), json.dumps(self.tools))
+
+
+def _writes_calls(chat: list[dict[str, Any]], text: str) -> bool:
+    """Whether all of the tool calls stand in a text, and no arguments as Python writes an object."""
+    calling = [message for message in chat if "tool_calls" in message]
+    arguments = [function_of(call).get("arguments") for message in calling for call in message["tool_calls"]]
+    as_python = any(isinstance(value, dict) and value and repr(value) in text for value in arguments)
+    return not as_python and all(missing_part(message, text) is None for message in calling)
 
 
 def unsure(message: str) -> NoReturn:

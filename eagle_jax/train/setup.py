@@ -25,6 +25,7 @@ from eagle_jax.train.config import DataSettings, TrainSettings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
 from eagle_jax.train.records import ReadReport, read_records
+from eagle_jax.train.rendering import read_template
 from eagle_jax.train.say import Say
 from eagle_jax.train.vocabulary_loss import CHUNK
 
@@ -78,7 +79,7 @@ def documents(
       ValueError: if the files are no longer those of a run that has begun, or hold nothing to learn.
       DataError: see `read_records`.
     """
-    template = None if settings.chat_template is None else Path(settings.chat_template).read_text(encoding="utf-8")
+    template = read_template(settings.chat_template)
     about = {
         "files": [fingerprint.of_file(name) for name in files],
         "row_length": settings.row_length,

@@ -96,7 +96,7 @@ def test_reasoning_is_learned_with_its_answer(template, answer, expected):
             ),
             LONG,
             "answer changed",
-            "message 2: the chat template leaves out or changes its content; give a chat template that writes all",
+            "message 2: the chat template leaves out or changes its content; give one that writes all of it, or let",
         ),
     ],
 )
@@ -161,6 +161,7 @@ def test_reasoning_in_a_field_of_its_own(template, fault):
 
 
 ARGUMENTS = {"city": 'K\u00f6ln "Mitte"', "days": [1, 2.5], "deep": {"all": True, "none": None}}
+DUMPED = json.dumps(ARGUMENTS, ensure_ascii=False)
 AS_JSON = TOOLS.replace("GENERATION", "").replace("END", "")
 CALL = "call {{ call.function.name }} {{ call.function.arguments | tojson }}"
 
@@ -168,13 +169,19 @@ CALL = "call {{ call.function.name }} {{ call.function.arguments | tojson }}"
 @pytest.mark.parametrize(
     ("written", "learned_call"),
     [
-        (CALL, f"call look {json.dumps(ARGUMENTS, ensure_ascii=False)}"),
+        (CALL, f"call look {DUMPED}"),
         # Templates that read text: they fail on an object, or write it as Python does.
         (
             "call {{ call.function.name + call.function.arguments }}",
-            f"call look{json.dumps(ARGUMENTS, ensure_ascii=False)}",
+            f"call look{DUMPED}",
         ),
-        ("{{ call.function.name }} {{ call.function.arguments }}", f"look {json.dumps(ARGUMENTS, ensure_ascii=False)}"),
+        ("{{ call.function.name }} {{ call.function.arguments }}", f"look {DUMPED}"),
+        # A template that writes an answer wherever there is a content, if only an empty one.
+        (
+            CALL
+            + "{% endfor %}{% if m.content is defined and m.content is not none %}nothing{% endif %}{% for _ in [] %}",
+            f"call look {DUMPED}",
+        ),
         (
             "<{{ call.function.name }}>{% for k, v in call.function.arguments.items() %}{{ k }}={{ v }};{% endfor %}",
             "<look>city=K\u00f6ln \"Mitte\";days=[1, 2.5];deep={'all': True, 'none': None};",
@@ -184,7 +191,7 @@ CALL = "call {{ call.function.name }} {{ call.function.arguments | tojson }}"
 def test_tool_calls_are_learned_as_the_template_writes_them(written, learned_call):
     tokenizer = make(AS_JSON.replace(CALL, written))
     function = {"name": "look", "arguments": ARGUMENTS}
-    text = {"name": "look", "arguments": json.dumps(ARGUMENTS, ensure_ascii=False)}
+    text = {"name": "look", "arguments": DUMPED}
     forms = [[{"type": "function", "function": function}], [{"function": text}]]
     for calls in [*forms, *map(json.dumps, forms)]:
         messages = [*chat("q"), {"role": "assistant", "content": None, "tool_calls": calls}]
