@@ -34,6 +34,7 @@ from eagle_jax.cli.results import read_finished
 from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config
 from eagle_jax.cli.text import Detokenizer, Ends
+from eagle_jax.train.lock import locked_file
 from tests.test_cli import byte_tokenizer, converted_pair
 from tests.toy import TARGET, near_ties, random_eagle3, random_prompts, random_target
 
@@ -151,6 +152,13 @@ def test_a_file_goes_on_with_the_same_weights_whatever_their_folder_is_called(
         assert write("--batch", "3")[0] == 2
         assert f"was written with other settings ({part} " in capsys.readouterr().err
     assert out.read_text() == before
+
+
+def test_two_runs_do_not_write_one_file(write, tmp_path, capsys):
+    with locked_file(tmp_path / "out.jsonl", print):
+        assert write() == (2, [])
+    assert "out.jsonl: another run writes there" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
 def test_another_tree_is_another_setting(write, expected, capsys):

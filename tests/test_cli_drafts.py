@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 import eagle_jax
 from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
 from eagle_jax.cli import drafts, machine, main, models, places, plot, show
+from eagle_jax.cli.phases import Phases
 from eagle_jax.convert import to_official
 from eagle_jax.tree import PUBLISHED_TREES, Acceptance, Tree
 from tests.test_cli import OPTIONS, PROMPT, converted_pair
@@ -57,7 +58,7 @@ def test_bench_of_several_drafts(folder, tmp_path, capsys):
         shares = [sum(one["accepted"][depth:]) / one["target_passes"] for depth in range(1, len(one["accepted"]))]
         assert one["accepted_at_depth"] == pytest.approx(shares)
         parts = one["ms_a_cycle"]
-        assert parts["cycle"] == pytest.approx(parts["draft"] + parts["verify"] + parts["rest"])
+        assert parts["rest"] == pytest.approx(max(parts["cycle"] - parts["draft"] - parts["verify"], 0))
         assert parts["verify"] > 0 and (parts["draft"] > 0) == (name != "plain")
         assert one["ratio"] == pytest.approx(one["tokens_a_second"] / by_name["plain"]["tokens_a_second"])
     assert by_name["eagle3"]["target_passes"] < by_name["plain"]["target_passes"] == 46
@@ -172,6 +173,28 @@ def test_a_tree_that_suits_the_draft(folder):
             choose(draft, **options)
 
 
+def test_a_draft_without_weights_goes_with_every_target(folder, capsys):
+    """It takes the place of a converted folder's own head, too."""
+    out = []
+    for draft in ([], ["--draft", "prompt-lookup"]):
+        tree = [] if draft else OPTIONS[:2]
+        assert main(["generate", "--model", str(folder), *draft, "--prompt", PROMPT, *tree, *OPTIONS[2:]]) == 0
+        out.append(capsys.readouterr())
+    assert out[0].out == out[1].out
+    assert "PromptLookup, length 10, branches 1, ngram 3 (a shape of its own)\n" in out[1].err
+    target = str(folder.parent / "target")
+    for name, make in models.WEIGHTLESS.items():
+        args = decoding(target=target, draft=name, dtype=None, mesh=None)
+        assert models.load_models(args).draft == make()
+    for draft, options, message in (
+        ("prompt-lookup", ["--tree", "3,2,5"], "--tree is for drafts that grow trees; PromptLookup does not"),
+        ("lookahead", ["--draft-window", "4,16"], "--draft-window is for EAGLE heads, this draft is a Lookahead"),
+        ("head/", [], "--draft goes with --target: a converted folder holds its own draft, in place of which --draft"),
+    ):
+        assert main(["generate", "--model", str(folder), "--draft", draft, "--prompt", "x", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_the_tuned_tree_is_that_of_the_nearest_batch_and_of_one_batch_where_texts_depend_on_it(folder, tmp_path):
     """A greedy or coupled text is the same with every tree; any other sampled text must not depend on --batch."""
     _, head = convert.load(folder)
@@ -231,6 +254,11 @@ def test_show_stops_at_the_end_of_the_text(folder, capsys):
     assert "the text ends in cycle 1, at 11 tokens, before --cycle 2" in capsys.readouterr().err
     assert main([*arguments[:-2], "--cycle", "2", "--max-new-tokens", "3"]) == 2
     assert "the text ends in cycle 1, at 12 tokens, before --cycle 2" in capsys.readouterr().err
+
+
+def test_a_part_that_noise_makes_negative_is_0():
+    assert Phases(draft=1.0, verify=2.0, cycle=3.5).rest == 0.5
+    assert Phases(draft=1.0, verify=2.0, cycle=2.75).rest == 0
 
 
 def test_show_leaves_out_nodes_without_a_guess():

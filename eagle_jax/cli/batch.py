@@ -7,6 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from eagle_jax.cli.sampling import random_key, with_logit_bias
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.train import fingerprint
+from eagle_jax.train.lock import locked_file
 from eagle_jax.tree import TreePolicy
 
 FAULTS_SHOWN = 5  # of the prompts that cannot be used; the file tells all
@@ -30,6 +32,11 @@ def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     settings = _settings(args)
     read_finished(args.out, settings, whole=False)  # before the models are loaded, which may take long
     notes = Console(stderr=True, highlight=False, markup=False)  # a file may be called [red]
+    with locked_file(Path(args.out), notes.print):
+        return _run(args, sampling, settings, notes)
+
+
+def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str, Any], notes: Any) -> int:
     with progress.status(notes, "loading"):
         loaded = models.load_models(args)
         tokenizer = loaded.tokenizer

@@ -95,10 +95,11 @@ def run(args: argparse.Namespace) -> int:
     if args.drafts is not None:
         return bench_drafts.run(args, loaded, embedded, token_lists, source, options, notes)
     choice = models.choose_tree(loaded.draft, args, args.batch)
-    tree = choice.tree
     calls = 2 * (args.repeats + 1) * -(-len(token_lists) // args.batch)
     with progress.bar(notes, "measuring", calls) as advance:
-        comparison = measure.compare(loaded.target, loaded.draft, token_lists, tree=tree, **options, progress=advance)
+        comparison = measure.compare(
+            loaded.target, loaded.draft, token_lists, tree=choice.tree, **options, progress=advance
+        )
     setting = measure.setting(loaded.target)
     console = Console(highlight=False)
     console.print(f"{title(args, setting, source)}\n{choice.words(loaded.draft)}", soft_wrap=True, markup=False)
@@ -107,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(measure.position_table(comparison))
     console.print(measure.verdict(comparison), soft_wrap=True)
     if args.json is not None:
-        places.write_json(args.json, _report(args, setting, tree, source, comparison))
+        proposes = {"proposes": choice.words(loaded.draft), "tree": choice.fields(loaded.draft)}
+        places.write_json(args.json, {**setting, **proposes, **_report(args, source, comparison)})
     return 1 if comparison.plain.failed + comparison.speculative.failed else 0
 
 
@@ -157,14 +159,8 @@ def positions(parts: Sequence[Any]) -> list[dict[str, Any]]:
     return [{**vars(part), "tokens_a_pass": part.tokens_a_pass} for part in parts]
 
 
-def _report(
-    args: argparse.Namespace, setting: dict[str, Any], tree: Any, source: str, comparison: Any
-) -> dict[str, Any]:
-    from eagle_jax.cli import measure
-
+def _report(args: argparse.Namespace, source: str, comparison: Any) -> dict[str, Any]:
     return {
-        **setting,
-        "tree": measure.tree_fields(tree),
         **asked_for(args, source, len(comparison.plain.tokens)),
         "plain": figures(comparison.plain),
         "speculative": figures(comparison.speculative),

@@ -306,14 +306,6 @@ def describe_setting(setting: dict[str, Any]) -> str:
     return f"{setting['device']}, jax {setting['jax']}, {setting['dtype']}; {setting['date']}"
 
 
-def tree_fields(tree: TreePolicy) -> Any:
-    """A tree as JSON has it: its settings that are not 0, or its paths."""
-    fields: dict[str, Any] = (
-        dataclasses.asdict(tree) if dataclasses.is_dataclass(tree) and not isinstance(tree, type) else {}
-    )
-    return {name: value for name, value in fields.items() if value} or repr(tree)
-
-
 def table(comparison: Comparison, title: str | None = None) -> Any:
     """The rich table of a comparison."""
     from rich.table import Table

@@ -145,6 +145,13 @@ class TreeChoice:
             return "plain decoding"
         return f"{type(draft).__name__}, {describe_proposal(draft, self.tree)} ({self.origin})"
 
+    def fields(self, draft: Any) -> Any:
+        """The tree as JSON has it: its settings that are not 0, or its paths; None of a draft that ignores it."""
+        if isinstance(draft, Lookahead | PromptLookup):
+            return None
+        fields = dataclasses.asdict(self.tree) if isinstance(self.tree, TreeConfig | StaticTree) else {}
+        return {name: value for name, value in fields.items() if value} or repr(self.tree)
+
 
 def choose_tree(draft: Any, args: argparse.Namespace, batch: int = 1) -> TreeChoice:
     """--tree with --stop-below and --score-temperature; by default what `eagle-jax tune` found, or `default_tree`.

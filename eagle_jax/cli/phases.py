@@ -22,19 +22,19 @@ RUNS = 10  # of a part in one program, so that starting it counts little
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """Milliseconds a cycle. draft: proposing the tree and learning what was accepted; verify: the target's pass.
-
-    rest: what a whole cycle takes beyond them: acceptance, commit, bookkeeping. Below 0 by noise, or where the parts,
-      run apart, miss a fusion that the whole has.
-    """
+    """Milliseconds a cycle. draft: proposing the tree and learning what was accepted; verify: the target's pass."""
 
     draft: float
     verify: float
-    rest: float
+    cycle: float
 
     @property
-    def cycle(self) -> float:
-        return self.draft + self.verify + self.rest
+    def rest(self) -> float:
+        """What a whole cycle takes beyond them: acceptance, commit, bookkeeping.
+
+        0 where the parts, timed apart, take longer than the whole: by noise, or for want of a fusion across them.
+        """
+        return max(self.cycle - self.draft - self.verify, 0.0)
 
 
 def measure_phases(
@@ -53,7 +53,7 @@ def measure_phases(
     else:
         updating, _ = timed(updates, repeats, target, draft, state, proposal.tree, *verified, tree=tree)
         drafting += updating
-    return Phases(draft=drafting, verify=verifying, rest=whole - verifying - drafting)
+    return Phases(draft=drafting, verify=verifying, cycle=whole)
 
 
 def timed(program, repeats: int, *args: Any, **options: Any) -> tuple[float, Any]:

@@ -41,7 +41,7 @@ def drafts(measured: Sequence[Any], title: str, path: str) -> None:
     length.set_ylabel("tokens a cycle")
     bottom = np.zeros(len(names))
     for part, colour in PARTS.items():
-        heights = np.array([max(getattr(one.phases, part), 0) for one in measured])
+        heights = np.array([getattr(one.phases, part) for one in measured])
         phases.bar(places, heights, bottom=bottom, color=colour, label=part)
         bottom += heights
     phases.set_ylabel("ms a cycle")
