@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(
-            "error: the device's memory is too small for a step: lower batch_tokens (in a new output), or raise "
-            f"accumulation or mesh.fsdp; {' '.join(str(error).split())[:200]}",
+            "error: the device's memory is too small: raise accumulation or mesh.fsdp, lower evaluation.prompts or "
+            f"evaluation.new_tokens, or, in a new output, batch_tokens; {' '.join(str(error).split())[:200]}",
             file=sys.stderr,
         )
     return 1

@@ -21,13 +21,11 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from eagle_jax.convert.place import new_file
-from eagle_jax.train import fingerprint, processes
+from eagle_jax.train import checksums, processes
 from eagle_jax.train.say import Say
 from eagle_jax.train.step import TrainState, state_shardings
 
 NOT_EVALUATED = -1e30  # the score of a checkpoint that was not evaluated
-CHECKSUMS = "checksums.json"
 OURS = ("state", "place", "metrics")  # what is read; orbax changes its own notes beside them after the checksums
 
 
@@ -48,7 +46,8 @@ class _Handler(ocp.CompositeCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
-        _write_checksums(Path(directory))
+        folder = Path(directory)
+        checksums.write(folder, (path for item in OURS for path in (folder / item).rglob("*") if path.is_file()))
 
 
 @ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
@@ -149,7 +148,7 @@ class Checkpoints:
             state = self._restored(path / "state", like, mesh)
         except Exception as error:
             fault = f"cannot be read: {_short(error)}"
-        self._refuse(path, fault, DoesNotFit if (path / CHECKSUMS).is_file() else CheckpointError)
+        self._refuse(path, fault, DoesNotFit if (path / checksums.NAME).is_file() else CheckpointError)
         self._refuse(path, None if is_finite(state) else "holds numbers that are not finite (NaN or infinite)")
         return state, place
 
@@ -236,24 +235,9 @@ class Checkpoints:
 def damage(path: Path) -> str | None:
     """The first fault of a checkpoint's files; None if there is none, or no checksums of an older version."""
     try:
-        noted = _read_json(path / CHECKSUMS)
-        files = noted["files"]
-        if noted["sha256"] != fingerprint.of_text(json.dumps(files)):
-            return f"{CHECKSUMS} is damaged"
+        return checksums.fault(path)
     except FileNotFoundError:
-        return None if _is_older(path) else f"it was not written or copied whole ({CHECKSUMS} is missing)"
-    except (ValueError, KeyError, TypeError):
-        return f"{CHECKSUMS} is damaged"
-    for name, known in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != known["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, it was written with {known['bytes']}"
-    for name, known in files.items():
-        if fingerprint.of_file(path / name) != known["sha256"]:
-            return f"{name} is damaged (its checksum differs)"
-    return None
+        return None if _is_older(path) else f"it was not written or copied whole ({checksums.NAME} is missing)"
 
 
 def is_finite(state: TrainState) -> bool:
@@ -265,18 +249,6 @@ def is_finite(state: TrainState) -> bool:
 def _all_finite(tree: Any) -> jax.Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves] or [jnp.array(True)]).all()
-
-
-def _write_checksums(folder: Path) -> None:
-    files = sorted(path for item in OURS for path in (folder / item).rglob("*") if path.is_file())
-    sums = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": fingerprint.of_file(path)}
-        for path in files
-    }
-    with new_file(folder / CHECKSUMS) as partial:
-        partial.write_text(
-            json.dumps({"files": sums, "sha256": fingerprint.of_text(json.dumps(sums))}, indent=1) + "\n"
-        )
 
 
 def _is_older(path: Path) -> bool:

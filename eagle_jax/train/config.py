@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 
+LIMIT = 2**31  # steps are counted in int32, and seeds are that wide
+Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
+
 
 class Settings(pydantic.BaseModel):
-    """Frozen; an unknown key or a value of another type is an error that names it."""
+    """Frozen; an unknown key, a value of another type, or a number that is not finite is an error that names it."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSettings(Settings):
@@ -59,9 +62,9 @@ class HeadSettings(Settings):
     intermediate_size: pydantic.PositiveInt | None = None
     num_heads: pydantic.PositiveInt | None = None
     num_kv_heads: pydantic.PositiveInt | None = None
-    head_dim: pydantic.PositiveInt | None = None
+    head_dim: Annotated[int, pydantic.Field(gt=0, multiple_of=2)] | None = None
     rope_theta: pydantic.PositiveFloat = 10000.0
-    taps: tuple[pydantic.NonNegativeInt, ...] | None = None
+    taps: Annotated[tuple[pydantic.NonNegativeInt, ...], pydantic.Field(min_length=1)] | None = None
 
 
 class LossSettings(Settings):
@@ -105,7 +108,7 @@ class OptimizerSettings(Settings):
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: pydantic.PositiveFloat = 5e-5
     adam_learning_rate: pydantic.PositiveFloat | None = None
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: pydantic.NonNegativeFloat = 0.0
     schedule: Literal["linear", "cosine", "constant", "trapezoid"] = "linear"
     warmup_steps: pydantic.NonNegativeInt = 0
@@ -169,8 +172,8 @@ class TrainSettings(Settings):
     head: HeadSettings = HeadSettings()
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    steps: pydantic.PositiveInt | None = None
-    epochs: pydantic.PositiveFloat | None = None
+    steps: Annotated[int, pydantic.Field(gt=0, lt=LIMIT)] | None = None
+    epochs: Annotated[float, pydantic.Field(gt=0, lt=LIMIT)] | None = None
     batch_tokens: pydantic.PositiveInt = 8192
     accumulation: pydantic.PositiveInt = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -180,7 +183,7 @@ class TrainSettings(Settings):
     checkpoints: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     log_every: pydantic.PositiveInt = 10
-    seed: int = 0
+    seed: Annotated[int, pydantic.Field(ge=0, lt=LIMIT)] = 0
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> TrainSettings:
@@ -220,8 +223,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> TrainSetti
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML in UTF-8: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: settings are `key: value` lines")
     for override in overrides:

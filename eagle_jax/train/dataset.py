@@ -4,6 +4,7 @@
     folder/mask.npy       uint8 [T]      1 for the tokens to learn
     folder/offsets.npy    int64 [N + 1]  where each document starts
     folder/about.json                    what it was made from
+    folder/checksums.json                see checksums.py; older versions wrote none
 
 Letters: N documents, T tokens in all, S positions of a row.
 """
@@ -17,10 +18,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from eagle_jax.convert.place import new_folder
+from eagle_jax.train import checksums
 
+ANEW = "remove this folder: its documents are made anew from the data files"
 OPEN_ROWS = 64  # rows that a document may still go into
 
 
@@ -77,18 +81,45 @@ def write(folder: Path, records: Iterable[Any], about: dict[str, Any]) -> Datase
             os.remove(place / name)
         np.save(place / "offsets.npy", np.cumsum(np.array(lengths, np.int64)))
         (place / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+        checksums.write(place, list(place.iterdir()))
     return read(folder)
 
 
 def read(folder: Path) -> Dataset:
-    """What `write` wrote."""
-    return Dataset(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "mask", "offsets")))
+    """What `write` wrote.
+
+    Raises:
+      ValueError: naming the file, if one is damaged.
+    """
+    try:
+        fault = checksums.fault(folder) if jax.process_index() == 0 else None  # one process is enough
+    except FileNotFoundError:
+        fault = None
+    try:
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "mask", "offsets")]
+    except (OSError, ValueError, EOFError) as error:
+        fault = fault or str(error)
+    if fault is not None:
+        raise ValueError(f"{folder}: {fault}; {ANEW}")
+    return Dataset(*arrays)
 
 
 def about(folder: Path) -> dict[str, Any] | None:
-    """What a folder's documents were made from; None if there are none."""
+    """What a folder's documents were made from; None if there are none.
+
+    Raises:
+      ValueError: naming the file, if it is damaged.
+    """
     path = folder / "about.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); {ANEW}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: damaged; {ANEW}")
+    return found
 
 
 def pack(lengths: Sequence[int] | np.ndarray, width: int, seed: int = 0) -> list[list[int]]:

@@ -158,6 +158,11 @@ class Evaluator:
     ):
         """model: abstract; frozen: its arrays that are not trained. features: as in `loader.batches`."""
         self.settings, self.mesh, self.model, self.frozen, self.target = settings, mesh, model, frozen, target
+        new, most = settings.evaluation.new_tokens, origin.config.max_position_embeddings
+        if new >= most:
+            raise ValueError(
+                f"evaluation.new_tokens {new}: the target's texts have at most {most} tokens, the prompt's too"
+            )
         rows, counts = setup.rows_of(held_out, settings)
         blocks, of = loader.own_blocks(mesh)
         self.batches = loader.batches(held_out, rows, counts, 0, features=features, blocks=blocks, of=of)

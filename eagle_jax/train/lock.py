@@ -21,6 +21,8 @@ class Locked(ValueError):
 @contextmanager
 def locked_folder(folder: Path, say: Say) -> Iterator[None]:
     """Locks a folder, which is made if needed. See `locked`."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a folder to write to; choose another")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, folder / LOCK, say):
         yield

@@ -29,7 +29,7 @@ from eagle_jax.convert.engines import check_engine
 from eagle_jax.models import params
 from eagle_jax.train import features, loader, metrics, processes, resume, save, setup, step
 from eagle_jax.train.checkpoint import Checkpoints, NotFinite, is_finite
-from eagle_jax.train.config import TrainSettings
+from eagle_jax.train.config import LIMIT, TrainSettings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.evaluate import Evaluator, NotLossless
 from eagle_jax.train.lock import locked_folder
@@ -75,6 +75,8 @@ def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
     held_out = documents("held_out", settings.data.held_out) if settings.data.held_out else None
     rows, counts = setup.rows_of(train_data, settings)
     total = settings.steps or loader.steps_of(rows, counts, settings.epochs or 1)
+    if total >= LIMIT:
+        raise ValueError(f"epochs: {settings.epochs} are {total:,} steps, more than can be counted")
 
     say.doing("loading the models")
     target = None if settings.kind == "target" else setup.load_target(settings, mesh)

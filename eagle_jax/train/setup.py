@@ -176,6 +176,11 @@ def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
         attention_bias=False,
         mlp_bias=False,
     )
+    if fields["num_heads"] % fields["num_kv_heads"]:
+        raise ValueError(
+            f"head.num_heads {fields['num_heads']} is no multiple of head.num_kv_heads {fields['num_kv_heads']} (the "
+            "target's own where the settings have none)"
+        )
     vocabulary = head.draft_vocab_size or target.vocab_size
     if vocabulary > target.vocab_size:
         raise ValueError(f"head.draft_vocab_size {vocabulary} is more than the target's {target.vocab_size}")

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from eagle_jax.models import params
-from eagle_jax.train import checkpoint
+from eagle_jax.train import checkpoint, checksums
 from eagle_jax.train.checkpoint import CheckpointError, Checkpoints, DoesNotFit, NotFinite
 from eagle_jax.train.step import TrainState, initial_state
 
@@ -81,7 +81,7 @@ WAYS: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_damage_of_any_file_is_named_and_the_checkpoint_before_it_used(two, tmp_path, way):
     read = [path.relative_to(two) for item in ("state", "place", "metrics") for path in (two / "2" / item).rglob("*")]
-    files = [path for path in read if (two / path).is_file()] + [Path("2") / checkpoint.CHECKSUMS]
+    files = [path for path in read if (two / path).is_file()] + [Path("2") / checksums.NAME]
     assert len(files) > 10
     for number, file in enumerate(files):
         folder = shutil.copytree(two, tmp_path / str(number))
@@ -95,7 +95,7 @@ def test_damage_of_any_file_is_named_and_the_checkpoint_before_it_used(two, tmp_
 def test_folders_that_are_no_whole_checkpoints_are_passed_over(folder):
     (folder / "9").mkdir()
     shutil.copytree(folder / "2" / "state", folder / "8" / "state")  # as a copy that was stopped leaves them
-    shutil.copytree(folder / "2", folder / "7", ignore=lambda *_: [checkpoint.CHECKSUMS])
+    shutil.copytree(folder / "2", folder / "7", ignore=lambda *_: [checksums.NAME])
     (folder / "notes.txt").write_text("mine")
     (folder / "10").write_text("no folder")
     (folder / "2 (copy)").mkdir()
@@ -117,7 +117,7 @@ def test_where_all_are_damaged_all_are_named_with_the_fix(folder):
 
 def without_checksums(step: Path) -> None:
     """A checkpoint as older versions wrote it."""
-    (step / checkpoint.CHECKSUMS).unlink()
+    (step / checksums.NAME).unlink()
     place = step / "place" / "metadata"
     place.write_text(json.dumps({"state": json.loads(place.read_text())["state"]}))
 
@@ -194,10 +194,10 @@ def test_what_a_killed_process_left_is_cleaned_up(folder):
 
 
 def test_what_cannot_be_written_is_an_error_of_one_line(folder, monkeypatch):
-    def full(path: Path) -> None:
+    def full(folder: Path, files: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_checksums", full)
+    monkeypatch.setattr(checksums, "write", full)
     checkpoints = Checkpoints(folder, 2)
     checkpoints.save(state_of(3), {"at": 3}, None)
     with pytest.raises(CheckpointError, match=rf"checkpoint {folder / '3'} could not be written: .*No space left"):

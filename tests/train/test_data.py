@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle_jax.train import dataset, loader, setup
+from eagle_jax.train import checksums, dataset, loader, setup
 from eagle_jax.train.config import read_settings
 from tests.train.chat_templates import byte_level
 
@@ -51,6 +51,30 @@ def test_documents_are_written_whole_or_not_at_all(tmp_path):
         dataset.write(tmp_path / "other", [], {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
     assert dataset.about(tmp_path / "other") is None
+
+
+def test_damaged_documents_are_named(tmp_path):
+    """Every file, in content and in length; what an older version wrote has no checksums, but its lengths are seen."""
+    made(tmp_path, [3, 1, 7])
+    for name in ("tokens.npy", "mask.npy", "offsets.npy", "about.json"):
+        path = tmp_path / "data" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(ValueError, match=rf"data: {name} is damaged .*remove this folder"):
+            dataset.read(tmp_path / "data")
+        path.write_bytes(content[:-2])
+        with pytest.raises(ValueError, match=rf"data: {name} has .* bytes, .*remove this folder"):
+            dataset.read(tmp_path / "data")
+        path.write_bytes(content)
+    (tmp_path / "data" / checksums.NAME).unlink()
+    assert len(dataset.read(tmp_path / "data")) == 3
+    (tmp_path / "data" / "mask.npy").unlink()
+    with pytest.raises(ValueError, match=r"mask\.npy.*remove this folder"):
+        dataset.read(tmp_path / "data")
+    for content in ("{", "[]"):
+        (tmp_path / "data" / "about.json").write_text(content)
+        with pytest.raises(ValueError, match=r"about\.json: .*remove this folder"):
+            dataset.about(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +193,12 @@ def test_settings_are_read_with_overrides(tmp_path):
         ("loss.step_weights=[1]", "step_weights has 1 entries for 7 steps"),
         ("data.buckets=[32,64]", "set packing: false"),
         ("data.row_length=512", "make 0 rows of 512"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate: .*finite"),
+        ("optimizer.betas=[0.9, 1.5]", "optimizer.betas.1: .*less than 1"),
+        ("seed=-1", "seed: .*greater"),
+        ("steps=10000000000", "steps: .*less than"),
+        ("head.head_dim=7", "head.head_dim: .*multiple of 2"),
+        ("head.taps=[]", "head.taps: .*at least 1"),
         ("mesh.fsdp=3", "mesh.fsdp = 3 does not divide"),
         ("data.train=[]", "name at least one file"),
         ("steps", "key=value"),
