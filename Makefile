@@ -1,22 +1,37 @@
-# make demo   sets up $(VENV) and runs the embedded pair
-# make test   sets up $(VENV) with everything the tests need, then: lint, types, all tests
+# make demo         sets up $(VENV) and runs the embedded pair
+# make test         sets up $(VENV) with everything the tests need, then: lint, types, all tests; test-newest, too
+# make test-newest  the core on Python 3.12 or later, with the newest release of every package and without PyTorch
+# make test-long    what takes minutes each and stands beside quicker tests of the same
 # Set up once: again only when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 
-PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+# A Python 3.12 or later that runs, on the PATH or of pyenv; empty where there is none.
+NEWEST_PYTHON ?= $(shell for python in python3.12 python3.13 python3.14 \
+	$${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9]*/bin/python; do \
+	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
+NEWEST = $(VENV)-newest
+
+PIP = -m pip --disable-pip-version-check --quiet install
 PINNED = pyproject.toml constraints.txt
 COMPILERS = $(VENV)/bin/python -c 'import tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["aot"])'
 
-.PHONY: demo test lint types pytest clean
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
+# Compiled as on a user's machine (tests/conftest.py compiles the rest in half the time): what users run.
+AS_USERS = tests/test_cli.py tests/test_golden.py tests/test_decode.py
+CORE = tests/tree tests/drafts tests/models tests/test_api.py tests/test_cli_batch.py tests/test_decode.py \
+	tests/test_golden.py tests/test_insert.py tests/test_sampled_decoding.py tests/test_sampling.py \
+	tests/train/test_loss.py
+
+.PHONY: demo test lint types pytest test-newest test-long clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/eagle-jax demo
 
-test: lint types pytest
+test: lint types test-newest pytest
 
 lint: $(VENV)/.test-installed
 	$(VENV)/bin/ruff check .
@@ -26,24 +41,41 @@ types: $(VENV)/.test-installed
 	$(VENV)/bin/mypy
 
 pytest: $(VENV)/.test-installed
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations 10
+	XLA_EMITTERS=default $(VENV)/bin/python $(PYTEST) $(AS_USERS)
+	$(VENV)/bin/python $(PYTEST) $(AS_USERS:%=--ignore %)
+
+test-newest: $(if $(NEWEST_PYTHON),$(NEWEST)/.installed)
+ifeq ($(NEWEST_PYTHON),)
+	@echo 'test-newest is skipped: no Python 3.12 or later was found (NEWEST_PYTHON=... names one)'
+else
+	$(NEWEST)/bin/python $(PYTEST) $(CORE)
+endif
+
+test-long: $(VENV)/.test-installed
+	$(VENV)/bin/python $(PYTEST) -m slow
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(NEWEST)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(PINNED) | $(VENV)/bin/python
-	$(PIP) install --constraint constraints.txt --editable .
+	$(VENV)/bin/python $(PIP) --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.test-installed: $(PINNED) | $(VENV)/bin/python
-	$(PIP) install --constraint constraints.txt --editable '.[torch,train,test]'
+	$(VENV)/bin/python $(PIP) --constraint constraints.txt --editable '.[torch,train,test]'
 	touch $(VENV)/.installed
 # The compilers of other machines' accelerators lie beside the packages: see bench/compilers.py. x86 Linux only.
 ifeq ($(shell uname -sm),Linux x86_64)
 	rm -rf $(VENV)/aot
-	$(PIP) install --constraint constraints.txt --no-deps --target $(VENV)/aot $$($(COMPILERS))
+	$(VENV)/bin/python $(PIP) --constraint constraints.txt --no-deps --target $(VENV)/aot $$($(COMPILERS))
 endif
+	touch $@
+
+$(NEWEST)/.installed: pyproject.toml
+	rm -rf $(NEWEST)
+	$(NEWEST_PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python $(PIP) --editable '.[train,test]'
 	touch $@

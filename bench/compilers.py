@@ -13,13 +13,14 @@ plugin of an accelerator it does not have complains at each start. Work on this 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib.util
 import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,21 @@ def compile_for(
     static_argnames: str | Sequence[str] = (),
     **static: Any,
 ) -> jax.stages.Compiled:
-    """The program that `device` would run for `jax.jit(fn)(*args, **static)`.
+    """The program that `device` would run for `jax.jit(fn)(*args, **static)`; arguments as of `lower_for`."""
+    return compile_lowered(
+        lower_for(device, fn, *args, donate_argnums=donate_argnums, static_argnames=static_argnames, **static)
+    )
+
+
+def lower_for(
+    device: Any,
+    fn: Callable[..., Any],
+    *args: Any,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    **static: Any,
+) -> jax.stages.Lowered:
+    """The same before its compilation.
 
     Args:
       device: one of `tpu_devices` or `gpu_devices`; a sharding of theirs (a NamedSharding), for arrays that all lie
@@ -124,18 +139,34 @@ def compile_for(
     shapes = jax.tree_util.tree_map_with_path(abstract, args)
     # A partial is new to JAX, which would else give the program of an earlier call, that libtpu does not write again.
     jitted = jax.jit(functools.partial(fn), donate_argnums=donate_argnums, static_argnames=static_argnames)
-    lowered = jitted.lower(*shapes, **static)
-    # JAX's cache on disk stores the program of an absent device, but cannot load it: store nothing.
-    shortest = getattr(jax.config, CACHE_FROM)
+    return jitted.lower(*shapes, **static)
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The program of `lower_for`, compiled."""
+    jax.devices()  # which reads XLA_FLAGS
     before = _hlo_files()
-    jax.config.update(CACHE_FROM, float("inf"))
-    try:
+    with _apart_from_this_process():
         compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": "3"})  # the tests lower it
-    finally:
-        jax.config.update(CACHE_FROM, shortest)
     if new := _hlo_files() - before:
         _written[compiled] = max(new)
     return compiled
+
+
+@contextlib.contextmanager
+def _apart_from_this_process() -> Iterator[None]:
+    """Hides what concerns only programs that run here."""
+    # JAX's cache on disk stores the program of an absent device, but cannot load it: store nothing.
+    shortest = getattr(jax.config, CACHE_FROM)
+    jax.config.update(CACHE_FROM, float("inf"))
+    # libtpu reads XLA_FLAGS, too, and ends the process at one that only jaxlib knows.
+    flags = os.environ.pop("XLA_FLAGS", None)
+    try:
+        yield
+    finally:
+        jax.config.update(CACHE_FROM, shortest)
+        if flags is not None:
+            os.environ["XLA_FLAGS"] = flags
 
 
 def text(compiled: jax.stages.Compiled) -> str:

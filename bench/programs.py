@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eagle_jax
 from bench import hlo
-from bench.compilers import compile_for, text
+from bench.compilers import compile_lowered, lower_for, text
 from bench.shapes import Shape, abstract_pair
 from eagle_jax.models import params
 from eagle_jax.sampling import SamplingConfig
@@ -72,7 +72,11 @@ class Program(NamedTuple):
 
     def compile(self, device: Any) -> jax.stages.Compiled:
         """`device`: a device, or a Mesh with the axes of models/params.py."""
-        return compile_for(_first(device), self.fn, *self.placed(device)[:-1], donate_argnums=self.donated)
+        return compile_lowered(self.lower(device))
+
+    def lower(self, device: Any) -> jax.stages.Lowered:
+        """The program before its compilation for `device`."""
+        return lower_for(_first(device), self.fn, *self.placed(device)[:-1], donate_argnums=self.donated)
 
     def copies(self, compiled: jax.stages.Compiled, device: Any, at_least: int = 2**20) -> list[str]:
         """The weights and caches that it copies over and over, such as "bf16[1,8,8320,128]".

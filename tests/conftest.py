@@ -1,27 +1,26 @@
 """What every test runs under: the CPU (unless JAX_PLATFORMS says otherwise), strict ranks, fixed threads.
 
 Warnings are errors by `filterwarnings` in pyproject.toml, on the CPU. GPU tests lie in tests/gpu and need neither
-hypothesis nor an installed package: `JAX_PLATFORMS=cuda pytest -m gpu`.
+hypothesis nor an installed package: `JAX_PLATFORMS=cuda pytest -m gpu`. Without PyTorch its tests are skipped:
+`make test-newest`.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One thread a worker: results do not depend on the machine's size, and xdist workers do not fight over its cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    # Compiling is most of the time. LLVM's optimisations change how fast a program runs here, not what XLA made of it.
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["EAGLE_JAX_CACHE"] = str(Path(__file__).parents[1] / ".pytest_cache" / "jax-commands")  # of started commands
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import jax
+import jax  # reads XLA_FLAGS at the first use of a device, below
 import pytest
 
 from tests import aot
@@ -30,6 +29,18 @@ try:
     import hypothesis
 except ImportError:  # on a machine with a GPU, set up for nothing but decoding
     hypothesis = None  # type: ignore[assignment]
+
+# The versions of constraints.txt. `make test-newest` has later ones, a machine with a GPU its own.
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+PINNED = f"jax=={jax.__version__}" in CONSTRAINTS.read_text().split()
+
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Compiling is most of the time. LLVM's optimisations change how fast a program runs here, not what XLA made of it.
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    # XLA's older emitters take half the time for a large program. Later releases of jaxlib lack them, and end the
+    # process at a flag that they do not know. `make test` runs a part of the files without this flag, as users do.
+    if PINNED and os.environ.get("XLA_EMITTERS") != "default":
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 aot.find_compilers()
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -66,9 +77,11 @@ def golden() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors where the versions are pinned; a machine with a GPU has its own."""
+    """Warnings are errors where the versions are pinned; elsewhere those of our own modules, on a CPU."""
     if os.environ["JAX_PLATFORMS"] != "cpu":
         config.addinivalue_line("filterwarnings", "default")
+    elif not PINNED:
+        config.addinivalue_line("filterwarnings", "default:::(?!eagle_jax|tests)")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -77,6 +90,36 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.option.markexpr == "gpu" and collection_path.suffix == ".py" and gpu not in collection_path.parents:
         return True
     return None
+
+
+# By CPU seconds of a cold run, 30 and more.
+LONGEST = (
+    "tests/sharding/test_processes.py",
+    "tests/train/test_run.py",
+    "tests/accelerators/test_h200.py",
+    "tests/accelerators/test_training.py",
+    "tests/accelerators/test_v5p.py",
+    "tests/accelerators/test_slices.py",
+    "tests/sharding/test_decode.py",
+    "tests/test_sampled_decoding.py",
+    "tests/test_golden.py",
+    "tests/test_cli_batch.py",
+    "tests/drafts/test_step_by_step.py",
+    "tests/train/test_features.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left with one at the end (xdist keeps this order)."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(order)))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How long all of .ci/run took, installation and every environment."""
+    if "GATE_STARTED" in os.environ:
+        minutes = (time.time() - int(os.environ["GATE_STARTED"])) / 60
+        terminalreporter.write_line(f"since the start of .ci/run: {minutes:.1f} minutes")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

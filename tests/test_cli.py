@@ -465,7 +465,6 @@ def test_acceptance_by_position():
     ]
 
 
-@pytest.mark.slow
 def test_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:2])
     monkeypatch.setattr(demo, "REPEATS", 1)

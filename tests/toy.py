@@ -13,6 +13,7 @@ import numpy as np
 import eagle_jax
 from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig, TreeConfig
 from eagle_jax.convert import from_pretrained
+from tests import pickled
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -57,7 +58,7 @@ def random_eagle1(seed: int, scale: float = 12.0) -> Eagle1Draft:
 def golden_pair(draft: str = "t1_eagle3_dv96", target: str = "t1_target") -> tuple[Llama, Any]:
     """A pair of the PyTorch reference's parity weights, in float32."""
     weights = GOLDEN / "weights"
-    return from_pretrained(weights / target, weights / draft, dtype=jnp.float32)
+    return from_pretrained(weights / target, pickled.readable(weights / draft), dtype=jnp.float32)
 
 
 def random_prompts(seed: int, batch: int, width: int, vocab: int = 97) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
 import transformers
 
 from eagle_jax.models import params
@@ -32,7 +32,11 @@ SMALL = dict(
 
 
 def random_model(seed: int = 0, **fields: Any) -> transformers.LlamaForCausalLM:
-    """A model on SMALL with `fields` changed, every parameter random: no bias is zero and no norm is one."""
+    """A model on SMALL with `fields` changed, every parameter random: no bias is zero and no norm is one.
+
+    Skips the test where PyTorch is not installed.
+    """
+    torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | fields)).eval()

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from eagle_jax.models.config import ConfigError, DraftConfig, LlamaConfig
@@ -16,6 +15,7 @@ from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
+from tests import pickled
 from tests.models.reference import SMALL, causal, fill, load_target
 
 HEADS = ["t1_eagle3_dv96", "t1_eagle3_dv256", "t2_eagle1_bias", "t2_eagle1_nobias"]
@@ -23,14 +23,12 @@ HEADS = ["t1_eagle3_dv96", "t1_eagle3_dv256", "t2_eagle1_bias", "t2_eagle1_nobia
 
 def load_head(folder):
     config = DraftConfig.from_hf(json.loads((folder / "config.json").read_text()))
-    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
+    tensors = pickled.read(folder / "pytorch_model.bin")
     if "eagle1" in folder.name:
         # The file holds the target's embedding once more; its one layer is no list here.
         tensors = {name.replace("layers.0.", "layer."): tensor for name, tensor in tensors.items()}
         tensors.pop("embed_tokens.weight", None)
         return fill(lambda key: Eagle1Draft(config, key), tensors)
-    tensors = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     offsets = tensors.pop("d2t")
     allowed = np.flatnonzero(tensors.pop("t2d"))
     tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file
 
@@ -48,6 +47,8 @@ def tokens_of(batch: int, length: int, seed: int = 1) -> np.ndarray:
 
 def theirs(model: transformers.LlamaForCausalLM, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """logits [B, T, V], hidden states: the input of each layer, and last the output of the final norm."""
+    import torch
+
     with torch.no_grad():
         out = model(torch.from_numpy(tokens), output_hidden_states=True)
     return out.logits.numpy(), [state.numpy() for state in out.hidden_states]
@@ -99,7 +100,7 @@ def test_tap_after_the_last_layer_is_the_stream_before_the_norm():
 )
 def test_greedy_decoding_equals_transformers(kind, prompt):
     """Twenty cached steps; "dynamic" crosses its limit of 16 positions on the way, or starts beyond it."""
-    steps = 20
+    torch, steps = pytest.importorskip("torch"), 20
     model = random_model(**KINDS[kind])
     tokens = tokens_of(1, prompt)
     ours = our_model(model)

@@ -83,7 +83,6 @@ def reports(folder) -> list[dict[str, Any]]:
     return two_processes(folder / "two", "generate", "end", "train", SPLIT)
 
 
-@pytest.mark.slow
 def test_two_processes_generate_what_one_does(folder, reports):
     expected = [generated(folder, axes) for axes in AXES]
     assert reports[0]["texts"] == reports[1]["texts"] == expected
@@ -95,7 +94,6 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_does(folder, reports):
     assert work(folder / "one", ["train", SPLIT])["code"] == 0
     expected = losses(folder / "one")

@@ -1,0 +1,57 @@
+"""The decoder at Llama-3.1-8B's shape, by the real compiler of an H200: memory, copies and kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import gpu_aot, programs
+from tests.accelerators.facts import ALL, FEW, MORE, caches, extended, facts, shape
+from tests.aot import gpu_devices
+
+MIB = 2**20
+
+
+def cycle(layers: int, sampling: str) -> programs.Program:
+    return programs.cycle(shape(layers), 8192, sampling=gpu_aot.SAMPLINGS[sampling])
+
+
+@pytest.mark.parametrize("sampling", gpu_aot.SAMPLINGS)
+def test_a_cycle_updates_its_caches_in_place_and_needs_little_else(sampling):
+    made = [cycle(layers, sampling) for layers in (FEW, MORE)]
+    few, more = (facts(program, gpu_devices()[0]) for program in made)
+    for program, found in zip(made, (few, more), strict=True):
+        assert found.aliased >= caches(program)[1] and found.copies == []
+    # Sampling holds a few arrays of [N, V] float32, 31 MB each; a layer's own temporaries are gone when it ends.
+    assert more.temporaries < (110 if sampling == "greedy" else 256) * MIB
+    assert more.temporaries - few.temporaries < (MORE - FEW) * MIB / 2  # the new keys and values
+    if sampling == "greedy":  # each kernel costs a microsecond or more
+        assert more.kernels - few.kernels <= 25 * (MORE - FEW)
+        assert extended(few.kernels, more.kernels) < 1300
+
+
+def test_generate_needs_little_beside_its_caches():
+    made = [programs.generate(shape(layers), 8192, 512) for layers in (FEW, MORE)]
+    few, more = (facts(program, gpu_devices()[0]) for program in made)
+    # The caches are made inside the program, so they are among its temporaries.
+    beside = [found.temporaries - caches(program)[1] for program, found in zip(made, (few, more), strict=True)]
+    assert max(beside) < 200 * MIB and beside[1] - beside[0] < MIB
+    assert few.copies == more.copies == few.held == more.held == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", gpu_aot.SAMPLINGS)
+def test_a_cycle_of_all_layers(sampling):
+    program = cycle(ALL, sampling)
+    found, (target_cache, both) = facts(program, gpu_devices()[0]), caches(program)
+    assert target_cache >= 2**30 and found.aliased >= both and found.copies == []
+    assert found.temporaries < target_cache / (5 if sampling == "greedy" else 4)
+    if sampling == "greedy":  # 1206 on 2026-11-23
+        assert found.kernels < 1300
+
+
+@pytest.mark.slow
+def test_generate_of_all_layers():
+    program = programs.generate(shape(ALL), 8192, 512)
+    found, (target_cache, both) = facts(program, gpu_devices()[0]), caches(program)
+    assert found.temporaries - both < target_cache / 5
+    assert found.copies == found.held == []

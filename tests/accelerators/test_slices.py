@@ -1,0 +1,27 @@
+"""Llama-3.1-8B over four chips, by the real compiler of a TPU v5e: what each chip holds, and copies."""
+
+from __future__ import annotations
+
+from bench import tpu_aot
+from tests.accelerators.facts import ALL, FEW, facts, shape
+from tests.aot import tpu_devices
+
+
+def four_chips(program: str) -> tpu_aot.Row:
+    tpu_devices("v5e:2x2")
+    return next(row for row in tpu_aot.ROWS if (row.topology, row.program) == ("v5e:2x2", program))
+
+
+def test_a_cycle_fits_four_chips():
+    """Weights and caches of all layers are split: 16 GB of weights over four chips of 16 GiB."""
+    row = four_chips("cycle")
+    found = facts(tpu_aot.PROGRAMS[row.program](shape(ALL), row.batch), row.mesh())
+    assert 4 < found.arguments / tpu_aot.GIB < 5
+    assert found.peak / tpu_aot.GIB < 6
+    assert found.copies == []
+
+
+def test_a_training_step_fits_four_chips():
+    """Every chip has the flash kernel for its own sequences; no weight is copied."""
+    measured = tpu_aot.measure(four_chips("train"), layers=FEW)
+    assert measured["fits"] and measured["copies"] == 0

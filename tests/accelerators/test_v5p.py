@@ -1,0 +1,39 @@
+"""The decoder at Llama-3.1-8B's shape on one chip, by the real compiler of a TPU v5p: memory and copies."""
+
+from __future__ import annotations
+
+from bench import programs
+from eagle_jax import SamplingConfig
+from tests.accelerators.facts import FEW, MORE, caches, facts, shape
+from tests.aot import tpu_devices
+
+MIB = 2**20
+
+
+def chip():
+    return tpu_devices("v5p:2x2x1")[0]
+
+
+def test_a_cycle_updates_its_caches_in_place_and_a_layer_leaves_nothing_behind():
+    made = [programs.cycle(shape(layers), 8192) for layers in (FEW, MORE)]
+    few, more = (facts(program, chip()) for program in made)
+    for program, found in zip(made, (few, more), strict=True):
+        assert found.aliased >= caches(program)[1] and found.copies == []
+    assert more.temporaries < 110 * MIB
+    assert more.temporaries - few.temporaries < MIB
+
+
+def test_a_sampled_cycle_updates_its_caches_in_place():
+    """It holds a few arrays of [N, V] float32, 31 MB each."""
+    program = programs.cycle(shape(FEW), 8192, sampling=SamplingConfig(temperature=1.0))
+    found = facts(program, chip())
+    assert found.aliased >= caches(program)[1] and found.copies == []
+    assert found.temporaries < 256 * MIB
+
+
+def test_generate_needs_little_beside_its_caches():
+    """The caches are made inside the program, so they are among its temporaries."""
+    program = programs.generate(shape(FEW), 8192, 512)
+    found = facts(program, chip())
+    assert found.temporaries - caches(program)[1] < 200 * MIB
+    assert found.copies == found.held == []
