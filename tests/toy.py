@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
@@ -88,6 +91,28 @@ def near_ties(target: Llama, ours: list[list[int]], theirs: list[list[int]], whe
         assert first - second < NEAR_TIE, f"{where} row {row} parts at {at} by a margin of {first - second}: {a} {b}"
         parted += 1
     return parted
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[list[str]]:
+    """The names of the functions that JAX traces, and so compiles, in the meantime."""
+    names: list[str] = []
+
+    def heard(event: str, seconds: float, **about: str) -> None:
+        if event.endswith("jaxpr_trace_duration"):
+            names.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        yield names
+
+        def heard_at_all():
+            return 0
+
+        jax.jit(heard_at_all)()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert "heard_at_all" in names
 
 
 # One shape of programs that several test files share.

@@ -199,16 +199,3 @@ def test_tokenizer_absent_or_damaged(tmp_path: Path, contents: str | None):
         (folder / "tokenizer.json").write_text(contents)
     with pytest.raises(CheckpointError, match=f"{folder}: no usable tokenizer files"):
         tokenizer(folder)
-
-
-def test_importing_is_cheap():
-    code = """
-import sys
-import flax.nnx, jax
-before = set(sys.modules)
-import eagle_jax.convert
-heavy = {"torch", "transformers", "orbax", "safetensors", "huggingface_hub", "rich", "tensorstore"}
-print(*sorted({name.split(".")[0] for name in set(sys.modules) - before} & heavy))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -489,8 +487,3 @@ def test_says_nothing_of_the_tokenizers_own_limit(read, caplog):
     read({"text": "Hello world"}, {"messages": chat("Hello", "fine")}, tokenizer=tokenizer)
     read({"prompt": "Hello world", "completion": "Hello world"}, tokenizer=tokenizer)
     assert not caplog.records
-
-
-def test_imports_no_transformers():
-    code = "import sys, eagle_jax.train.records; assert not {'transformers', 'jinja2'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
