@@ -32,7 +32,7 @@ from eagle_jax.cli.answers import Job, Rules, decode
 from eagle_jax.cli.prompts import Prompt
 from eagle_jax.cli.results import read_finished
 from eagle_jax.cli.rows import Rows
-from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config
+from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, sampling_config
 from eagle_jax.cli.text import Detokenizer, Ends
 from eagle_jax.train.lock import locked_file
 from tests.test_cli import byte_tokenizer, converted_pair
@@ -238,7 +238,7 @@ def test_prompts_that_cannot_be_decoded_fail_and_the_others_go_on(write, expecte
         assert f"prompts.jsonl, line {number}: " in line["error"] and fault in line["error"]
     assert [line.get("id") for line in lines[2:12:2]] == [None, None, "mine", 3, None]
     err = capsys.readouterr().err
-    assert err.count("error: ") == 6 and "10 texts failed; their lines in" in err
+    assert err.count("error: ") == 6 and "10 of the texts failed; " in err
     assert write("--batch", "3") == (1, lines)  # nothing is written twice
 
 
@@ -443,12 +443,21 @@ def sampled_by(tmp_path):
 def test_sampling_of_the_model(sampled_by, options, content, expected, capsys):
     assert sampled_by(options, content) == SamplingConfig(**expected)
     err = capsys.readouterr().err
-    if not options:
-        assert err.startswith(
-            "greedy decoding; the model asks for --temperature 0.6 --top-k 50 --top-p 0.9 (--sampling"
-        )
-    elif content is not None:
+    if "--sampling-from-model" in options:
         assert err.startswith(f"sampling with --temperature {expected.get('temperature', 0):g}")
+    else:
+        assert err == ""
+
+
+def test_a_model_that_asks_for_sampling_and_gets_none(tmp_path):
+    def line(**options):
+        args = {"model": None, "target": str(tmp_path), "temperature": 0.0, "sampling_from_model": False}
+        return model_asks(argparse.Namespace(**(args | options)))
+
+    assert line() is None
+    (tmp_path / "generation_config.json").write_text(json.dumps(GENERATION))
+    assert line().startswith("greedy decoding; the model asks for --temperature 0.6 --top-k 50 --top-p 0.9")
+    assert line(temperature=0.3) is line(sampling_from_model=True) is line(model="other") is None
 
 
 @pytest.mark.parametrize(

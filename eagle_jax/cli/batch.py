@@ -15,7 +15,7 @@ import jax
 from eagle_jax.cli import answers, models, progress, prompts, text
 from eagle_jax.cli.results import Results, read_finished
 from eagle_jax.cli.rows import Rows
-from eagle_jax.cli.sampling import random_key, with_logit_bias
+from eagle_jax.cli.sampling import model_asks, random_key, with_logit_bias
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.train import fingerprint
@@ -73,7 +73,8 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
         stop_tokens=ends.tokens,
         log_probs=args.log_probs,
     )
-    notes.print(choice.words(draft), style="dim", soft_wrap=True)
+    for line in filter(None, (choice.words(draft), model_asks(args))):
+        notes.print(line, style="dim", soft_wrap=True)
     with progress.status(notes, "compiling"):
         rows.compile(answers.CYCLES)
 
@@ -90,7 +91,7 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
     with Results(args.out, settings) as results:
         failed = _write(ended, results, args, notes, len(jobs) + len(finished), len(finished))
     if failed:
-        notes.print(f"error: {failed} texts failed; their lines in {args.out} say why", soft_wrap=True)
+        notes.print(f"error: {failed} of the texts failed; {args.out} says why", soft_wrap=True)
     return 1 if bad or failed else 0
 
 

@@ -18,7 +18,7 @@ from eagle_jax.cli import models, progress, text
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
 from eagle_jax.cli.prompts import Conversation, check_text, check_tokenizer
 from eagle_jax.cli.rows import Rows
-from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
+from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
 from eagle_jax.models.llama import Llama
 
 EXAMPLES = """\
@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
         stop_tokens=stops,
     )
-    notes.print(choice.words(draft), style="dim", soft_wrap=True)
+    for line in filter(None, (choice.words(draft), model_asks(args))):
+        notes.print(line, style="dim", soft_wrap=True)
     with progress.status(notes, "compiling"):
         rows.compile(cycles=1)
     session = Session(rows, conversation, args, text.Ends(args.stop, stops, args.max_new_tokens), console, notes)
@@ -111,6 +112,8 @@ def _context(asked: int | None, target: Llama) -> int:
 
 def _lines(notes: Any) -> Iterator[str]:
     """What the user says; from a file or a pipe, each line of it."""
+    if sys.stdin is None:  # it is closed
+        return
     terminal = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not UTF-8 is refused, and those after it are read
         sys.stdin.reconfigure(errors="surrogateescape")

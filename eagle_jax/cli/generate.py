@@ -10,7 +10,7 @@ import sys
 from eagle_jax.cli import progress, text
 from eagle_jax.cli.models import BATCH, add_decoding_arguments, add_model_arguments, parse_buckets, positive
 from eagle_jax.cli.prompts import OBJECT, check_text
-from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
+from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
 from eagle_jax.prompt import BUCKETS
 from eagle_jax.sampling import SamplingConfig
 
@@ -111,7 +111,8 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     )
     key = jax.random.fold_in(random_key(args), 0)  # as `eagle_jax.generate` has it for its first row
     keys = [key] if args.num_samples == 1 else [jax.random.fold_in(key, sample) for sample in range(args.num_samples)]
-    notes.print(choice.words(draft), style="dim", soft_wrap=True)
+    for line in filter(None, (choice.words(draft), model_asks(args))):
+        notes.print(line, style="dim", soft_wrap=True)
     with progress.status(notes, "compiling"):  # the first two chunks run every program once
         jax.block_until_ready(list(itertools.islice(start(keys[0][None]), 2)))
     failed = False
@@ -128,6 +129,8 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
 
 def _stdin() -> str:
     """All of stdin, which must be UTF-8 (or what the locale says)."""
+    if sys.stdin is None:
+        raise ValueError("--prompt -: stdin is closed")
     try:
         return check_text("--prompt -, stdin", sys.stdin.read())
     except UnicodeDecodeError as error:

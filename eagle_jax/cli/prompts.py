@@ -192,7 +192,7 @@ def read_prompts(
     Raises:
       ValueError: naming the line; with `keep_faults` if there is no prompt that can be used.
     """
-    is_json = path.endswith(JSON_FILES)
+    is_json = path.lower().endswith(JSON_FILES)
     found = []
     for entry in (read_values if is_json else read_lines)(path):
         where = f"{path}, line {entry.line}" + (f", entry {entry.number}" if entry.number else "")

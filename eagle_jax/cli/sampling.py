@@ -94,7 +94,7 @@ def parse_seed(text: str) -> int:
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:
     """What the options say, but for --logit-bias, which needs the vocabulary; fills in those that were not given.
 
-    Says on stderr what --sampling-from-model took, or that the model asks for sampling and gets none.
+    Says on stderr what --sampling-from-model took.
 
     Raises:
       ValueError: for a number outside its range, or a model's generation_config.json that cannot be used.
@@ -109,12 +109,17 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
     if args.sampling_from_model:
         said = {name: value for name, value in chosen.items() if name == "temperature" or value != off[name]}
         print(f"sampling with {_options(said)}, by the model's {GENERATION_CONFIG} and the options", file=sys.stderr)
-    elif "temperature" not in given:
-        with contextlib.suppress(ValueError):  # no such file or folder: that is told later, if it matters
-            if asked := {name: value for name, value in _model_sampling(args).items() if value != off[name]}:
-                take = "--sampling-from-model decodes with it"
-                print(f"greedy decoding; the model asks for {_options(asked)} ({take})", file=sys.stderr)
     return sampling
+
+
+def model_asks(args: argparse.Namespace) -> str | None:
+    """A line for who decodes greedily with a model that asks for sampling, or None."""
+    if args.sampling_from_model or args.temperature > 0:
+        return None
+    with contextlib.suppress(ValueError):  # there is no such file
+        if (asked := _model_sampling(args)).get("temperature"):
+            return f"greedy decoding; the model asks for {_options(asked)} (--sampling-from-model decodes with it)"
+    return None
 
 
 def _model_sampling(args: argparse.Namespace) -> dict[str, Any]:

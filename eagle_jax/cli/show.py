@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         loaded = models.load_models(args)
         tokenizer = convert.tokenizer(loaded.folder)
     one = _shown(loaded, args, embedded)
-    tokens, lengths = eagle_jax.pad([prompts.encode(tokenizer, args.prompt, args.raw)])
+    tokens, lengths = eagle_jax.pad([prompts.encode(tokenizer, prompts.check_text("--prompt", args.prompt), args.raw)])
     most = min(args.max_new_tokens, args.cycle * (one.draft.depth(one.tree) + 1) + 1)
     options = {
         "max_new_tokens": most,
