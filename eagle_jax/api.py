@@ -232,7 +232,7 @@ def advance(
     _, state = jax.lax.while_loop(
         lambda carry: (carry[0] < cycles) & ~carry[1].done.all(),
         lambda carry: (carry[0] + 1, cycle(target, draft, carry[1], tree=tree, accept_fn=accept_fn)),
-        (0, dataclasses.replace(state, pending=None)),
+        (jnp.int32(0), dataclasses.replace(state, pending=None)),
     )
     width = cycles * (1 if draft is None else draft.depth(tree) + 1) + (pending is not None)
     chunk = spread(_chunk(state, before, width), target)
@@ -242,7 +242,7 @@ def advance(
 def _chunk(state: DecodeState, before: jax.Array, width: int) -> Chunk:
     """The tokens that rows gained since they had `before` [B] of them, at most `width` each."""
     counts = state.lengths - before
-    index = jnp.arange(width)[None]
+    index = jnp.arange(width, dtype=jnp.int32)[None]
     places = jnp.minimum(before[:, None] + index, state.tokens.shape[1] - 1)
 
     def new(values):
@@ -310,7 +310,7 @@ def draft_forward(
 
 def _causal(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     batch, width = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
     return positions, jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
 
 

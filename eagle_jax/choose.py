@@ -60,7 +60,7 @@ def choose(
         kept = process(logits, state.sampling, functools.partial(seen_tokens, state, nodes, vocab))
     if accept_fn is not None:
         keys = None if state.keys is None else token_keys(state, 1)[:, 0]
-        acceptance = accept_fn(nodes, kept, keys)
+        acceptance = jax.tree.map(lambda x: x.astype(jnp.int32), accept_fn(nodes, kept, keys))
     elif state.sampling is None:
         acceptance = accept_greedy(nodes, kept)
     elif state.sampling.coupled:
@@ -72,7 +72,7 @@ def choose(
     drafted = jnp.take_along_axis(nodes.tokens, path, axis=1)[:, 1:]
     last = jnp.zeros_like(acceptance.bonus)[:, None]
     tokens = jnp.concatenate([drafted, last], axis=1)  # [B, D + 1]
-    is_bonus = jnp.arange(depth + 1)[None] == acceptance.length[:, None]
+    is_bonus = jnp.arange(depth + 1, dtype=jnp.int32)[None] == acceptance.length[:, None]
     tokens = jnp.where(is_bonus, acceptance.bonus[:, None], tokens)
 
     # A token is only as good as the logits it was chosen from: finite, and not all forbidden by the bias.
@@ -95,8 +95,8 @@ def shared_noise(state: DecodeState, depth: int, vocab_size: int) -> jax.Array:
 def seen_tokens(state: DecodeState, nodes: Tree, vocab_size: int) -> jax.Array:
     """[B, N, V] bool: the tokens that a node's text holds: the row's own, its ancestors', and itself."""
     batch, count = nodes.tokens.shape
-    written = jnp.arange(state.tokens.shape[1])[None] < state.lengths[:, None]
-    row, node = jnp.arange(batch)[:, None], jnp.arange(count)[None, :, None]
+    written = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)[None] < state.lengths[:, None]
+    row, node = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.arange(count, dtype=jnp.int32)[None, :, None]
     in_text = jnp.zeros((batch, vocab_size), bool)
     in_text = in_text.at[row, jnp.where(written, state.tokens, vocab_size)].set(True, mode="drop")
     on_path = jnp.zeros((batch, count, vocab_size), bool)
@@ -107,4 +107,4 @@ def seen_tokens(state: DecodeState, nodes: Tree, vocab_size: int) -> jax.Array:
 
 def _leading(flags: jax.Array) -> jax.Array:
     """[B, T] bool -> [B]: how many are True before the first False."""
-    return jnp.cumprod(flags.astype(jnp.int32), axis=1).sum(axis=1)
+    return jnp.cumprod(flags.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)

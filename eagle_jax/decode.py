@@ -91,7 +91,7 @@ def step(
         cache=state.cache.write(take_rows(out.rows, chosen.path), start),
         cycles=state.cycles + ~state.done,
         accepted=state.accepted
-        + jnp.where(state.done, 0, 1)[:, None] * jax.nn.one_hot(length, state.accepted.shape[1], dtype=jnp.int32),
+        + ~state.done[:, None] * jax.nn.one_hot(length, state.accepted.shape[1], dtype=jnp.int32),
     )
     state = append(state, chosen.tokens, length + 1, chosen.sound, chosen.log_probs)
     if draft is not None:
@@ -108,7 +108,10 @@ def propose(
         return Proposal(Tree.root(at(state.tokens, jnp.maximum(state.lengths - 1, 0))))
     if state.draft is None:
         raise ValueError("the state was prefilled without a draft; pass the draft to prefill too")
-    return draft.propose(target, state, tree, noise)
+    proposal = draft.propose(target, state, tree, noise)
+    # A user's draft or policy may have made them 64 bits wide, where those are on.
+    narrow = Tree(tokens=jnp.int32, parents=jnp.int32, depths=jnp.int32, scores=jnp.float32)
+    return proposal._replace(tree=jax.tree.map(lambda x, dtype: x.astype(dtype), proposal.tree, narrow))
 
 
 def verify(target: Llama, draft: Draft | None, state: DecodeState, nodes: Tree) -> LlamaOutput:

@@ -102,7 +102,7 @@ def prefill(
     state = dataclasses.replace(
         state,
         tokens=jnp.pad(tokens.astype(jnp.int32), [(0, 0), (0, max_new_tokens)])
-        * (jnp.arange(width + max_new_tokens)[None] < lengths[:, None]),
+        * (jnp.arange(width + max_new_tokens, dtype=jnp.int32)[None] < lengths[:, None]),
         lengths=lengths,
         limits=jnp.minimum(lengths + max_new_tokens, capacity),
         done=~valid,
@@ -151,8 +151,10 @@ def insert(
     tokens = jnp.asarray(tokens)
     _check_insert(state, row, tokens, length, key, sampling, max_new_tokens)
     length = jnp.asarray(length, jnp.int32)
-    index = jnp.arange(width)
-    prompt = jnp.zeros(max(width, tokens.shape[0]), jnp.int32).at[: tokens.shape[0]].set(tokens)[:width]
+    index = jnp.arange(width, dtype=jnp.int32)
+    prompt = (
+        jnp.zeros(max(width, tokens.shape[0]), jnp.int32).at[: tokens.shape[0]].set(tokens.astype(jnp.int32))[:width]
+    )
     prompt = jnp.where(index < length, prompt, 0)
     room = min(state.capacity, width)
     valid = (length >= 1) & (length <= min(tokens.shape[0], room - 1))
@@ -162,7 +164,7 @@ def insert(
     if reuse:
         # Position i of the draft's cache pairs feature i with token i + 1, so of n common tokens n - 1 positions are
         # kept; and the last token of the prompt is always run, for its logits.
-        common = jnp.argmin(jnp.append((prompt == old.tokens[0]) & (index < length), False))
+        common = jax.lax.argmin(jnp.append((prompt == old.tokens[0]) & (index < length), False), 0, jnp.int32)
         kept = jnp.minimum(jnp.minimum(common - 1, length - 1), old.cache.length)
         kept = jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(kept, 0)).astype(jnp.int32)
     limit = jnp.int32(room)
@@ -230,7 +232,7 @@ def run_pending(target: Llama, draft: Draft | None, state: DecodeState) -> Decod
         return functools.partial(_run, target, draft, chunk=min(chunk, state.cache.rows))
 
     def run_one(state, pending):
-        row = jnp.argmax(pending)
+        row = jax.lax.argmax(pending, 0, jnp.int32)
         one = _with_fresh_memory(target, draft, take_row(state, row))
         one, last = jax.lax.platform_dependent(one, cpu=run_in(CPU_PENDING_CHUNK), default=run_in(PREFILL_CHUNK))
         return put_row(state, row, _begin(target, draft, one, last)), pending.at[row].set(False)
@@ -272,7 +274,7 @@ def _run(
         cache, memory, at_last = carry
         # The last chunk may reach back over rows that are there already: they come out the same.
         begin = jnp.clip(start + index * chunk, 0, cache.rows - chunk)
-        positions = begin[:, None] + jnp.arange(chunk)[None]
+        positions = begin[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None]
 
         def tokens_at(places):
             return jnp.take_along_axis(state.tokens, jnp.clip(places, 0, width - 1), axis=1)

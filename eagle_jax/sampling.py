@@ -178,7 +178,7 @@ def _one_hot_logits(logits: jax.Array, top: jax.Array) -> jax.Array:
     """0 at the first largest logit, -inf elsewhere; NaN where there is none."""
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     first = argmax(logits)[..., None]
-    return jnp.where(jnp.isfinite(top), jnp.where(index == first, 0.0, -jnp.inf), jnp.nan)
+    return jnp.where(jnp.isfinite(top), jnp.where(index == first, np.float32(0), -jnp.inf), jnp.nan)
 
 
 def _kept(values: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
@@ -210,6 +210,7 @@ def _kept(values: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
 def _beside(value: Any, logits: jax.Array) -> jax.Array:
     """A number or [B] in the rank of logits [B, ..., V]."""
     value = jnp.asarray(value)
+    value = value.astype(jnp.int32 if jnp.issubdtype(value.dtype, jnp.integer) else jnp.float32)
     return value.reshape(value.shape + (1,) * (logits.ndim - value.ndim))
 
 

@@ -104,7 +104,7 @@ def empty_state(
         cycles=jnp.zeros(batch, jnp.int32),
         accepted=jnp.zeros((batch, scratch), jnp.int32),
         drafted=jnp.zeros((batch, width), bool),
-        log_probs=jnp.zeros((batch, width)) if log_probs else None,
+        log_probs=jnp.zeros((batch, width), jnp.float32) if log_probs else None,
         stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
         prompt_lengths=jnp.zeros(batch, jnp.int32),
         keys=None if sampling.greedy else row_keys(jax.random.key(0), batch),
@@ -151,9 +151,9 @@ def row_keys(key: jax.Array | None, batch: int, samples: int = 1) -> jax.Array:
             f"sampling needs key: one typed key, jax.random.key(seed), or [{batch}] of them, one a row; got {got}{hint}"
         )
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    keys = fold_in(key, jnp.arange(batch)) if key.ndim == 0 else key
+    keys = fold_in(key, jnp.arange(batch, dtype=jnp.int32)) if key.ndim == 0 else key
     if samples > 1:
-        keys = jax.vmap(fold_in, in_axes=(0, None))(keys, jnp.arange(samples)).reshape(-1)
+        keys = jax.vmap(fold_in, in_axes=(0, None))(keys, jnp.arange(samples, dtype=jnp.int32)).reshape(-1)
     return keys
 
 
@@ -164,7 +164,7 @@ def token_keys(state: DecodeState, count: int) -> jax.Array:
     text before took.
     """
     assert state.keys is not None
-    index = state.lengths[:, None] + jnp.arange(count)[None]
+    index = state.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
     return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(state.keys, index)
 
 
@@ -175,7 +175,7 @@ def draft_keys(state: DecodeState, count: int) -> jax.Array:
 
     def of_row(key, length):
         own = fold_in(fold_in(key, jnp.uint32(2**32 - 1)), length)  # no token has this index
-        return jax.vmap(fold_in, in_axes=(None, 0))(own, jnp.arange(count))
+        return jax.vmap(fold_in, in_axes=(None, 0))(own, jnp.arange(count, dtype=jnp.int32))
 
     return jax.vmap(of_row)(state.keys, state.lengths)
 
@@ -194,9 +194,9 @@ def append(
       sound: [B] how many of the new tokens come from sound logits.
       log_probs: [B, T] of the new tokens, if the state keeps them.
     """
-    index = jnp.arange(new.shape[1])[None]
+    index = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
     stops = jnp.any(new[:, :, None] == state.stop_tokens[None, None], axis=-1)
-    first_stop = jnp.argmax(stops, axis=1)
+    first_stop = jax.lax.argmax(stops, 1, jnp.int32)
     until_stop = jnp.where(stops.any(1), first_stop + 1, new.shape[1])
     wanted = jnp.minimum(jnp.minimum(count, until_stop), state.limits - state.lengths)
     taken = jnp.where(state.done, 0, jnp.minimum(wanted, sound))
@@ -205,7 +205,7 @@ def append(
     failed = ~state.done & (sound < wanted)
 
     # values[b, lengths[b] + i] = new[b, i] for i < taken[b], as one elementwise pass.
-    offset = jnp.arange(state.tokens.shape[1])[None] - state.lengths[:, None]
+    offset = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)[None] - state.lengths[:, None]
 
     def place(values, new):
         placed = jnp.take_along_axis(new, jnp.clip(offset, 0, new.shape[1] - 1), axis=1)
@@ -235,7 +235,7 @@ def map_rows(fn: Callable[..., jax.Array], state: DecodeState, *others: DecodeSt
 def take_row(state: DecodeState, row: int | jax.Array) -> DecodeState:
     """The state of one row, as a batch of 1."""
     # A gather: of an array that lies in parts, dynamic_slice would bring all rows together first.
-    return map_rows(lambda x: jnp.take(x, jnp.asarray(row)[None], axis=0, mode="clip"), state)
+    return map_rows(lambda x: jnp.take(x, jnp.asarray(row, jnp.int32)[None], axis=0, mode="clip"), state)
 
 
 def put_row(state: DecodeState, row: int | jax.Array, one: DecodeState) -> DecodeState:

@@ -14,7 +14,7 @@ import numpy as np
 
 from eagle_jax.drafts.noise import perturbed
 from eagle_jax.drafts.protocol import Draft, Proposal, Text
-from eagle_jax.models.cache import KVCache
+from eagle_jax.models.cache import KVCache, put
 from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
@@ -65,7 +65,7 @@ class DraftModel(Draft):
         mask = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
         out = self.model(
             tokens,
-            text.start[:, None] + jnp.arange(width)[None],
+            text.start[:, None] + jnp.arange(width, dtype=jnp.int32)[None],
             mask,
             prompt_lengths=text.prompt_lengths,
             cache=memory.cache.with_length(text.start),
@@ -92,7 +92,7 @@ class DraftModel(Draft):
         def guesses(hidden, depth):
             """Logits with their noise [B, T, V], and q: zeros in greedy rows, [B, T, 0] where nothing is drawn."""
             logits = self.model.logits(hidden)
-            nothing = jnp.zeros((*logits.shape[:2], 0))
+            nothing = jnp.zeros((*logits.shape[:2], 0), jnp.float32)
             if noise is None or state.sampling is None:
                 return logits, nothing
             warped = warp(logits, state.sampling)
@@ -108,20 +108,17 @@ class DraftModel(Draft):
             def attend(index, q, k, v):
                 place = (0, 0, step.level * tree.width, 0)
                 old_k, old_v = scratch[index]
-                rows = (
-                    jax.lax.dynamic_update_slice(old_k, k, place),
-                    jax.lax.dynamic_update_slice(old_v, v, place),
-                )
+                rows = put(old_k, k, place), put(old_v, v, place)
                 return attention(q, *rows, step.mask, past.layer(index)), rows
 
             positions = jnp.broadcast_to((state.lengths + step.level)[:, None], step.tokens.shape)
             out = self.model.run(step.tokens, positions, attend, prompt_lengths=state.prompt_lengths)
             logits, own = guesses(out.hidden, step.level + 1)
-            probs = jax.lax.dynamic_update_slice(probs, own, (0, 1 + step.level * tree.width, 0))
+            probs = put(probs, own, (0, 1 + step.level * tree.width, 0))
             return logits, (out.rows, probs)
 
         logits, first = guesses(memory.hidden[:, None], 0)
-        probs = jnp.zeros((batch, 1 + (tree.depth - 1) * k, first.shape[-1])).at[:, :1].set(first)
+        probs = jnp.zeros((batch, 1 + (tree.depth - 1) * k, first.shape[-1]), jnp.float32).at[:, :1].set(first)
         grown, (_, probs) = tree.grow(root, logits[:, 0], (scratch, probs), draft_fn)
         return Proposal(grown) if drawn_from is None else _drawn(grown, drawn_from, probs)
 
@@ -132,16 +129,16 @@ def _drawn(grown: Tree, tree: StaticTree, probs: jax.Array) -> Proposal:
     Args:
       probs: [B, 1 + L * k, V], at the root, and at the nodes of every step.
     """
-    row = np.full(tree.num_nodes, -1)  # of `probs`, for each node
+    row = np.full(tree.num_nodes, -1, np.int32)  # of `probs`, for each node
     row[0] = 0
     for level, paths in enumerate(tree.steps):
         for slot, path in enumerate(paths):
             row[tree.node_of[path]] = 1 + level * tree.width + slot
     at_nodes = jnp.where((row >= 0)[None, :, None], probs[:, np.maximum(row, 0)], 0)  # [B, N, V]
     batch, nodes = grown.tokens.shape
-    rows = jnp.arange(batch)[:, None]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     own = jnp.log(at_nodes[rows, jnp.maximum(grown.parents, 0), grown.tokens])
-    on_path = grown.ancestors() & (jnp.arange(nodes) > 0)[None, None]
+    on_path = grown.ancestors() & (jnp.arange(nodes, dtype=jnp.int32) > 0)[None, None]
     scores = jnp.where(on_path, own[:, None], 0).sum(axis=-1)
     chosen = (at_nodes[:, 0] == 0).all(axis=-1, keepdims=True)
     return Proposal(dataclasses.replace(grown, scores=jnp.where(chosen, grown.scores, scores)), at_nodes)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from eagle_jax.drafts.noise import coupled
 from eagle_jax.drafts.protocol import Draft, Proposal, Text
-from eagle_jax.models.cache import KVCache
+from eagle_jax.models.cache import KVCache, put
 from eagle_jax.models.config import ConfigError, DraftConfig
 from eagle_jax.models.layers import Attend, Window, attention
 from eagle_jax.models.llama import Llama, LlamaOutput
@@ -86,7 +86,7 @@ class EagleDraft(Draft):
         """Runs the head over the new pairs, with the target's own features in place of drafted ones."""
         batch, width = text.tokens.shape
         past = memory.cache.with_length(text.start)
-        positions = text.start[:, None] + jnp.arange(width)[None]
+        positions = text.start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
         mask = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
         visible = self._window(positions)
         if visible is not None:
@@ -125,10 +125,7 @@ class EagleDraft(Draft):
 
             def attend(q, k, v):
                 start = (0, 0, step.level * tree.width, 0)
-                rows = (
-                    jax.lax.dynamic_update_slice(scratch_k, k, start),
-                    jax.lax.dynamic_update_slice(scratch_v, v, start),
-                )
+                rows = put(scratch_k, k, start), put(scratch_v, v, start)
                 return attention(q, *rows, step.mask, past.layer(0), window=self._window(positions)), rows
 
             hidden = jnp.take_along_axis(hidden, step.parents[:, :, None], axis=1)

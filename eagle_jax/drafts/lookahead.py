@@ -87,7 +87,9 @@ class Lookahead(Draft):
         guesses, found = self._guesses(memory, root)
         merged = merge_chains(root, guesses, found)
 
-        places = jnp.arange((self.ngram - 1) * self.window)[None] % jnp.maximum(state.lengths, 1)[:, None]
+        places = (
+            jnp.arange((self.ngram - 1) * self.window, dtype=jnp.int32)[None] % jnp.maximum(state.lengths, 1)[:, None]
+        )
         beginning = jnp.take_along_axis(state.tokens, jnp.minimum(places, width - 1), axis=1)
         window = jnp.where(memory.window == NONE, beginning.reshape(memory.window.shape), memory.window)
         parents, depths = self._window_shape(merged.num_nodes)
@@ -128,8 +130,8 @@ class Lookahead(Draft):
         """The latest n-grams that begin with root [B]: the tokens after it [B, G, N - 1], and which are there."""
         batch = root.shape[0]
         # The ring's next place holds the oldest n-grams.
-        age = (jnp.arange(self.remembered)[None] - memory.cycles[:, None]) % self.remembered
-        recency = age[:, :, None] * self.window + jnp.arange(self.window)[None, None]
+        age = (jnp.arange(self.remembered, dtype=jnp.int32)[None] - memory.cycles[:, None]) % self.remembered
+        recency = age[:, :, None] * self.window + jnp.arange(self.window, dtype=jnp.int32)[None, None]
         recency = jnp.where(memory.pool[..., 0] == root[:, None, None], recency, NONE).reshape(batch, -1)
         latest, chosen = jax.lax.top_k(recency, self.guesses)
         pool = memory.pool.reshape(batch, -1, self.ngram)
@@ -144,7 +146,7 @@ class Lookahead(Draft):
         same = (ngrams[:, :, None] == ngrams[:, None]).all(axis=-1)  # [B, W, W]
         again = (same & ~jnp.tri(self.window, dtype=bool)[None]).any(axis=-1)  # a later column has it, too
         ngrams = jnp.where(again[..., None], NONE, ngrams)
-        here = jnp.arange(self.remembered)[None] == (memory.cycles % self.remembered)[:, None]
+        here = jnp.arange(self.remembered, dtype=jnp.int32)[None] == (memory.cycles % self.remembered)[:, None]
         return jnp.where(here[:, :, None, None], ngrams[:, None], pool)
 
     def _window_shape(self, first: int) -> tuple[list[int], list[int]]:

@@ -47,7 +47,7 @@ class PromptLookup(Draft):
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         tokens, last = state.tokens, jnp.maximum(state.lengths - 1, 0)
         width = tokens.shape[1]
-        places = jnp.arange(width)[None]
+        places = jnp.arange(width, dtype=jnp.int32)[None]
         # matched[b, j]: how many tokens up to j equal as many tokens up to the last one.
         matched, going_on = jnp.zeros_like(tokens), jnp.ones(tokens.shape, bool)
         for back in range(self.ngram):
@@ -61,7 +61,7 @@ class PromptLookup(Draft):
         valid = order >= width  # a match of at least one token
         # What follows place j, in a circle: places j + 1 to the last one, and again.
         period = jnp.maximum(last[:, None] - found, 1)
-        offsets = jnp.arange(self.length)[None, None] % period[:, :, None]
+        offsets = jnp.arange(self.length, dtype=jnp.int32)[None, None] % period[:, :, None]
         copies = jnp.take_along_axis(tokens[:, None], jnp.minimum(found[:, :, None] + 1 + offsets, width - 1), axis=2)
         copies, valid = _distinct(copies, valid, self.branches)
         root, valid = at(tokens, last), jnp.broadcast_to(valid[:, :, None], copies.shape)
@@ -75,5 +75,5 @@ def _distinct(copies: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Arra
     same = (copies[:, :, None] == copies[:, None]).all(axis=-1)  # [B, M, M]
     repeats = (same & jnp.tri(rows, k=-1, dtype=bool)[None] & valid[:, None, :]).any(axis=-1)
     valid = valid & ~repeats
-    _, chosen = jax.lax.top_k(jnp.where(valid, rows, 0) - jnp.arange(rows)[None], count)
+    _, chosen = jax.lax.top_k(jnp.where(valid, rows, 0) - jnp.arange(rows, dtype=jnp.int32)[None], count)
     return jnp.take_along_axis(copies, chosen[:, :, None], axis=1), jnp.take_along_axis(valid, chosen, axis=1)

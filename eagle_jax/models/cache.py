@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from eagle_jax.models import params
@@ -73,7 +74,7 @@ class KVCache:
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     new = new.astype(cache.dtype)
     if start.ndim == 0:
-        return jax.lax.dynamic_update_slice(cache, new, (0, 0, start, 0))
+        return put(cache, new, (0, 0, start, 0))
     mesh = params.mesh_of(cache)
     if mesh is None:
         return _write_each(cache, new, start)
@@ -84,8 +85,14 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
 def _write_each(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     # One slice a sequence: a batched update would become a scatter, which TPUs answer with copies.
     for row in range(cache.shape[0]):
-        cache = jax.lax.dynamic_update_slice(cache, new[row : row + 1], (row, 0, start[row], 0))
+        cache = put(cache, new[row : row + 1], (row, 0, start[row], 0))
     return cache
+
+
+def put(array: jax.Array, new: jax.Array, start: Sequence[int | jax.Array]) -> jax.Array:
+    """`dynamic_update_slice` with int32 indices: Python's would be int64 where 64-bit types are on, and not mix."""
+    place = [np.int32(index) if isinstance(index, int) else index.astype(jnp.int32) for index in start]
+    return jax.lax.dynamic_update_slice(array, new, place)
 
 
 def take_rows(rows: Rows, index: jax.Array) -> list[tuple[jax.Array, jax.Array]]:

@@ -217,7 +217,7 @@ def attention(
         return seen[:, None] if window is None else seen[:, None] & window.sees(rows)
 
     def add_whole(result, cache):
-        rows = jnp.arange(cache.k.shape[2])[None]
+        rows = jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
         return merge_parts(result, part(cache.k, cache.v, visible(rows, rows < cache.length[:, None])))
 
     def add_blocks(result, cache, rows):
@@ -227,7 +227,7 @@ def attention(
             start = jnp.minimum(index * rows, cache.k.shape[2] - rows)  # the last block may overlap the one before
             block_k = jax.lax.dynamic_slice_in_dim(cache.k, start, rows, axis=2)
             block_v = jax.lax.dynamic_slice_in_dim(cache.v, start, rows, axis=2)
-            row = start + jnp.arange(rows)[None]
+            row = start + jnp.arange(rows, dtype=jnp.int32)[None]
             seen = (row >= index * rows) & (row < cache.length[:, None])
             return merge_parts(result, part(block_k, block_v, visible(row, seen)))
 

@@ -81,12 +81,15 @@ def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple[j
     @jax.checkpoint
     def part(of_block):
         start, queries, first, end = of_block
-        rows, keys = start + jnp.arange(block)[None, :, None], jnp.arange(width)[None, None]
+        rows, keys = (
+            start + jnp.arange(block, dtype=jnp.int32)[None, :, None],
+            jnp.arange(width, dtype=jnp.int32)[None, None],
+        )
         seen = (keys <= rows) & (keys >= first[:, :, None]) & (keys < end[:, :, None])
         flat = queries.reshape(batch, kv_heads, groups * block, head_dim)
         return softmax_part(flat, k, v, seen, block)
 
-    starts = jnp.arange(count) * block
+    starts = jnp.arange(count, dtype=jnp.int32) * block
     parts = jax.lax.map(part, (starts, blocks, cut(text.first, 0), cut(text.end, width)))
 
     def whole(values):  # [count, B, K, G * Q, X] -> [B, K, G, S, X]
@@ -115,7 +118,7 @@ def own_part(q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array) -> tupl
     """
     q = jnp.moveaxis(q, 3, 1)
     scores = dot("bskgh,bskmh->bskgm", q, k, jnp.float32) * q.shape[-1] ** -0.5
-    scores = jnp.where(jnp.arange(k.shape[3]) < count, scores, -jnp.inf)
+    scores = jnp.where(jnp.arange(k.shape[3], dtype=jnp.int32) < count, scores, -jnp.inf)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - top)
     out = dot("bskgm,bskmh->bskgh", weights.astype(v.dtype), v, jnp.float32)

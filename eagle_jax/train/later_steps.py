@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from eagle_jax.models.cache import put
+
 Rows = tuple[jax.Array, jax.Array]  # keys and values
 
 
@@ -76,7 +78,9 @@ def _backward(one, steps, kept, of_outputs):
 
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
     start = (zeros(floats), of_outputs[-1], zeros(first), zeros(own))
-    (of_floats, of_hidden, of_first, _), _ = jax.lax.scan(back, start, jnp.arange(1, steps), reverse=True)
+    (of_floats, of_hidden, of_first, _), _ = jax.lax.scan(
+        back, start, jnp.arange(1, steps, dtype=jnp.int32), reverse=True
+    )
     return of_floats, None, of_hidden, of_first
 
 
@@ -85,4 +89,4 @@ later_steps.defvjp(_forward, _backward)
 
 def with_step(own: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
     """own [B, S, K, M, H] with a step's [B, K, S, H] in its place."""
-    return jax.lax.dynamic_update_slice(own, jnp.moveaxis(new, 2, 1)[:, :, :, None], (0, 0, 0, step - 1, 0))
+    return put(own, jnp.moveaxis(new, 2, 1)[:, :, :, None], (0, 0, 0, step - 1, 0))

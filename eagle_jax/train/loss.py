@@ -88,9 +88,9 @@ def with_features(
     """Examples of a target pass that was made already."""
     ids = draft.target_ids
     if ids is None:
-        known = jnp.ones((tokens.shape[0], tokens.shape[1] + 1))
+        known = jnp.ones((tokens.shape[0], tokens.shape[1] + 1), jnp.float32)
     else:
-        table = jnp.zeros(target.config.vocab_size).at[ids[...]].set(1)
+        table = jnp.zeros(target.config.vocab_size, jnp.float32).at[ids[...]].set(1)
         likeliest = likeliest_tokens(answers, target.output_weight(), chunk)
         known = table[jnp.pad(likeliest, [(0, 0), (0, 1)])]
     made = Examples(tokens, loss_mask.astype(jnp.float32), text, features, answers, known)
@@ -148,7 +148,7 @@ def eagle3_weights(made: Examples, steps: int, alignment: Alignment = "corrected
     if alignment not in ("corrected", "official"):
         raise ValueError(f'alignment must be "corrected" or "official", got {alignment!r}')
     width = made.tokens.shape[1]
-    row = jnp.arange(width)[None]
+    row = jnp.arange(width, dtype=jnp.int32)[None]
     # Past a row's end there are zeros, as in the reference.
     mask = jnp.pad(made.loss_mask, [(0, 0), (0, steps + 1)])
     known = jnp.pad(made.known, [(0, 0), (0, steps)], mode="edge")
@@ -229,14 +229,14 @@ def eagle3_sums(
     output = head.output_weight(target)  # the target's, in its own dtype, where the head has no lm_head
     sums = vocabulary_losses(x.astype(output.dtype), output, Soft(answers, rows), weights, chunk)
     if not features:
-        return Eagle3Sums(sums, jnp.zeros(steps))
+        return Eagle3Sums(sums, jnp.zeros(steps, jnp.float32))
 
     @jax.checkpoint
     def distance(of_step):
         step, x, importance = of_step
         return (importance * smooth_l1(x, cut(answers, step))).sum()
 
-    return Eagle3Sums(sums, jax.lax.map(distance, (jnp.arange(steps), x, weights)))
+    return Eagle3Sums(sums, jax.lax.map(distance, (jnp.arange(steps, dtype=jnp.int32), x, weights)))
 
 
 def _floats(model: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
@@ -275,7 +275,7 @@ def eagle1_loss(
 
 def eagle1_weights(made: Examples) -> jax.Array:
     """Which positions are to be learned, [B, S] float32: those with a feature after them."""
-    return made.loss_mask * (jnp.arange(made.tokens.shape[1])[None] < made.text.end - 1)
+    return made.loss_mask * (jnp.arange(made.tokens.shape[1], dtype=jnp.int32)[None] < made.text.end - 1)
 
 
 def eagle1_sums(

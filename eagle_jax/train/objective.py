@@ -59,7 +59,7 @@ class Eagle3Objective:
 
     def counts(self, prepared):
         learned, weights = loss.eagle3_weights(prepared, len(self.weights), self.alignment)
-        whole = jnp.full(len(self.weights), float(prepared.tokens.size))
+        whole = jnp.full(len(self.weights), prepared.tokens.size, jnp.float32)
         return whole if self.alignment == "official" else weights.sum(axis=(1, 2)), learned.sum(axis=(1, 2))
 
     def sums(self, model, target, prepared, counts, key):
@@ -72,7 +72,7 @@ class Eagle3Objective:
         )
         losses = (sums.loss - sums.entropy if self.divergence == "kl" else sums.loss) / total
         feature_losses = distances / total
-        whole = (jnp.asarray(self.weights) * (losses + self.feature_weight * feature_losses)).sum()
+        whole = (jnp.asarray(self.weights, jnp.float32) * (losses + self.feature_weight * feature_losses)).sum()
         metrics = {"loss": whole, "losses": losses, "accuracies": sums.match / learned}
         return whole, metrics | ({"feature_losses": feature_losses} if regress else {})
 
@@ -112,7 +112,7 @@ class TargetObjective:
     def prepare(self, model, target, batch):
         tokens, mask = batch["tokens"], batch["loss_mask"]
         text = layout(batch["lengths"], tokens.shape[1], batch["documents"])
-        inside = jnp.arange(tokens.shape[1])[None] + 1 < text.end
+        inside = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] + 1 < text.end
         following = jnp.pad(tokens, [(0, 0), (0, 1)])[:, 1:]
         return tokens, text, following, jnp.pad(mask, [(0, 0), (0, 1)])[:, 1:] * inside.astype(jnp.float32)
 

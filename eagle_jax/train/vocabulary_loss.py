@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from eagle_jax.models.cache import put
 from eagle_jax.models.layers import dot, linear
 
 CHUNK = 2048  # positions whose logits exist at a time, on a device
@@ -72,7 +74,7 @@ def vocabulary_losses(
         wanted, likeliest = _wanted(teacher, logits)
         loss = jax.nn.logsumexp(logits, axis=-1) - (wanted * logits).sum(axis=-1)
         entropy = -(wanted * jnp.log(jnp.where(wanted > 0, wanted, 1))).sum(axis=-1)
-        match = jnp.argmax(logits, axis=-1) == likeliest
+        match = jax.lax.argmax(logits, logits.ndim - 1, jnp.int32) == likeliest
         new = LossSums(*((importance * value).sum() for value in (loss, match, entropy)))
         return jax.tree.map(lambda total, value: total.at[k].add(value), sums, new)
 
@@ -98,7 +100,7 @@ def _backward(chunk, kept, gradient):
         weight_gradient += dot("bcv,bcd->vd", error, x, jnp.float32)
         of_x = dot("rv,vd->rd", error.reshape(-1, error.shape[-1]), weight, jnp.float32)
         of_x = of_x.reshape(1, *x.shape).astype(x.dtype)
-        return weight_gradient, jax.lax.dynamic_update_slice(x_gradient, of_x, (k, 0, start, 0))
+        return weight_gradient, put(x_gradient, of_x, (k, 0, start, 0))
 
     losses, batch, width, inputs = x.shape
     size, chunks = _chunk(batch, width, chunk)
@@ -114,16 +116,16 @@ def likeliest_tokens(hidden: jax.Array, weight: jax.Array, chunk: int = CHUNK) -
     """argmax of hidden weight^T, [B, S]: hidden [B, S, H], weight [V, H]."""
     batch, width = hidden.shape[:2]
     parts = _split(hidden, chunk)
-    ids = jax.lax.map(lambda part: jnp.argmax(linear(part, weight, jnp.float32), axis=-1), parts)
+    ids = jax.lax.map(lambda part: jax.lax.argmax(linear(part, weight, jnp.float32), part.ndim - 1, jnp.int32), parts)
     return jnp.moveaxis(ids, 0, 1).reshape(batch, -1)[:, :width]
 
 
 def _wanted(teacher: Soft | Labels, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The teacher's probabilities [B, C, V] and likeliest tokens [B, C]."""
     if isinstance(teacher, Labels):
-        return jax.nn.one_hot(teacher.ids, logits.shape[-1]), teacher.ids
+        return jax.nn.one_hot(teacher.ids, logits.shape[-1], dtype=jnp.float32), teacher.ids
     wanted = linear(teacher.hidden, teacher.rows, jnp.float32)
-    return jax.nn.softmax(wanted, axis=-1), jnp.argmax(wanted, axis=-1)
+    return jax.nn.softmax(wanted, axis=-1), jax.lax.argmax(wanted, wanted.ndim - 1, jnp.int32)
 
 
 def _chunk(batch: int, width: int, chunk: int) -> tuple[int, int]:
@@ -144,9 +146,12 @@ def _parts(x, teacher, importance, chunk):
     teacher_rows = _padded(teacher[0], 1, size * count + losses - 1)
 
     def part(index):
+        index, zero = jnp.asarray(index, jnp.int32), np.int32(0)  # also where 64-bit types are on
         k, start = index // count, index % count * size
         own = [
-            jax.lax.dynamic_slice(array, (k, 0, start, *[0] * (array.ndim - 3)), (1, batch, size, *array.shape[3:]))[0]
+            jax.lax.dynamic_slice(
+                array, (k, zero, start, *[zero] * (array.ndim - 3)), (1, batch, size, *array.shape[3:])
+            )[0]
             for array in (x, importance)
         ]
         right = jax.lax.dynamic_slice_in_dim(teacher_rows, start + k, size, axis=1)

@@ -111,14 +111,16 @@ class TreeConfig:
         scores, tokens = propose(logits[:, None], jnp.zeros((batch, 1), jnp.float32))
         if levels == 0:
             return _select(root, scores, tokens, jnp.zeros((0, batch, k), jnp.int32), self), carry
-        first = jnp.broadcast_to(jnp.arange(k), (batch, k))
+        first = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (batch, k))
         mask = jnp.zeros((batch, k, levels * k), bool)
         state: Any = (carry, first, tokens, scores, mask)
         # beams[i]: which candidates of the level before were expanded at level i. [levels, B, k]
         if self.stop_below > 0:
             carry, (more_scores, more_tokens, beams) = _while_promising(expand, state, levels, self.stop_below)
         else:
-            (carry, *_), (more_scores, more_tokens, beams) = jax.lax.scan(expand, state, jnp.arange(levels))
+            (carry, *_), (more_scores, more_tokens, beams) = jax.lax.scan(
+                expand, state, jnp.arange(levels, dtype=jnp.int32)
+            )
 
         all_scores = jnp.concatenate([scores, _flat(more_scores)], axis=1)  # [B, C], in flat candidate order
         all_tokens = jnp.concatenate([tokens, _flat(more_tokens)], axis=1)
@@ -140,7 +142,7 @@ def _while_promising(expand, state, levels: int, threshold: float) -> tuple[Any,
     )
 
     def promising(scores):  # [B, k], best first -> [B]
-        return scores[:, 0] >= jnp.log(threshold)
+        return scores[:, 0] >= jnp.log(jnp.float32(threshold))
 
     def condition(loop):
         level, growing, _, _ = loop

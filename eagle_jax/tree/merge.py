@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eagle_jax.tree.tree import NO_PARENT, Tree
 
@@ -30,10 +31,10 @@ def merge_chains(root: jax.Array, chains: jax.Array, valid: jax.Array) -> Tree:
     """
     batch, count, length = chains.shape
     same = jnp.cumprod((chains[:, :, None] == chains[:, None, :]).astype(jnp.int32), axis=-1) > 0  # [B, G, G, L]
-    first = jnp.argmax(same, axis=2)  # [B, G, L]: the first chain that begins with the same i + 1 tokens
-    nodes = 1 + first * length + jnp.arange(length)[None, None]
+    first = jax.lax.argmax(same, 2, jnp.int32)  # [B, G, L]: the first chain that begins with the same i + 1 tokens
+    nodes = 1 + first * length + jnp.arange(length, dtype=jnp.int32)[None, None]
     parents = jnp.concatenate([jnp.zeros((batch, count, 1), nodes.dtype), nodes[:, :, :-1]], axis=2)
-    depths = jnp.broadcast_to(jnp.arange(1, length + 1), (batch, count, length))
+    depths = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (batch, count, length))
 
     def with_root(first, rest):
         rest = rest.reshape(batch, -1)
@@ -43,5 +44,5 @@ def merge_chains(root: jax.Array, chains: jax.Array, valid: jax.Array) -> Tree:
         tokens=with_root(root, chains.astype(jnp.int32)),
         parents=with_root(jnp.int32(NO_PARENT), parents.astype(jnp.int32)),
         depths=with_root(jnp.int32(0), depths.astype(jnp.int32)),
-        scores=with_root(jnp.float32(0), jnp.where(valid, 0.0, -jnp.inf).astype(jnp.float32)),
+        scores=with_root(jnp.float32(0), jnp.where(valid, np.float32(0), -jnp.inf)),
     )

@@ -95,5 +95,5 @@ def best_children(
 def step_mask(previous: jax.Array, parents: jax.Array, level: jax.Array) -> jax.Array:
     """The mask [B, k, M] of a step: each node sees what its parent saw, and itself."""
     k, rows = previous.shape[1:]
-    own = jax.nn.one_hot(level * k + jnp.arange(k), rows, dtype=bool)
+    own = jax.nn.one_hot(level * k + jnp.arange(k, dtype=jnp.int32), rows, dtype=bool)
     return jnp.take_along_axis(previous, parents[:, :, None], axis=1) | own[None]

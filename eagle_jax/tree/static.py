@@ -127,13 +127,13 @@ class StaticTree:
         grown = tuple(values[None] for values in first)
         if self.depth > 1:  # even a scan of no steps would trace draft_fn
             mask = jnp.zeros((batch, self.width, (self.depth - 1) * self.width), bool)
-            tables = (jnp.arange(self.depth - 1), jnp.array(slots), jnp.array(ranks))
+            tables = (jnp.arange(self.depth - 1, dtype=jnp.int32), jnp.array(slots), jnp.array(ranks))
             (carry, *_), more = jax.lax.scan(expand, (carry, mask, *first), tables)
             grown = tuple(jnp.concatenate(pair) for pair in zip(grown, more, strict=True))
         scores, tokens = grown  # [L + 1, B, k, R], and where in it each node is:
-        levels = np.array([len(path) - 1 for path in self.paths])
-        places = np.array([before[len(path) - 1].index(path[:-1]) for path in self.paths])
-        own = np.array([path[-1] for path in self.paths])
+        levels = np.array([len(path) - 1 for path in self.paths], np.int32)
+        places = np.array([before[len(path) - 1].index(path[:-1]) for path in self.paths], np.int32)
+        own = np.array([path[-1] for path in self.paths], np.int32)
 
         def nodes(values):
             return jnp.moveaxis(values, 1, 0)[:, levels, places, own]

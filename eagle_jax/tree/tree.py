@@ -52,7 +52,7 @@ class Tree:
 
         By squaring: a matrix that knows 2^s generations, times itself, knows 2^(s + 1).
         """
-        nodes = jnp.arange(self.num_nodes)
+        nodes = jnp.arange(self.num_nodes, dtype=jnp.int32)
         itself = nodes[:, None] == nodes[None, :]
         reach = (itself[None] | (self.parents[:, :, None] == nodes[None, None, :])).astype(jnp.float32)
         for _ in range((self.num_nodes - 1).bit_length()):

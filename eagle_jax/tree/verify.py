@@ -72,7 +72,7 @@ def accept_sampling(tree: Tree, probs: jax.Array, uniforms: jax.Array) -> tuple[
     """
     batch, nodes = tree.tokens.shape
     parents = jnp.maximum(tree.parents, 0)
-    not_root = jnp.arange(nodes)[None] > 0
+    not_root = jnp.arange(nodes, dtype=jnp.int32)[None] > 0
     p = jax.vmap(lambda row, parent, token: row[parent, token])(probs, parents, tree.tokens)  # [B, N], after the parent
 
     # Every node decides as if the walk came by; it comes by where all decisions above it were for it.
@@ -83,9 +83,9 @@ def accept_sampling(tree: Tree, probs: jax.Array, uniforms: jax.Array) -> tuple[
     # What the tried siblings, rejected if the walk comes here, left of p; not below 0 by rounding.
     left = jnp.maximum(1 - jnp.where(tried_before, p[:, None, :], 0).sum(-1), 0)
     # Uniforms consumed until a node is accepted: one for it and for each sibling tried before it, at every level.
-    tries = jnp.where(not_root, 1 + tried_before.sum(-1), 0)
+    tries = jnp.where(not_root, 1 + tried_before.sum(-1, dtype=jnp.int32), 0)
     ancestors = tree.ancestors()
-    consumed = jnp.where(ancestors, tries[:, None, :], 0).sum(-1)
+    consumed = jnp.where(ancestors, tries[:, None, :], 0).sum(-1, dtype=jnp.int32)
     own = jnp.clip(consumed - 1, 0, max(nodes - 2, 0))
     u = jnp.take_along_axis(jnp.pad(uniforms, [(0, 0), (0, 1)]), own, axis=1)
     accepts = not_root & ~duplicate & (u * left < p)
@@ -120,7 +120,7 @@ def accept_drawn(
       Acceptance with a bonus of -1, and the residual [B, V]: the distribution to draw the bonus token from.
     """
     batch, nodes = tree.tokens.shape
-    rows = jnp.arange(batch)
+    rows = jnp.arange(batch, dtype=jnp.int32)
 
     def try_node(i, walk):
         at, p, q, tried = walk  # the node that the walk stands at, and what is left there of p and q [B, V]
@@ -162,7 +162,7 @@ def accept_sampled(
     if keys is None:
         raise ValueError("accept_sampled needs a key for each row; the state was prefilled for greedy decoding")
     nodes, vocab = logits.shape[1:]
-    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (nodes - 1,)))(keys)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (nodes - 1,), jnp.float32))(keys)
     probs = jax.nn.softmax(logits, axis=-1)
     if draft_probs is None:
         acceptance, residual = accept_sampling(tree, probs, uniforms)
@@ -192,7 +192,7 @@ def accept_coupled(tree: Tree, logits: jax.Array, noise: jax.Array) -> Acceptanc
 
 def choice_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
     """Standard Gumbel noise [..., V] of typed keys [...]: argmax(logits + noise) draws from softmax(logits)."""
-    draw = functools.partial(jax.random.gumbel, shape=(vocab_size,))
+    draw = functools.partial(jax.random.gumbel, shape=(vocab_size,), dtype=jnp.float32)
     flat = jax.vmap(lambda key: draw(jax.random.fold_in(key, 1)))(keys.reshape(-1))
     return flat.reshape(*keys.shape, vocab_size)
 
@@ -213,7 +213,7 @@ def _deepest(tree: Tree, agrees: jax.Array) -> tuple[jax.Array, jax.Array]:
     ancestors = tree.ancestors()
     agrees = agrees.at[:, 0].set(True)
     accepted = jnp.all(agrees[:, None, :] | ~ancestors, axis=-1)
-    end = jnp.argmax(jnp.where(accepted, tree.depths, -1), axis=1)
+    end = jax.lax.argmax(jnp.where(accepted, tree.depths, -1), 1, jnp.int32)
     return end, path_to(tree, ancestors, end)
 
 
