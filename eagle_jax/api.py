@@ -19,13 +19,13 @@ import numpy as np
 from eagle_jax.decode import cycle
 from eagle_jax.decode import propose as propose_tree
 from eagle_jax.drafts.eagle import EagleDraft
-from eagle_jax.drafts.protocol import Draft
+from eagle_jax.drafts.protocol import Draft, check_models, shown
 from eagle_jax.models.config import tap_layers
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
 from eagle_jax.prompt import prefill, run_pending
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.state import DecodeState, spread
+from eagle_jax.state import DecodeState, check_capacity, spread
 from eagle_jax.tree import AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -34,7 +34,8 @@ from eagle_jax.tree import AcceptFn, Tree, TreeConfig, TreePolicy
 class Output:
     """The result of `generate`.
 
-    tokens: [B, P + max_new_tokens] int32: each row its prompt, directly followed by its new tokens, then zeros.
+    tokens: [B, P + max_new_tokens] int32: each row its prompt, directly followed by its new tokens, then zeros. With
+      max_new_tokens above the capacity [B, P + capacity]; so with `drafted` and `log_probs`.
     lengths: [B] int32, prompt and new tokens; a stop token counts.
     cycles: [B] int32, target passes after the prefill.
     accepted: [B, D + 1] int32, how many cycles accepted 0..D draft tokens, before truncation; sums to `cycles`.
@@ -98,7 +99,7 @@ def generate(
       tree: how the draft's tree grows: a TreeConfig, a StaticTree or another TreePolicy; static. Drafts with a shape of
         their own ignore it.
       sampling: numbers for the whole batch, or [B], one a row; data, so that changing them compiles nothing.
-      max_new_tokens: most new tokens a row.
+      max_new_tokens: most new tokens a row; more than `capacity` mean as many as fit.
       stop_tokens: token ids that end a row; the stop token is kept. None are taken from a config: leave it empty
         to ignore the model's end of sequence.
       capacity: most tokens (prompt + new) a row may hold, default P + max_new_tokens.
@@ -279,6 +280,7 @@ def forward(
     Returns:
       logits [B, P, V] float32, and features: [B, P, 3 * D] taps (EAGLE-3) or [B, P, D] after the final norm.
     """
+    check_head(draft)
     positions, mask = _causal(tokens)
     taps = tap_layers(None, target.config.num_layers) if draft is None else draft.taps(target)
     out = target(tokens, positions, mask, prompt_lengths=lengths, taps=taps)
@@ -296,6 +298,7 @@ def draft_forward(
     Returns:
       hidden [B, P, D], before the head's final norm, and draft logits [B, P, Vd] float32.
     """
+    check_head(draft)
     positions, mask = _causal(tokens)
     hidden, _ = draft(
         target,
@@ -306,6 +309,12 @@ def draft_forward(
         prompt_lengths=lengths,
     )
     return hidden, draft.logits(target, hidden)
+
+
+def check_head(draft: Any) -> None:
+    """Raises ValueError for a draft that reads no features."""
+    if draft is not None and not isinstance(draft, EagleDraft):
+        raise ValueError(f"draft must be an EAGLE head (Eagle1Draft, Eagle3Draft), got {shown(draft)}")
 
 
 def _causal(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -327,23 +336,28 @@ def check_arguments(
     num_samples: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """tokens and lengths as int32 arrays. Raises ValueError naming the argument, its value and the allowed range."""
+    check_models(target, draft)
     vocab = target.config.vocab_size
     if not isinstance(sampling, SamplingConfig):
-        raise ValueError(f"sampling must be a SamplingConfig, got {sampling!r}")
+        raise ValueError(f"sampling must be a SamplingConfig, got {shown(sampling)}")
     for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
         if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            raise ValueError(f"{name} must be a positive integer, got {shown(value)}")
     if capacity is not None and (type(capacity) is not int or capacity < 2):
-        raise ValueError(f"capacity must be an integer of at least 2 (a prompt token and a new one), got {capacity!r}")
+        raise ValueError(
+            f"capacity must be an integer of at least 2 (a prompt token and a new one), got {shown(capacity)}"
+        )
+    if not isinstance(stop_tokens, tuple | list):
+        raise ValueError(f"stop_tokens must be a tuple of token ids, such as (2,); got {shown(stop_tokens)}")
     for stop in stop_tokens:
+        if isinstance(stop, bool) or not isinstance(stop, int | np.integer):
+            raise ValueError(f"stop_tokens must be token ids, got {shown(stop)} among them")
         if not 0 <= stop < vocab:
             raise ValueError(f"stop token {stop} is outside the vocabulary, 0 to {vocab - 1}")
     if draft is not None:
-        if not isinstance(draft, Draft):
-            raise ValueError(f"draft must be a Draft (an EAGLE head, Medusa, PromptLookup, ...), got {draft!r}")
         draft.check_fits(target)
         if not callable(getattr(tree, "grow", None)):
-            raise ValueError(f"tree must be a TreeConfig, a StaticTree or another TreePolicy, got {tree!r}")
+            raise ValueError(f"tree must be a TreeConfig, a StaticTree or another TreePolicy, got {shown(tree)}")
     tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
     for name, array in (("tokens", tokens), ("lengths", lengths)):
         if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -351,6 +365,11 @@ def check_arguments(
     if tokens.ndim != 2 or 0 in tokens.shape or lengths.shape != tokens.shape[:1]:
         raise ValueError(f"tokens must be [B, P] and lengths [B], got {tokens.shape} and {lengths.shape}")
     sampling.check(tokens.shape[0], vocab)
+    check_capacity(
+        target,
+        tokens.shape[0] * num_samples,
+        tokens.shape[1] + max_new_tokens if capacity is None else capacity,
+    )
     reached = tokens.shape[1] if isinstance(lengths, jax.core.Tracer) else int(jax.device_get(lengths).max())
     reached = reached + max_new_tokens if capacity is None else min(reached + max_new_tokens, capacity)
     trained = target.config.max_position_embeddings

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.choose import choose, shared_noise
-from eagle_jax.drafts.protocol import Draft, Proposal, Text
+from eagle_jax.drafts.protocol import Draft, Proposal, Text, check_models
 from eagle_jax.models.cache import take_rows
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.prompt import run_pending
@@ -64,6 +64,7 @@ def step(
     accept_fn: AcceptFn | None = None,
 ) -> Step:
     """`cycle`, and what happened in it."""
+    check_models(target, draft)
     depth = 0 if draft is None else draft.depth(tree)
     if depth > state.max_depth:
         raise ValueError(

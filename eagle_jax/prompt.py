@@ -14,11 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.choose import choose
-from eagle_jax.drafts.protocol import Draft, Text
+from eagle_jax.drafts.protocol import Draft, Text, check_models
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.state import DecodeState, append, at, empty_state, map_rows, put_row, row_keys, spread, take_row
+from eagle_jax.state import (
+    DecodeState,
+    append,
+    at,
+    check_capacity,
+    empty_state,
+    map_rows,
+    put_row,
+    row_keys,
+    spread,
+    take_row,
+)
 from eagle_jax.tree import Tree, TreePolicy
 
 # Tokens of a prompt that one pass takes: enough to keep a GPU's or TPU's matrix units busy, few enough that the
@@ -74,6 +85,7 @@ def prefill(
       key: one typed key, of which row i has fold_in(key, i), or [B] keys, one a row. The token at index n of a row is
         drawn with fold_in(row's key, n). None where `sampling` is greedy.
       sampling: see `SamplingConfig`; kept in the state.
+      max_new_tokens: most new tokens a row; more than `capacity` mean as many as fit.
       capacity: the most tokens (prompt + new) a row may hold; default P + max_new_tokens.
       tree: the deepest tree that `cycle` will be given; needed only beyond a depth of MIN_SCRATCH - 1.
       num_samples: rows a prompt, one after the other; sample j of row i has the key fold_in(row i's key, j).
@@ -84,6 +96,9 @@ def prefill(
     batch, width = tokens.shape
     lengths = jnp.array(lengths, jnp.int32)  # a copy, so that donating the state spares the caller's
     capacity = width + max_new_tokens if capacity is None else capacity
+    check_models(target, draft)
+    check_capacity(target, batch * num_samples, capacity)
+    max_new_tokens = min(max_new_tokens, capacity)  # no row takes more
     sampling.check(batch, target.config.vocab_size)
     keys = None if sampling.greedy else row_keys(key, batch, num_samples)
     # A row without a prompt, or with one that does not fit, can choose nothing.
@@ -138,7 +153,7 @@ def insert(
       tokens: [P], right-padded; P as for `prefill` best one of a few widths, each its own program.
       length: tokens of the prompt, 1 to P, and below the state's capacity.
       key: the row's own typed key; None in a greedy state.
-      max_new_tokens: default as many as the capacity leaves.
+      max_new_tokens: default as many as the capacity leaves, and never more.
       sampling: of this row, with one number a field; default as before.
       reuse: keep the keys and values of the tokens that the row's old text and the new prompt begin with: a
         conversation's next turn then costs its new tokens only. They were computed in other passes, so that logits
@@ -169,7 +184,9 @@ def insert(
         kept = jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(kept, 0)).astype(jnp.int32)
     limit = jnp.int32(room)
     if max_new_tokens is not None:
-        limit = jnp.minimum(limit, length + max_new_tokens)
+        if isinstance(max_new_tokens, int | np.integer):
+            max_new_tokens = min(int(max_new_tokens), room)
+        limit = jnp.minimum(limit, length + jnp.minimum(max_new_tokens, room))
 
     cleared = ("cycles", "accepted", "drafted", "log_probs")
     new = dataclasses.replace(
@@ -208,7 +225,7 @@ def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> 
     if not isinstance(length, jax.core.Tracer) and not 1 <= int(length) <= longest:
         limits = f"tokens have {tokens.shape[0]} columns, capacity is {state.capacity}"
         raise ValueError(f"length = {length} is outside 1 to {longest} ({limits})")
-    if isinstance(max_new_tokens, int) and max_new_tokens < 1:
+    if isinstance(max_new_tokens, int | np.integer) and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens}")
     if state.sampling is None:
         if sampling is not None and not sampling.greedy:

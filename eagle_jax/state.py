@@ -9,13 +9,16 @@ is chosen but not yet run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
+from eagle_jax.drafts.protocol import check_models
 from eagle_jax.models import params
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.llama import Llama
@@ -27,6 +30,9 @@ Values = TypeVar("Values")
 # Rows beyond the capacity: a commit writes D + 1 of them, of which only the accepted count. A deeper tree needs
 # `prefill(tree=...)` to know of it.
 MIN_SCRATCH = 32
+
+# The most tokens of a row: positions are int32, with room for a tree and a tile beyond them.
+MOST_TOKENS = 2**31 - 2**12
 
 # Cache rows come in whole tiles of the accelerators' matrix products; else XLA pads, that is copies, the cache.
 ROW_TILE = 128
@@ -84,12 +90,16 @@ def empty_state(
     """A state whose rows are all done, for `insert` to fill.
 
     Args:
-      capacity: the most tokens (prompt + new) a row may hold.
+      capacity: the most tokens (prompt + new) a row may hold, 2 or more.
       sampling: of rows that `insert` gives none of their own. Only a state that is not greedy can mix.
       tree: the deepest tree that `cycle` will be given; needed only beyond a depth of MIN_SCRATCH - 1.
       log_probs: whether to keep the log-probabilities of new tokens.
       width: columns of `tokens`; default the capacity.
+    Raises:
+      ValueError: for a capacity that cannot be, or whose cache is larger than the memory.
     """
+    check_models(target, draft)
+    check_capacity(target, batch, capacity)
     width = capacity if width is None else width
     depth = 0 if draft is None else draft.depth(TreeConfig() if tree is None else tree)
     scratch = max(MIN_SCRATCH, depth + 1)
@@ -115,6 +125,36 @@ def empty_state(
         capacity=capacity,
     )
     return spread(state, target)
+
+
+def check_capacity(target: Llama, rows: int, capacity: int) -> None:
+    """Raises ValueError for a capacity that positions cannot count, or whose cache no memory here holds."""
+    if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer) or capacity < 2:
+        got = f"a {type(capacity).__name__}" if not isinstance(capacity, int | np.integer) else capacity
+        raise ValueError(f"capacity must be an integer of at least 2 (a prompt token and a new one), got {got}")
+    asked = f"{rows} row(s) of up to {capacity} tokens (capacity, by default the prompt's width + max_new_tokens)"
+    fix = "lower max_new_tokens, or set capacity"
+    if capacity > MOST_TOKENS:
+        raise ValueError(f"{asked}: positions end at {MOST_TOKENS}; {fix}")
+    config, weight = target.config, target.embed[...]
+    if isinstance(weight, jax.core.Tracer) or not isinstance(weight, jax.Array):
+        return  # the program may be for another machine
+    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * weight.dtype.itemsize
+    memory = _memory(weight.sharding.device_set)
+    if memory and rows * capacity * token > memory:
+        cache = rows * capacity * token / 1e9
+        raise ValueError(f"{asked} need a cache of {cache:.1f} GB, the memory has {memory / 1e9:.1f} GB; {fix}")
+
+
+def _memory(devices: Collection[jax.Device]) -> int:
+    """Bytes that the devices have together, 0 where that is not known."""
+    here = next((device for device in devices if device.process_index == jax.process_index()), None)
+    if here is None:
+        return 0
+    if here.platform == "cpu":  # all of them share the machine's
+        known = hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
+    return len(devices) * (here.memory_stats() or {}).get("bytes_limit", 0)
 
 
 def spread(values: Values, like: Any) -> Values:

@@ -83,32 +83,38 @@ def generate(kind, key=None, **options) -> eagle_jax.Output:
     return eagle_jax.generate(target(), draft, *PROMPTS, key, tree=tree, max_new_tokens=NEW, **options)
 
 
+COUPLED = dict(sampling=SamplingConfig(TEMPERATURES, coupled=True), stop_tokens=(7,), log_probs=True)
+
+
+@functools.cache
+def plain_text() -> eagle_jax.Output:
+    """Of 32 bits; coupled, so that every draft gives this text."""
+    return jax.device_get(generate(None, jax.random.key(1), **COUPLED))
+
+
 @pytest.mark.parametrize("kind", [None, *OWN_CODE])
 def test_generate_and_stream(kind):
-    """A sampled row and a greedy one; and by trace alone the greedy program, the coupled one, and every control."""
-    options = dict(sampling=SamplingConfig(TEMPERATURES), stop_tokens=(7,), log_probs=True)
-    narrow = generate(kind, jax.random.key(1), **options)
+    """A sampled row and a greedy one; and by trace alone the greedy program."""
+    narrow = plain_text()
     draft, tree = draft_of(kind)
     with wide():
-        out = generate(kind, jax.random.key(1), **options)
+        out = generate(kind, jax.random.key(1), **COUPLED)
         stream = eagle_jax.stream(
-            target(), draft, *PROMPTS, jax.random.key(1), tree=tree, max_new_tokens=NEW, **options
+            target(), draft, *PROMPTS, jax.random.key(1), tree=tree, max_new_tokens=NEW, **COUPLED
         )
         chunks = [jax.device_get(chunk) for chunk in stream]
     assert rows_of(out) == rows_of(narrow)
     assert jax.tree.map(lambda x: x.dtype, out) == jax.tree.map(lambda x: x.dtype, narrow)
-    np.testing.assert_array_equal(out.accepted, narrow.accepted)
     np.testing.assert_allclose(out.log_probs, narrow.log_probs, atol=1e-5)
     for row, length in enumerate(PROMPTS[1]):
         streamed = [token for chunk in chunks for token in chunk.tokens[row, : chunk.counts[row]].tolist()]
         assert streamed == rows_of(narrow)[row][length:]
     assert_narrow(lambda: generate(kind, num_samples=2))
-    assert_narrow(lambda: generate(kind, jax.random.key(1), sampling=SamplingConfig(0.7, coupled=True)))
-    assert_narrow(lambda: generate(kind, jax.random.key(1), sampling=RICH))
 
 
-@pytest.mark.parametrize("kind", ["eagle2", "eagle3 static", "draft model tree", "draft model dynamic"])
-def test_other_trees(kind):
+@pytest.mark.parametrize("kind", [None, "eagle2", "eagle3 static", "draft model", "draft model dynamic"])
+def test_sampling_with_every_control(kind):
+    """Also of children that are drawn, and of other trees."""
     assert_narrow(lambda: generate(kind, jax.random.key(1), sampling=RICH))
 
 
@@ -139,11 +145,11 @@ def test_passes_and_losses():
         return eagle_jax.draft_forward(draft, target(), features, *prompts())
 
     def eagle3_sum(draft):
-        losses, accuracies = eagle3_loss(draft, target(), *prompts(), jnp.ones(PROMPTS[0].shape), steps=3)
+        losses, accuracies = eagle3_loss(draft, target(), *prompts(), jnp.ones(PROMPTS[0].shape, int), steps=3)
         return losses.sum(), (losses, accuracies)
 
     def eagle1_sum(draft):
-        losses = eagle1_loss(draft, target(), *prompts(), jnp.ones(PROMPTS[0].shape), key=jax.random.key(0))
+        losses = eagle1_loss(draft, target(), *prompts(), jnp.ones(PROMPTS[0].shape, int), key=jax.random.key(0))
         return sum(losses), losses
 
     for draft, function in ((eagle1, eagle1_sum), (eagle3, eagle3_sum)):

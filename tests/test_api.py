@@ -171,6 +171,12 @@ def test_eagle1_features_are_the_final_hidden_state(case):
         (dict(capacity=1), "capacity must be an integer of at least 2"),
         (dict(max_new_tokens=0), "max_new_tokens must be a positive integer, got 0"),
         (dict(stop_tokens=(97,)), "stop token 97 is outside the vocabulary, 0 to 96"),
+        (dict(stop_tokens=(None,)), "stop_tokens must be token ids, got None among them"),
+        (dict(stop_tokens=5), r"stop_tokens must be a tuple of token ids, such as \(2,\); got 5"),
+        (dict(max_new_tokens=2**31), r"up to 2147483658 tokens .*: positions end at 2147479552; lower max_new_tokens"),
+        (dict(max_new_tokens=10**9), r"3 row\(s\) of up to 1000000010 tokens .* need a cache of 1152.0 GB, the memory"),
+        (dict(capacity=2**40), "up to 1099511627776 tokens .*: positions end at"),
+        (dict(num_samples=10**8), r"300000000 row\(s\) of up to 34 tokens"),
         (dict(tree=(4, 3, 12)), "tree must be a TreeConfig"),
         (dict(tree=TreeConfig(depth=2, top_k=50, num_nodes=60)), "top_k = 50 exceeds the draft vocabulary of 41"),
         (dict(sampling=SamplingConfig(temperature=0.7)), "sampling needs key: one typed key.*got None"),
@@ -182,6 +188,63 @@ def test_impossible_arguments_are_refused(case, function, changes, message):
     arguments = dict(tokens=tokens, lengths=jnp.array([7, 3, 2]), tree=TREE, max_new_tokens=NEW) | changes
     with pytest.raises(ValueError, match=message):
         function(target, draft, arguments.pop("tokens"), arguments.pop("lengths"), **arguments)
+
+
+def test_impossible_capacities_are_refused_everywhere(case):
+    target, draft, tokens, lengths, _ = case
+    for function in (
+        lambda: eagle_jax.prefill(target, draft, tokens, lengths, max_new_tokens=10**9),
+        lambda: eagle_jax.prefill(target, draft, tokens, lengths, capacity=10**9),
+        lambda: eagle_jax.empty_state(target, None, 2, 10**9),
+        lambda: jax.jit(lambda: eagle_jax.empty_state(target, None, 2, 2**32))(),
+    ):
+        with pytest.raises(ValueError, match="lower max_new_tokens, or set capacity"):
+            function()
+    for capacity in (1, 10.0, None):
+        with pytest.raises(ValueError, match="capacity must be an integer of at least 2"):
+            eagle_jax.empty_state(target, None, 2, capacity)
+
+
+def test_more_new_tokens_than_the_capacity_are_as_many_as_fit(case):
+    target, draft, tokens, lengths, expected = case
+    for most in (2**31 - 1, 2**40):
+        trace = jax.eval_shape(
+            functools.partial(eagle_jax.generate, max_new_tokens=most, capacity=18), target, None, tokens, lengths
+        )
+        assert trace.tokens.shape == (3, 10 + 18)
+    out = eagle_jax.generate(target, draft, tokens, lengths, tree=TREE, max_new_tokens=2**40, capacity=18)
+    assert rows_of(out) == [row[:18] for row in rows_of(expected)]
+    state = eagle_jax.empty_state(target, None, 1, 18)
+    for most in (18, 2**31 - 1, 2**40, np.int64(2**40), jnp.int32(2**31 - 1)):
+        assert eagle_jax.insert(state, 0, tokens[0], lengths[0], max_new_tokens=most).limits.tolist() == [18]
+
+
+def test_what_is_no_draft_is_refused_in_a_few_words(case):
+    """Whatever it holds: a model's repr is its weights."""
+    target, draft, tokens, lengths, _ = case
+    state = jax.eval_shape(functools.partial(eagle_jax.prefill, max_new_tokens=NEW), target, None, tokens, lengths)
+    wrap = r"draft is a Llama; to draft with a smaller model, wrap it: eagle_jax.DraftModel\(draft\)"
+    for function, message in (
+        (lambda: eagle_jax.generate(target, target, tokens, lengths), wrap),
+        (lambda: next(eagle_jax.stream(target, target, tokens, lengths)), wrap),
+        (lambda: eagle_jax.prefill(target, target, tokens, lengths), wrap),
+        (lambda: eagle_jax.empty_state(target, target, 1, 30), wrap),
+        (lambda: eagle_jax.propose(target, target, tokens, lengths), wrap),
+        (lambda: jax.eval_shape(eagle_jax.cycle, target, target, state), wrap),
+        (lambda: eagle_jax.forward(target, tokens, lengths, target), "must be an EAGLE head.*, got a Llama"),
+        (lambda: eagle_jax.draft_forward(target, target, tokens, tokens, lengths), "must be an EAGLE head"),
+        (lambda: eagle_jax.generate(draft, target, tokens, lengths), "stands a draft, a Eagle3Draft: the target comes"),
+        (lambda: eagle_jax.generate((target, draft), None, tokens, lengths), "target must be a Llama.*; got a tuple"),
+        (lambda: eagle_jax.generate(target, (draft,), tokens, lengths), "draft must be a Draft .*; got a tuple"),
+        (lambda: eagle_jax.generate(target, eagle_jax.Lookahead, tokens, lengths), "draft is the class Lookahead"),
+        (lambda: eagle_jax.generate(target, "head/", tokens, lengths), r"load it: eagle_jax.load_draft\('head/', tar"),
+        (lambda: eagle_jax.generate(target, draft, tokens, lengths, tree=tokens), r"TreePolicy, got an array int32\["),
+        (lambda: eagle_jax.generate(target, draft, tokens, lengths, sampling={}), "SamplingConfig, got a dict"),
+        (lambda: eagle_jax.generate(target, draft, tokens, lengths, max_new_tokens=tokens), "integer, got an array"),
+    ):
+        with pytest.raises(ValueError, match=message) as refused:
+            function()
+        assert len(str(refused.value)) < 200
 
 
 def test_impossible_lengths_inside_jit_come_back_as_failed(case):

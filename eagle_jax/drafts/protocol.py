@@ -11,13 +11,18 @@ Any tree is safe: what a draft proposes changes how many tokens a cycle brings, 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import os
+import reprlib
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 
 from eagle_jax.models.llama import Llama, LlamaOutput
-from eagle_jax.state import DecodeState
 from eagle_jax.tree import Tree, TreePolicy
+
+if TYPE_CHECKING:
+    from eagle_jax.state import DecodeState
 
 
 class Proposal(NamedTuple):
@@ -98,3 +103,33 @@ class Draft:
             (see `accept_coupled`). A draft may ignore it.
         """
         raise NotImplementedError(f"{type(self).__name__} is no draft: it lacks propose")
+
+
+def check_models(target: Any, draft: Any) -> None:
+    """Raises ValueError, naming the fix, for what is no target or no draft."""
+    if isinstance(target, Draft):
+        raise ValueError(f"in place of the target stands a draft, {shown(target)}: the target comes first")
+    if not hasattr(target, "config"):
+        raise ValueError(
+            f"target must be a Llama, such as eagle_jax.load and from_pretrained give; got {shown(target)}"
+        )
+    if draft is None or isinstance(draft, Draft):
+        return
+    if isinstance(draft, Llama):
+        raise ValueError("draft is a Llama; to draft with a smaller model, wrap it: eagle_jax.DraftModel(draft)")
+    if isinstance(draft, type) and issubclass(draft, Draft):
+        raise ValueError(f"draft is the class {draft.__name__}; pass an instance of it")
+    if isinstance(draft, str | os.PathLike):
+        raise ValueError(f"draft is a path; load it: eagle_jax.load_draft({os.fspath(draft)!r}, target)")
+    raise ValueError(
+        f"draft must be a Draft (an EAGLE head, Medusa, DraftModel, PromptLookup, ...) or None; got {shown(draft)}"
+    )
+
+
+def shown(value: Any) -> str:
+    """A value in a message: itself where it is short; a model's or an array's repr may be megabytes."""
+    if value is None or isinstance(value, str | int | float):
+        return reprlib.repr(value)
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array {value.dtype}{list(value.shape)}"
+    return f"a {type(value).__name__}"
