@@ -22,7 +22,7 @@ class Settings(pydantic.BaseModel):
 class DataSettings(Settings):
     """What is learned from.
 
-    train, held_out: JSONL files; see records.py for their lines. held_out is for evaluation.
+    train, held_out: JSON Lines files or JSON arrays; see records.py for their records. held_out is for evaluation.
     row_length: tokens of a row. packing: several documents a row; else one, padded to the shortest of `buckets` (row
     lengths, ascending; empty: row_length alone) that holds it.
     on_error, too_long: what to do with bad lines, and with documents longer than a row.

@@ -200,7 +200,8 @@ def check_lines(files: Sequence[str], source: Source, options: Options) -> int:
             examples.setdefault(job.error.kind, str(job.error))
     if faults.total() == total:
         why = "; ".join(f"{count:,} {kind}, first {examples[kind]}" for kind, count in faults.most_common())
-        raise ValueError(f"{', '.join(files)}: none of {total:,} lines can be used{f': {why}' if why else ''}")
+        what = f"none of {total:,} lines can be used: {why}" if total else "there is no line to work on"
+        raise ValueError(f"{', '.join(files)}: {what}")
     return total
 
 

@@ -113,7 +113,7 @@ def documents(
     except dataset.NothingToLearn as error:
         say(report.summary())
         counts = ", ".join(f"{count:,} {kind}" for kind, count in report.faults.most_common())
-        why = counts or "no loss sees a token to learn"
+        why = counts or ("no loss sees a token to learn" if report.lines else "the files are empty")
         raise ValueError(f"{error} in {', '.join(files)}: of {report.lines:,} lines none is used ({why})") from error
     say(report.summary())
     return made

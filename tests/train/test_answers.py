@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from eagle_jax.jsonl import Fault
 from eagle_jax.train.chat import conversation_documents
 from tests.train import chat_templates as templates
 from tests.train.chat_templates import chat
@@ -103,6 +106,32 @@ def test_reasoning_is_learned_with_its_answer(template, answer, expected):
 def test_answers_that_a_template_changes_are_refused(template, answer, kind, says):
     fault = fault_of(make(template), chat("q", answer))
     assert fault.kind == kind and says in str(fault)
+
+
+PART = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
+    ["</think>", "<think>", " a ", "\n"]
+)
+SAID = st.lists(PART, min_size=1, max_size=5).map("".join).filter(str.strip)
+TEMPLATES = [templates.REASONING, DROPS, OPENS, REWRITES, templates.STRIPPING, templates.LLAMA3, templates.MARKED]
+
+
+@given(st.lists(SAID, min_size=1, max_size=2), st.sampled_from(TEMPLATES))
+def test_any_answer_is_learned_whole_or_refused(answers, template):
+    """But for white space and a mark that the prompt has already."""
+
+    def squeezed(text: str) -> str:
+        return "".join(text.replace("<think>", "").split())
+
+    tokenizer = make(template)
+    try:
+        documents = conversation_documents(tokenizer, chat(*[text for answer in answers for text in ("q", answer)]))
+    except Fault as fault:
+        assert fault.kind in ("mask unsure", "answer changed")
+        return
+    texts = ["".join(learned(tokenizer, *document)) for document in documents]
+    assert len(texts) in (1, len(answers))
+    for answer, text in zip(answers, texts * len(answers), strict=False):
+        assert squeezed(answer) in squeezed(text)
 
 
 MARKED_STRIPPING = templates.STRIPPING.replace(
