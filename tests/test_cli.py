@@ -176,6 +176,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, arguments, message, cap
             "a tree is depth,top_k,num_nodes, such as 8,10,60; or chain:5",
         ),
         (["generate", "--tree", "1,1,9", "--prompt", "x"], "TreeConfig.num_nodes = 9 is more than"),
+        (["show", "--tree", "no-such-tree", "--prompt", "x"], "a tree is depth,top_k,num_nodes"),
         (["generate", "--max-new-tokens", "0", "--prompt", "x"], "must be a positive integer, got '0'"),
         (["generate", "--dtype", "int8", "--prompt", "x"], "invalid choice: 'int8'"),
     ],
@@ -215,6 +216,12 @@ def test_what_ends_a_command_is_a_code_and_one_line(error, code, message, monkey
     assert main(["generate", "--prompt", "x"]) == code
     err = capsys.readouterr().err
     assert err.startswith(message) and err.count("\n") == (1 if message else 0)
+
+
+def test_a_file_nested_too_deeply_is_refused(tmp_path, capsys):
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert main(["show", "--prompt", "x", "--tree", str(tmp_path / "deep.json")]) == 2
+    assert capsys.readouterr().err.startswith("error: the input is nested too deeply")
 
 
 def test_the_version_is_the_package_s(capsys):

@@ -32,19 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argparse itself exits with 2 for arguments that it refuses.
     """
-    args = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
-    machine.keep_programs()
     try:
+        args = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
+        machine.keep_programs()
         return args.run(args)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as in `eagle-jax generate ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
         return 1
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # ConfigError, CheckpointError, UnicodeError, JSONDecodeError are ValueErrors
+    except (ValueError, OSError) as error:  # also of Unicode and JSON, ConfigError and CheckpointError
         return _refused(str(error))
     except ImportError as error:  # of a package that only some inputs need
         return _refused(f"{error}; a package is missing, or does not fit the others")

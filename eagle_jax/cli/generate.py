@@ -21,6 +21,7 @@ examples:
   eagle-jax generate --model llama-8b/ --prompt "Why is the sky blue?" --baseline
   eagle-jax generate --model llama-8b/ --prompt "Name a colour." --temperature 0.8 --top-p 0.95 --num-samples 3
   eagle-jax generate --target vicuna/ --draft EAGLE-Vicuna/ --prompt "USER: Hi ASSISTANT:" --raw --stop USER:
+  eagle-jax generate --model llama-8b/ --draft prompt-lookup --prompt - < code_to_change.txt
   eagle-jax generate --model llama-8b/ --prompts question.jsonl --out answers.jsonl --batch 16
 
 The text goes to stdout, coloured on a terminal where the draft proposed it. A summary goes to stderr: its tok/s is

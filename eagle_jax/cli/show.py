@@ -76,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import eagle_jax
-    from eagle_jax import convert
     from eagle_jax.cli import drafts, models, plot, progress, prompts
 
     if args.out is not None:
@@ -91,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
             if args.draft is None:
                 args.draft_name = args.draft_name or {"eagle3": None}
         loaded = models.load_models(args)
-        tokenizer = convert.tokenizer(loaded.folder)
+        prompts.check_tokenizer(loaded.tokenizer)
+        tokenizer: Any = loaded.tokenizer
     one = _shown(loaded, args, embedded)
     tokens, lengths = eagle_jax.pad([prompts.encode(tokenizer, prompts.check_text("--prompt", args.prompt), args.raw)])
     most = min(args.max_new_tokens, args.cycle * (one.draft.depth(one.tree) + 1) + 1)
