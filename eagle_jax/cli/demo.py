@@ -35,16 +35,21 @@ REPEATS = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
     parser.add_argument("--out", metavar="DIR", help="keep the converted folder here (default: a temporary one)")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write into a folder that is not empty: replaces a previous conversion there, and no other files",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 1 if speculative decoding gave other tokens than plain decoding, near-ties apart."""
     with contextlib.ExitStack() as stack:
         out = args.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="eagle-jax-demo-"))
-        return _demo(Path(out))
+        return _demo(Path(out), args.overwrite)
 
 
-def _demo(out: Path) -> int:
+def _demo(out: Path, overwrite: bool) -> int:
     import jax
     from rich.console import Console
 
@@ -54,7 +59,7 @@ def _demo(out: Path) -> int:
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with progress.status(notes, "converting and loading"), _pair() as (target_folder, head_folder):
-        convert.convert(target_folder, head_folder, out)
+        convert.convert(target_folder, head_folder, out, overwrite=overwrite, note=notes.print)
         target, draft = map(models.for_this_machine, convert.load(out, dtype="float32"))
         loaded = models.Models(target, draft, out / convert.parts.TARGET)
         tokenizer = convert.tokenizer(out)

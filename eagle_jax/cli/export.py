@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from eagle_jax.cli.models import add_revisions, named_as_model
 from eagle_jax.convert.engines import ENGINES
 from eagle_jax.convert.match import PARAMETER_DTYPES
 
@@ -25,10 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="DIR", help="a folder that `eagle-jax convert` wrote")
     group.add_argument("--target", metavar="DIR_OR_ID", help="instead: the target, a Hugging Face folder or hub id")
     group.add_argument("--draft", metavar="DIR_OR_ID", help="and its EAGLE head")
+    add_revisions(group)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--format", required=True, choices=tuple(ENGINES), help="who is to load it")
     parser.add_argument("--dtype", choices=PARAMETER_DTYPES, help="cast the weights (default: the head's own)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write into a folder that is not empty: replaces a previous export there, and no other files",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from eagle_jax.convert import export
+    from eagle_jax.convert.exporting import check_place
     from eagle_jax.convert.loading import load_head
 
     if (args.model is None) == (args.target is None) or (args.target is None) != (args.draft is None):
@@ -44,7 +51,13 @@ def run(args: argparse.Namespace) -> int:
     for source in (args.model, args.target, args.draft):
         if source is not None and Path(source).is_dir() and Path(source).resolve().is_relative_to(out):
             raise ValueError(f"--out {args.out}: is or contains the source {source}; choose another output folder")
-    target, draft = load_head(args.target if args.model is None else args.model, args.draft)
+    check_place(out, args.overwrite)
+    if args.model is not None:
+        with named_as_model(args.model):
+            target, draft = load_head(args.model)
+    else:
+        revisions = {"revision": args.revision, "draft_revision": args.draft_revision}
+        target, draft = load_head(args.target, args.draft, **revisions)
     if draft is None:
         raise ValueError(f"{args.model}: this converted folder holds no draft")
     done = export(draft, target, args.out, format=args.format, dtype=args.dtype, overwrite=args.overwrite)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from eagle_jax.cli import prompts, tuned
-from eagle_jax.convert import eos, from_pretrained, load, parts
+from eagle_jax.convert import CheckpointError, eos, from_pretrained, load, parts
+from eagle_jax.convert.error import NotConvertedError
+from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.match import PARAMETER_DTYPES
-from eagle_jax.convert.read import resolve
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle import EagleDraft, with_window
 from eagle_jax.drafts.lookahead import Lookahead
@@ -65,6 +67,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="and its EAGLE head, Medusa heads, or draft model; or a draft without weights, with --model, too: "
         + ", ".join(WEIGHTLESS),
     )
+    add_revisions(group)
     group.add_argument("--dtype", choices=PARAMETER_DTYPES, help="dtype of both models (default: their own)")
     group.add_argument(
         "--mesh",
@@ -72,6 +75,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS=N,...",
         help="spread them over several devices, such as data=2,tensor=4: texts over data, products over tensor",
     )
+
+
+def add_revisions(parser: Any) -> None:
+    """Adds --revision and --draft-revision, of hub ids, to a parser or a group of one."""
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the target's hub repository")
+    parser.add_argument("--draft-revision", metavar="NAME", help="the same of the draft's")
+
+
+@contextlib.contextmanager
+def named_as_model(name: str) -> Iterator[None]:
+    """Makes errors of `load` for a folder that --model names tell of the options that help."""
+    try:
+        yield
+    except NotConvertedError as error:
+        raise ValueError(
+            f"--model {name}: not a converted folder; an official checkpoint is named by --target {name}, or converted "
+            f"once: eagle-jax convert --target {name} --out DIR"
+        ) from error
+    except CheckpointError as error:
+        if Path(name).exists():
+            raise
+        raise ValueError(f"--model {error}; a Hugging Face folder or hub id is named by --target") from error
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -298,12 +323,16 @@ def load_models(args: argparse.Namespace) -> Models:
                 "--draft goes with --target: a converted folder holds its own draft, in place of which --draft takes "
                 f"one without weights: {', '.join(WEIGHTLESS)}"
             )
+        if args.revision is not None or args.draft_revision is not None:
+            raise ValueError("--revision and --draft-revision go with hub ids: --target and --draft")
         folder = Path(args.model) / parts.TARGET
-        target, draft = load(args.model, dtype=args.dtype, mesh=mesh)
+        with named_as_model(args.model):
+            target, draft = load(args.model, dtype=args.dtype, mesh=mesh)
     else:
         source = args.draft if weightless is None else None
-        target, draft = from_pretrained(args.target, source, dtype=args.dtype, mesh=mesh)
-        folder = resolve(args.target)
+        revisions = {"revision": args.revision, "draft_revision": args.draft_revision}
+        target, draft = from_pretrained(args.target, source, dtype=args.dtype, mesh=mesh, **revisions)
+        folder = resolve(args.target, Hub(args.revision))
     if weightless is not None:
         draft = weightless()
     if draft is not None and args.draft_window is not None:

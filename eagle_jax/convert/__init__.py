@@ -2,8 +2,9 @@
 
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.exporting import export
-from eagle_jax.convert.loading import from_pretrained, load, load_draft, tokenizer
+from eagle_jax.convert.loading import from_pretrained, load, load_draft
 from eagle_jax.convert.official import to_official
+from eagle_jax.convert.tokenizing import tokenizer
 from eagle_jax.convert.write import convert
 
 __all__ = ["CheckpointError", "convert", "export", "from_pretrained", "load", "load_draft", "to_official", "tokenizer"]

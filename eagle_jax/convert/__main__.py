@@ -23,20 +23,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", choices=PARAMETER_DTYPES, help="dtype of the parameters (default: the target's own)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not a conversion")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write into a folder that is not empty: replaces a previous conversion there, and no other files",
+    )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the target's hub repository")
+    parser.add_argument("--draft-revision", metavar="NAME", help="the same of the draft's")
 
 
 def run(args: argparse.Namespace) -> int:
     """Converts with a progress bar on stderr and a summary on stdout.
 
     Returns:
-      The exit code: 0, or 1 after an error, which is one line on stderr.
+      The exit code: 0, or 2 after an error, which is one line on stderr.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
+    notes: list[str] = []
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("converting", total=None)
@@ -47,16 +54,21 @@ def run(args: argparse.Namespace) -> int:
                 dtype=args.dtype,
                 overwrite=args.overwrite,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
+                note=notes.append,
+                revision=args.revision,
+                draft_revision=args.draft_revision,
             )
     except (CheckpointError, ConfigError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return 2
     manifest = read_json(out / "manifest.json")
     print(f"Converted to {out} ({manifest['dtype']})")
     for role in ("target", "draft"):
         if manifest[role] is not None:
             kind, source, parts = (manifest[role][field] for field in ("kind", "source", "parts"))
             print(f"  {role}: {kind} from {source}, {len(parts)} parts")
+    for note in notes:
+        print(f"note: {note}")
     return 0
 
 

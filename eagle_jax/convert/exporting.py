@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from eagle_jax.convert import names
 from eagle_jax.convert.engines import Plan, plan
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.match import finite_values, match_draft, parameter_dtype
-from eagle_jax.convert.place import new_folder
+from eagle_jax.convert.place import added_to, new_folder, settle
+from eagle_jax.convert.previous import some
 from eagle_jax.convert.read import Tensor, open_checkpoint
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 
 SAFETENSORS, CONFIG = "model.safetensors", "config.json"
+WRITTEN = (SAFETENSORS, "pytorch_model.bin", CONFIG)  # the files of an export, of any format
+WEIGHTS = re.compile(r"\.(safetensors|bin|pt)(\.index\.json)?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,7 @@ def export(
       format: "official", "sglang" or "vllm"; see docs/export.md.
       dtype: "float32", "bfloat16" or "float16", to cast; None keeps the head's own. The vocabulary tables d2t [Vd]
         int64 and t2d [V] bool stay as they are.
-      overwrite: replace what `out` holds.
+      overwrite: write into a folder that is not empty. Only the files of a previous export are replaced.
       safetensors: write model.safetensors, whatever the format's own file is.
     Raises:
       ConfigError: a head that the engine cannot run as it is; nothing is written.
@@ -66,16 +70,13 @@ def export(
         reads back differently. Nothing is left behind.
     """
     out = Path(out).resolve()
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: is a file; choose another output folder")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise CheckpointError(f"{out}: is not empty; choose another output folder, or replace it with --overwrite")
+    check_place(out, overwrite)
     planned = plan(draft, target, format)
-    kept = parameter_dtype(draft.dtype if dtype is None else dtype)  # type: ignore[attr-defined]
-    tensors = {name: _cast(name, array, kept) for name, array in planned.tensors.items()}
-    leaves = {path: _cast(path, np.asarray(leaf), kept) for path, leaf in params.flatten(draft).items()}
-    leaves |= {path: _cast(path, array, kept) for path, array in planned.added.items()}
-    config = planned.config | {"torch_dtype": kept.name}
+    cast = parameter_dtype(draft.dtype if dtype is None else dtype)  # type: ignore[attr-defined]
+    tensors = {name: _cast(name, array, cast) for name, array in planned.tensors.items()}
+    leaves = {path: _cast(path, np.asarray(leaf), cast) for path, leaf in params.flatten(draft).items()}
+    leaves |= {path: _cast(path, array, cast) for path, array in planned.added.items()}
+    config = planned.config | {"torch_dtype": cast.name}
 
     file, notes = SAFETENSORS if safetensors else planned.file, planned.notes
     if file != SAFETENSORS and importlib.util.find_spec("torch") is None:
@@ -83,13 +84,45 @@ def export(
             f"{SAFETENSORS} in place of {file}, which needs PyTorch; the engine reads it where there is no {file}",
         )
         file = SAFETENSORS
-    with new_folder(out) as folder:
+    kept = sorted(entry.name for entry in out.iterdir() if entry.name not in WRITTEN) if out.exists() else []
+    if kept:
+        notes += (f"kept in {out}: {some(kept)}",)
+    previous = any((out / name).exists() for name in WRITTEN)
+    with added_to(out) if kept and not previous else new_folder(out, keep=_is_users) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         write_tensors(folder / file, tensors)
         verify(folder, planned, config, tensors, leaves)
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     shapes = {name: (array.shape, array.dtype.name) for name, array in tensors.items()}
     return Exported(format, out, (file, CONFIG), shapes, num_bytes, config, notes)
+
+
+def _is_users(path: Path) -> bool:
+    """Whether a file, by its path below the folder, is none that an export writes."""
+    return path.as_posix() not in WRITTEN
+
+
+def check_place(out: Path, overwrite: bool) -> None:
+    """Refuses an output folder that an export may not write to.
+
+    Raises:
+      CheckpointError: for a file, for a folder that is not empty, or, with `overwrite`, for one with weights that no
+        export wrote, which an engine would read too.
+    """
+    settle(out)
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is a file; choose another output folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{out}: is not empty; choose another output folder, or write into it with --overwrite (overwrite=True)"
+        )
+    weights = [file.name for file in sorted(out.iterdir()) if file.name not in WRITTEN and WEIGHTS.search(file.name)]
+    if weights:
+        raise CheckpointError(
+            f"{out}: holds other weights ({some(weights)}), which an engine would read; choose another output folder"
+        )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

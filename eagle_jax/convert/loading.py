@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from eagle_jax.convert import parts
-from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.error import CheckpointError, NotConvertedError
+from eagle_jax.convert.hub import Hub, no_such_folder
 from eagle_jax.convert.match import (
     PARAMETER_DTYPES,
     Match,
@@ -61,7 +61,15 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Mo
 
 
 def from_pretrained(
-    target: str | Path, draft: str | Path | None = None, *, dtype: Any = None, mesh: Mesh | None = None
+    target: str | Path,
+    draft: str | Path | None = None,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    draft_revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> Models:
     """Loads official checkpoints without writing anything.
 
@@ -71,20 +79,34 @@ def from_pretrained(
         comes as a DraftModel.
       dtype: of both models; None means the target's own.
       mesh: as in `load`.
+      revision, draft_revision: a branch, tag or commit of the target's and of the draft's hub repository.
+      token: of the Hugging Face hub; None means that of `hf auth login` or HF_TOKEN.
+      local_files_only: take hub repositories from the cache, without asking the network.
     Raises:
       CheckpointError, ConfigError: as `convert`.
     """
-    target_match, draft_match = match_pair(target, draft, dtype)
+    hubs = (Hub(wanted, token, local_files_only) for wanted in (revision, draft_revision))
+    target_match, draft_match = match_pair(target, draft, dtype, *hubs)
     return _fill(target_match, mesh), None if draft_match is None else as_draft(_fill(draft_match, mesh))
 
 
-def load_draft(path: str | Path, target: Llama, *, dtype: Any = None, mesh: Mesh | None = None) -> Draft:
+def load_draft(
+    path: str | Path,
+    target: Llama,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Draft:
     """Loads one more draft for a target that is loaded already.
 
     Args:
       path: a converted folder, whose draft is taken, or an official checkpoint (a folder or hub id).
       dtype: None means the target's own.
       mesh: as in `load`; None: where the target lies.
+      revision, token, local_files_only: of a hub id; see `from_pretrained`.
     Raises:
       CheckpointError, ConfigError: as `load` and `from_pretrained`.
     """
@@ -97,7 +119,7 @@ def load_draft(path: str | Path, target: Llama, *, dtype: Any = None, mesh: Mesh
             raise CheckpointError(f"{path}: this converted folder holds no draft")
         draft = as_draft(_load_model(Path(path) / parts.DRAFT, entries[parts.DRAFT], dtype, mesh))
     else:
-        match = match_draft(open_checkpoint(path), dtype)
+        match = match_draft(open_checkpoint(path, Hub(revision, token, local_files_only)), dtype)
         as_draft(match.model).check_fits(target)
         check_copy(match, lambda: _output_rows(target))
         return as_draft(_fill(match, mesh))
@@ -105,7 +127,13 @@ def load_draft(path: str | Path, target: Llama, *, dtype: Any = None, mesh: Mesh
     return draft
 
 
-def load_head(source: str | Path, draft: str | Path | None = None) -> tuple[Llama, Draft | None]:
+def load_head(
+    source: str | Path,
+    draft: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    draft_revision: str | None = None,
+) -> tuple[Llama, Draft | None]:
     """A draft in its own dtype, and its target without weights but for those that `export` needs.
 
     Those are the embedding, and the lm_head where the draft has none of its own.
@@ -113,11 +141,12 @@ def load_head(source: str | Path, draft: str | Path | None = None) -> tuple[Llam
     Args:
       source: a converted folder, whose draft is taken; with `draft`, the target's official checkpoint.
       draft: the draft's official checkpoint.
+      revision, draft_revision: of hub ids; see `from_pretrained`.
     Raises:
       CheckpointError, ConfigError: as `load` and `from_pretrained`.
     """
     if draft is not None:
-        target_match, draft_match = match_pair(source, draft, None)
+        target_match, draft_match = match_pair(source, draft, None, Hub(revision), Hub(draft_revision))
         assert draft_match is not None  # a draft was named
         loaded = as_draft(_fill(match_draft(draft_match.checkpoint, _weights_dtype(draft_match)), None))
         needed = _needed_by_export(target_match.model, loaded)
@@ -136,36 +165,7 @@ def load_head(source: str | Path, draft: str | Path | None = None) -> tuple[Llam
     return _with_arrays(target, found), loaded
 
 
-def tokenizer(path: str | Path) -> Any:
-    """The transformers tokenizer of a converted folder, or of a Hugging Face folder or hub id.
-
-    Raises:
-      CheckpointError: if there are no tokenizer files, or damaged ones.
-    """
-    folder = Path(path)
-    source = folder / parts.TARGET if parts.is_conversion(folder) else path
-    try:
-        return _tokenizer_class(Path(source)).from_pretrained(str(source))
-    except Exception as error:  # the tokenizer libraries raise bare Exceptions for damaged files
-        raise CheckpointError(f"{source}: no usable tokenizer files (tokenizer.json, ...): {error}") from error
-
-
-def _tokenizer_class(folder: Path) -> Any:
-    """The class that a folder names, where `AutoTokenizer` would take it; to ask that one takes seconds."""
-    try:
-        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["tokenizer_class"]
-    except (OSError, ValueError, KeyError, TypeError):
-        named = None  # a hub's, or damaged: its own message is the better one
-    if named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
-
-
-_AGAIN = "convert again (python -m eagle_jax.convert)"
+_AGAIN = "convert again with --overwrite (python -m eagle_jax.convert)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +187,10 @@ class _Entry:
 def _entries(folder: Path) -> dict[str, _Entry]:
     """The models that a folder's manifest lists, by role."""
     path = folder / parts.MANIFEST
+    if not folder.exists():
+        raise CheckpointError(no_such_folder(folder))
     if not path.is_file():
-        raise CheckpointError(
+        raise NotConvertedError(
             f"{folder}: not a converted folder (it has no {parts.MANIFEST}); write one with "
             "python -m eagle_jax.convert, or load official checkpoints with from_pretrained"
         )

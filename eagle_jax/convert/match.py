@@ -12,6 +12,7 @@ import numpy as np
 
 from eagle_jax.convert import names
 from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.read import Checkpoint, Tensor, open_checkpoint
 from eagle_jax.convert.vocabulary import target_ids_of
 from eagle_jax.drafts.draft_model import DraftModel
@@ -59,23 +60,26 @@ class Match:
         return finite_values(self.tensors[path], leaf.dtype).reshape(leaf.shape)
 
 
-def match_pair(target: str | Path, draft: str | Path | None, dtype: Any) -> tuple[Match, Match | None]:
+def match_pair(
+    target: str | Path, draft: str | Path | None, dtype: Any, hub: Hub | None = None, draft_hub: Hub | None = None
+) -> tuple[Match, Match | None]:
     """Opens and matches both checkpoints, and checks that the draft was made for the target.
 
     Reads no weights, except those that are in the files twice and have to be equal.
 
     Args:
       dtype: of both models; None means the target's own.
+      hub, draft_hub: how the target's and the draft's repositories are fetched.
     Raises:
       CheckpointError: a damaged or contradictory checkpoint.
       ConfigError: a config that is not implemented, or a draft that does not fit its target.
     """
-    checkpoint = open_checkpoint(target)
+    checkpoint = open_checkpoint(target, hub)
     dtype = own_dtype(checkpoint) if dtype is None else parameter_dtype(dtype)
     target_match = match_target(checkpoint, dtype)
     if draft is None:
         return target_match, None
-    draft_match = match_draft(open_checkpoint(draft), dtype)
+    draft_match = match_draft(open_checkpoint(draft, draft_hub), dtype)
     as_draft(draft_match.model).check_fits(target_match.model)
     check_copy(draft_match, lambda: target_match.read(output_path(target_match.model)))
     return target_match, draft_match

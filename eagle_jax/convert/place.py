@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `out` (absolute), which replaces it when the block ends; after an error it goes."""
-    # The names are fixed, so that the next run finds and removes what a killed one left.
-    partial, old = (out.with_name(f".{out.name}.{state}") for state in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
+def new_folder(out: Path, keep: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
+    """Yields an empty folder beside `out` (absolute), which replaces it when the block ends; after an error it goes.
+
+    Args:
+      keep: which files of the old folder, by their paths below it, the new one takes over. A file of the same path in
+        the new folder comes first.
+    """
+    settle(out)
+    partial, old = _beside(out)
     try:
         partial.mkdir(parents=True)
         yield partial
+        if out.is_dir():
+            _carry_over(out, partial, keep)
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
             os.rename(out, old)
@@ -26,6 +32,57 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def added_to(out: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `out`, whose entries move into `out` when the block ends; after an error it goes.
+
+    For a folder of the user's that has nothing of these names. Folders move first, then files, so that a file can say
+    that all is there.
+    """
+    partial, _ = _beside(out)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for entry in sorted(partial.iterdir(), key=lambda entry: entry.is_file()):
+            os.rename(entry, out / entry.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def settle(out: Path) -> None:
+    """Undoes what a killed `new_folder` left beside `out`: its unfinished folder goes, an old one comes back."""
+    partial, old = _beside(out)
+    shutil.rmtree(partial, ignore_errors=True)
+    if old.is_dir() and not out.exists():
+        os.rename(old, out)
+
+
+def _beside(out: Path) -> tuple[Path, Path]:
+    """The names of the new and the old folder while one replaces the other: fixed, so that the next run finds them."""
+    return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+
+
+def _carry_over(old: Path, new: Path, keep: Callable[[Path], bool]) -> None:
+    """Links files of one folder into another: `old` stays whole until it is replaced."""
+    for path in files_below(old):
+        place = new / path
+        if keep(path) and not os.path.lexists(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(old / path, place, follow_symlinks=False)
+            except OSError:  # a file system without links
+                shutil.copy2(old / path, place, follow_symlinks=False)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The paths of all files below a folder, relative to it, sorted. A link to a folder counts as a file."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        found += [Path(root, name).relative_to(folder) for name in files + links]
+    return sorted(found)
 
 
 @contextmanager

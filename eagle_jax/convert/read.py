@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.hub import MEDUSA_FILE, Hub, first_line, resolve
 
 # Data types by their safetensors names. Others (float8, ...) are listed under their own name and never read.
 DTYPES: dict[str, np.dtype] = {
@@ -35,11 +36,6 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
-
-MEDUSA_FILE = "medusa_lm_head.pt"  # the one .pt that is read: others are optimizer states, or whole pickled modules
-
-# What a download from the hub fetches: weights of one format only, nothing from subfolders.
-SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "chat_template.*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +74,16 @@ class Checkpoint:
         return self.folder / "config.json"
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, hub: Hub | None = None) -> Checkpoint:
     """Opens a local folder, or downloads a Hugging Face repository and opens that.
+
+    Args:
+      hub: how a repository is fetched.
 
     Raises:
       CheckpointError: naming the file that is missing or damaged, and what to do about it.
     """
-    folder = resolve(source)
+    folder = resolve(source, hub)
     config = read_json(folder / "config.json")
     files, weight_map = weight_files(folder)
     tensors: dict[str, Tensor] = {}
@@ -104,28 +103,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         else:
             faults[name] = f"{shard}: this shard, which holds tensor {name!r}, is missing; download or copy it again"
     return Checkpoint(str(source), folder, config, tensors, tuple(files), faults)
-
-
-def resolve(source: str | Path) -> Path:
-    """The local folder of `source`: itself, or the snapshot of a Hugging Face repository id."""
-    if Path(source).is_dir():
-        return Path(source)
-    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        raise CheckpointError(f"{source}: no such folder")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    def download(*patterns: str) -> Path:
-        allowed = [*SMALL_FILES, *patterns]
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=allowed, ignore_patterns=["*/*"]))
-
-    try:
-        folder = download("*.safetensors")
-        return folder if any(folder.glob("*.safetensors")) else download("*.bin", MEDUSA_FILE)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{source}: no such folder, and downloading it from the Hugging Face hub failed: {_first_line(error)}"
-        ) from error
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -180,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({_first_line(error)}); the file is damaged") from error
+        raise CheckpointError(f"{path}: not valid JSON ({first_line(error)}); the file is damaged") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object was expected; the file is damaged")
     return value
@@ -249,7 +226,7 @@ def read_bin(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # unpickling damaged bytes can raise anything
         raise CheckpointError(
-            f"{path}: PyTorch's weights-only reader refuses this file ({_first_line(error)}); it is damaged, "
+            f"{path}: PyTorch's weights-only reader refuses this file ({first_line(error)}); it is damaged, "
             "incomplete, or holds more than tensors. Download it again, or use a .safetensors file"
         ) from error
     if not isinstance(state, dict):
@@ -281,7 +258,3 @@ def _shards_of(files: list[Path]) -> list[str]:
             stem, _, count, suffix = series.groups()
             names += [f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1)]
     return sorted(set(names))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,7 +5,8 @@
     out/target/parameters/<part>/            orbax items: embed, layers.0, ..., lm_head, rest
     out/draft/config.json, parameters/       the same for the draft, if there is one
 
-The folder is written beside its place and renamed into it when it is complete.
+The folder is written beside its place and renamed into it when it is complete. previous.py says what becomes of one
+that was there.
 """
 
 from __future__ import annotations
@@ -20,23 +21,13 @@ import numpy as np
 
 from eagle_jax.convert import parts
 from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.match import Match, match_pair
-from eagle_jax.convert.place import new_folder
+from eagle_jax.convert.place import settle
+from eagle_jax.convert.previous import SMALL, Previous
+from eagle_jax.convert.small_files import copy_small_files
 from eagle_jax.models import params
 from eagle_jax.version import __version__
-
-# Small files that are copied from the target's folder.
-COPIED = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
-    "generation_config.json",
-)
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all): source files hashed and parameters written
 
@@ -49,57 +40,64 @@ def convert(
     dtype: Any = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+    revision: str | None = None,
+    draft_revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> Path:
     """Converts a target and its draft (or a target alone) to a folder for `load`.
 
     Args:
       target: a Hugging Face folder or hub id.
       draft: another, which holds an EAGLE head, Medusa heads, or a smaller model of the target's vocabulary.
-      out: the folder to write. A previous conversion there is replaced once the new one is complete.
+      out: the folder to write, absent or empty. One that holds this very conversion already is left as it is.
       dtype: "float32", "bfloat16" or "float16"; None keeps the target's own, for both models.
-      overwrite: replace whatever else `out` holds, too.
+      overwrite: write into a folder that holds something else, too. Only the files of a previous conversion are
+        replaced, once the new ones are complete; all other files stay.
       progress: called now and then with the bytes done and the bytes in all.
+      note: called with sentences about what was there before: what stays, and what is out of date.
+      revision, draft_revision, token, local_files_only: of hub ids; see `from_pretrained`.
     Returns:
       The absolute path of `out`.
     Raises:
       CheckpointError: a damaged or contradictory source, or an `out` that is taken.
       ConfigError: a config that is not implemented, or a draft that does not fit its target.
     """
-    out = Path(out).resolve()
-    _check_place(out, overwrite, [Path(source).resolve() for source in (target, draft) if source is not None])
-    target_match, draft_match = match_pair(target, draft, dtype)
+    out, note = Path(out).resolve(), note or (lambda sentence: None)
+    settle(out)
+    previous = Previous.of(out)
+    previous.check(target, draft, overwrite)
+    hubs = (Hub(wanted, token, local_files_only) for wanted in (revision, draft_revision))
+    target_match, draft_match = match_pair(target, draft, dtype, *hubs)
     matches = {parts.TARGET: target_match} | ({} if draft_match is None else {parts.DRAFT: draft_match})
+    if not previous.is_free and not overwrite:
+        if not previous.holds(matches):
+            raise previous.taken()
+        note(f"{out} holds this conversion already, nothing was written")
+        return out
 
-    with new_folder(out) as partial:
+    with previous.replaced() as partial:
         parameter_bytes = sum(_parameter_bytes(match) for match in matches.values())
         _check_room(partial, parameter_bytes)
         report = _Report(progress, parameter_bytes + sum(_source_bytes(match) for match in matches.values()))
+        models = {role: _write_model(match, partial / role, report) for role, match in matches.items()}
+        copied = copy_small_files(target_match.checkpoint.folder, partial / parts.TARGET)
         manifest = {
             "format": parts.FORMAT,
             "version": parts.VERSION,
             "package": __version__,
             "dtype": np.dtype(target_match.model.dtype).name,
             parts.DRAFT: None,
-            **{role: _write_model(match, partial / role, report) for role, match in matches.items()},
+            **models,
+            SMALL: {path: parts.file_sha256(partial / parts.TARGET / path) for path in copied},
         }
-        _copy_small_files(target_match.checkpoint.folder, partial / parts.TARGET)
         # Last: a folder without a manifest does not load.
         (partial / parts.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        remarks = previous.remarks(manifest)
+    for sentence in remarks:
+        note(sentence)
     return out
-
-
-def _check_place(out: Path, overwrite: bool, sources: list[Path]) -> None:
-    for source in sources:
-        if source.is_dir() and source.is_relative_to(out):
-            raise CheckpointError(f"{out}: is or contains the source {source}; choose another output folder")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise CheckpointError(f"{out}: is a file; choose another output folder")
-    if any(out.iterdir()) and not overwrite and not parts.is_conversion(out):
-        raise CheckpointError(
-            f"{out}: is not empty and not a converted folder; choose another, or replace it with --overwrite"
-        )
 
 
 def _check_room(folder: Path, needed: int) -> None:
@@ -155,9 +153,3 @@ def _write_model(match: Match, folder: Path, report: _Report) -> dict[str, Any]:
         "own_lm_head": getattr(match.model.config, "own_lm_head", True),
         "parts": entries,
     }
-
-
-def _copy_small_files(source: Path, folder: Path) -> None:
-    for pattern in COPIED:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from eagle_jax.convert import to_official
 from eagle_jax.convert.exporting import CONFIG, SAFETENSORS, export, write_tensors
 from eagle_jax.convert.place import new_folder
 from eagle_jax.convert.read import read_json
-from eagle_jax.convert.write import COPIED
+from eagle_jax.convert.small_files import copy_small_files
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.train.loss import in_dtype
@@ -27,9 +26,7 @@ def save_target(model: Llama, config: Path, folder: Path, dtype: str) -> None:
         write_tensors(place / SAFETENSORS, to_official(in_dtype(jax.device_get(model), dtype)))
         text = json.dumps(read_json(config) | {"torch_dtype": dtype}, indent=1)
         (place / CONFIG).write_text(text + "\n")
-        for pattern in COPIED:
-            for file in config.parent.glob(pattern):
-                shutil.copyfile(file, place / file.name)
+        copy_small_files(config.parent, place)
 
 
 def save_head(head: Any, target: Llama, folder: Path, dtype: str, format: str = "official") -> None:

@@ -160,6 +160,25 @@ def test_places(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("exported", [False, True])
+def test_other_files_stay(tmp_path: Path, exported: bool):
+    out = tmp_path / "out"
+    if exported:
+        export(eagle1(), target(), out, format="vllm")
+    (out / "logs").mkdir(parents=True)
+    for name in ("README.md", "logs/loss.csv"):
+        (out / name).write_text("mine")
+    done = export(eagle3(), target(), out, format="official", overwrite=True)
+    assert done.notes[-1] == f"kept in {out}: README.md, logs"
+    assert {path.name for path in out.iterdir()} == {"README.md", "logs", "config.json", "pytorch_model.bin"}
+    assert (out / "logs" / "loss.csv").read_text() == "mine" and list(tmp_path.iterdir()) == [out]
+    (out / "model-00001-of-00002.safetensors").write_text("mine")
+    with pytest.raises(
+        CheckpointError, match=r"holds other weights .model-00001-of-00002.safetensors., which an engine"
+    ):
+        export(eagle3(), target(), out, format="vllm", overwrite=True)
+
+
 def test_weights_that_are_not_finite(tmp_path: Path):
     draft = eagle3()
     nan = params.load(draft, params.flatten(draft) | {"norm": jnp.full((8,), jnp.nan)})

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 import eagle_jax
-from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official, tokenizer
+from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official, tokenizer, tokenizing
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.models import params
@@ -198,4 +198,23 @@ def test_tokenizer_absent_or_damaged(tmp_path: Path, contents: str | None):
     if contents is not None:
         (folder / "tokenizer.json").write_text(contents)
     with pytest.raises(CheckpointError, match=f"{folder}: no usable tokenizer files"):
+        tokenizer(folder)
+
+
+def test_a_sentencepiece_tokenizer_names_the_packages_that_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = folders.write_safetensors(tmp_path, CONFIG, folders.llama_arrays())
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    monkeypatch.setattr(tokenizing, "_installed", lambda module: module != "sentencepiece")
+    needed = r"tokenizer.model: .* needs the package sentencepiece: pip install 'eagle-jax\[sentencepiece\]'"
+    with pytest.raises(CheckpointError, match=needed):
+        tokenizer(folder)
+    monkeypatch.setattr(tokenizing, "_installed", lambda module: False)
+    with pytest.raises(CheckpointError, match="needs the packages sentencepiece and protobuf"):
+        tokenizer(folder)
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\n")  # of tiktoken
+    with pytest.raises(CheckpointError, match="no usable tokenizer files"):
+        tokenizer(folder)
+    monkeypatch.setattr(tokenizing, "_installed", lambda module: True)
+    with pytest.raises(CheckpointError, match="no usable tokenizer files"):  # a damaged one
         tokenizer(folder)

@@ -15,9 +15,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import errors
 
 from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.match import Match, match_target
+from eagle_jax.convert.place import files_below
 from eagle_jax.convert.read import open_checkpoint
 from tests.convert import folders
 from tests.convert.folders import CONFIG, assert_same, llama_arrays, read_arrays, write_bin, write_safetensors
@@ -295,28 +298,94 @@ def test_absent_folders(source: str | Path):
 def test_hub_downloads_one_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str):
     arrays, write = llama_arrays(), {"safetensors": write_safetensors, "bin": write_bin, "pt": write_pt}[suffix]
     write(tmp_path / "repository", CONFIG, arrays)
-    (tmp_path / "repository" / "optimizer.pt").write_bytes(b"large")
-    (tmp_path / "snapshot").mkdir()
+    unread = ("optimizer.pt", "original/consolidated.bin", "original/params.json", "original/model.safetensors")
+    for name in (*unread, "additional_chat_templates/tool_use.jinja", "tokenizer.model"):
+        (tmp_path / "repository" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "repository" / name).write_bytes(b"large")
     calls = []
 
-    def download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        calls.append(repo_id)
-        names = [file.name for file in (tmp_path / "repository").iterdir()]
+    def download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str] | None, **options) -> str:
+        calls.append((repo_id, options))
+        names = [str(path) for path in files_below(tmp_path / "repository")]
         for name in huggingface_hub.utils.filter_repo_objects(
             names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
         ):
-            shutil.copy(tmp_path / "repository" / name, tmp_path / "snapshot")
+            (tmp_path / "snapshot" / name).parent.mkdir(exist_ok=True)
+            shutil.copy(tmp_path / "repository" / name, tmp_path / "snapshot" / name)
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    checkpoint = open_checkpoint("owner/some-model")
-    assert set(calls) == {"owner/some-model"}
-    assert len(calls) == (1 if suffix == "safetensors" else 2)
+    resolve("owner/some-model", weights=False)
+    assert [str(path) for path in files_below(tmp_path / "snapshot")] == [
+        "additional_chat_templates/tool_use.jinja",
+        "config.json",
+        "tokenizer.model",
+    ]
+    checkpoint = open_checkpoint("owner/some-model", Hub("v2", token="secret", local_files_only=True))
+    asked = {"revision": "v2", "token": "secret", "local_files_only": True}
+    assert calls[-1] == ("owner/some-model", asked)
+    assert not (tmp_path / "snapshot" / "original").exists()
     assert (checkpoint.source, [file.suffix for file in checkpoint.files]) == ("owner/some-model", [f".{suffix}"])
     assert checkpoint.tensors.keys() == arrays.keys()
     assert not (tmp_path / "snapshot" / "optimizer.pt").exists()
 
 
-def test_hub_failure_is_one_error():
-    with pytest.raises(CheckpointError, match=r"owner/absent: no such folder, and downloading .* failed"):
-        open_checkpoint("owner/absent")  # conftest sets HF_HUB_OFFLINE
+def hub_error(kind: type[Exception]) -> Exception:
+    """An answer of the hub, made without the response that it comes from."""
+    error = kind.__new__(kind)
+    error.args = ("503 for url",)
+    return error
+
+
+HUB_FAILURES = {
+    "gated": (
+        hub_error(errors.GatedRepoError),
+        "is gated: ask for access on https://huggingface.co/owner/name.*HF_TOKEN",
+    ),
+    "absent": (hub_error(errors.RepositoryNotFoundError), "has no such repository.*check the name, or log in"),
+    "revision": (hub_error(errors.RevisionNotFoundError), "has no revision 'v2'"),
+    "network": (
+        errors.LocalEntryNotFoundError("Name not known\nmore"),
+        "cannot be reached .Name not known.: check the net",
+    ),
+    "server": (hub_error(errors.HfHubHTTPError), "downloading it from the Hugging Face hub failed: 503 for url"),
+    "disk": (OSError("No space left"), "failed: No space left"),
+}
+
+
+@pytest.mark.parametrize("failure", HUB_FAILURES)
+def test_hub_failures_say_what_helps(monkeypatch: pytest.MonkeyPatch, failure: str):
+    error, message = HUB_FAILURES[failure]
+
+    def download(*args, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(CheckpointError, match=f"owner/name: no such folder, and .*{message}"):
+        open_checkpoint("owner/name", Hub("v2"))
+
+
+@pytest.mark.parametrize("hub", [None, Hub(local_files_only=True)])
+def test_without_network_the_cache_counts(hub: Hub | None):
+    setting = "HF_HUB_OFFLINE" if hub is None else "local_files_only"  # conftest sets the former
+    with pytest.raises(CheckpointError, match=f"cache of the Hugging Face hub does not hold it.*without {setting}"):
+        open_checkpoint("owner/absent", hub)
+
+
+def test_a_mistyped_folder_is_answered_with_near_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_safetensors(tmp_path / "models" / "llama-8b", CONFIG, llama_arrays())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for typed, meant in (
+        ("./models/lama-8b", "models/llama-8b"),
+        ("model/llama-8b", "models/llama-8b"),
+        ("~/models/llama-8b", tmp_path / "models/llama-8b"),
+        (str(tmp_path / "models" / "llama-8b-"), tmp_path / "models/llama-8b"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{typed}: no such folder \(did you mean {meant}\?\)"):
+            open_checkpoint(typed)
+    with pytest.raises(CheckpointError, match=r"config.json: is a file; name the folder"):
+        open_checkpoint("models/llama-8b/config.json")
+    with pytest.raises(CheckpointError, match=r"is a folder, and a revision \('v2'\) is one of a hub repository"):
+        open_checkpoint("models/llama-8b", Hub("v2"))

@@ -37,8 +37,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "tokenizer_config.json",
         "chat_template.jinja",
         "generation_config.json",
+        "special_tokens_map.json",
+        "additional_chat_templates/tool_use.jinja",
         "README.md",
+        "original/params.json",
     ):
+        (target / name).parent.mkdir(exist_ok=True)
         (target / name).write_text(f"contents of {name}")
     return target, folders.write_bin(root / "head", HEAD_CONFIG, folders.eagle3_arrays())
 
@@ -61,11 +65,15 @@ def assert_loads(folder: Path, sources: tuple[Path, Path]) -> None:
 def test_contents(pristine: Path, sources: tuple[Path, Path]):
     assert_loads(pristine, sources)
     target, head = sources
+    small = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+    assert [(pristine / "target" / name).read_text() for name in small] == [f"contents of {name}" for name in small]
     assert sorted(file.name for file in (pristine / "target").iterdir()) == [
+        "additional_chat_templates",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "parameters",
+        "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -161,10 +169,96 @@ def test_progress_reaches_its_total(sources: tuple[Path, Path], tmp_path: Path):
 # Where it may go.
 
 
-def test_a_previous_conversion_is_replaced(converted: Path, sources: tuple[Path, Path]):
-    convert(sources[0], None, converted)
-    assert load(converted)[1] is None and not (converted / "draft").exists()
-    assert list(converted.parent.iterdir()) == [converted]
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+USERS = {
+    "tuned.json": "[]",
+    "other_head/config.json": "{}",
+    "target/notes.txt": "mine",
+    "target/parameters_old/x": "x",
+    "draft/.cache": "y",
+}
+
+
+@pytest.fixture
+def lived_in(converted: Path) -> Path:
+    """A converted folder with files of the user's."""
+    for name, text in USERS.items():
+        (converted / name).parent.mkdir(exist_ok=True)
+        (converted / name).write_text(text)
+    (converted / "link").symlink_to("target")
+    return converted
+
+
+CHANGES: dict[str, Callable[[Path, Path], dict]] = {
+    "no draft": lambda target, head: dict(target=target, draft=None),
+    "another draft": lambda target, head: dict(target=target, draft=target),
+    "another target": lambda target, head: dict(target=head.parent / "other", draft=head),
+    "another dtype": lambda target, head: dict(target=target, draft=head, dtype="bfloat16"),
+    "another hub id": lambda target, head: dict(target="owner/target", draft=head),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_conversion_is_refused(lived_in: Path, sources: tuple[Path, Path], change: str):
+    other = folders.llama_arrays()
+    other["model.norm.weight"] += 1
+    folders.write_safetensors(sources[1].parent / "other", CONFIG, other)
+    before = snapshot(lived_in)
+    message = f"{lived_in}: holds another conversion .target {sources[0]}, draft .*--overwrite .*keeps .*tuned.json"
+    with pytest.raises(CheckpointError, match=message):
+        convert(out=lived_in, **CHANGES[change](*sources))
+    assert snapshot(lived_in) == before and list(lived_in.parent.iterdir()) == [lived_in]
+
+
+def test_the_same_conversion_is_kept(lived_in: Path, sources: tuple[Path, Path], tmp_path: Path):
+    """Wherever its sources lie."""
+    before, said = snapshot(lived_in), []
+    for pair in (sources, tuple(Path(shutil.copytree(source, tmp_path / source.name)) for source in sources)):
+        assert convert(*pair, lived_in, note=said.append) == lived_in
+    assert said == [f"{lived_in} holds this conversion already, nothing was written"] * 2
+    assert snapshot(lived_in) == before
+    (lived_in / "target" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds another conversion"):  # it does not load
+        convert(*sources, lived_in)
+
+
+def test_overwriting_replaces_only_what_a_conversion_wrote(lived_in: Path, sources: tuple[Path, Path]):
+    (lived_in / "target" / "chat_template.jinja").write_text("edited")
+    said: list[str] = []
+    convert(sources[0], None, lived_in, overwrite=True, note=said.append)
+    assert load(lived_in)[1] is None
+    assert [path.name for path in (lived_in / "draft").iterdir()] == [".cache"]
+    assert {name: (lived_in / name).read_text() for name in USERS} == USERS and (lived_in / "link").is_symlink()
+    assert list(lived_in.parent.iterdir()) == [lived_in]
+    assert len(said) == 3 and f"kept in {lived_in}: link, tuned.json, draft/.cache, other_head/config.json" in said[0]
+    assert said[1] == "tuned.json was made with other weights: run `eagle-jax tune` again, or delete it"
+    assert said[2] == "target/chat_template.jinja, changed after the previous conversion, was replaced"
+
+    said.clear()
+    convert(sources[0], None, lived_in, overwrite=True, note=said.append)
+    assert len(said) == 1  # of the same weights
+    convert(*sources, lived_in, overwrite=True)
+    assert_loads(lived_in, sources)
+
+
+def test_an_error_while_overwriting_leaves_everything(lived_in: Path, tmp_path: Path):
+    arrays, before = folders.llama_arrays(), snapshot(lived_in)
+    arrays["model.norm.weight"][0] = np.nan
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        convert(folders.write_safetensors(tmp_path / "nan", CONFIG, arrays), None, lived_in, overwrite=True)
+    assert snapshot(lived_in) == before
+
+
+def test_folders_without_links_are_copied(lived_in: Path, sources: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    def link(*paths, **options):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    convert(sources[0], None, lived_in, overwrite=True)
+    assert {name: (lived_in / name).read_text() for name in USERS} == USERS and (lived_in / "link").is_symlink()
 
 
 def test_an_empty_folder_is_used(sources: tuple[Path, Path], tmp_path: Path):
@@ -177,11 +271,19 @@ def test_other_folders_are_kept_unless_overwritten(sources: tuple[Path, Path], t
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     with pytest.raises(CheckpointError, match=f"{out}: is not empty and not a converted folder.*--overwrite"):
-        convert(*sources, out)
-    assert (out / "thesis.tex").read_text() == "years of work"
+        convert("owner/not-fetched", None, out)
     convert(*sources, out, overwrite=True)
     assert_loads(out, sources)
-    assert not (out / "thesis.tex").exists()
+    assert (out / "thesis.tex").read_text() == "years of work" and list(tmp_path.iterdir()) == [out]
+    convert(sources[0], None, out, overwrite=True)
+    assert (out / "thesis.tex").read_text() == "years of work" and load(out)[1] is None
+
+
+@pytest.mark.parametrize("name", ["target", "draft", "manifest.json"])
+def test_files_of_no_conversion_are_not_replaced(sources: tuple[Path, Path], tmp_path: Path, name: str):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f"out: {name} there comes from no conversion.*move that away"):
+        convert(*sources, tmp_path / "out", overwrite=True)
 
 
 def test_a_manifest_of_another_tool_is_not_a_conversion(sources: tuple[Path, Path], tmp_path: Path):
@@ -245,7 +347,7 @@ def save_part(folder, arrays):
         signal.pause()
 
 parts.save_part = save_part
-convert(sys.argv[1], sys.argv[2], sys.argv[3])
+convert(sys.argv[1], sys.argv[2], sys.argv[3], overwrite=True)
 """
 
 
@@ -388,7 +490,8 @@ def test_changed_folders_of_medusa_heads_do_not_load(pristine_medusa: Path, tmp_
 
 def test_other_folders_do_not_load(sources: tuple[Path, Path], tmp_path: Path):
     for folder in (sources[0], tmp_path, tmp_path / "absent"):
-        with pytest.raises(CheckpointError, match=f"{folder}: not a converted folder.*from_pretrained"):
+        message = "no such folder" if folder.name == "absent" else "not a converted folder.*from_pretrained"
+        with pytest.raises(CheckpointError, match=f"{folder}: {message}"):
             load(folder)
 
 

@@ -1,0 +1,116 @@
+"""Folders by name: a local one, or a repository of the Hugging Face hub that is downloaded into the hub's cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+
+from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.small_files import SMALL_FILES
+
+MEDUSA_FILE = "medusa_lm_head.pt"  # the one .pt that is read: others are optimizer states, or whole pickled modules
+
+FOLDERS = tuple(pattern for pattern in SMALL_FILES if "/" in pattern)  # the only files of subfolders that are fetched
+LOG_IN = "log in (`hf auth login`, or set HF_TOKEN)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """How a repository is fetched, as `huggingface_hub.snapshot_download` takes it. Its environment variables count.
+
+    revision: a branch, tag or commit. token: None means that of `hf auth login` or HF_TOKEN. local_files_only: use
+    what the cache holds, and no network.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+
+def resolve(source: str | Path, hub: Hub | None = None, weights: bool = True) -> Path:
+    """The local folder of `source`: itself, or the snapshot of a Hugging Face repository id.
+
+    Args:
+      weights: whether its weights are needed: those in safetensors, else the others. Without, only small files come.
+    Raises:
+      CheckpointError: if there is no such folder or repository, or it cannot be had; the message says why.
+    """
+    hub, folder = hub or Hub(), Path(source)
+    if folder.is_dir():
+        if hub.revision is not None:
+            raise CheckpointError(
+                f"{source}: is a folder, and a revision ({hub.revision!r}) is one of a hub repository"
+            )
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{source}: is a file; name the folder that holds it")
+    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise CheckpointError(no_such_folder(source))
+    found = _download(source, hub, *(["*.safetensors"] if weights else []))
+    if weights and not any(found.glob("*.safetensors")):
+        found = _download(source, hub, "*.bin", MEDUSA_FILE)
+    return found
+
+
+def no_such_folder(source: str | Path) -> str:
+    """The message that there is no such folder, with those of a similar name."""
+    expanded = Path(source).expanduser()
+    near = [expanded] if expanded.is_dir() else _near(expanded)
+    return f"{source}: no such folder" + (f" (did you mean {' or '.join(map(str, near))}?)" if near else "")
+
+
+def _near(path: Path) -> list[Path]:
+    """Folders with a name like that of the first part of a path that is not there."""
+    missing = next((part for part in reversed([path, *path.parents]) if not part.exists()), None)
+    if missing is None or not missing.parent.is_dir():
+        return []
+    try:
+        names = [entry.name for entry in missing.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return []
+    rest = path.relative_to(missing)
+    close = [missing.with_name(name) for name in difflib.get_close_matches(missing.name, names)]
+    return [other / rest if (other / rest).is_dir() else other for other in close]
+
+
+def _download(source: str, hub: Hub, *weights: str) -> Path:
+    """The snapshot of a repository: its small files, and weights of these patterns; nothing else from subfolders."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fetch(allow: list[str], ignore: list[str] | None) -> Path:
+        options = dataclasses.asdict(hub)
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=allow, ignore_patterns=ignore, **options))
+
+    try:
+        folder = fetch(["*.json", *SMALL_FILES, *weights], ["*/*"])
+        fetch(list(FOLDERS), None)
+        return folder
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(f"{no_such_folder(source)}, and {_why(source, hub, error)}") from error
+
+
+def _why(source: str, hub: Hub, error: Exception) -> str:
+    """Why a download failed, and what helps."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"the hub's repository is gated: ask for access on https://huggingface.co/{source}, and {LOG_IN}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the Hugging Face hub has no such repository, or a private one: check the name, or {LOG_IN}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the hub's repository has no revision {hub.revision!r}: name a branch, tag or commit of it"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        wanted = "it" if hub.revision is None else f"its revision {hub.revision!r}"
+        if hub.local_files_only or constants.HF_HUB_OFFLINE:
+            setting = "local_files_only" if hub.local_files_only else "HF_HUB_OFFLINE"
+            return f"the cache of the Hugging Face hub does not hold {wanted}: download it once without {setting}"
+        return f"the Hugging Face hub cannot be reached ({first_line(error)}): check the network, or name a folder"
+    return f"downloading it from the Hugging Face hub failed: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

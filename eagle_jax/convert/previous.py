@@ -1,0 +1,181 @@
+"""What an output folder holds before a conversion: which files are a previous conversion's, and which the user's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eagle_jax.convert import parts
+from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.match import Match
+from eagle_jax.convert.place import added_to, files_below, new_folder
+from eagle_jax.convert.read import read_json
+from eagle_jax.convert.small_files import small_files
+
+SMALL = "small_files"  # in a manifest: {path below target/: sha256} of the files copied beside the weights
+TUNED = "tuned.json"  # what `eagle-jax tune` leaves in a converted folder
+ROLES = (parts.TARGET, parts.DRAFT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Previous:
+    """An output folder before a conversion. manifest: of the conversion that it holds, or None."""
+
+    out: Path
+    manifest: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, out: Path) -> Previous:
+        """Looks at a folder, which may be absent."""
+        return cls(out, read_json(out / parts.MANIFEST) if parts.is_conversion(out) else None)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the folder is absent or empty."""
+        return not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
+
+    def check(self, target: str | Path, draft: str | Path | None, overwrite: bool) -> None:
+        """Refuses, before any work, a place that cannot be written to.
+
+        Raises:
+          CheckpointError: for an `out` that is a file, is or contains a source, or holds something else. With
+            `overwrite`: for one that is no conversion and has files where a conversion writes.
+        """
+        sources = {parts.TARGET: target} | ({} if draft is None else {parts.DRAFT: draft})
+        for source in sources.values():
+            if Path(source).is_dir() and Path(source).resolve().is_relative_to(self.out):
+                raise CheckpointError(
+                    f"{self.out}: is or contains the source {Path(source).resolve()}; choose another output folder"
+                )
+        if self.is_free:
+            return
+        if not self.out.is_dir():
+            raise CheckpointError(f"{self.out}: is a file; choose another output folder")
+        if not overwrite:
+            if self.manifest is None or not self._may_hold(sources):
+                raise self.taken()
+        elif self.manifest is None:
+            in_the_way = [name for name in (parts.MANIFEST, *ROLES) if (self.out / name).exists()]
+            if in_the_way:
+                raise CheckpointError(
+                    f"{self.out}: {' and '.join(in_the_way)} there comes from no conversion, which writes its own; "
+                    "choose another output folder, or move that away"
+                )
+
+    def taken(self) -> CheckpointError:
+        """The error that the folder holds something else."""
+        users = self.users()
+        stays = f", which keeps {some(users)}" if users else ""
+        if self.manifest is None:
+            return CheckpointError(
+                f"{self.out}: is not empty and not a converted folder; choose another, or write into it with "
+                f"--overwrite (overwrite=True){stays}"
+            )
+        sources = [f"{role} {self._entry(role).get('source')}" for role in ROLES if self._entry(role)]
+        return CheckpointError(
+            f"{self.out}: holds another conversion ({', '.join(sources)}); choose another folder, or replace it with "
+            f"--overwrite (overwrite=True){stays}"
+        )
+
+    def holds(self, matches: Mapping[str, Match]) -> bool:
+        """Whether the folder is, undamaged, what a conversion of these would write."""
+        assert self.manifest is not None
+        dtype = np.dtype(matches[parts.TARGET].model.dtype).name
+        if self.manifest.get("version") != parts.VERSION or self.manifest.get("dtype") != dtype:
+            return False
+        roles = {role for role in ROLES if self._entry(role)}
+        try:
+            return roles == matches.keys() and all(self._holds_model(role, match) for role, match in matches.items())
+        except CheckpointError:  # a file is missing
+            return False
+
+    def is_users(self, path: Path) -> bool:
+        """Whether a file, by its path below the folder, is none that a conversion wrote."""
+        if self.manifest is None:
+            return True
+        role, *rest = path.parts
+        if not rest:
+            return role != parts.MANIFEST
+        if role not in ROLES:
+            return True
+        written = rest[0] in ("config.json", parts.PARAMETERS)
+        return not written and (role != parts.TARGET or "/".join(rest) not in self._copied())
+
+    def replaced(self) -> AbstractContextManager[Path]:
+        """The folder to write a new conversion to, which takes the place of the previous one when the block ends."""
+        if self.manifest is None and not self.is_free:
+            return added_to(self.out)
+        return new_folder(self.out, keep=self.is_users)
+
+    def users(self) -> list[str]:
+        """The user's own files, by their paths below the folder."""
+        paths = [path for path in files_below(self.out) if self.is_users(path)]
+        return [path.as_posix() for path in sorted(paths, key=lambda path: (len(path.parts), path))]
+
+    def remarks(self, manifest: Mapping[str, Any]) -> list[str]:
+        """Sentences for the user about files that were there before a new conversion, of this manifest."""
+        if self.is_free:
+            return []
+        users, found = self.users(), []
+        if users:
+            found.append(f"kept in {self.out}: {some(users)}")
+        if TUNED in users and any(
+            self._weights(self.manifest, role) != self._weights(manifest, role) for role in ROLES
+        ):
+            found.append(f"{TUNED} was made with other weights: run `eagle-jax tune` again, or delete it")
+        copied = self._copied() if self.manifest is not None else {}
+        for path, checksum in copied.items():
+            file = self.out / parts.TARGET / path
+            if checksum and file.is_file() and parts.file_sha256(file) != checksum:
+                found.append(f"{parts.TARGET}/{path}, changed after the previous conversion, was replaced")
+        return found
+
+    def _entry(self, role: str) -> Mapping[str, Any]:
+        """What the manifest says about one model; nothing if it has none, or is damaged."""
+        entry = (self.manifest or {}).get(role)
+        return entry if isinstance(entry, Mapping) else {}
+
+    def _may_hold(self, sources: Mapping[str, str | Path]) -> bool:
+        """Whether the sources, of which hub ids are not fetched yet, could be those of the conversion."""
+        if {role for role in ROLES if self._entry(role)} != sources.keys():
+            return False
+        ids = {role: source for role, source in sources.items() if not Path(source).exists()}
+        return all(self._entry(role).get("source") == str(source) for role, source in ids.items())
+
+    def _holds_model(self, role: str, match: Match) -> bool:
+        entry, folder, source = self._entry(role), self.out / role, match.checkpoint
+        files, stored, config = entry.get("files"), entry.get("parts"), entry.get("config_sha256")
+        if not isinstance(files, Mapping) or not isinstance(stored, Mapping):
+            return False
+        small = {path: parts.file_sha256(source.folder / path) for path in small_files(source.folder)}
+        return (
+            entry.get("kind") == match.kind
+            and files.keys() == {file.name for file in source.files}
+            and {parts.file_sha256(path) for path in (source.config_path, folder / "config.json")} == {config}
+            and (role != parts.TARGET or self._copied() == small)
+            and all(parts.file_sha256(file) == files[file.name] for file in source.files)
+            and all(parts.folder_sha256(folder / parts.PARAMETERS / part) == stored[part]["sha256"] for part in stored)
+        )
+
+    def _copied(self) -> Mapping[str, str]:
+        """{path below target/: sha256} of the copied small files."""
+        assert self.manifest is not None
+        folder = self.out / parts.TARGET
+        if SMALL in self.manifest:
+            return self.manifest[SMALL]
+        return {path: parts.file_sha256(folder / path) for path in small_files(folder)}  # of an older version
+
+    @staticmethod
+    def _weights(manifest: Mapping[str, Any] | None, role: str) -> Any:
+        entry = (manifest or {}).get(role) or {}
+        return sorted((entry.get("files") or {}).values()), (manifest or {}).get("dtype")
+
+
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

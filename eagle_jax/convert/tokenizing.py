@@ -1,0 +1,75 @@
+"""Tokenizers of models: the one place that loads them, and says what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from eagle_jax.convert import parts
+from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.hub import Hub, resolve
+from eagle_jax.convert.small_files import small_files
+
+# Files that only the sentencepiece library reads, and the modules that it takes.
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+FIRST_BYTE = b"\n"  # of its format; a tiktoken file has the same name and begins with a letter
+NEEDED = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+
+
+def tokenizer(
+    path: str | Path, *, revision: str | None = None, token: str | bool | None = None, local_files_only: bool = False
+) -> Any:
+    """The transformers tokenizer of a converted folder, or of a Hugging Face folder or hub id.
+
+    Args:
+      revision, token, local_files_only: of a hub id; see `from_pretrained`.
+    Raises:
+      CheckpointError: if there are no tokenizer files, or damaged ones, or a package is missing that reads them.
+    """
+    if parts.is_conversion(Path(path)):
+        folder = Path(path) / parts.TARGET
+    else:
+        folder = resolve(path, Hub(revision, token, local_files_only), weights=False)
+    try:
+        return _class(folder).from_pretrained(str(folder))
+    except Exception as error:  # the tokenizer libraries raise bare Exceptions for damaged files
+        model, missing = _sentencepiece(folder)
+        if missing:
+            raise CheckpointError(
+                f"{folder / model}: reading this tokenizer needs the package{'s' * (len(missing) > 1)} "
+                f"{' and '.join(missing)}: pip install 'eagle-jax[sentencepiece]'"
+            ) from error
+        raise CheckpointError(f"{folder}: no usable tokenizer files (tokenizer.json, ...): {error}") from error
+
+
+def _class(folder: Path) -> Any:
+    """The class that a folder names, where `AutoTokenizer` would take it; to ask that one takes seconds."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None  # damaged, or not there: AutoTokenizer's own message is the better one
+    if named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def _sentencepiece(folder: Path) -> tuple[str, list[str]]:
+    """A folder's SentencePiece file and the packages that reading it lacks; ("", []) if it needs no such file."""
+    files = small_files(folder)
+    model = next((file for file in files if file.startswith(SENTENCEPIECE)), "")
+    if not model or "tokenizer.json" in files or (folder / model).read_bytes()[:1] != FIRST_BYTE:
+        return "", []
+    return model, [package for module, package in NEEDED.items() if not _installed(module)]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that would hold it
+        return False
