@@ -151,7 +151,7 @@ def test_bench_fills_the_last_batch_and_needs_no_tokenizer(golden, tmp_path, cap
     [
         (["generate", "--prompt", "x"], "error: name the models with either --model, or --target and --draft"),
         (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "y"], "--draft goes with --target"),
-        (["generate", "--prompt", "x", "--model", "no-such-folder"], "error: no-such-folder: not a converted folder"),
+        (["generate", "--prompt", "x", "--model", "no-such-folder"], "error: --model no-such-folder: no such folder"),
         (["generate", "--prompt", "", "--model", "MODEL"], "error: a prompt is empty"),
         (["generate", "--prompt", "x" * 512, "--model", "MODEL"], "512 tokens, this model takes at most 511"),
         (["generate", "--prompt", "x", "--target", "TARGET"], "error: there is no draft here; for plain decoding add"),
@@ -341,7 +341,8 @@ def test_an_end_token_that_is_no_id_is_named(tmp_path, wrong):
 
 
 def test_a_draft_window_reaches_the_draft(folder):
-    window = SimpleNamespace(model=str(folder), target=None, draft=None, dtype=None, mesh=None, draft_window=(4, 16))
+    options = dict.fromkeys(("target", "draft", "dtype", "mesh", "revision", "draft_revision"))
+    window = SimpleNamespace(model=str(folder), draft_window=(4, 16), **options)
     assert models.load_models(window).draft.config.window == (4, 16)
 
 
