@@ -142,8 +142,8 @@ def _whole(first: str, rest: list[str | Fault]) -> Iterator[tuple[int, Any, int 
     cut = next((line for line in rest if isinstance(line, Fault)), None)
     text = "\n".join([first, *(line for line in rest if isinstance(line, str))])  # a Fault is the last one
     if first.lstrip().startswith("["):
-        alone = not isinstance(_line_value(first), Fault)
-        if alone and any(isinstance(line, Fault) or line.strip() for line in rest):
+        more = any(isinstance(line, Fault) or line.strip() for line in rest)
+        if more and not isinstance(_line_value(first), Fault):
             return None
         return _with_lines(text, _elements(text), cut)
     return None if _value(text, _skip(text, 0))[1] is None else _with_lines(text, _objects(text), cut)

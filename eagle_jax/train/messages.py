@@ -23,7 +23,7 @@ MAY_FOLLOW = {  # "": at the beginning
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-NOT_KEPT = ("from", "value", "weight")  # of a message's keys
+NOT_KEPT = ("from", "value", "weight", "function_call")  # of a message's keys
 LET_REGENERATE = "`eagle-jax train regenerate` lets the target answer"
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message: what was thought before its content
 REASONING = {  # how reasoning begins and ends inside a content
@@ -194,6 +194,8 @@ def _normal_message(message: Any, name: str) -> dict[str, Any]:
         texts = [part for part in parts if isinstance(part, str)]
         content = "".join(texts) if len(texts) == len(parts) else parts
     calls = parsed_list(message.get("tool_calls"), f'{name}: "tool_calls"')
+    if message.get("function_call") is not None:  # OpenAI's older form of a single call
+        calls = [*(calls or []), {"type": "function", "function": message["function_call"]}]
     if content is None and role == "assistant":
         content = ""
     if not isinstance(content, str):

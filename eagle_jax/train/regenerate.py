@@ -319,7 +319,7 @@ def _conversation(entry: dict[str, Any], source: Source, options: Options) -> Wo
     chat = normal_messages(messages, answered=False)
     learned = [is_learned(given, message) for given, message in zip(messages, chat, strict=True)]
     shown = messages if entry.get("messages") is not None else chat  # other turns stay as they were given
-    template = chat_template_of(source.tokenizer, options.chat_template, tools)
+    template = chat_template_of(source.tokenizer, options.chat_template, tools, "--chat-template")
     rendering = Rendering(source.tokenizer, template, tools)
     chat = rendering.with_calls(chat)
     if not any(message["role"] == "assistant" for message in chat):

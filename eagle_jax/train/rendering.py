@@ -32,12 +32,18 @@ def read_template(path: str | None) -> str | None:
         raise ValueError(f"chat template {path}: byte {error.start + 1} is not UTF-8; save it as UTF-8") from error
 
 
-def chat_template_of(tokenizer: Any, chat_template: str | None, tools: list[Any] | None) -> str:
-    """The chat template to render with: the given one, or the tokenizer's own. Raises ValueError if there is none."""
+def chat_template_of(
+    tokenizer: Any, chat_template: str | None, tools: list[Any] | None, option: str = "chat_template"
+) -> str:
+    """The chat template to render with: the given one, or the tokenizer's own.
+
+    Raises:
+      ValueError: if there is none, naming the `option` that gives one.
+    """
     try:
         return tokenizer.get_chat_template(chat_template, tools)
     except ValueError as error:
-        raise ValueError(f"conversations need a chat template, give chat_template: {error}") from error
+        raise ValueError(f"conversations need a chat template, give {option}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -222,8 +222,9 @@ def test_tool_calls_are_learned_as_the_template_writes_them(written, learned_cal
     function = {"name": "look", "arguments": ARGUMENTS}
     text = {"name": "look", "arguments": DUMPED}
     forms = [[{"type": "function", "function": function}], [{"function": text}]]
-    for calls in [*forms, *map(json.dumps, forms)]:
-        messages = [*chat("q"), {"role": "assistant", "content": None, "tool_calls": calls}]
+    fields = [{"tool_calls": calls} for calls in [*forms, *map(json.dumps, forms)]]
+    for calling in [*fields, {"function_call": text}]:
+        messages = [*chat("q"), {"role": "assistant", "content": None} | calling]
         assert answers_of(tokenizer, messages) == [learned_call + "<|im_end|>"]
 
 
