@@ -9,10 +9,14 @@ A folder gets the name STEP when all of it is there. Checkpoints of older versio
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +147,12 @@ class Checkpoints:
         path = self.folder / str(step)
         self._refuse(path, damage(path) if processes.is_first() else None)
         place, state, fault = {}, like, None
-        try:
-            place = json.loads(_read_json(path / "place/metadata")["state"])
-            state = self._restored(path / "state", like, mesh)
-        except Exception as error:
-            fault = f"cannot be read: {_short(error)}"
+        with _without_leftovers():
+            try:
+                place = json.loads(_read_json(path / "place/metadata")["state"])
+                state = self._restored(path / "state", like, mesh)
+            except Exception as error:
+                fault = f"cannot be read: {_short(error)}"
         self._refuse(path, fault, DoesNotFit if (path / checksums.NAME).is_file() else CheckpointError)
         self._refuse(path, None if is_finite(state) else "holds numbers that are not finite (NaN or infinite)")
         return state, place
@@ -271,9 +276,20 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@contextlib.contextmanager
+def _without_leftovers() -> Iterator[None]:
+    """Drops what orbax's other reads, abandoned at the first error, would print when they are collected."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+
+
 def _short(error: Exception, length: int = 160) -> str:
     """An error in a line: TensorStore's have many."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(f"{type(error).__name__}: {error}".split()).split(" See full TensorStore")[0]
     return text if len(text) <= length else text[: length - 3] + "..."
 
 

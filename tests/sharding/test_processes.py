@@ -116,6 +116,7 @@ def test_two_processes_train_what_one_does(folder, reports):
     for path, array in expected_head.items():
         np.testing.assert_allclose(ours[path], array, atol=1e-4, err_msg=path)
     names = [{path.name for path in (folder / name / "out").iterdir()} for name in ("two", "one")]
+    names[0].remove("settings_history.jsonl")  # its mesh changed
     assert names[0] == names[1] >= {"final", "best", "plot.png", "settings.yaml", "metrics.jsonl", "tensorboard"}
 
 

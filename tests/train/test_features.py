@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,28 @@ def test_precomputing_goes_on_with_whole_shards(place, written, tmp_path):
     assert any(f"{len(names) - 1} shards, {len(names) - 3} there already" in line for line in said)
     for name in names:
         assert (ours / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_ctrl_c_keeps_the_shards_that_are_written(place, written, tmp_path, monkeypatch, capsys):
+    config, folder = written
+    ours, synced = tmp_path / "features", []
+
+    def fsync(file: int) -> None:
+        synced.append(file)
+        if len(synced) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "SHARD_BYTES", SHARD_BYTES // 2)
+        patch.setattr(features.os, "fsync", fsync)
+        assert main(["train", "--config", str(config), "--precompute", str(ours)]) == 130
+    said = capsys.readouterr().err
+    assert f"to go on from there: eagle-jax train --config {config} --precompute {ours}" in said
+    assert len([path for path in ours.iterdir() if path.suffix == ".npy"]) == 2
+    precompute(read_settings(config), ours, lambda _: None)
+    assert {path.name: path.read_bytes() for path in ours.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
 
 
 def test_missing_damaged_and_strange_shards_are_refused(place, written, tmp_path):

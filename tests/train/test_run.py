@@ -17,6 +17,7 @@ import yaml
 from safetensors.numpy import load_file
 
 import eagle_jax
+from eagle_jax.cli import main
 from eagle_jax.convert import from_pretrained
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
@@ -323,6 +324,24 @@ def test_a_damaged_checkpoint_is_said_and_the_run_goes_on_from_the_one_before(fo
     assert any("12: place/metadata has 1 bytes" in line and "step 8 the last usable" in line for line in said)
     assert f"going on from step 8 of {TOTAL}" in said
     assert_bits(weights(settings), weights(whole))
+
+
+def test_text_that_is_not_the_target_s_own_ends_the_run_with_its_step_saved(folder, monkeypatch, capsys):
+    class Evaluator:
+        def __init__(self, *args: Any):
+            pass
+
+        def __call__(self, masters: Any):
+            raise evaluate.NotLossless("prompt 1, position 9")
+
+    monkeypatch.setattr(run, "Evaluator", Evaluator)
+    data = {"train": [str(folder / "train.jsonl")], "held_out": [str(folder / "train.jsonl")], "row_length": 64}
+    settings = settings_of(folder, "unfaithful", data=data, evaluation={"every": 3})
+    path = folder / "unfaithful.yaml"
+    path.write_text(settings.model_dump_json())
+    assert main(["train", "--config", str(path)]) == 1
+    assert "error: prompt 1, position 9" in capsys.readouterr().err
+    assert [path.name for path in (Path(settings.output) / "checkpoints").iterdir()] == ["3"]
 
 
 def test_the_clock_leaves_out_what_is_no_step(monkeypatch):
