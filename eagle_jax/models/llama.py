@@ -67,6 +67,10 @@ class Llama(nnx.Module):
     def dtype(self) -> Any:
         return self.embed.dtype
 
+    @property
+    def output_is_embedding(self) -> bool:
+        return self.lm_head is None
+
     def __call__(
         self,
         tokens: jax.Array,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.models import layers, params
 from eagle_jax.models.cache import KVCache, take_rows
 from eagle_jax.models.config import LlamaConfig, RopeConfig
@@ -22,8 +25,9 @@ from eagle_jax.models.layers import (
     rope_frequencies,
     rotate,
 )
+from eagle_jax.models.llama import Llama
 from tests.models.reference import SMALL
-from tests.toy import random_eagle3, random_target
+from tests.toy import TARGET, random_eagle3, random_target
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -264,6 +268,27 @@ def test_input_first_turns_the_weights_of_products_alone_and_once():
         assert all(a is b for a, b in zip(again, jax.tree.leaves(turned), strict=True))
         with pytest.raises(ValueError, match="input_first is for decoding alone"):
             params.flatten(turned)
+
+
+@pytest.mark.parametrize("wrap", [lambda target: target, DraftModel], ids=["target", "draft model"])
+def test_input_first_gives_a_tied_target_an_output_matrix_of_its_own(wrap):
+    tied = Llama(dataclasses.replace(TARGET, tie_word_embeddings=True), jax.random.key(0))
+    turned = layers.input_first(wrap(tied))
+    ours = getattr(turned, "model", turned)
+    assert isinstance(ours.lm_head, layers.InputFirst)
+    np.testing.assert_array_equal(ours.embed[...], tied.embed[...])
+    hidden = jax.random.normal(jax.random.key(1), (1, 3, TARGET.hidden_size))
+    np.testing.assert_allclose(ours.logits(hidden), tied.logits(hidden), rtol=1e-5, atol=1e-5)
+    assert tied.lm_head is None
+
+
+@pytest.mark.parametrize("rows", [2, layers.CPU_EIGEN_ROWS])
+def test_few_rows_go_to_eigen_whatever_the_library_that_xla_prefers(rows):
+    """Eigen takes less time for them. YNNPACK gets no product whose left side has its rows last."""
+    x, weight = jnp.ones((1, rows, 64)), layers.InputFirst(jnp.ones((64, 128)))
+    text = jax.jit(layers.linear).lower(x, weight).compile().as_text()
+    assert "ynn" not in text and " dot(" in text
+    assert "ynn" in jax.jit(jnp.dot).lower(x[0], weight[...]).compile().as_text()
 
 
 def test_a_cpu_rounds_few_rows_as_it_rounds_one():
