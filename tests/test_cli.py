@@ -430,6 +430,14 @@ def test_stdin_that_is_not_utf_8_is_named(capsys, monkeypatch):
         assert re.search("error: --prompt -, stdin: .* 4 is not", capsys.readouterr().err)
 
 
+def test_a_tokenizer_that_breaks_is_named():
+    def broken(text, **options):
+        raise Exception("WordPiece error: Missing [UNK] token")
+
+    with pytest.raises(ValueError, match="the model's tokenizer refuses this text: Exception: WordPiece error"):
+        prompts.encode(broken, "x", raw=True)
+
+
 def test_without_a_tokenizer_prompts_are_token_ids(golden, tmp_path):
     folder, path = golden / "weights/t1_target", str(golden / "parity_prompts.jsonl")
     tokens, source = prompts.to_measure(path, folder, raw=False)

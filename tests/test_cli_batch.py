@@ -449,15 +449,26 @@ def test_sampling_of_the_model(sampled_by, options, content, expected, capsys):
         assert err == ""
 
 
+@pytest.mark.parametrize(
+    ("options", "default"), [([], True), (["--temperature", "0"], False), (["--top-k", "3"], True)]
+)
+def test_who_chose_greedy_decoding(options, default):
+    parser = argparse.ArgumentParser()
+    add_sampling_arguments(parser)
+    args = parser.parse_args(options)
+    sampling_config(args)
+    assert (args.greedy_by_default, args.temperature) == (default, 0)
+
+
 def test_a_model_that_asks_for_sampling_and_gets_none(tmp_path):
     def line(**options):
-        args = {"model": None, "target": str(tmp_path), "temperature": 0.0, "sampling_from_model": False}
+        args = {"model": None, "target": str(tmp_path), "greedy_by_default": True, "sampling_from_model": False}
         return model_asks(argparse.Namespace(**(args | options)))
 
     assert line() is None
     (tmp_path / "generation_config.json").write_text(json.dumps(GENERATION))
     assert line().startswith("greedy decoding; the model asks for --temperature 0.6 --top-k 50 --top-p 0.9")
-    assert line(temperature=0.3) is line(sampling_from_model=True) is line(model="other") is None
+    assert line(greedy_by_default=False) is line(model="other") is None
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def encode(tokenizer: Any, prompt: str | Chat, raw: bool) -> list[int]:
         return encode_messages(tokenizer, chat.messages, chat.tools)
     if isinstance(prompt, Chat):
         raise ValueError("messages need a chat template, which this model lacks or --raw leaves out")
-    return tokenizer(prompt, verbose=False)["input_ids"]
+    return _ids(tokenizer, prompt)
 
 
 def encode_messages(
@@ -146,7 +146,14 @@ def encode_messages(
     except Exception as error:  # a template is a program: it can raise anything
         kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
         raise ValueError(f"the model's chat template refuses this conversation: {kind}{error}") from error
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template wrote them
+    return _ids(tokenizer, text, add_special_tokens=False)  # the template wrote them
+
+
+def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    try:
+        return tokenizer(text, verbose=False, **options)["input_ids"]
+    except Exception as error:  # the tokenizer libraries raise bare Exceptions
+        raise ValueError(f"the model's tokenizer refuses this text: {type(error).__name__}: {error}") from error
 
 
 class Conversation:

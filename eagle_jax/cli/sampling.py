@@ -103,6 +103,7 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
     off = {field: getattr(SamplingConfig, field) for field in RANGES}
     of_model = _model_sampling(args) if args.sampling_from_model else {}
     chosen = off | of_model | given
+    args.greedy_by_default = "temperature" not in given and not args.sampling_from_model
     for name, value in chosen.items():
         setattr(args, name, value)
     sampling = SamplingConfig(**(chosen | {"top_k": min(chosen["top_k"], MOST)}), coupled=args.coupled)
@@ -113,8 +114,8 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
 
 
 def model_asks(args: argparse.Namespace) -> str | None:
-    """A line for who decodes greedily with a model that asks for sampling, or None."""
-    if args.sampling_from_model or args.temperature > 0:
+    """A line for who did not choose greedy decoding of a model that asks for sampling, or None."""
+    if not args.greedy_by_default:
         return None
     with contextlib.suppress(ValueError):  # there is no such file
         if (asked := _model_sampling(args)).get("temperature"):
