@@ -129,8 +129,10 @@ def _rendered_again(rendering: Rendering, chat: list[dict[str, Any]], learned: l
             after = text if index + 1 == len(chat) else rendering.text(chat[: index + 1])
         except Fault as error:
             unsure(f"the chat template refuses what comes before or up to {name} ({error})")
-        if not (text.startswith(after) and after.startswith(before)):
-            unsure(f"the chat template writes what comes before or up to {name} otherwise when more follows it")
+        if not after.startswith(before):
+            unsure(f"the chat template writes {name} after something else than the generation prompt before it")
+        if not text.startswith(after):
+            unsure(f"the chat template writes what comes up to {name} otherwise when more follows it")
         content, answer = (chat[index]["content"] or "").strip(), after[len(before) :].strip()
         # Without a generation prompt, a header such as "assistant:" would seem to be the answer's.
         if not (content and answer.startswith(content)) and before == rendering.text(chat[:index]):
