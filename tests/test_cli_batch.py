@@ -150,7 +150,7 @@ def test_a_file_goes_on_with_the_same_weights_whatever_their_folder_is_called(
     for part in ("target", "draft"):
         capsys.readouterr()
         assert write("--batch", "3")[0] == 2
-        assert f"was written with other settings ({part} " in capsys.readouterr().err
+        assert f"was written with other settings ({part}_weights " in capsys.readouterr().err
     assert out.read_text() == before
 
 

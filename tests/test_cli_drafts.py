@@ -134,6 +134,8 @@ def test_trees_on_the_command_line(tmp_path):
         (str(tmp_path / "bad.json"), "lacks its parent"),
         (str(tmp_path / "object.json"), "a list of paths was expected"),
         (str(tmp_path / "none.json"), "No such file"),
+        ("chain:99999999999", "a tree may be 1000 levels deep at most"),
+        ("99999999999,1,2", "a tree may be 1000 levels deep at most"),
         ("chain:0", "a tree is depth,top_k,num_nodes"),
     ):
         with pytest.raises(argparse.ArgumentTypeError, match=message):

@@ -189,8 +189,8 @@ def _settings_of_models(
 ) -> dict[str, Any]:
     """The rest that a text depends on: weights, tree and token ids, wherever they lie and whatever they are called."""
     settings = {
-        "target": fingerprint.of_model(target),
-        "draft": models.draft_identity(draft),
+        "target_weights": fingerprint.of_model(target),
+        "draft_weights": models.draft_identity(draft),
         "tree": fingerprint.of_config(tree) if jax.tree.leaves(draft) else None,
         "stop_tokens": list(stops),
         "prompt_tokens": fingerprint.of_text(json.dumps([prompt.tokens for prompt in found])),
