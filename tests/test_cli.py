@@ -218,6 +218,14 @@ def test_what_ends_a_command_is_a_code_and_one_line(error, code, message, monkey
     assert err.startswith(message) and err.count("\n") == (1 if message else 0)
 
 
+@pytest.mark.parametrize("command", ["bench", "tune"])
+@pytest.mark.parametrize("token", [256, -1, 10**30])
+def test_prompts_to_measure_are_checked_as_those_of_generate(command, token, folder, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"tokens": [1]}) + "\n" + json.dumps({"tokens": [token]}))
+    assert main([command, "--model", str(folder), "--prompts", str(tmp_path / "p.jsonl")]) == 2
+    assert f"p.jsonl, line 2: token {token} is outside the vocabulary, 0 to 255" in capsys.readouterr().err
+
+
 def test_a_file_nested_too_deeply_is_refused(tmp_path, capsys):
     (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
     assert main(["show", "--prompt", "x", "--tree", str(tmp_path / "deep.json")]) == 2

@@ -46,7 +46,7 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
     found = prompts.read_prompts(
         args.prompts,
         lambda prompt: prompts.encode(tokenizer, prompt, args.raw),
-        functools.partial(_check, target=loaded.target),
+        functools.partial(models.check_prompt, target=loaded.target),
         keep_faults=True,
     )
     _check_buckets(found, max(args.buckets))
@@ -145,21 +145,6 @@ def _line(job: answers.Job, turn: int, args: argparse.Namespace) -> dict[str, An
         "log_probs": not args.log_probs,
     }
     return {name: value for name, value in line.items() if not left_out.get(name)}
-
-
-def _check(tokens: Sequence[int], target: Llama) -> None:
-    """Raises ValueError for the token ids of a prompt that cannot be decoded."""
-    limit, vocab, length = target.config.max_position_embeddings, target.config.vocab_size, len(tokens)
-    if length == 0:
-        raise ValueError("the prompt is empty: it needs at least one token")
-    if length >= limit:
-        raise ValueError(
-            f"the prompt has {length} tokens, this model takes at most {limit - 1} and one new token "
-            f"(max_position_embeddings is {limit})"
-        )
-    for token in tokens:
-        if not 0 <= token < vocab:
-            raise ValueError(f"token {token} is outside the vocabulary, 0 to {vocab - 1}")
 
 
 def _check_buckets(found: Sequence[prompts.Prompt], widest: int) -> None:

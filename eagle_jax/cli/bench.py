@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     if args.random_prompts:
         token_lists, source = prompts.random_prompts(vocab_size)
     else:
-        token_lists, source = prompts.to_measure(args.prompts, loaded.folder, args.raw, texts)
+        check = functools.partial(models.check_prompt, target=loaded.target)
+        token_lists, source = prompts.to_measure(args.prompts, loaded.folder, args.raw, texts, check)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "stop_tokens": models.stop_tokens(loaded, args),

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +380,21 @@ def stop_tokens(models: Models, args: argparse.Namespace) -> tuple[int, ...]:
 def eos_tokens(models: Models) -> tuple[int, ...]:
     """The model's own ids that end a text: those of its configs, and its tokenizer's."""
     return eos.eos_tokens(models.folder, models.target.config.vocab_size, models.tokenizer)
+
+
+def check_prompt(tokens: Sequence[int], target: Llama) -> None:
+    """Raises ValueError for the token ids of a prompt that cannot be decoded."""
+    limit, vocab, length = target.config.max_position_embeddings, target.config.vocab_size, len(tokens)
+    if length == 0:
+        raise ValueError("the prompt is empty: it needs at least one token")
+    if length >= limit:
+        raise ValueError(
+            f"the prompt has {length} tokens, this model takes at most {limit - 1} and one new token "
+            f"(max_position_embeddings is {limit})"
+        )
+    for token in tokens:
+        if not 0 <= token < vocab:
+            raise ValueError(f"token {token} is outside the vocabulary, 0 to {vocab - 1}")
 
 
 def capacity(target: Llama, longest: int, width: int, max_new_tokens: int) -> int | None:

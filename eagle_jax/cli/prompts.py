@@ -261,12 +261,16 @@ def random_prompts(vocab_size: int) -> tuple[list[list[int]], str]:
 
 
 def to_measure(
-    path: str | None, folder: Path, raw: bool, texts: Sequence[str] = DEFAULT_TEXTS
+    path: str | None,
+    folder: Path,
+    raw: bool,
+    texts: Sequence[str] = DEFAULT_TEXTS,
+    check: Callable[[list[int]], None] = lambda tokens: None,
 ) -> tuple[list[list[int]], str]:
     """The prompts of a measurement, and what they are: those of a file, or a few texts.
 
     Args:
-      folder: of the tokenizer, which a file of token ids does without. raw: see `encode`.
+      folder: of the tokenizer, which a file of token ids does without. raw: see `encode`. check: see `read_prompts`.
     Raises:
       ValueError: if there is no tokenizer for texts; CheckpointError: for an unusable one.
     """
@@ -276,7 +280,7 @@ def to_measure(
         return encode(tokenizer(), prompt, raw)
 
     if path is not None:
-        return [prompt.tokens for prompt in read_prompts(path, to_tokens)], path
+        return [prompt.tokens for prompt in read_prompts(path, to_tokens, check)], path
     if tokenizer() is None:
         raise ValueError(
             "this model has no tokenizer (tokenizer.json, ... beside its config.json): name a --prompts file of token "

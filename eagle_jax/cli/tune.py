@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         loaded = models.load_models(args)
     if not isinstance(loaded.draft, EagleDraft):
         raise ValueError(NO_HEAD)
-    token_lists, source = prompts.to_measure(args.prompts, loaded.folder, args.raw)
+    check = functools.partial(models.check_prompt, target=loaded.target)
+    token_lists, source = prompts.to_measure(args.prompts, loaded.folder, args.raw, check=check)
     options: dict[str, Any] = {"sampling": sampling, "key": random_key(args), "stop_tokens": models.eos_tokens(loaded)}
 
     setting = measure.setting(loaded.target)

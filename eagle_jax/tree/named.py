@@ -10,7 +10,6 @@ from eagle_jax.tree.policy import TreePolicy
 from eagle_jax.tree.published import PUBLISHED_TREES
 from eagle_jax.tree.static import StaticTree
 
-
 DEEPEST = 1000  # a chain's paths take memory by the square of its depth, and every level of a tree is a pass
 
 
