@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench import tpu_aot
-from tests.accelerators.facts import ALL, FEW, facts, shape
+from tests.accelerators.facts import ALL, FEW, caches, facts, shape
 from tests.aot import tpu_devices
 
 
@@ -15,9 +15,11 @@ def four_chips(program: str) -> tpu_aot.Row:
 def test_a_cycle_fits_four_chips():
     """Weights and caches of all layers are split: 16 GB of weights over four chips of 16 GiB."""
     row = four_chips("cycle")
-    found = facts(tpu_aot.PROGRAMS[row.program](shape(ALL), row.batch), row.mesh())
+    program = tpu_aot.PROGRAMS[row.program](shape(ALL), row.batch)
+    found = facts(program, row.mesh())
     assert 4 < found.arguments / tpu_aot.GIB < 5
     assert found.peak / tpu_aot.GIB < 6
+    assert found.aliased >= caches(program)[1] / 4  # they are updated in place
     assert found.copies == []
 
 

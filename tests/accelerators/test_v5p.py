@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bench import programs
 from eagle_jax import SamplingConfig
 from tests.accelerators.facts import FEW, MORE, caches, facts, shape
@@ -14,6 +16,7 @@ def chip():
     return tpu_devices("v5p:2x2x1")[0]
 
 
+@pytest.mark.slow  # the greedy cycle is in the loop of `generate` below, and over four chips in test_slices.py
 def test_a_cycle_updates_its_caches_in_place_and_a_layer_leaves_nothing_behind():
     made = [programs.cycle(shape(layers), 8192) for layers in (FEW, MORE)]
     few, more = (facts(program, chip()) for program in made)
