@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -50,19 +51,18 @@ def exact_text_probabilities(target, **controls) -> np.ndarray:
     return joint
 
 
-def draws(target, draft, sampling, batch: int = 1, tree=TREE, **options) -> np.ndarray:
+@functools.partial(jax.jit, static_argnames="tree")  # settings are data: cases share a program
+@functools.partial(jax.vmap, in_axes=(0, *[None] * 6))
+def run(key, target, draft, tokens, lengths, sampling, tree):
+    out = eagle_jax.generate(target, draft, tokens, lengths, key, tree=tree, sampling=sampling, max_new_tokens=3)
+    return out.tokens[:, len(PROMPT) :], out.failed
+
+
+def draws(target, draft, sampling, batch: int = 1, tree=TREE) -> np.ndarray:
     """The first three tokens of DRAWS runs of each row of a batch of PROMPTs: [DRAWS, batch, 3]."""
     tokens, lengths = jnp.array([PROMPT] * batch), jnp.full(batch, len(PROMPT))
-
-    @jax.jit
-    @jax.vmap
-    def run(key):
-        out = eagle_jax.generate(
-            target, draft, tokens, lengths, key, tree=tree, sampling=sampling, max_new_tokens=3, **options
-        )
-        return out.tokens[:, len(PROMPT) :], out.failed
-
-    tokens, failed = run(jax.random.split(jax.random.key(7), DRAWS))
+    keys = jax.random.split(jax.random.key(7), DRAWS)
+    tokens, failed = run(keys, target, draft, tokens, lengths, sampling, tree)
     assert not failed.any()
     return np.asarray(tokens)
 
