@@ -137,28 +137,30 @@ def test_a_running_batch_and_a_cycle_at_a_time(kind):
 def test_passes_and_losses():
     eagle1, eagle3 = draft_of("eagle1")[0], draft_of("eagle3")[0]
 
-    def prompts():
-        return [jnp.array(values) for values in PROMPTS]
+    def arguments():
+        tokens, lengths = PROMPTS
+        return jnp.array(tokens), jnp.array(lengths), jnp.array(np.ones(tokens.shape, int))
 
-    def passes(draft):
-        _, features = eagle_jax.forward(target(), *prompts(), draft)
-        return eagle_jax.draft_forward(draft, target(), features, *prompts())
+    def passes(draft, tokens, lengths, _):
+        _, features = eagle_jax.forward(target(), tokens, lengths, draft)
+        return eagle_jax.draft_forward(draft, target(), features, tokens, lengths)
 
-    def eagle3_sum(draft):
-        losses, accuracies = eagle3_loss(draft, target(), *prompts(), jnp.ones(PROMPTS[0].shape, int), steps=3)
+    def eagle3_sum(draft, *arguments):
+        losses, accuracies = eagle3_loss(draft, target(), *arguments, steps=3)
         return losses.sum(), (losses, accuracies)
 
-    def eagle1_sum(draft):
-        losses = eagle1_loss(draft, target(), *prompts(), jnp.ones(PROMPTS[0].shape, int), key=jax.random.key(0))
+    def eagle1_sum(draft, *arguments):
+        losses = eagle1_loss(draft, target(), *arguments, key=jax.random.key(0))
         return sum(losses), losses
 
     for draft, function in ((eagle1, eagle1_sum), (eagle3, eagle3_sum)):
-        assert_narrow(passes, draft)
-        assert_narrow(jax.value_and_grad(function, has_aux=True, allow_int=True), draft)
-        expected = jax.jit(function)(draft)
+        expected = jax.jit(function)(draft, *arguments())
         with wide():
-            got = jax.jit(function)(draft)
+            got = jax.jit(function)(draft, *arguments())
+            wide_arguments = arguments()
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), got, expected)
+        assert_narrow(passes, draft, *wide_arguments)
+        assert_narrow(jax.value_and_grad(function, has_aux=True, allow_int=True), draft, *wide_arguments)
 
 
 def test_models_read_and_prepared():

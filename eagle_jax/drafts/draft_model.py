@@ -20,7 +20,8 @@ from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import warp
 from eagle_jax.state import ROW_TILE, DecodeState, at, draft_keys
-from eagle_jax.tree import DraftStep, StaticTree, Tree, TreePolicy, choice_noise
+from eagle_jax.tree import DraftStep, Tree, TreePolicy, choice_noise
+from eagle_jax.tree.policy import NEVER
 
 
 @jax.tree_util.register_dataclass
@@ -38,9 +39,10 @@ class DraftModel(Draft):
     """Drafts with a smaller Llama of the same vocabulary.
 
     The tree is a chain (`StaticTree.chain(5)`), another static tree, or a dynamic one (TreeConfig). Where the text is
-    sampled and the tree is static, the children of a node are drawn from the small model's own distribution, processed
-    as the target's is, and accepted by the rule for that (`accept_drawn`). A dynamic tree keeps the likeliest tokens,
-    which no rule may take for drawn ones; there, and in greedy rows, the tree holds the likeliest tokens.
+    sampled and the tree is static (or a FixedTreePolicy), the children of a node are drawn from the small model's own
+    distribution, processed as the target's is, and accepted by the rule for that (`accept_drawn`). A dynamic tree keeps
+    the likeliest tokens, which no rule may take for drawn ones; there, and in greedy rows, the tree holds the likeliest
+    tokens.
     """
 
     model: Llama
@@ -84,8 +86,8 @@ class DraftModel(Draft):
         shape = (batch, config.num_kv_heads, (tree.depth - 1) * k, config.head_dim)
         scratch = [(jnp.zeros(shape, self.model.dtype),) * 2 for _ in range(config.num_layers)]
 
-        drawn_from = tree if isinstance(tree, StaticTree) and state.sampling is not None and noise is None else None
-        if drawn_from is not None:
+        scored_at = None if state.sampling is None or noise is not None else _scored_at(tree)
+        if scored_at is not None:
             # The k largest of logits + Gumbel noise are k draws without putting back.
             noise = choice_noise(draft_keys(state, tree.depth), config.vocab_size)
 
@@ -97,7 +99,7 @@ class DraftModel(Draft):
                 return logits, nothing
             warped = warp(logits, state.sampling)
             noisy = perturbed(logits, warped, state.sampling, noise, depth)
-            if drawn_from is None:
+            if scored_at is None:
                 return noisy, nothing
             sampled = (state.sampling.temperature > 0).reshape(-1, 1, 1)
             return noisy, jnp.where(sampled, jax.nn.softmax(warped, axis=-1), 0)
@@ -120,20 +122,34 @@ class DraftModel(Draft):
         logits, first = guesses(memory.hidden[:, None], 0)
         probs = jnp.zeros((batch, 1 + (tree.depth - 1) * k, first.shape[-1]), jnp.float32).at[:, :1].set(first)
         grown, (_, probs) = tree.grow(root, logits[:, 0], (scratch, probs), draft_fn)
-        return Proposal(grown) if drawn_from is None else _drawn(grown, drawn_from, probs)
+        return Proposal(grown) if scored_at is None else _drawn(grown, scored_at, probs)
 
 
-def _drawn(grown: Tree, tree: StaticTree, probs: jax.Array) -> Proposal:
+def _scored_at(tree: TreePolicy) -> np.ndarray | None:
+    """`FixedTreePolicy.scored_at` [N]; None if the tree's shape is not fixed.
+
+    Raises:
+      ValueError: if it is none of this tree's.
+    """
+    scored_at = getattr(tree, "scored_at", None)
+    if scored_at is None:
+        return None
+    rows, end = np.array(scored_at, np.int32), 1 + (tree.depth - 1) * tree.width
+    if rows.shape != (tree.num_nodes,) or rows[0] != 0 or rows.min() < NEVER or rows.max() >= end:
+        raise ValueError(
+            f"scored_at of a {type(tree).__name__} must hold a number for each of its {tree.num_nodes} nodes: 0 for "
+            f"the root first, {NEVER} to {end - 1} for the others"
+        )
+    return rows
+
+
+def _drawn(grown: Tree, row: np.ndarray, probs: jax.Array) -> Proposal:
     """The proposal with q in place of perturbed scores; greedy rows, whose probs are zeros, keep theirs.
 
     Args:
+      row: [N], of `probs`, for each node.
       probs: [B, 1 + L * k, V], at the root, and at the nodes of every step.
     """
-    row = np.full(tree.num_nodes, -1, np.int32)  # of `probs`, for each node
-    row[0] = 0
-    for level, paths in enumerate(tree.steps):
-        for slot, path in enumerate(paths):
-            row[tree.node_of[path]] = 1 + level * tree.width + slot
     at_nodes = jnp.where((row >= 0)[None, :, None], probs[:, np.maximum(row, 0)], 0)  # [B, N, V]
     batch, nodes = grown.tokens.shape
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]

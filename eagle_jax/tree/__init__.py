@@ -2,7 +2,7 @@
 
 from eagle_jax.tree.grow import TreeConfig
 from eagle_jax.tree.merge import merge_chains
-from eagle_jax.tree.policy import DraftFn, DraftStep, TreePolicy
+from eagle_jax.tree.policy import NEVER, DraftFn, DraftStep, FixedTreePolicy, TreePolicy
 from eagle_jax.tree.published import PUBLISHED_TREES
 from eagle_jax.tree.static import StaticTree
 from eagle_jax.tree.tree import NO_PARENT, Tree
@@ -19,12 +19,14 @@ from eagle_jax.tree.verify import (
 )
 
 __all__ = [
+    "NEVER",
     "NO_PARENT",
     "PUBLISHED_TREES",
     "AcceptFn",
     "Acceptance",
     "DraftFn",
     "DraftStep",
+    "FixedTreePolicy",
     "StaticTree",
     "Tree",
     "TreeConfig",

@@ -71,6 +71,27 @@ class TreePolicy(Protocol):
         ...
 
 
+NEVER = -1  # in `scored_at`: no drafting step scored the children of this node
+
+
+class FixedTreePolicy(TreePolicy, Protocol):
+    """A TreePolicy whose trees all have one shape, and which says so: `DraftModel` may then draw their nodes at random.
+
+    It promises: parents and depths never depend on logits, and a node with c children has the tokens of the c largest
+    logits that were handed over for it, the largest first. Logits with Gumbel noise make them c draws without putting
+    back, which more of are accepted (see `accept_drawn`).
+    """
+
+    @property
+    def scored_at(self) -> tuple[int, ...] | None:
+        """[N], where each node's children were scored; None: not fixed after all.
+
+        0 for the root, 1 + i * k + j for slot j of drafting step i, and NEVER for a node that no step expanded. A chain
+        of depth D, of one slot a step: (0, 1, ..., D - 1, NEVER).
+        """
+        ...
+
+
 def log_probabilities(logits: jax.Array) -> jax.Array:
     """Log-softmax over the last axis in float32; NaN becomes -inf, so that a broken draft still makes a tree.
 

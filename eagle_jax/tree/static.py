@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax.tree.policy import DraftFn, DraftStep, best_children, step_mask
+from eagle_jax.tree.policy import NEVER, DraftFn, DraftStep, best_children, step_mask
 from eagle_jax.tree.tree import NO_PARENT, Tree
 
 Path = tuple[int, ...]
@@ -86,6 +86,16 @@ class StaticTree:
     def node_of(self) -> dict[Path, int]:
         """The index of each node; the root's path is ()."""
         return {(): 0} | {path: index for index, path in enumerate(self.paths, start=1)}
+
+    @functools.cached_property
+    def scored_at(self) -> tuple[int, ...] | None:
+        """As FixedTreePolicy; None where a node's children leave out a rank: those are not the first ones drawn."""
+        if any(path[-1] and (*path[:-1], path[-1] - 1) not in self.node_of for path in self.paths):
+            return None
+        row: dict[Path, int] = {(): 0}
+        for level, paths in enumerate(self.steps):
+            row |= {path: 1 + level * self.width + slot for slot, path in enumerate(paths)}
+        return tuple(row.get(path, NEVER) for path in self.node_of)
 
     def grow(
         self, root: jax.Array, logits: jax.Array, carry: Any, draft_fn: DraftFn, target_ids: jax.Array | None = None
