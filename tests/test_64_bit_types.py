@@ -40,12 +40,14 @@ def wide():
 
 @functools.cache
 def target() -> Llama:
-    return scaled(Llama(CONFIG, jax.random.key(0)), 8.0)
+    with jax.ensure_compile_time_eval():  # in a trace, too
+        return scaled(Llama(CONFIG, jax.random.key(0)), 8.0)
 
 
 @functools.cache
 def draft_of(kind: str | None):
-    return (None, TreeConfig()) if kind is None else (KINDS[kind].build(CONFIG, 1, 8.0), KINDS[kind].tree)
+    with jax.ensure_compile_time_eval():
+        return (None, TreeConfig()) if kind is None else (KINDS[kind].build(CONFIG, 1, 8.0), KINDS[kind].tree)
 
 
 def assert_narrow(function, *arguments) -> None:

@@ -72,8 +72,8 @@ def input_first(model: Model) -> Model:
 
     A CPU multiplies a few rows with such a weight as it lies, and rearranges any other one first. Results differ by
     rounding. Accelerators gain nothing. The copy is for decoding alone: convert, shard or train the model it came from.
-    A target whose output matrix is its embedding gets an output matrix of its own, for lookups read the embedding
-    by rows.
+    A target whose output matrix is its embedding gets an output matrix of its own, V * D numbers more, for lookups read
+    the embedding by rows.
     """
 
     def turn(path, leaf):
