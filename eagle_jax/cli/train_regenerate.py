@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from eagle_jax import convert
-from eagle_jax.cli.models import BATCH, GROWTH, add_model_arguments, parse_tree, parse_window, positive
+from eagle_jax.cli.models import BATCH, GROWTH, add_model_arguments, load_models, parse_tree, parse_window, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config, with_logit_bias
 from eagle_jax.convert import parts
-from eagle_jax.convert.read import read_json, resolve
+from eagle_jax.convert.hub import Hub, resolve
+from eagle_jax.convert.read import read_json
 from eagle_jax.models.config import LlamaConfig
 
 EXAMPLES = """\
@@ -133,9 +134,10 @@ def run(args: argparse.Namespace) -> int:
 
 def target_of(args: argparse.Namespace) -> tuple[Path, LlamaConfig]:
     """The folder of the target's small files, and its config, without its weights."""
-    if (args.model is None) == (args.target is None):
-        raise ValueError("name the models with either --model, or --target and --draft")
-    folder = resolve(args.target) if args.model is None else Path(args.model) / parts.TARGET
-    if args.model is not None and not parts.is_conversion(Path(args.model)):
-        raise ValueError(f"--model {args.model} is no folder that `eagle-jax convert` wrote; official ones: --target")
+    if (args.model is None) == (args.target is None) or (args.model and not parts.is_conversion(Path(args.model))):
+        load_models(args)  # says what is wrong
+    if args.model is None:
+        folder = resolve(args.target, Hub(args.revision), weights=False)
+    else:
+        folder = Path(args.model) / parts.TARGET
     return folder, LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
