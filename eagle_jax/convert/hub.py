@@ -47,7 +47,8 @@ def resolve(source: str | Path, hub: Hub | None = None, weights: bool = True) ->
     if folder.is_file():
         raise CheckpointError(f"{source}: is a file; name the folder that holds it")
     if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        raise CheckpointError(no_such_folder(source))
+        hint = "; a hub id is OWNER/NAME" if isinstance(source, str) and re.fullmatch(r"[\w.-]+", source) else ""
+        raise CheckpointError(no_such_folder(source) + hint)
     found = _download(source, hub, *(["*.safetensors"] if weights else []))
     if weights and not any(found.glob("*.safetensors")):
         found = _download(source, hub, "*.bin", MEDUSA_FILE)

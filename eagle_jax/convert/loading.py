@@ -187,8 +187,8 @@ class _Entry:
 def _entries(folder: Path) -> dict[str, _Entry]:
     """The models that a folder's manifest lists, by role."""
     path = folder / parts.MANIFEST
-    if not folder.exists():
-        raise CheckpointError(no_such_folder(folder))
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file, not a folder" if folder.exists() else no_such_folder(folder))
     if not path.is_file():
         raise NotConvertedError(
             f"{folder}: not a converted folder (it has no {parts.MANIFEST}); write one with "

@@ -203,9 +203,10 @@ def parameter_dtype(dtype: Any) -> np.dtype:
 
 
 def own_dtype(checkpoint: Checkpoint) -> np.dtype:
-    """What a checkpoint's config names as its dtype, else that of its floating-point tensors."""
+    """What a checkpoint's config names as its dtype, else that of its floating-point tensors with a meaning."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    found = {tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATS}
+    read = {name: tensor for name, tensor in checkpoint.tensors.items() if not names.IGNORED.fullmatch(name)}
+    found = {tensor.dtype for tensor in read.values() if tensor.dtype in FLOATS}
     if named is None or named == "auto":
         if len(found) != 1:
             raise CheckpointError(f"{checkpoint.folder}: holds dtypes {sorted(found)}; choose one with dtype")

@@ -281,12 +281,15 @@ def test_draft_of_another_width(golden: Path, tmp_path: Path, head: str):
         ({"torch_dtype": None, "dtype": "float16"}, None, "float16"),
         ({"torch_dtype": None}, None, "float16"),  # the tensors'
         ({"torch_dtype": "auto"}, None, "float16"),
+        ({"torch_dtype": None, "inv_freq": True}, None, "float16"),  # whatever the tensors' that nobody reads
         ({}, "bfloat16", "bfloat16"),
         ({}, ml_dtypes.bfloat16, "bfloat16"),
     ],
 )
 def test_dtype_of_both_models(tmp_path: Path, config: dict, dtype: object, expected: str):
     halves = {name: array.astype(np.float16) for name, array in llama_arrays().items()}
+    if config.get("inv_freq"):
+        halves["model.rotary_emb.inv_freq"] = np.ones(3, np.float32)
     target = write_safetensors(tmp_path / "target", CONFIG | config, halves)
     match, head = match_pair(target, write_bin(tmp_path / "head", HEAD_CONFIG, eagle3_arrays()), dtype)
     assert head is not None

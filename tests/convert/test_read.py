@@ -385,6 +385,8 @@ def test_a_mistyped_folder_is_answered_with_near_names(tmp_path: Path, monkeypat
     ):
         with pytest.raises(CheckpointError, match=rf"{typed}: no such folder \(did you mean {meant}\?\)"):
             open_checkpoint(typed)
+    with pytest.raises(CheckpointError, match=r"^mistral: no such folder; a hub id is OWNER/NAME$"):
+        open_checkpoint("mistral")
     with pytest.raises(CheckpointError, match=r"config.json: is a file; name the folder"):
         open_checkpoint("models/llama-8b/config.json")
     with pytest.raises(CheckpointError, match=r"is a folder, and a revision \('v2'\) is one of a hub repository"):
