@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -38,6 +39,15 @@ class Previous:
     def is_free(self) -> bool:
         """Whether the folder is absent or empty."""
         return not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
+
+    @functools.cached_property
+    def copied(self) -> Mapping[str, str]:
+        """{path below target/: sha256} of the small files that the previous conversion copied."""
+        listed = (self.manifest or {}).get(SMALL)
+        if isinstance(listed, Mapping):
+            return listed
+        folder = self.out / parts.TARGET  # of an older version, which lists none
+        return {path: parts.file_sha256(folder / path) for path in small_files(folder)}
 
     def check(self, target: str | Path, draft: str | Path | None, overwrite: bool) -> None:
         """Refuses, before any work, a place that cannot be written to.
@@ -91,11 +101,11 @@ class Previous:
         roles = {role for role in ROLES if self._entry(role)}
         try:
             return roles == matches.keys() and all(self._holds_model(role, match) for role, match in matches.items())
-        except CheckpointError:  # a file is missing
+        except (CheckpointError, KeyError, TypeError):  # a file is missing, or an entry of the manifest
             return False
 
     def is_users(self, path: Path) -> bool:
-        """Whether a file, by its path below the folder, is none that a conversion wrote."""
+        """Whether a file, by its path below the folder, is none that a conversion wrote, or was changed since."""
         if self.manifest is None:
             return True
         role, *rest = path.parts
@@ -103,8 +113,10 @@ class Previous:
             return role != parts.MANIFEST
         if role not in ROLES:
             return True
-        written = rest[0] in ("config.json", parts.PARAMETERS)
-        return not written and (role != parts.TARGET or "/".join(rest) not in self._copied())
+        if rest[0] in ("config.json", parts.PARAMETERS):
+            return False
+        copied = self.copied.get("/".join(rest)) if role == parts.TARGET else None
+        return copied is None or parts.file_sha256(self.out / path) != copied
 
     def replaced(self) -> AbstractContextManager[Path]:
         """The folder to write a new conversion to, which takes the place of the previous one when the block ends."""
@@ -121,18 +133,16 @@ class Previous:
         """Sentences for the user about files that were there before a new conversion, of this manifest."""
         if self.is_free:
             return []
-        users, found = self.users(), []
-        if users:
-            found.append(f"kept in {self.out}: {some(users)}")
-        if TUNED in users and any(
-            self._weights(self.manifest, role) != self._weights(manifest, role) for role in ROLES
-        ):
+        written = {f"{parts.TARGET}/{path}" for path in manifest[SMALL]}
+        kept: list[str] = []
+        replaced: list[str] = []
+        for path in self.users():
+            (replaced if path in written else kept).append(path)
+        found = [f"kept in {self.out}: {some(kept)}"] if kept else []
+        if TUNED in kept and any(_weights(self.manifest, role) != _weights(manifest, role) for role in ROLES):
             found.append(f"{TUNED} was made with other weights: run `eagle-jax tune` again, or delete it")
-        copied = self._copied() if self.manifest is not None else {}
-        for path, checksum in copied.items():
-            file = self.out / parts.TARGET / path
-            if checksum and file.is_file() and parts.file_sha256(file) != checksum:
-                found.append(f"{parts.TARGET}/{path}, changed after the previous conversion, was replaced")
+        if replaced:
+            found.append(f"replaced, though changed after the previous conversion: {some(replaced)}")
         return found
 
     def _entry(self, role: str) -> Mapping[str, Any]:
@@ -157,23 +167,16 @@ class Previous:
             entry.get("kind") == match.kind
             and files.keys() == {file.name for file in source.files}
             and {parts.file_sha256(path) for path in (source.config_path, folder / "config.json")} == {config}
-            and (role != parts.TARGET or self._copied() == small)
+            and (role != parts.TARGET or self.copied == small)
             and all(parts.file_sha256(file) == files[file.name] for file in source.files)
             and all(parts.folder_sha256(folder / parts.PARAMETERS / part) == stored[part]["sha256"] for part in stored)
         )
 
-    def _copied(self) -> Mapping[str, str]:
-        """{path below target/: sha256} of the copied small files."""
-        assert self.manifest is not None
-        folder = self.out / parts.TARGET
-        if SMALL in self.manifest:
-            return self.manifest[SMALL]
-        return {path: parts.file_sha256(folder / path) for path in small_files(folder)}  # of an older version
 
-    @staticmethod
-    def _weights(manifest: Mapping[str, Any] | None, role: str) -> Any:
-        entry = (manifest or {}).get(role) or {}
-        return sorted((entry.get("files") or {}).values()), (manifest or {}).get("dtype")
+def _weights(manifest: Mapping[str, Any] | None, role: str) -> Any:
+    """What tells the weights of two conversions apart: checksums of their files, and the dtype."""
+    files = ((manifest or {}).get(role) or {}).get("files")
+    return files, (manifest or {}).get("dtype")
 
 
 def some(names: list[str]) -> str:

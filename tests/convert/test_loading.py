@@ -18,10 +18,12 @@ from transformers import AutoTokenizer
 
 import eagle_jax
 from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official, tokenizer, tokenizing
+from eagle_jax.convert.place import files_below
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
+from eagle_jax.train.save import save_target
 from tests.convert import folders
 from tests.convert.folders import CONFIG, HEAD_CONFIG, assert_same
 
@@ -218,3 +220,14 @@ def test_a_sentencepiece_tokenizer_names_the_packages_that_read_it(tmp_path: Pat
     monkeypatch.setattr(tokenizing, "_installed", lambda module: True)
     with pytest.raises(CheckpointError, match="no usable tokenizer files"):  # a damaged one
         tokenizer(folder)
+
+
+def test_a_trained_target_is_saved_with_all_that_belongs_to_it(tmp_path: Path):
+    source = folders.write_safetensors(tmp_path / "source", CONFIG, folders.llama_arrays())
+    names = {"tokenizer.model", "chat_template.jinja", "additional_chat_templates/rag.jinja", "generation_config.json"}
+    for name in (*names, "notes.md"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
+    save_target(from_pretrained(source)[0], source / "config.json", tmp_path / "saved", "float32")
+    assert {path.as_posix() for path in files_below(tmp_path / "saved")} == names | {"config.json", "model.safetensors"}
+    assert_same(to_official(from_pretrained(tmp_path / "saved")[0]), folders.llama_arrays())

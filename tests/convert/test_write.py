@@ -235,7 +235,7 @@ def test_overwriting_replaces_only_what_a_conversion_wrote(lived_in: Path, sourc
     assert list(lived_in.parent.iterdir()) == [lived_in]
     assert len(said) == 3 and f"kept in {lived_in}: link, tuned.json, draft/.cache, other_head/config.json" in said[0]
     assert said[1] == "tuned.json was made with other weights: run `eagle-jax tune` again, or delete it"
-    assert said[2] == "target/chat_template.jinja, changed after the previous conversion, was replaced"
+    assert said[2] == "replaced, though changed after the previous conversion: target/chat_template.jinja"
 
     said.clear()
     convert(sources[0], None, lived_in, overwrite=True, note=said.append)
