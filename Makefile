@@ -11,7 +11,7 @@ WORKERS ?= 2
 # A Python 3.12 or later that runs, on the PATH or of pyenv; empty where there is none.
 NEWEST_PYTHON ?= $(shell for python in python3.12 python3.13 python3.14 \
 	$${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9]*/bin/python; do \
-	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
+	$$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
 NEWEST = $(VENV)-newest
 
 PIP = -m pip --disable-pip-version-check --quiet install

@@ -70,6 +70,16 @@ def test_recorded_head_pass(golden, name):
             np.testing.assert_allclose(v[0], expected["cache_v"], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_the_recorded_weights_are_read_as_pytorch_reads_them(golden, name):
+    """tests/pickled.py stands for PyTorch where that is not installed."""
+    torch, path = pytest.importorskip("torch"), golden / "weights" / name / "pytorch_model.bin"
+    ours, theirs = pickled.read(path), torch.load(path, weights_only=True)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[key], tensor.numpy(), strict=True)
+
+
 def abstract_pair(target_fields=None, num_taps=3, own_embedding=False, head=Eagle3Draft, **fields):
     """A target and a head, as shapes only."""
     target = LlamaConfig.from_hf(SMALL | (target_fields or {}))
