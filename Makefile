@@ -24,8 +24,8 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durati
 AS_USERS = tests/test_cli.py tests/test_decode.py
 CORE = tests/tree tests/drafts/test_lossless.py::test_greedy_text_is_that_of_plain_decoding tests/models \
 	tests/test_api.py tests/test_cli_batch.py tests/test_decode.py tests/test_golden.py::test_stops_are_exact \
-	tests/test_insert.py tests/test_imports.py tests/test_sampled_decoding.py tests/test_sampling.py \
-	tests/test_set_mesh.py tests/train/test_loss.py
+	tests/test_insert.py tests/test_imports.py tests/test_sampling.py tests/test_set_mesh.py tests/train/test_loss.py \
+	tests/test_sampled_decoding.py::test_coupled_sampling_gives_the_text_of_plain_sampling
 
 .PHONY: demo test lint types pytest test-newest test-long clean
 

@@ -92,20 +92,25 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-# By CPU seconds of a cold run, 30 and more.
+# The files that take longest with nothing compiled before, roughly in order.
 LONGEST = (
-    "tests/sharding/test_processes.py",
-    "tests/train/test_run.py",
-    "tests/accelerators/test_h200.py",
-    "tests/accelerators/test_training.py",
+    "tests/drafts/test_lossless.py",
     "tests/accelerators/test_v5p.py",
-    "tests/accelerators/test_slices.py",
-    "tests/sharding/test_decode.py",
-    "tests/test_sampled_decoding.py",
+    "tests/sharding/test_processes.py",
     "tests/test_golden.py",
-    "tests/test_cli_batch.py",
+    "tests/accelerators/test_h200.py",
+    "tests/test_sampled_decoding.py",
+    "tests/train/test_run.py",
+    "tests/sharding/test_decode.py",
+    "tests/drafts/test_sampled.py",
+    "tests/accelerators/test_slices.py",
     "tests/drafts/test_step_by_step.py",
     "tests/train/test_features.py",
+    "tests/train/test_step.py",
+    "tests/test_insert.py",
+    "tests/accelerators/test_training.py",
+    "tests/test_cli_batch.py",
+    "tests/test_64_bit_types.py",
 )
 
 
