@@ -1,7 +1,5 @@
 """EAGLE speculative decoding in JAX: the same text as the target model, in fewer passes."""
 
-from importlib import metadata
-
 from eagle_jax import sampling
 from eagle_jax.api import Chunk, Output, advance, draft_forward, forward, generate, propose, stream
 from eagle_jax.convert import CheckpointError, from_pretrained, load, load_draft, tokenizer
@@ -23,11 +21,6 @@ from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import DecodeState, empty_state
 from eagle_jax.tree import PUBLISHED_TREES, StaticTree, Tree, TreeConfig, TreePolicy
 from eagle_jax.version import __version__
-
-try:
-    __version__ = metadata.version("eagle-jax")
-except metadata.PackageNotFoundError:  # run from a checkout
-    __version__ = "unknown"
 
 __all__ = [
     "BUCKETS",
