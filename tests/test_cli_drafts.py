@@ -359,3 +359,18 @@ def test_what_cannot_be_is_one_line(folder, arguments, message, capsys):
     assert main([str(folder) if argument == "MODEL" else argument for argument in arguments]) == 2
     err = capsys.readouterr().err
     assert re.search(re.escape(message), err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "line"), [(None, "float32", "decoding in float32"), ("bfloat16", "bfloat16", "as asked")]
+)
+def test_a_cpu_decodes_in_float32_unless_asked_otherwise_and_says_so(capsys, asked, dtype, line):
+    parser = argparse.ArgumentParser()
+    models.add_model_arguments(parser)
+    pair = drafts.embedded_pair()
+    arguments = ["--target", str(pair / "target"), "--draft", str(pair / "head_eagle1")]
+    args = parser.parse_args(arguments + ([] if asked is None else ["--dtype", asked]))
+    args.draft_window = None
+    loaded = models.load_models(args)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((loaded.target, loaded.draft))} == {dtype}
+    assert line in capsys.readouterr().err

@@ -6,11 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from eagle_jax.cli import prompts, tuned
 from eagle_jax.convert import CheckpointError, eos, from_pretrained, load, parts
@@ -68,7 +70,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(WEIGHTLESS),
     )
     add_revisions(group)
-    group.add_argument("--dtype", choices=PARAMETER_DTYPES, help="dtype of both models (default: their own)")
+    group.add_argument(
+        "--dtype", choices=PARAMETER_DTYPES, help="dtype of both models (default: their own; on a CPU float32)"
+    )
     group.add_argument(
         "--mesh",
         type=parse_mesh,
@@ -339,7 +343,28 @@ def load_models(args: argparse.Namespace) -> Models:
         if not isinstance(draft, EagleDraft):
             raise ValueError(f"--draft-window is for EAGLE heads, this draft is a {type(draft).__name__}")
         draft = with_window(draft, *args.draft_window)
+    if jax.default_backend() == "cpu" and mesh is None:
+        target, draft = _in_float32(target, draft, args.dtype)
     return Models(for_this_machine(target), for_this_machine(draft), folder)
+
+
+def _in_float32(target: Llama, draft: Any, asked: str | None) -> tuple[Llama, Any]:
+    """The models in float32, and a line that says so, where they have 16 bits and no --dtype asked for that.
+
+    A CPU converts 16-bit weights at every product, or goes through them one by one.
+    """
+    own = jnp.dtype(target.dtype).name
+    if own == "float32":
+        return target, draft
+    if asked is not None:
+        print(f"note: {own}, as asked: on a CPU it is many times slower than --dtype float32", file=sys.stderr)
+        return target, draft
+    print(f"note: decoding in float32: {own} is many times slower on a CPU (--dtype {own} keeps it)", file=sys.stderr)
+
+    def widen(x):
+        return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(widen, target), jax.tree.map(widen, draft)
 
 
 def for_this_machine(model: Any) -> Any:
