@@ -390,7 +390,7 @@ def draft_identity(draft: Any) -> str | None:
 
     if draft is None:
         return None
-    return fingerprint.of_model(draft) if jax.tree.leaves(draft) else repr(draft)
+    return fingerprint.of_model(draft) if jax.tree.leaves(draft) else fingerprint.of_config(draft)
 
 
 def stop_tokens(models: Models, args: argparse.Namespace) -> tuple[int, ...]:

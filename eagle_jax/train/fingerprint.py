@@ -34,15 +34,16 @@ FIRST_FIELDS["DraftConfig"] = FIRST_FIELDS["LlamaConfig"] + (
 def of_config(config: Any) -> str:
     """Of a config, as text that a new field with a default leaves as it is. Of anything else: its repr."""
     kind = type(config)
-    if not dataclasses.is_dataclass(kind) or not kind.__module__.startswith("eagle_jax."):
+    if not dataclasses.is_dataclass(kind) or not any(base.__module__.startswith("eagle_jax.") for base in kind.__mro__):
         return repr(config)
+    name = next((base.__name__ for base in kind.__mro__ if base.__name__ in FIRST_FIELDS), kind.__name__)
     fields = {field.name: of_config(getattr(config, field.name)) for field in dataclasses.fields(kind)}
-    first = [name for name in FIRST_FIELDS.get(kind.__name__, "").split() if name in fields]
+    first = [field for field in FIRST_FIELDS.get(name, "").split() if field in fields]
     newer = [
         field.name for field in dataclasses.fields(kind) if field.name not in first and not _is_default(config, field)
     ]
-    shown = ", ".join(f"{name}={fields[name]}" for name in [*first, *sorted(newer)])
-    return f"{kind.__name__}({shown})"
+    shown = ", ".join(f"{field}={fields[field]}" for field in [*first, *sorted(newer)])
+    return f"{name}({shown})"
 
 
 def _is_default(config: Any, field: dataclasses.Field[Any]) -> bool:

@@ -324,12 +324,11 @@ def test_fingerprints_outlast_new_fields_of_a_config():
     assert fingerprint.of_model(head) == stored
 
     newer = dataclasses.make_dataclass(
-        "DraftConfig",
+        "NewerConfig",
         [("softcap", float, 0.0), ("sinks", tuple, dataclasses.field(default_factory=tuple))],
         bases=(DraftConfig,),
         frozen=True,
     )
-    newer.__module__ = DraftConfig.__module__
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     head.config = newer(**fields)
     assert fingerprint.of_model(head) == stored
