@@ -55,14 +55,21 @@ def conversation_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tokens of a conversation, and which of them the assistant wrote: `conversation_documents`' last one.
 
-    Where the template changes earlier answers, only the last answer is learned.
+    Where the template changes earlier answers, only the last answer is learned. The Fault of an answer that cannot be
+    learned is raised.
     """
-    return conversation_documents(tokenizer, messages, chat_template=chat_template, tools=tools)[-1]
+    documents = conversation_documents(tokenizer, messages, chat_template=chat_template, tools=tools)
+    learned = []
+    for document in documents:
+        if isinstance(document, Fault):
+            raise document
+        learned.append(document)
+    return learned[-1]
 
 
 def conversation_documents(
     tokenizer: Any, messages: Any, *, chat_template: str | None = None, tools: list[Any] | None = None
-) -> list[tuple[np.ndarray, np.ndarray]]:
+) -> list[tuple[np.ndarray, np.ndarray] | Fault]:
     """Returns the tokens of a conversation by the chat template, and which of them the assistant wrote.
 
     An answer is learned whole: its content, its reasoning and its tool calls stand in the learned text, or the
@@ -79,7 +86,8 @@ def conversation_documents(
       tools: JSON schemas, for the template.
     Returns:
       tokens [T] int32 and mask [T] uint8: one pair for all answers, or a pair for each answer, with what was said
-      before, if the template writes earlier answers otherwise than the last one.
+      before, if the template writes earlier answers otherwise than the last one. Then a Fault stands in place of an
+      answer that cannot be learned, unless that holds for all.
     Raises:
       Fault: if the conversation cannot be used, or it is not sure which tokens are the assistant's.
       ValueError: if there is no chat template, or it is not valid Jinja.
@@ -97,7 +105,16 @@ def conversation_documents(
     except Fault as fault:
         if fault.kind not in ("mask unsure", "answer changed"):
             raise
-    return [_encoded(rendering, *alone(rendering, chat[: index + 1])) for index in learned]
+    documents: list[tuple[np.ndarray, np.ndarray] | Fault] = []
+    for index in learned:
+        try:
+            documents.append(_encoded(rendering, *alone(rendering, chat[: index + 1])))
+        except Fault as fault:
+            documents.append(fault)
+    faults = [document for document in documents if isinstance(document, Fault)]
+    if len(faults) == len(documents):
+        raise faults[0]
+    return documents
 
 
 def _encoded(rendering: Rendering, text: str, spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:

@@ -113,7 +113,8 @@ class ReadReport:
                 f"; {_count(self.unseen, 'document')} left out, as no loss sees a token to learn in them (too short)"
             )
         if self.faults:
-            line += f"; {_count(self.faults.total(), 'line')} not used"
+            single = ", or single answers of conversations," if self.unrolled else ""
+            line += f"; {_count(self.faults.total(), 'line')}{single} not used"
         lines = [line]
         if self.files > 1:
             lines += [f"  {path}: {_count(count, 'line')} not used" for path, count in self.unused.items()]
@@ -169,7 +170,7 @@ def read_records(
 
 def _records(
     paths: Sequence[str],
-    encode: Callable[[dict[str, Any]], list[Encoded]],
+    encode: Callable[[dict[str, Any]], list[Encoded | Fault]],
     fit: Callable[[Encoded, ReadReport], list[Record]],
     on_error: str,
     too_long: str,
@@ -193,6 +194,8 @@ def _records(
             report.unrolled += len(documents) > 1
             for document in documents:
                 try:
+                    if isinstance(document, Fault):
+                        raise document
                     records = fit(document, report)
                 except Fault as fault:
                     count(entry, fault)
@@ -211,10 +214,10 @@ def as_object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, add_end: bool) -> list[Encoded]:
-    """The documents of a record: tokens and masks."""
+def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, add_end: bool) -> list[Encoded | Fault]:
+    """The documents of a record: tokens and masks, or a Fault where an answer cannot be learned."""
     if entry.get("vocabulary") is not None and entry.get("tokens") is not None:
-        return decoded_tokens(entry, tokenizer)
+        return list(decoded_tokens(entry, tokenizer))
     kind = format_of(entry)
     if kind == "tokens":
         return [given_tokens(entry["tokens"], entry.get("loss_mask"))]

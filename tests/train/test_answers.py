@@ -128,10 +128,10 @@ def test_any_answer_is_learned_whole_or_refused(answers, template):
     except Fault as fault:
         assert fault.kind in ("mask unsure", "answer changed")
         return
-    texts = ["".join(learned(tokenizer, *document)) for document in documents]
-    assert len(texts) in (1, len(answers))
-    for answer, text in zip(answers, texts * len(answers), strict=False):
-        assert squeezed(answer) in squeezed(text)
+    assert len(documents) in (1, len(answers))
+    for answer, document in zip(answers, documents * len(answers), strict=False):
+        if not isinstance(document, Fault):
+            assert squeezed(answer) in squeezed("".join(learned(tokenizer, *document)))
 
 
 MARKED_STRIPPING = templates.STRIPPING.replace(
@@ -162,6 +162,20 @@ def test_every_answer_makes_a_document_where_a_template_changes_earlier_ones(tem
         plain = chat("Hello", "Hello", "how", "fine")
         assert answers_of(tokenizer, plain) == ["Hello" + end, "fine" + end]
         assert len(conversation_documents(tokenizer, plain)) == 1
+
+
+def test_an_answer_that_cannot_be_learned_leaves_the_others():
+    """As of conversations that keep the reasoning of the last answer alone."""
+    tokenizer = make(templates.REASONING)
+    messages = chat("one", "Hello", "two", "why</think>fine")
+    first, (tokens, mask) = conversation_documents(tokenizer, messages)
+    assert isinstance(first, Fault) and "message 2 does not end" in str(first)
+    assert learned(tokenizer, tokens, mask) == ["why</think>fine<|eos|>"]
+    assert fault_of(tokenizer, messages).kind == "mask unsure"
+    messages[1]["weight"] = 0
+    assert answers_of(tokenizer, messages) == ["why</think>fine<|eos|>"]
+    assert "message 4" in str(fault_of(tokenizer, chat("one", "why</think>Hello", "two", "fine")))
+    assert "message 2" in str(fault_of(tokenizer, chat("one", "Hello", "two", "fine")))
 
 
 @pytest.mark.parametrize("template", [templates.CHATML, templates.MARKED, templates.MISTRAL])

@@ -273,6 +273,13 @@ def test_a_conversation_whose_template_changes_earlier_answers(read):
     records = read(talk, tokenizer=byte_level(templates.STRIPPING), max_length=100, report=report)
     said = [TOKENIZER.decode(record.tokens[record.loss_mask > 0]) for record in records]
     assert said == ["<think>b</think>c<|im_end|>", "<think>e</think>f<|im_end|>"] and report.unrolled == 1
+    report = ReadReport()  # and an answer that cannot be learned is one fault
+    talk, tokenizer = {"messages": chat("a", "b", "c", "d</think>e")}, byte_level(templates.REASONING)
+    with pytest.raises(DataError, match=r":1: mask unsure: .*message 2"):
+        read(talk, tokenizer=tokenizer)
+    (record,) = read(talk, tokenizer=tokenizer, on_error="skip", report=report)
+    assert TOKENIZER.decode(record.tokens[record.loss_mask > 0]) == "d</think>e<|eos|>"
+    assert "; 1 line, or single answers of conversations, not used\n  1 mask unsure, first" in report.summary()
 
 
 @pytest.mark.parametrize(
