@@ -36,7 +36,7 @@ from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, sampling_
 from eagle_jax.cli.text import Detokenizer, Ends
 from eagle_jax.train.lock import locked_file
 from tests.test_cli import byte_tokenizer, converted_pair
-from tests.toy import TARGET, near_ties, random_eagle3, random_prompts, random_target
+from tests.toy import TARGET, near_ties, random_prompts, random_target
 
 PROMPTS = ["def __len__(self):\n", "import os", "class Error(Exception):\n"]
 SAMPLED = ["--temperature", "0.8", "--top-p", "0.95", "--seed", "7", "--num-samples", "2", "--log-probs"]
@@ -368,7 +368,6 @@ def test_samples_of_one_prompt_have_the_library_s_keys(folder, capsys, monkeypat
 DRAFTS = {
     "draft model": lambda: (DraftModel(random_target(1)), StaticTree.chain(2)),
     "medusa": lambda: (Medusa(MedusaConfig(TARGET.vocab_size, TARGET.hidden_size, 2), jax.random.key(1)), TREE),
-    "eagle3": lambda: (random_eagle3(1), TREE),
     "lookahead": lambda: (Lookahead(window=2, ngram=3, guesses=2), TREE),
     "prompt lookup": lambda: (PromptLookup(length=2), TREE),
 }
@@ -379,7 +378,7 @@ TREE = TreeConfig(2, 2, 4)
 def test_every_kind_of_draft_works_in_a_running_batch(kind):
     """Both ends of a row's life: a fresh prompt, and one that begins as the row's old text does (as in a chat)."""
     target, (draft, tree) = random_target(0), DRAFTS[kind]()
-    rows = Rows(target, draft, 2, 48, tree=tree, buckets=(16, 48), reuse=True)
+    rows = Rows(target, draft, 2, 48, tree=tree, buckets=(48,), reuse=True)
     rows.compile(2)
     prompts = [row[:length].tolist() for row, length in zip(*map(np.asarray, random_prompts(3, 2, 12)), strict=True)]
     for row, prompt in enumerate(prompts):
