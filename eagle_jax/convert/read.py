@@ -84,6 +84,8 @@ def open_checkpoint(source: str | Path, hub: Hub | None = None) -> Checkpoint:
       CheckpointError: naming the file that is missing or damaged, and what to do about it.
     """
     folder = resolve(source, hub)
+    if not (folder / "config.json").is_file() and (folder / "target" / "config.json").is_file():
+        raise CheckpointError(f"{source}: is a converted folder; load it with eagle_jax.load, or name it with --model")
     config = read_json(folder / "config.json")
     files, weight_map = weight_files(folder)
     tensors: dict[str, Tensor] = {}

@@ -151,8 +151,7 @@ class DraftConfig(LlamaConfig):
     fc_bias: bool = False
     qkv_bias: bool = False
     window: tuple[int, int] | None = None
-    # Not in the repr, which fingerprints of older training runs hold.
-    own_lm_head: bool = dataclasses.field(default=True, repr=False)
+    own_lm_head: bool = True
 
     @classmethod
     def from_hf(

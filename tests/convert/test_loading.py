@@ -222,6 +222,12 @@ def test_a_sentencepiece_tokenizer_names_the_packages_that_read_it(tmp_path: Pat
         tokenizer(folder)
 
 
+def test_a_converted_folder_is_no_official_one(pair: tuple[Path, Path], tmp_path: Path):
+    out = convert(*pair, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=f"{out}: is a converted folder; load it with eagle_jax.load.*--model"):
+        from_pretrained(out)
+
+
 def test_a_trained_target_is_saved_with_all_that_belongs_to_it(tmp_path: Path):
     source = folders.write_safetensors(tmp_path / "source", CONFIG, folders.llama_arrays())
     names = {"tokenizer.model", "chat_template.jinja", "additional_chat_templates/rag.jinja", "generation_config.json"}
