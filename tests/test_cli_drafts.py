@@ -186,7 +186,7 @@ def test_a_draft_without_weights_goes_with_every_target(folder, capsys):
     assert "PromptLookup, length 10, branches 1, ngram 3 (a shape of its own)\n" in out[1].err
     target = str(folder.parent / "target")
     for name, make in models.WEIGHTLESS.items():
-        args = decoding(target=target, draft=name, dtype=None, mesh=None)
+        args = decoding(target=target, draft=name, **dict.fromkeys(("dtype", "mesh", "revision", "draft_revision")))
         assert models.load_models(args).draft == make()
     for draft, options, message in (
         ("prompt-lookup", ["--tree", "3,2,5"], "--tree is for drafts that grow trees; PromptLookup does not"),
