@@ -164,7 +164,7 @@ def test_two_runs_do_not_write_one_file(write, tmp_path, capsys):
 def test_another_tree_is_another_setting(write, expected, capsys):
     write("--batch", "3")
     assert write("--batch", "3", "--tree", "3,2,4")[0] == 2
-    assert "(tree " in capsys.readouterr().err
+    assert re.search(r"\(tree .*num_nodes=5.*, now .*num_nodes=4.*\); go on with those", capsys.readouterr().err)
     assert write("--batch", "1") == (0, expected)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from eagle_jax.cli.places import check_file
 
-LONG = 60  # characters: what is longer is shown by its beginning
+LONG = 200  # characters: what is longer is shown by its beginning
+FINGERPRINT = re.compile('"[0-9a-f]{64}"')
 BEGINNING = b'{"settings": {'  # of the first line
 
 
@@ -38,7 +40,9 @@ def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> se
         if before.get(name) != settings.get(name)
     ]
     if changed:
-        raise ValueError(f"{path} was written with other settings ({'; '.join(changed)}); choose another --out")
+        raise ValueError(
+            f"{path} was written with other settings ({'; '.join(changed)}); go on with those, or choose another --out"
+        )
     finished = set()
     for number, line in enumerate(lines, start=2):
         row = _from_json(line, f"{path}, line {number}")
@@ -50,9 +54,10 @@ def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> se
 
 
 def _short(value: Any) -> str:
-    """A setting as JSON, cut off where it is long, as fingerprints and static trees are."""
+    """A setting as JSON; a fingerprint, or what is very long, is cut off."""
     text = json.dumps(value)
-    return text if len(text) <= LONG else text[: LONG // 2] + "..."
+    most = 12 if FINGERPRINT.fullmatch(text) else LONG
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def _from_json(line: bytes, where: str) -> Any:
