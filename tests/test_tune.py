@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 import shutil
 
 import jax
@@ -15,6 +17,7 @@ import eagle_jax
 from eagle_jax import TreeConfig
 from eagle_jax.cli import machine, main, tune, tuning
 from eagle_jax.cli.tuning import Costs, Seen
+from eagle_jax.decode import propose
 
 HEAD = "weights/t1_eagle3_dv96"
 
@@ -174,6 +177,24 @@ def test_commands_use_the_tuned_tree_on_the_same_device_with_the_same_dtype(tune
 def test_a_draft_without_a_folder_cannot_be_tuned(golden, capsys):
     assert main(["tune", "--target", str(golden / "weights" / "t1_target")]) == 2
     assert "there is no EAGLE head here" in capsys.readouterr().err
+
+
+def test_a_part_of_a_cycle_multiplies_in_its_loop_alone(pair):
+    """XLA moves out of a loop what does not change in it, and the part would seem to take less time."""
+    target, draft = pair
+    tree = TreeConfig(2, 1, 3)
+    shaped = jax.eval_shape
+    prompt = jax.ShapeDtypeStruct((1, 3), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    state = shaped(functools.partial(eagle_jax.prefill, max_new_tokens=99, tree=tree), target, draft, *prompt)
+    nodes = shaped(functools.partial(propose, tree=tree), target, draft, state).tree
+    verified = shaped(tuning.phases.verifications, target, draft, state, nodes)
+    for lowered in (
+        tuning.phases.verifications.lower(target, draft, state, nodes),
+        tuning.phases.updates.lower(target, draft, state, nodes, *verified, tree=tree),
+    ):
+        loops, outside = lowered.compile().as_text().split("\nENTRY ")
+        products = re.compile(r" dot\(|kind=kCustom")
+        assert products.search(loops) and not products.search(outside)
 
 
 def test_costs_are_of_the_state_s_batch(pair):
