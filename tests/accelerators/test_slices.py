@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bench import tpu_aot
 from tests.accelerators.facts import ALL, FEW, caches, facts, shape
 from tests.aot import tpu_devices
@@ -23,6 +25,7 @@ def test_a_cycle_fits_four_chips():
     assert found.copies == []
 
 
+@pytest.mark.slow  # libtpu takes minutes for its loss; test_training.py has an H200's
 def test_a_training_step_fits_four_chips():
     """Every chip has the flash kernel for its own sequences; no weight is copied."""
     measured = tpu_aot.measure(four_chips("train"), layers=FEW)
