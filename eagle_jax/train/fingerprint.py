@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eagle_jax.models import params
+
 # The fields of the configs when fingerprints of them were first stored. They are always part of the text, so that those
 # fingerprints stay valid; a field that was added since is part of it where it differs from its default.
 FIRST_FIELDS = {
@@ -56,7 +58,10 @@ def _is_default(config: Any, field: dataclasses.Field[Any]) -> bool:
 def of_model(model: Any) -> str:
     """Of a model's config and parameters; the same on any device, and however the parameters are sharded."""
     parts = [of_config(getattr(model, "config", None))]
+    tied = getattr(getattr(getattr(model, "model", model), "config", None), "tie_word_embeddings", False)
     for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
+        if tied and params.path_name(path).endswith("lm_head"):
+            continue  # `input_first` gives a tied model this copy of its embedding
         sums = np.asarray(_checksums(leaf)).tolist()
         parts.append(f"{jax.tree_util.keystr(path)} {leaf.dtype.name} {list(leaf.shape)} {sums}")
     return of_text("\n".join(parts))

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from eagle_jax import Eagle3Draft, SamplingConfig, TreeConfig
+from eagle_jax import DraftModel, Eagle3Draft, Llama, SamplingConfig, TreeConfig, input_first
 from eagle_jax.cli import main
 from eagle_jax.models import params
 from eagle_jax.models.config import DraftConfig, RopeConfig
@@ -27,6 +28,7 @@ from eagle_jax.train.features import FeaturesError
 from eagle_jax.train.lock import Locked, locked_folder
 from eagle_jax.train.precompute import precompute
 from eagle_jax.train.setup import objective_of, rows_of
+from tests.toy import TARGET
 from tests.train.chat_templates import byte_level
 from tests.train.models import VOCAB, write_target
 
@@ -340,3 +342,17 @@ def test_fingerprints_outlast_new_fields_of_a_config():
     assert fingerprint.of_config(TreeConfig()) == repr(TreeConfig()) and fingerprint.of_config(None) == "None"
     sampled = SamplingConfig(temperature=0.7, coupled=True)
     assert fingerprint.of_config(sampled) == repr(sampled)
+
+
+@pytest.mark.parametrize("wrap", [lambda target: target, DraftModel], ids=["target", "draft model"])
+def test_the_fingerprint_of_a_tied_model_leaves_out_the_copy_that_input_first_makes(wrap):
+    """So that what was made before there was such a copy can be gone on with."""
+    tied = Llama(dataclasses.replace(TARGET, tie_word_embeddings=True), jax.random.key(0))
+    turned = input_first(wrap(tied))
+    inner = getattr(turned, "model", turned)
+    assert inner.lm_head is not None
+    stored = fingerprint.of_model(turned)
+    inner.lm_head = None
+    assert fingerprint.of_model(turned) == stored
+    inner.embed = nnx.Param(inner.embed[...] + 1)
+    assert fingerprint.of_model(turned) != stored
