@@ -76,6 +76,7 @@ def prefill(
     tree: TreePolicy | None = None,
     num_samples: int = 1,
     log_probs: bool = False,
+    chunk: int = PREFILL_CHUNK,
 ) -> DecodeState:
     """Runs the prompts, in chunks, and chooses each row's first new token (the first root).
 
@@ -90,6 +91,7 @@ def prefill(
       tree: the deepest tree that `cycle` will be given; needed only beyond a depth of MIN_SCRATCH - 1.
       num_samples: rows a prompt, one after the other; sample j of row i has the key fold_in(row i's key, j).
       log_probs: whether the state keeps the log-probabilities of new tokens.
+      chunk: most tokens of a prompt that one pass takes.
     Returns:
       DecodeState of B * num_samples rows.
     """
@@ -124,7 +126,7 @@ def prefill(
         failed=~valid,
         prompt_lengths=lengths,
     )
-    chunks = -(-width // PREFILL_CHUNK)
+    chunks = -(-width // chunk)
     state, last = _run(target, draft, state, min(-(-width // chunks), state.cache.rows))
     if num_samples > 1:
         state = map_rows(lambda x: jnp.repeat(x, num_samples, axis=0), dataclasses.replace(state, keys=None))

@@ -239,9 +239,8 @@ def test_the_version_is_the_package_s(capsys):
     assert capsys.readouterr().out == f"eagle-jax {eagle_jax.__version__}\n"
 
 
-def test_without_a_terminal_progress_is_plain_lines(monkeypatch):
+def test_without_a_terminal_progress_is_plain_lines():
     """Also while the program's own thread is busy, as in compiling; what is done sooner prints none."""
-    monkeypatch.setattr(progress, "EVERY", 0.01)
     out = io.StringIO()
     console = Console(file=out)
 
@@ -251,15 +250,14 @@ def test_without_a_terminal_progress_is_plain_lines(monkeypatch):
             time.sleep(0.01)
         return found is not None
 
-    with progress.status(console, "compiling"):
+    with progress.status(console, "compiling", every=0.01):
         assert printed(r"compiling, 0:\d\d")
-    with progress.bar(console, "texts", 10, before=2) as advance:
+    with progress.bar(console, "texts", 10, before=2, every=0.01) as advance:
         advance(3, "7.0 tok/s")
         assert printed(r"texts, 5 of 10, 0:\d\d, ETA 0:\d\d, 7.0 tok/s")
-    monkeypatch.setattr(progress, "EVERY", 60)
     out.seek(0)
     out.truncate()
-    with progress.status(console, "loading"), progress.bar(console, "texts", 1) as advance:
+    with progress.status(console, "loading", every=60), progress.bar(console, "texts", 1, every=60) as advance:
         advance()
     assert out.getvalue() == ""
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eagle_jax
-from eagle_jax import TreeConfig, prompt
+from eagle_jax import TreeConfig
 from eagle_jax.models import params
 from tests.toy import golden_pair, near_ties, random_eagle1, random_eagle3, random_prompts, random_target, rows_of
 
@@ -176,13 +176,12 @@ def test_finished_rows_cost_no_cycles_and_do_not_change(batch):
     np.testing.assert_array_equal(idle.cycles, state.cycles)
 
 
-def test_a_prompt_in_chunks_equals_one_pass(monkeypatch):
+def test_a_prompt_in_chunks_equals_one_pass():
     target, draft = golden_pair()
     tokens, lengths = random_prompts(7, 3, 50, vocab=256)
     run = functools.partial(eagle_jax.prefill, target, draft, tokens, lengths, max_new_tokens=8)
     whole = jax.jit(run)()
-    monkeypatch.setattr(prompt, "PREFILL_CHUNK", 8)  # seven chunks, the last one padded
-    chunked = jax.jit(lambda: run())()
+    chunked = jax.jit(lambda: run(chunk=8))()  # seven chunks, the last one padded
     np.testing.assert_array_equal(whole.tokens, chunked.tokens)
     np.testing.assert_allclose(whole.draft.hidden, chunked.draft.hidden, atol=1e-4)
     for ours, theirs in ((whole.cache, chunked.cache), (whole.draft.cache, chunked.draft.cache)):

@@ -140,7 +140,7 @@ def test_a_window_on_the_draft_changes_no_text(case):
     np.testing.assert_array_equal(unlimited.accepted, generate(case).accepted)
 
 
-def test_a_window_drafts_from_the_rows_it_shows(case, monkeypatch):
+def test_a_window_drafts_from_the_rows_it_shows(case):
     """The tree after a prompt equals that of a head whose attention a mask limits, chunked or not."""
     target, draft, tokens, lengths = case
     first, recent = 2, 4
@@ -149,8 +149,13 @@ def test_a_window_drafts_from_the_rows_it_shows(case, monkeypatch):
     full = eagle_jax.propose(target, draft, tokens, lengths, tree=TREE)
     assert (tree.scores[0] != full.scores[0]).any()
     np.testing.assert_array_equal(tree.tokens[1], full.tokens[1])  # one token: nothing to hide
-    monkeypatch.setattr(eagle_jax.prompt, "PREFILL_CHUNK", 3)
-    chunked = jax.jit(lambda: eagle_jax.api.propose.__wrapped__(target, windowed, tokens, lengths, tree=TREE))()
+
+    @jax.jit
+    def in_chunks():
+        state = eagle_jax.prefill(target, windowed, tokens, lengths, max_new_tokens=1, tree=TREE, chunk=3)
+        return windowed.propose(target, state, TREE, None).tree
+
+    chunked = in_chunks()
     np.testing.assert_allclose(chunked.scores, tree.scores, atol=1e-4)
 
     # By hand: the last position's logits under a mask over the whole prompt, of row 0.

@@ -12,22 +12,23 @@ EVERY = 10.0  # seconds between two lines; what is done sooner prints none
 
 
 @contextlib.contextmanager
-def status(console: Any, doing: str) -> Iterator[None]:
-    """Shows that something goes on, such as "compiling"."""
+def status(console: Any, doing: str, every: float = EVERY) -> Iterator[None]:
+    """Shows that something goes on, such as "compiling". every: seconds between two plain lines."""
     if console.is_terminal:
         with console.status(doing):
             yield
     else:
-        with _lines(console, lambda seconds: f"{doing}, {_clock(seconds)}"):
+        with _lines(console, every, lambda seconds: f"{doing}, {_clock(seconds)}"):
             yield
 
 
 @contextlib.contextmanager
-def bar(console: Any, doing: str, total: int, before: int = 0) -> Iterator[Callable[..., None]]:
+def bar(console: Any, doing: str, total: int, before: int = 0, every: float = EVERY) -> Iterator[Callable[..., None]]:
     """Shows how many of `total` pieces are done, and when the rest may be.
 
     Args:
       before: pieces that were done before; the time left is not judged by them.
+      every: seconds between two plain lines.
     Yields:
       advance(count=1, note=""): call it after so many pieces more, with a word on how it goes.
     """
@@ -45,7 +46,7 @@ def bar(console: Any, doing: str, total: int, before: int = 0) -> Iterator[Calla
         left = f", ETA {_clock(seconds * (total - done) / (done - before))}" if done > before else ""
         return f"{doing}, {done} of {total}, {_clock(seconds)}{left}" + (f", {shown}" if shown else "")
 
-    with _lines(console, line):
+    with _lines(console, every, line):
         yield advance_lines
 
 
@@ -60,12 +61,12 @@ def _bar(console: Any, doing: str, total: int, before: int) -> Iterator[Callable
 
 
 @contextlib.contextmanager
-def _lines(console: Any, line: Callable[[float], str]) -> Iterator[None]:
-    """Prints line(seconds so far) every EVERY seconds, from a thread: compiling holds up the program's own."""
+def _lines(console: Any, every: float, line: Callable[[float], str]) -> Iterator[None]:
+    """Prints line(seconds so far) every so many seconds, from a thread: compiling holds up the program's own."""
     ended, began = threading.Event(), time.monotonic()
 
     def run() -> None:
-        while not ended.wait(EVERY):
+        while not ended.wait(every):
             with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any longer
                 console.print(line(time.monotonic() - began), soft_wrap=True, markup=False)
 

@@ -62,12 +62,16 @@ def describe(array: Any) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name}
 
 
-def save_part(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a part. Chunked and without orbax's OCDBT, which would hold the whole part in memory twice."""
+def save_part(folder: Path, arrays: Mapping[str, np.ndarray], chunk_bytes: int = CHUNK_BYTES) -> None:
+    """Writes a part. Chunked and without orbax's OCDBT, which would hold the whole part in memory twice.
+
+    Args:
+      chunk_bytes: of a stored file; bounds what a write or a read buffers.
+    """
     import orbax.checkpoint as ocp
 
     state = {path: array.view(_Frozen) for path, array in arrays.items()}
-    chunked = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in arrays}
+    chunked = {path: ocp.SaveArgs(chunk_byte_size=chunk_bytes) for path in arrays}
     with _quiet_orbax(), ocp.StandardCheckpointer(use_ocdbt=False) as checkpointer:
         checkpointer.save(folder.absolute(), state, save_args=chunked)
         checkpointer.wait_until_finished()

@@ -65,10 +65,10 @@ def _backward(kept, of_part):
 by_backend.defvjp(_forward, _backward)
 
 
-def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple[jax.Array, ...]:
-    """`causal_part` a block of queries at a time; a block's scores are computed again for its gradient."""
+def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, block: int = BLOCK) -> tuple[jax.Array, ...]:
+    """`causal_part` for `block` queries at a time; a block's scores are computed again for its gradient."""
     batch, kv_heads, groups, width, head_dim = q.shape
-    block = min(BLOCK, width)
+    block = min(block, width)
     count = -(-width // block)
     more = count * block - width
     padded = jnp.pad(q, [(0, 0)] * 3 + [(0, more), (0, 0)])

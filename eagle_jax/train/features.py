@@ -104,7 +104,12 @@ def contents_of(settings: TrainSettings, head: Any, target: Llama) -> Contents:
     return Contents(settings.dtype, len(head.taps(target)) * hidden, hidden)
 
 
-def groups_of(settings: TrainSettings, splits: Mapping[str, tuple[Dataset, Rows]], contents: Contents) -> list[Group]:
+def groups_of(
+    settings: TrainSettings,
+    splits: Mapping[str, tuple[Dataset, Rows]],
+    contents: Contents,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Group]:
     """The rows of a run, {"train" or "held_out": documents and how they fill rows}, and how they go into new shards."""
     groups = []
     for split, (data, rows) in splits.items():
@@ -113,7 +118,7 @@ def groups_of(settings: TrainSettings, splits: Mapping[str, tuple[Dataset, Rows]
             stored = [min(int(lengths[list(row)].sum()) + STORED_PADDING, length) for row in own]
             starts = np.concatenate([[0], np.cumsum(stored, dtype=np.int64)])
             together = pass_rows(settings, length)  # so many rows are computed at once: a shard holds them all
-            fitting = SHARD_BYTES // (length * contents.width * contents.stored.itemsize)
+            fitting = shard_bytes // (length * contents.width * contents.stored.itemsize)
             groups.append(Group(split, length, starts, max(1, fitting // together) * together))
     return groups
 

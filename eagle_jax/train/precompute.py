@@ -11,18 +11,20 @@ import numpy as np
 from eagle_jax.models import params
 from eagle_jax.train import features, setup
 from eagle_jax.train.config import TrainSettings
-from eagle_jax.train.features import Group
+from eagle_jax.train.features import SHARD_BYTES, Group
 from eagle_jax.train.loader import on_mesh
 from eagle_jax.train.lock import locked_folder
 from eagle_jax.train.say import Say, SignsOfLife, log, signs_of_life
 from eagle_jax.train.setup import objective_of, rows_of
 
 
-def precompute(settings: TrainSettings, folder: Path, say: Say = log) -> int:
+def precompute(settings: TrainSettings, folder: Path, say: Say = log, shard_bytes: int = SHARD_BYTES) -> int:
     """Runs the target over the rows of train and held_out; goes on with what an earlier call began.
 
     Rows go through it as many at a time as in a step's piece, so that the numbers are those of the live target.
 
+    Args:
+      shard_bytes: most bytes of a file of features.
     Raises:
       ValueError: for a run that has no head, or on several hosts; Locked: while another process writes to the folder;
         FeaturesError, OSError: see `features.write`.
@@ -32,10 +34,10 @@ def precompute(settings: TrainSettings, folder: Path, say: Say = log) -> int:
     if jax.process_count() > 1:
         raise ValueError("--precompute runs on one host; the training that reads the folder may run on several")
     with locked_folder(folder, say), signs_of_life(say) as say:
-        return _precompute(settings, folder, say)
+        return _precompute(settings, folder, say, shard_bytes)
 
 
-def _precompute(settings: TrainSettings, folder: Path, say: SignsOfLife) -> int:
+def _precompute(settings: TrainSettings, folder: Path, say: SignsOfLife, shard_bytes: int) -> int:
     mesh = params.make_mesh(settings.mesh.model_dump())
     origin = setup.source(settings)
     output, splits = Path(settings.output), {}
@@ -50,7 +52,7 @@ def _precompute(settings: TrainSettings, folder: Path, say: SignsOfLife) -> int:
     head = setup.new_model(settings, origin, target, splits["train"][0], say)
     objective = objective_of(settings)
     contents = features.contents_of(settings, head, target)
-    groups = features.groups_of(settings, splits, contents)
+    groups = features.groups_of(settings, splits, contents, shard_bytes)
 
     @jax.jit
     def run(head, target, batch):

@@ -144,6 +144,7 @@ def regenerate(
     say: Say,
     overwrite: bool = False,
     total: int | None = None,
+    lines_a_row: int = LINES_A_ROW,
 ) -> int:
     """Writes `out`, or goes on with what an earlier call left of it. Ctrl-C keeps the lines that are done.
 
@@ -151,6 +152,7 @@ def regenerate(
       rows: of the decoder.
       settings: what else the texts depend on (the models, the sampling), as JSON has it.
       total: what `check_lines` returned, if it was called already.
+      lines_a_row: of a window, after which what is done is written.
     Returns:
       Lines whose texts end early or are left out because the target's logits were NaN or infinite.
     Raises:
@@ -168,7 +170,7 @@ def regenerate(
         meter = _Meter(say, total, progress.inputs)
         key = jax.random.key(options.seed)
         waiting = jobs(files, source, options, progress.inputs)
-        while window := list(itertools.islice(waiting, rows * LINES_A_ROW)):
+        while window := list(itertools.islice(waiting, rows * lines_a_row)):
             try:
                 _decode(decoder, rows, window, source, options, key, meter)
             except KeyboardInterrupt:

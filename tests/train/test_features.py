@@ -76,10 +76,9 @@ SHARD_BYTES = 4 * 32 * 4 * 32 * 4  # four of EAGLE-3's rows, eight of EAGLE-1's
 
 
 def test_a_run_reads_its_features_from_the_file_and_is_the_same(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "SHARD_BYTES", SHARD_BYTES)
     config = write_config(place, tmp_path / "live", "eagle3", PACKED)
     assert main(["train", "--config", str(config)]) == 0
-    assert main(["train", "--config", str(config), "--precompute", str(tmp_path / "features")]) == 0
+    assert precompute(read_settings(config), tmp_path / "features", lambda _: None, SHARD_BYTES) == 0
     monkeypatch.delattr(loss, "examples")  # the target's pass
     stored = ["train", "--config", str(config), f"features={tmp_path / 'features'}", f"output={tmp_path / 'stored'}"]
     assert main(stored) == 0
@@ -134,10 +133,9 @@ def case(place: Path, config: Path) -> Case:
     ],
     ids=["eagle1-bucketed", "eagle3-official"],
 )
-def test_losses_and_gradients_are_those_of_the_live_target(place, tmp_path, monkeypatch, kind, data, settings):
-    monkeypatch.setattr(features, "SHARD_BYTES", SHARD_BYTES)
+def test_losses_and_gradients_are_those_of_the_live_target(place, tmp_path, kind, data, settings):
     config = write_config(place, tmp_path / "run", kind, data, **settings)
-    assert precompute(read_settings(config), tmp_path / "features", lambda _: None) == 0
+    assert precompute(read_settings(config), tmp_path / "features", lambda _: None, SHARD_BYTES) == 0
     made = case(place, config)
     objective = objective_of(made.settings)
 
@@ -184,9 +182,7 @@ def written(place, tmp_path_factory) -> tuple[Path, Path]:
     """The settings and the features of a run, in several shards."""
     folder = tmp_path_factory.mktemp("written")
     config = write_config(place, folder / "run", "eagle3", PACKED)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "SHARD_BYTES", SHARD_BYTES // 2)
-        precompute(read_settings(config), folder / "features", lambda _: None)
+    precompute(read_settings(config), folder / "features", lambda _: None, SHARD_BYTES // 2)
     return config, folder / "features"
 
 
@@ -218,7 +214,8 @@ def test_ctrl_c_keeps_the_shards_that_are_written(place, written, tmp_path, monk
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(features, "SHARD_BYTES", SHARD_BYTES // 2)
+        in_small_shards = functools.partial(precompute, shard_bytes=SHARD_BYTES // 2)
+        patch.setattr("eagle_jax.train.precompute.precompute", in_small_shards)
         patch.setattr(features.os, "fsync", fsync)
         assert main(["train", "--config", str(config), "--precompute", str(ours)]) == 130
     said = capsys.readouterr().err

@@ -18,6 +18,7 @@ from eagle_jax.models import params
 from eagle_jax.models.layers import attention
 from eagle_jax.train import attention as blocks
 from eagle_jax.train import eagle1_loss, eagle3_loss, loss
+from eagle_jax.train.layout import layout
 from tests.toy import GOLDEN, golden_pair, random_eagle1, random_eagle3, random_prompts, random_target
 
 STEPS = 7
@@ -198,24 +199,42 @@ def _drafted(target, draft, tokens, place, steps):
     return drafted
 
 
-def test_blocks_and_chunks_change_nothing(monkeypatch):
+def test_chunks_of_positions_change_nothing():
     target, draft = random_target(0, 6.0), random_eagle3(1, 6.0)
     head1 = random_eagle1(2, 6.0)
     tokens, lengths = random_prompts(5, 2, 23)
     mask = jnp.ones((2, 23), jnp.int32)
 
-    def measure():
-        run = jax.jit(lambda draft: eagle3_loss(draft, target, tokens, lengths, mask, steps=3)[0].sum())
-        grad = jax.jit(jax.grad(lambda draft: sum(eagle1_loss(draft, target, tokens, lengths, mask))))(head1)
-        return run(draft), grad
+    def measure(chunk):
+        run = jax.jit(lambda draft: eagle3_loss(draft, target, tokens, lengths, mask, steps=3, chunk=chunk)[0].sum())
+        grad = jax.grad(lambda draft: sum(eagle1_loss(draft, target, tokens, lengths, mask, chunk=chunk)))
+        return run(draft), jax.jit(grad)(head1)
 
-    whole, whole_gradient = measure()
-    monkeypatch.setattr(blocks, "BLOCK", 8)
-    monkeypatch.setattr(loss, "CHUNK", 7)
-    split, split_gradient = measure()
+    whole, whole_gradient = measure(46)
+    split, split_gradient = measure(7)
     np.testing.assert_allclose(split, whole, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(whole_gradient), jax.tree.leaves(split_gradient), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+
+
+def test_blocks_of_queries_change_nothing():
+    """The last block is padded; documents begin within blocks."""
+    q, k, v, of_out = (jax.random.normal(jax.random.key(i), (2, 1, 2, 23, 16)) for i in range(4))
+    k, v = k[:, :, 0], v[:, :, 0]
+    documents = (jnp.arange(23)[None] >= jnp.array([[10], [4]])).astype(jnp.int32)
+    text = layout(jnp.array([23, 9]), 23, documents)
+
+    @functools.partial(jax.jit, static_argnames="block")
+    def measure(q, k, v, block):
+        def attended(q, k, v):
+            _, total, out = blocks.in_blocks(q, k, v, text, block)
+            return out / total
+
+        out, pull = jax.vjp(attended, q, k, v)
+        return out, *pull(of_out)
+
+    for a, b in zip(measure(q, k, v, 512), measure(q, k, v, 8), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_the_feature_regression_is_of_the_hidden_states_that_logits_are_made_of():

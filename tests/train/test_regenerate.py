@@ -17,9 +17,8 @@ from eagle_jax import Eagle3Draft, SamplingConfig
 from eagle_jax.api import Chunk
 from eagle_jax.cli import main
 from eagle_jax.convert import from_pretrained
-from eagle_jax.train import regenerate as module
 from eagle_jax.train.records import DataError, read_records
-from eagle_jax.train.regenerate import Options, Source, regenerate
+from eagle_jax.train.regenerate import LINES_A_ROW, Options, Source, regenerate
 from eagle_jax.train.save import save_head
 from tests.toy import draft_config, scaled
 from tests.train.chat_templates import CHATML, LLAMA3, MISTRAL, PLAIN, REASONING, STRIPPING, byte_level, chat
@@ -63,7 +62,16 @@ class Scripted:
         return Chunk(tokens, counts, done, failed)
 
 
-def made(tmp_path: Path, lines: list[Any], decoder: Scripted, overwrite=False, say=None, settings=None, **options):
+def made(
+    tmp_path: Path,
+    lines: list[Any],
+    decoder: Scripted,
+    overwrite=False,
+    say=None,
+    settings=None,
+    lines_a_row=LINES_A_ROW,
+    **options,
+):
     """The records that `regenerate` makes of some lines, and its result."""
     data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
     data.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
@@ -71,7 +79,7 @@ def made(tmp_path: Path, lines: list[Any], decoder: Scripted, overwrite=False, s
     said: list[str] = [] if say is None else say
     options = Options(**{"max_length": 200, "max_new_tokens": 40} | options)
     args = [str(data)], out, decoder, decoder.rows, source, options, settings or {}, said.append, overwrite
-    result = regenerate(*args)
+    result = regenerate(*args, lines_a_row=lines_a_row)
     return [json.loads(line) for line in out.read_text().splitlines()], result
 
 
@@ -295,8 +303,7 @@ def test_a_text_does_not_depend_on_the_batch(tmp_path):
     assert seeded != results[0]
 
 
-def test_a_run_that_was_killed_comes_to_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LINES_A_ROW", 4)
+def test_a_run_that_was_killed_comes_to_the_same_bytes(tmp_path):
     lines, out = many_lines(), tmp_path / "out.jsonl"
     partial, note = (tmp_path / f"out.jsonl.{name}" for name in ("partial", "progress.json"))
     whole = Scripted(byte_level(CHATML))
@@ -307,7 +314,7 @@ def test_a_run_that_was_killed_comes_to_the_same_bytes(tmp_path, monkeypatch):
     for die_at in (whole.steps // 2, whole.steps // 3, 2):
         decoder = Scripted(byte_level(CHATML), die_at=die_at)
         with pytest.raises(KeyboardInterrupt):
-            made(tmp_path, lines, decoder)
+            made(tmp_path, lines, decoder, lines_a_row=4)
         assert expected.startswith(partial.read_bytes()) and not out.exists()
         with open(partial, "ab") as file:
             file.write(b'{"messages": [{"role": "us')  # a line that was cut
@@ -340,10 +347,9 @@ def test_ctrl_c_keeps_the_lines_that_are_done_and_says_how_to_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["settings", "data", "options", "template"])
-def test_other_settings_are_refused(tmp_path, monkeypatch, change):
-    monkeypatch.setattr(module, "LINES_A_ROW", 4)
+def test_other_settings_are_refused(tmp_path, change):
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path, many_lines(), Scripted(byte_level(CHATML), die_at=60), settings={"target": "a"})
+        made(tmp_path, many_lines(), Scripted(byte_level(CHATML), die_at=60), settings={"target": "a"}, lines_a_row=4)
     assert (tmp_path / "out.jsonl.partial").stat().st_size
     lines = many_lines()[1:] if change == "data" else many_lines()
     other = Scripted(byte_level(STRIPPING if change == "template" else CHATML))
@@ -355,11 +361,10 @@ def test_other_settings_are_refused(tmp_path, monkeypatch, change):
     assert len(made(tmp_path, lines, other, settings=settings, overwrite=True, **options)[0]) == len(lines)
 
 
-def test_parts_that_are_damaged_or_strange_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LINES_A_ROW", 4)
+def test_parts_that_are_damaged_or_strange_are_refused(tmp_path):
     decoder = Scripted(byte_level(CHATML), die_at=60)
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path, many_lines(), decoder)
+        made(tmp_path, many_lines(), decoder, lines_a_row=4)
     partial, note = (tmp_path / f"out.jsonl.{name}" for name in ("partial", "progress.json"))
     content = partial.read_bytes()
     partial.write_bytes(content[:-9])
