@@ -21,8 +21,8 @@ examples:
   eagle-jax bench --model vicuna-jax/ --drafts plain,lookahead,medusa=medusa-vicuna/,eagle1,eagle2 --plot drafts.png
   eagle-jax bench --drafts plain,lookahead,prompt-lookup,eagle1,eagle2,eagle3 --tree 5,4,16
 
-Without --prompts: a few built-in ones, which need a tokenizer; --random-prompts need none. Without a model, --drafts
-takes the embedded pair.
+Without --prompts, a few built-in ones are decoded, which need a tokenizer; --random-prompts need none. Without a model,
+--drafts takes the embedded pair.
 """
 
 
@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompts",
         metavar="FILE",
-        help="text, a prompt a line; or .jsonl, a line each: a string, or an object with prompt, text, turns (as in "
-        "MT-bench, the first turn) or tokens (ids)",
+        help="as for `eagle-jax generate`: text, JSON Lines or a JSON array; of several turns, the first is measured",
     )
     source.add_argument("--random-prompts", action="store_true", help="random tokens, which need no tokenizer")
     several = parser.add_argument_group("several drafts")

@@ -27,8 +27,8 @@ examples:
   eagle-jax chat --model llama-8b/ --system "Answer in one sentence." --temperature 0.7 --top-p 0.9
   printf 'Hello!\\nAnd in French?\\n' | eagle-jax chat --model llama-8b/
 
-Ctrl-C stops an answer; what was said so far stays in the conversation. Without a chat template, or with --raw, the
-model continues the text of all turns as it is.
+/reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops an answer; what was said so far stays in the
+conversation. Without a chat template, or with --raw, the model continues the text of all turns as it is.
 """
 
 HELP = """\

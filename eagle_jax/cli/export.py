@@ -22,13 +22,15 @@ Only the head is written. The folder is read back and compared bit for bit; docs
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
-    group = parser.add_argument_group("models", "a converted folder, or official checkpoints as they are")
+    group = parser.add_argument_group(
+        "models", "a converted folder, or official checkpoints as they are; HF_TOKEN opens gated hub repositories"
+    )
     group.add_argument("--model", metavar="DIR", help="a folder that `eagle-jax convert` wrote")
     group.add_argument("--target", metavar="DIR_OR_ID", help="instead: the target, a Hugging Face folder or hub id")
-    group.add_argument("--draft", metavar="DIR_OR_ID", help="and its EAGLE head")
+    group.add_argument("--draft", metavar="DIR_OR_ID", help="with --target: its EAGLE head")
     add_revisions(group)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--format", required=True, choices=tuple(ENGINES), help="who is to load it")
+    parser.add_argument("--format", required=True, choices=tuple(ENGINES), help="the engine that is to load it")
     parser.add_argument("--dtype", choices=PARAMETER_DTYPES, help="cast the weights (default: the head's own)")
     parser.add_argument(
         "--overwrite",

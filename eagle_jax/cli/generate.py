@@ -29,9 +29,9 @@ decoding alone, from the first token to the last; compilation and the prompt's p
 
 With --prompts and --out: a line of settings, then a JSON line a text as it ends, in any order. Its "finish" says why it
 ended: stop (a stop token or string), length (--max-new-tokens), context (the model's is full) or failed. A prompt that
-cannot be used fails, with an "error"; the others go on, and the exit code is 1. Of several turns each gets a line, with
-its number as "turn". A run that was stopped goes on where it was, if started again. A text depends on its prompt, the
-settings and the seed alone, not on --batch.
+cannot be used fails, with an "error"; the others go on, and the exit code is 1. A prompt of several turns gets a line
+for each, with its number as "turn". A run that was stopped (Ctrl-C, too) goes on where it was if the same command is
+started again. A text depends on its prompt, the settings and the seed alone, not on --batch.
 """
 
 
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--prompts",
         metavar="FILE",
-        help="text, a prompt a line; or .jsonl, a line each (or .json, an array): a string, or an object with "
-        f'{OBJECT}. Its "id" or "question_id" is kept',
+        help="text, a prompt a line; or JSON Lines (.jsonl) or an array (.json) of strings, or of objects with "
+        f'{OBJECT}; their "id" or "question_id" is kept. All also .gz',
     )
     many = parser.add_argument_group("with --prompts")
     many.add_argument("--out", metavar="FILE", help="the .jsonl file for the texts; one that is there is continued")
@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoding_arguments(parser, max_new_tokens=256)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--num-samples", type=positive, default=1, metavar="N", help="texts a prompt (default: 1)")
-    parser.add_argument("--log-probs", action="store_true", help="tell the log-probabilities; of one prompt, the mean")
+    parser.add_argument(
+        "--log-probs", action="store_true", help="add log-probabilities to --out; with --prompt, show their mean"
+    )
     add_sampling_arguments(parser)
 
 

@@ -60,31 +60,35 @@ class Models:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model, or --target and --draft, --dtype and --mesh."""
-    group = parser.add_argument_group("models", "a converted folder, or official checkpoints as they are")
+    group = parser.add_argument_group(
+        "models", "a converted folder, or official checkpoints as they are; HF_TOKEN opens gated hub repositories"
+    )
     group.add_argument("--model", metavar="DIR", help="a folder that `eagle-jax convert` wrote")
     group.add_argument("--target", metavar="DIR_OR_ID", help="instead: the target, a Hugging Face folder or hub id")
     group.add_argument(
         "--draft",
         metavar="DIR_OR_ID",
-        help="and its EAGLE head, Medusa heads, or draft model; or a draft without weights, with --model, too: "
-        + ", ".join(WEIGHTLESS),
+        help="with --target: its EAGLE head, Medusa heads, or draft model; also with --model: a draft without weights, "
+        "one of " + ", ".join(WEIGHTLESS),
     )
     add_revisions(group)
     group.add_argument(
-        "--dtype", choices=PARAMETER_DTYPES, help="dtype of both models (default: their own; on a CPU float32)"
+        "--dtype",
+        choices=PARAMETER_DTYPES,
+        help="dtype of both models (default: their own; on a CPU, without --mesh, float32)",
     )
     group.add_argument(
         "--mesh",
         type=parse_mesh,
         metavar="AXIS=N,...",
-        help="spread them over several devices, such as data=2,tensor=4: texts over data, products over tensor",
+        help="shard over several devices, such as data=2,tensor=4: data splits the batch, tensor the matrix products",
     )
 
 
 def add_revisions(parser: Any) -> None:
     """Adds --revision and --draft-revision, of hub ids, to a parser or a group of one."""
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the target's hub repository")
-    parser.add_argument("--draft-revision", metavar="NAME", help="the same of the draft's")
+    parser.add_argument("--draft-revision", metavar="NAME", help="the same for the draft's repository")
 
 
 @contextlib.contextmanager
@@ -111,8 +115,9 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         type=parse_tree,
         metavar="TREE",
         help="the draft tree: depth (draft tokens on the longest path), children a node, and nodes in all with the "
-        f"root (default: {default.depth},{default.top_k},{default.num_nodes}); or a static one: chain:5, a published "
-        f"one ({', '.join(PUBLISHED_TREES)}), or a .json file with a list of paths",
+        f"root; or a static one: chain:5, a published one ({', '.join(PUBLISHED_TREES)}), or a .json file with a list "
+        "of paths (default: what `eagle-jax tune` found, else for EAGLE heads "
+        f"{default.depth},{default.top_k},{default.num_nodes})",
     )
     parser.add_argument(
         "--stop-below",
@@ -138,7 +143,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         type=positive,
         default=max_new_tokens,
         metavar="N",
-        help="default: %(default)s",
+        help="most new tokens of a text (default: %(default)s)",
     )
     parser.add_argument("--ignore-eos", action="store_true", help="decode on after an end-of-text token")
     parser.add_argument(

@@ -53,8 +53,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sampling-from-model",
         action="store_true",
-        help=f"take those of the five above that are not given from the model's {GENERATION_CONFIG}, as `generate` of "
-        "transformers does",
+        help=f"take the five options above, where they are not given, from the model's {GENERATION_CONFIG}, as "
+        "`generate` of transformers does",
     )
     group.add_argument(
         "--logit-bias",
@@ -69,7 +69,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="draft with the target's own random numbers: the same distribution, more draft tokens accepted",
     )
-    group.add_argument("--seed", type=parse_seed, default=0, metavar="N", help="of the random numbers (default: 0)")
+    group.add_argument(
+        "--seed", type=parse_seed, default=0, metavar="N", help="seed of the random numbers (default: 0)"
+    )
 
 
 def parse_bias(text: str) -> tuple[int, float]:

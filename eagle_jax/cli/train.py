@@ -15,8 +15,9 @@ examples:
   eagle-jax train --config run.yaml --distributed                  # on every host of a TPU pod or a Slurm job
   eagle-jax train --config run.yaml --distributed host0:9000,2,1   # elsewhere: process 1 of 2, and where 0 listens
 
-A run that was ended (SIGTERM and Ctrl-C save first) goes on with the same command. The settings are in
-eagle_jax/train/config.py; optimizer's may be changed then, and others that leave what is learned as it is.
+SIGTERM and Ctrl-C save the step before they end a run, and the same command goes on with it; a second Ctrl-C ends it
+at once. Every setting is in eagle_jax/train/config.py. A run may go on with a changed optimizer, length, mesh, dtype or
+evaluation, and with changed checkpoints; docs/training.md has the list. Other changes need another output.
 """
 
 
@@ -26,16 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precompute",
         metavar="DIR",
-        help="write the target's hidden states of all rows to a folder instead, for runs with features=DIR; goes on "
-        "with what is there",
+        help="instead of training, write the target's hidden states of all rows to this folder, for runs with "
+        "features=DIR; goes on with what is there",
     )
     parser.add_argument(
         "--distributed",
         nargs="?",
         const="",
         metavar="HOST:PORT,N,I",
-        help="train with the other processes that get this option; they share the output folder. Alone where JAX knows "
-        "the cluster (TPU pods, Slurm, Open MPI, Kubernetes); else the first one's address, how many, and which one",
+        help="train with the other processes that are started with this option; they share the output folder. Needs no "
+        "value where JAX knows the cluster (TPU pods, Slurm, Open MPI, Kubernetes); elsewhere: the address of process "
+        "0, the number of processes, and the number of this one",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings in place of the file's")
 

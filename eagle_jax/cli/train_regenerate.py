@@ -21,10 +21,10 @@ examples:
   eagle-jax train regenerate --target vicuna/ --data sharegpt.jsonl --out own.jsonl --batch 16
   eagle-jax train regenerate --model llama-8b/ --data chats.jsonl --out own.jsonl --temperature 0.7 --seed 1
 
-Conversations get new answers, turn by turn, and a prompt is a user's turn if there is a chat template. Texts and tokens
-keep their first --prompt-tokens, prompts with a completion stay whole, and the target goes on. Every line has the
-decoded tokens, which training reads, its source, and how it ended. With a draft the same texts come sooner. A run that
-was stopped (Ctrl-C keeps the lines that are done) goes on where it was, if started again.
+Conversations get new answers, turn by turn; a prompt alone is a user's turn if there is a chat template. The target
+continues texts and tokens after their first --prompt-tokens, and replaces the completion of a prompt. Every line has
+the decoded tokens, which training reads, its source, and how it ended ("finish"). With a draft the same texts come
+sooner. A run that was stopped (Ctrl-C keeps the lines that are done) goes on if the same command is started again.
 """
 
 
@@ -51,7 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of a text, or of tokens without a prompt, the first N are the prompt (default: %(default)s)",
     )
-    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="most new tokens of an answer (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-length",
         type=positive,
@@ -59,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most tokens of a text with its prompt, or of a conversation (default: %(default)s)",
     )
-    parser.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="of lines that cannot be used")
+    parser.add_argument(
+        "--on-error",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what to do with lines that cannot be used (default: refuse)",
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="use the first N lines only")
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja, in place of the tokenizer's own")
     parser.add_argument("--tree", type=parse_tree, metavar="TREE", help="the draft tree, as for `eagle-jax generate`")

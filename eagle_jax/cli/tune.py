@@ -21,8 +21,9 @@ It measures what a pass over 2 to 64 nodes and a drafted level cost on this mach
 large trees on the prompts; from these it expects tokens a second of every depth, top_k, number of nodes and temperature
 of the draft's scores, and measures the most promising. The fastest goes to tuned.json in the model's folder (the
 draft's, with --draft), where other commands find it: they use it on the same device with the same dtype, unless --tree
-names another. Tuned for several batches, a command takes the tree of the nearest; one that samples many texts at a time
-takes that nearest to batch 8, as a sampled text depends on the tree (but for --coupled), and must not on --batch.
+names another. If there are trees for several batches, a command takes the one nearest to its batch. A command that
+samples many texts at a time takes the one nearest to batch 8, unless --coupled is given: the text depends on the tree
+there, and must not depend on --batch. Only EAGLE heads can be tuned.
 """
 NO_HEAD = "there is no EAGLE head here: only their trees can be tuned"
 CANDIDATES = 4  # trees that are decoded with, in the end

@@ -15,7 +15,12 @@ from eagle_jax.models.config import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a conversion to a parser."""
-    parser.add_argument("--target", required=True, metavar="DIR_OR_ID", help="the target model: a folder or a hub id")
+    parser.add_argument(
+        "--target",
+        required=True,
+        metavar="DIR_OR_ID",
+        help="the target model: a folder or a hub id (HF_TOKEN opens gated ones)",
+    )
     parser.add_argument(
         "--draft",
         metavar="DIR_OR_ID",
@@ -29,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write into a folder that is not empty: replaces a previous conversion there, and no other files",
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the target's hub repository")
-    parser.add_argument("--draft-revision", metavar="NAME", help="the same of the draft's")
+    parser.add_argument("--draft-revision", metavar="NAME", help="the same for the draft's repository")
 
 
 def run(args: argparse.Namespace) -> int:
