@@ -29,7 +29,7 @@ def new_folder(out: Path, keep: Callable[[Path], bool] = lambda path: False) -> 
             os.rename(out, old)
         os.rename(partial, out)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        settle(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -42,17 +42,23 @@ def added_to(out: Path) -> Iterator[Path]:
     that all is there.
     """
     partial, _ = _beside(out)
+    moved: list[str] = []
     try:
         partial.mkdir(parents=True)
         yield partial
         for entry in sorted(partial.iterdir(), key=lambda entry: entry.is_file()):
             os.rename(entry, out / entry.name)
+            moved.append(entry.name)
+    except BaseException:
+        for name in moved:
+            os.rename(out / name, partial / name)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def settle(out: Path) -> None:
-    """Undoes what a killed `new_folder` left beside `out`: its unfinished folder goes, an old one comes back."""
+    """Undoes what a `new_folder` that failed left beside `out`: its unfinished folder goes, an old one comes back."""
     partial, old = _beside(out)
     shutil.rmtree(partial, ignore_errors=True)
     if old.is_dir() and not out.exists():
@@ -88,7 +94,7 @@ def files_below(folder: Path) -> list[Path]:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to, which takes its place when the block ends; after an error it goes."""
-    partial = path.with_name(f".{path.name}")
+    partial = path.with_name(f".partial.{path.name}")  # the end of the name says what format it has
     try:
         yield partial
         os.replace(partial, path)
