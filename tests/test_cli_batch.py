@@ -30,7 +30,7 @@ from eagle_jax import (
 from eagle_jax.cli import batch, main, models
 from eagle_jax.cli.answers import Job, Rules, decode
 from eagle_jax.cli.prompts import Prompt
-from eagle_jax.cli.results import read_finished
+from eagle_jax.cli.results import Results, read_finished
 from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, sampling_config
 from eagle_jax.cli.text import Detokenizer, Ends
@@ -193,6 +193,19 @@ def test_a_file_without_a_text_may_change_its_settings(tmp_path):
     assert read_finished(str(path), {"seed": 2}) == {(4, 0), (5, 1)}
     path.write_text('{"settings": {}}\n{"index": 4, "turn": 0, "turns": 2}\n{"index": 5, "turn": 1, "turns": 2}\n')
     assert read_finished(str(path), {}) == {(5, 0)}  # a conversation is whole with its last turn
+
+
+def test_a_conversation_torn_between_its_turns_is_written_once(tmp_path):
+    path = tmp_path / "out.jsonl"
+    whole = '{"settings": {}}\n{"index": 4}\n{"index": 5, "turn": 0, "turns": 2}\n{"index": 5, "turn": 1, "turns": 2}\n'
+    torn = '{"index": 6, "turn": 0, "turns": 3}\n{"index": 6, "turn": 1, "turns": 3}\n{"ind'
+    path.write_text(whole + torn)
+    with Results(str(path), {}) as results:
+        results.write({"index": 6})
+    assert path.read_text() == whole + '{"index": 6}\n'
+    path.write_text('{"settings": {}}\n{"index": 6, "turn": 0, "turns": 3}\n')
+    Results(str(path), {"seed": 1}).__exit__(None, None, None)
+    assert path.read_text() == '{"settings": {"seed": 1}}\n'
 
 
 @pytest.mark.parametrize("batch", ["1", "3"])

@@ -48,9 +48,14 @@ def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> se
         row = _from_json(line, f"{path}, line {number}")
         if not isinstance(row, dict) or type(row.get("index")) is not int:
             raise ValueError(f"{path}, line {number}: no text of `generate --prompts`; choose another --out")
-        if row.get("turn", 0) + 1 == row.get("turns", 1):  # with its last turn a conversation is whole
+        if _is_last(row):
             finished.add((row["index"], row.get("sample", 0)))
     return finished
+
+
+def _is_last(row: dict[str, Any]) -> bool:
+    """Whether a row has its conversation's last turn, with which that is whole."""
+    return row.get("turn", 0) + 1 == row.get("turns", 1)
 
 
 def _short(value: Any) -> str:
@@ -80,7 +85,12 @@ class Results:
         self._file.seek(0)
         content = self._file.read()
         whole = _whole(content)
-        if content[:whole].count(b"\n") < 2:  # no row yet, so the settings may have changed
+        while content[:whole].count(b"\n") > 1:  # a crash may have torn a conversation between its turns, too
+            last = content.rfind(b"\n", 0, whole - 1) + 1
+            if _is_last(json.loads(content[last:whole])):
+                break
+            whole = last
+        else:  # no row yet, so the settings may have changed
             whole = 0
         self._file.truncate(whole)
         if whole == 0:
