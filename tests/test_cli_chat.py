@@ -38,9 +38,9 @@ def folder(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat(folder, capsys, monkeypatch):
     """Runs a session that reads these lines; returns its stdout and stderr."""
 
-    def session(*lines: str, options=()) -> tuple[str, str]:
+    def session(*lines: str, options=(), code: int = 0) -> tuple[str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-        assert main(["chat", "--model", str(folder), *OPTIONS, *options]) == 0
+        assert main(["chat", "--model", str(folder), *OPTIONS, *options]) == code
         captured = capsys.readouterr()
         return captured.out, captured.err
 
@@ -129,7 +129,7 @@ def test_ctrl_c_at_the_prompt_tells_how_to_leave(monkeypatch, capsys):
 
 
 def test_a_conversation_that_is_too_long_goes_on_without_the_turn(chat, continuation):
-    out, err = chat("x" * CONTEXT, FIRST)
+    out, err = chat("x" * CONTEXT, FIRST, code=1)
     assert out == continuation(FIRST) + "\n"
     assert f"would have {CONTEXT} tokens; its context takes 1 to {CONTEXT - 1}" in err and "/reset" in err
 
@@ -152,7 +152,7 @@ def test_a_failed_answer_says_so(chat, monkeypatch):
         return eagle_jax.Chunk(chunk.tokens, chunk.counts, chunk.done | True, chunk.failed | True)
 
     monkeypatch.setattr(Rows, "advance", broken)
-    _, err = chat(FIRST)
+    _, err = chat(FIRST, code=1)
     assert "NaN or infinite" in err
 
 

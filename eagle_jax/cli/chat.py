@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talks until the end of the input; returns 1 if a line of it could not be used."""
+    """Talks until the end of the input; returns 1 if a line of it got no answer, or one that failed."""
     from rich.console import Console
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             notes.print(HELP, style="dim")
         elif line.strip():
             session.answer(line)
-    return 1 if session.refused else 0
+    return 1 if session.failed else 0
 
 
 def _context(asked: int | None, target: Llama) -> int:
@@ -136,7 +136,7 @@ def _lines(notes: Any) -> Iterator[str]:
 class Session:
     """Answers in a conversation, whose keys and values stay in the one row of a state.
 
-    turn: answers so far. refused: lines that could not be used.
+    turn: answers so far. failed: lines that could not be used, or whose answer broke off with NaN.
     """
 
     rows: Rows
@@ -146,7 +146,7 @@ class Session:
     console: Any
     notes: Any
     turn: int = 0
-    refused: int = 0
+    failed: int = 0
 
     def answer(self, said: str) -> None:
         """Shows the answer and adds the turn to the conversation; or says why that cannot be."""
@@ -154,11 +154,12 @@ class Session:
             said = check_text("this line", said)
             tokens = self.conversation.tokens_with(said)
         except ValueError as error:
-            self.refused += 1
+            self.failed += 1
             self.notes.print(f"error: {error}. This turn is left out.", style="red", markup=False, soft_wrap=True)
             return
         most = self.rows.state.capacity - 1
         if not 1 <= len(tokens) <= most:
+            self.failed += 1
             self.notes.print(
                 f"The conversation would have {len(tokens)} tokens; its context takes 1 to {most} and an answer. This "
                 "turn is left out; /reset begins a new conversation.",
@@ -172,6 +173,7 @@ class Session:
             reused = self.rows.insert(0, tokens, key, self.args.max_new_tokens)
             result = text.show(self._chunks(stopped), self.conversation.tokenizer, self.console, self.ends)
         if result.failed:
+            self.failed += 1
             self.notes.print("The model's logits became NaN or infinite, so the answer ends early.", style="red")
         if result.finish == "interrupted":
             self.notes.print("Stopped.", style="dim")

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; returns 0, 1 (drafts change the target's text, or memory is too small), or 143 or 130 after a signal."""
+    """Trains; returns 0, 1 (drafts change the target's text), or 143 or 130 after a signal."""
     try:
         import grain  # noqa: F401
         import pydantic  # noqa: F401
@@ -74,11 +74,10 @@ def run(args: argparse.Namespace) -> int:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(
-            "error: the device's memory is too small: raise accumulation or mesh.fsdp, lower evaluation.prompts or "
-            f"evaluation.new_tokens, or, in a new output, batch_tokens; {' '.join(str(error).split())[:200]}",
-            file=sys.stderr,
-        )
+        raise ValueError(
+            "the device's memory is too small: raise accumulation or mesh.fsdp, lower evaluation.prompts or "
+            f"evaluation.new_tokens, or, in a new output, batch_tokens; {' '.join(str(error).split())[:200]}"
+        ) from error
     return 1
 
 

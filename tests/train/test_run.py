@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -338,6 +339,13 @@ def test_text_that_is_not_the_target_s_own_ends_the_run_with_its_step_saved(fold
     path.write_text(settings.model_dump_json())
     assert main(["train", "--config", str(path)]) == 1
     assert "error: prompt 1, position 9" in capsys.readouterr().err
+
+    def full(*args: Any, **options: Any) -> int:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(run, "train", full)
+    assert main(["train", "--config", str(path)]) == 2
+    assert "error: the device's memory is too small: raise accumulation" in capsys.readouterr().err
     assert [path.name for path in (Path(settings.output) / "checkpoints").iterdir()] == ["3"]
 
 
