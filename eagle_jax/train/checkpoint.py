@@ -243,6 +243,8 @@ def damage(path: Path) -> str | None:
         return checksums.fault(path)
     except FileNotFoundError:
         return None if _is_older(path) else f"it was not written or copied whole ({checksums.NAME} is missing)"
+    except OSError as error:  # of a disk that cannot be read there
+        return f"cannot be read: {_short(error)}"
 
 
 def is_finite(state: TrainState) -> bool:
