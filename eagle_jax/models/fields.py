@@ -134,11 +134,9 @@ def refuse_unknown_mathematics(hf: Mapping[str, Any], neutral: Table, where: str
         if says_something(value) and value not in values:
             accepted = ", ".join(repr(v) for v in values) or "null"
             raise ConfigError(f"{where}: {place}{name} = {value!r} is not implemented (accepted: {accepted})")
-    layer_types = set(hf.get("layer_types") or ())
-    if layer_types - {"full_attention"}:
-        raise ConfigError(
-            f"{where}: {place}layer_types {sorted(layer_types)} are not implemented (only full_attention)"
-        )
+    layer_types = hf.get("layer_types") or ()
+    if not isinstance(layer_types, list | tuple) or any(kind != "full_attention" for kind in layer_types):
+        raise ConfigError(f"{where}: {place}layer_types {layer_types} are not implemented (only full_attention)")
 
 
 def says_something(value: Any) -> bool:

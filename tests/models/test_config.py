@@ -223,6 +223,12 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("kinds", [3, "full", [["full_attention"]], {"0": "full_attention"}])
+def test_layer_types_of_another_form_are_refused(kinds):
+    with pytest.raises(ConfigError, match=r"layer_types .* not implemented"):
+        LlamaConfig.from_hf(PLAIN | {"layer_types": kinds})
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_unknown_mathematics_is_refused_by_name(name):
     with pytest.raises(ConfigError, match=rf"some/config\.json: {name}\b.*not implemented"):
