@@ -75,7 +75,20 @@ class Detokenizer:
             text = self._decode(self._before)
             end = len(text)
         self._given = text[:end]
+        if len(self._held) >= 2 * MOST_HELD and len(self._held) % MOST_HELD == 0:
+            self._forget(text)
         return new
+
+    def _forget(self, text: str) -> None:
+        """Drops the beginning of a long run of replacement characters, if the rest reads the same without it."""
+        rest = self._held[-MOST_HELD:]
+        # Bytes may be characters without a broken one before them, if not these then without an unfinished last one.
+        parts = [self._decode(rest[: MOST_HELD - cut]) for cut in range(MOST_PARTS + 1)]
+        expected = len(text) - len(self._decode(self._before + self._held[:-MOST_HELD]))
+        same = all(part.endswith(REPLACEMENT) and abs(len(part) - expected) <= 2 * MOST_PARTS for part in parts)
+        waiting = len(text) - len(self._given)
+        if same and text.endswith(parts[0]) and len(parts[0]) > waiting:
+            self._before, self._held, self._given = [], rest, parts[0][: len(parts[0]) - waiting]
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(

@@ -119,6 +119,18 @@ def test_work_per_token_does_not_grow():
 
     pieces_of(Counting(), byte_level()(TEXT * 20, add_special_tokens=False)["input_ids"])
     assert max(decoded) <= 8
+    decoded.clear()
+    ids = byte_level()("\ufffd" * 200, add_special_tokens=False)["input_ids"]
+    assert "".join(pieces_of(Counting(), ids)) == "\ufffd" * 200 and max(decoded) <= 32
+
+
+@pytest.mark.parametrize("character", ["é", "本", "🎉", "\ufffd"])
+def test_bytes_after_a_broken_character_stay_broken(character):
+    """However many they are, though they would be characters by themselves."""
+    for before in (b"\xff", b"\xff\xff", b"\xff\xff\xff"):
+        data = before + character.encode() * 40
+        for ids in (byte_ids(data), byte_ids(data[:-1])):
+            assert "".join(pieces_of(sentencepiece(), ids)) == at_once(sentencepiece(), ids)
 
 
 def test_special_tokens_may_be_shown():
