@@ -1,4 +1,4 @@
-"""Answers to many prompts, by rows that take the next prompt as they end (continuous batching)."""
+"""Answers many prompts by continuous batching: a sequence that ends makes room for the next prompt."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from eagle_jax.cli.prompts import Conversation, Prompt
 from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.text import Detokenizer, Ends, Finish
 
-CYCLES = 4  # between two looks at the rows: fewer leave no row idle, more spend less time between host and device
-LATER_TURNS = np.uint32(2**31)  # turn t > 0 has the key fold_in(the first turn's, this + t): no token has such an index
+CYCLES = 4  # in one call: fewer leave a finished row idle for less time, more save round trips to the host
+LATER_TURNS = np.uint32(2**31)  # turn t > 0 has the key fold_in(the first turn's, this + t), above any token's index
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What all texts share.
+    """Holds what all texts share.
 
-    tokenizer: None if prompts are token ids. raw: see `encode`. room: most tokens of a text with one new token.
+    tokenizer: None if prompts are token ids. raw: see `encode`. room: above the length of any prompt.
     """
 
     tokenizer: Any
@@ -33,7 +33,7 @@ class Rules:
 
 @dataclasses.dataclass
 class Text:
-    """The answer to one turn, in the making until `finish` is set.
+    """Holds the answer to one turn; unfinished while `finish` is None.
 
     said: what the user says in this turn; None for token ids. prompt: the ids of all that comes before the answer.
     error: why it failed.
@@ -49,7 +49,7 @@ class Text:
     error: str | None = None
 
     def add(self, chunk: Any, row: int, ends: Ends) -> None:
-        """Adds a row's part of a Chunk of NumPy arrays."""
+        """Adds the new tokens of one row of a Chunk of NumPy arrays."""
         count = int(chunk.counts[row])
         self.detokenizer.collect(chunk.tokens[row, :count].tolist())
         if chunk.log_probs is not None:
@@ -63,10 +63,12 @@ class Text:
 
 
 class Job:
-    """One sample of a prompt: the answers to its turns, each after those before it. texts: the last one in the making.
+    """Holds one sample of a prompt: the answers to its turns, in order.
+
+    texts: one for each turn begun; only the last may be unfinished.
 
     Args:
-      index, sample: of the prompt in its file, and among its samples.
+      index: of the prompt in its file. sample: its number among the prompt's samples.
       key: of the first turn.
     """
 
@@ -83,7 +85,7 @@ class Job:
         return len(self.texts) == self.prompt.turns and self.texts[-1].finish is not None
 
     def go_on(self) -> None:
-        """Begins the next turn after an answer, if there is one."""
+        """Starts the next turn, if the prompt has one."""
         last, turn = self.texts[-1], len(self.texts)
         if turn == self.prompt.turns:
             return
@@ -102,7 +104,7 @@ class Job:
             self._fail(f"{self.prompt.where}, turn {turn + 1}: {error}")
 
     def _fail(self, error: str) -> None:
-        """Ends the last text without an answer, and so all later ones."""
+        """Marks the current turn as failed, and so all later ones."""
         self.texts[-1].finish, self.texts[-1].error = "failed", error
         self.go_on()
 
@@ -111,7 +113,7 @@ class Job:
 
 
 def decode(rows: Rows, jobs: Iterable[Job], ends: Ends) -> Iterator[list[Job]]:
-    """Yields the jobs that each chunk ended (maybe none), and has the next ones take their rows."""
+    """Yields, after each chunk, the jobs that it finished (maybe none); waiting jobs take their rows."""
     waiting, later_turns = iter(jobs), collections.deque[Job]()
     free = list(range(rows.state.done.shape[0]))
     running: dict[int, Job] = {}

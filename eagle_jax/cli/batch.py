@@ -22,7 +22,7 @@ from eagle_jax.train import fingerprint
 from eagle_jax.train.lock import locked_file
 from eagle_jax.tree import TreePolicy
 
-FAULTS_SHOWN = 5  # of the prompts that cannot be used; the file tells all
+FAULTS_SHOWN = 5  # prompts that cannot be used, of which a message is printed; --out has all of them
 
 
 def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:
@@ -103,7 +103,7 @@ def _write(
     total: int,
     before: int,
 ) -> int:
-    """Writes the texts as they end, telling how far it is; returns how many failed."""
+    """Writes finished texts and shows the progress; returns how many failed."""
     tokens = failed = count = 0
     rate = ""
     began = time.perf_counter()
@@ -121,7 +121,7 @@ def _write(
 
 
 def _line(job: answers.Job, turn: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The answer to a turn, as the file has it."""
+    """Returns the output line of one turn's answer."""
     one, turns = job.texts[turn], job.prompt.turns
     line = {
         "index": job.index,
@@ -157,7 +157,7 @@ def _check_buckets(found: Sequence[prompts.Prompt], widest: int) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that a text depends on, as JSON has them. The batch and widths of prompts are not among them."""
+    """Returns the options that a text depends on, as JSON values: all but --batch, --buckets and paths of models."""
     names = (
         *("draft_window", "raw", "max_new_tokens", "ignore_eos", "stop_token", "stop"),
         *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "coupled", "seed", "num_samples"),
@@ -172,7 +172,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _settings_of_models(
     target: Llama, draft: Any, tree: TreePolicy, stops: Sequence[int], found: Sequence[prompts.Prompt]
 ) -> dict[str, Any]:
-    """The rest that a text depends on: weights, tree and token ids, wherever they lie and whatever they are called."""
+    """Returns what else a text depends on: fingerprints of weights, tree and token ids, which no path changes."""
     settings = {
         "target_weights": fingerprint.of_model(target),
         "draft_weights": models.draft_identity(draft),

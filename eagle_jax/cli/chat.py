@@ -134,7 +134,7 @@ def _lines(notes: Any) -> Iterator[str]:
 
 @dataclasses.dataclass
 class Session:
-    """Answers in a conversation, whose keys and values stay in the one row of a state.
+    """Answers a conversation, whose keys and values stay in the cache of a running batch of one sequence.
 
     turn: answers so far. failed: lines that could not be used, or whose answer broke off with NaN.
     """
@@ -149,7 +149,7 @@ class Session:
     failed: int = 0
 
     def answer(self, said: str) -> None:
-        """Shows the answer and adds the turn to the conversation; or says why that cannot be."""
+        """Prints the answer and adds the turn to the conversation, or prints why there is none."""
         try:
             said = check_text("this line", said)
             tokens = self.conversation.tokens_with(said)

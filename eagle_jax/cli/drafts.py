@@ -112,8 +112,8 @@ def candidates(
     """The drafts that the specs name, made for the target.
 
     Args:
-      args: --tree and its companions, of the dynamic ones; --draft-tree, of single ones; --draft-window, of the EAGLE
-        heads that are loaded here; --batch.
+      args: --tree, --stop-below and --score-temperature, for dynamic trees; --draft-tree, for one draft by name;
+        --draft-window, for EAGLE heads that are loaded here; --batch, to choose among tuned trees.
       embedded: whether the target is the embedded pair's, which has heads of its own for some names.
     Raises:
       ValueError: for a draft with weights whose folder is not named. CheckpointError, ConfigError: as `load_draft`.

@@ -93,7 +93,7 @@ def add_revisions(parser: Any) -> None:
 
 @contextlib.contextmanager
 def named_as_model(name: str) -> Iterator[None]:
-    """Makes errors of `load` for a folder that --model names tell of the options that help."""
+    """Rewords errors of `load` for the folder of --model, so that they name the options that help."""
     try:
         yield
     except NotConvertedError as error:
@@ -168,7 +168,7 @@ def parse_tree(text: str) -> TreePolicy:
 
 @dataclasses.dataclass(frozen=True)
 class TreeChoice:
-    """The tree to decode with, and where it comes from, in words; a draft with a shape of its own ignores it."""
+    """Holds the tree to decode with, and where it comes from, in words. Drafts with a shape of their own ignore it."""
 
     tree: TreePolicy
     origin: str
@@ -180,7 +180,7 @@ class TreeChoice:
         return f"{type(draft).__name__}, {describe_proposal(draft, self.tree)} ({self.origin})"
 
     def fields(self, draft: Any) -> Any:
-        """The tree as JSON has it: its settings that are not 0, or its paths; None of a draft that ignores it."""
+        """Returns the tree as JSON values: its settings that are not 0, or its paths; None if the draft ignores it."""
         if isinstance(draft, Lookahead | PromptLookup):
             return None
         fields = dataclasses.asdict(self.tree) if isinstance(self.tree, TreeConfig | StaticTree) else {}
@@ -209,10 +209,10 @@ def choose_tree(draft: Any, args: argparse.Namespace, batch: int = 1) -> TreeCho
 
 
 def choose_tree_for_many(draft: Any, args: argparse.Namespace, sampling: SamplingConfig) -> TreeChoice:
-    """The tree of a command that decodes --batch texts at a time, each of which must not depend on --batch.
+    """Chooses the tree of a command that decodes --batch texts at a time, none of which may depend on --batch.
 
-    A greedy or coupled text is the same with every tree; any other sampled text is not, so it has the tree tuned for
-    the nearest batch to BATCH.
+    Greedy and coupled texts are the same with every tree. Other sampled texts depend on the tree, so they use the one
+    that was tuned for the batch nearest to BATCH.
     """
     same_with_every_tree = sampling.temperature == 0 or sampling.coupled
     return choose_tree(draft, args, args.batch if same_with_every_tree else BATCH)
@@ -390,7 +390,7 @@ def chosen_draft(models: Models, args: argparse.Namespace) -> Any:
 
 
 def draft_identity(draft: Any) -> str | None:
-    """A draft in a few characters, for resumed runs: of its weights, or, where it has none, of its settings."""
+    """Returns a fingerprint of a draft's weights, or of its settings if it has none; resumed runs compare it."""
     from eagle_jax.train import fingerprint
 
     if draft is None:

@@ -32,7 +32,7 @@ class Phases:
     def rest(self) -> float:
         """What a whole cycle takes beyond them: acceptance, commit, bookkeeping.
 
-        0 where the parts, timed apart, take longer than the whole: by noise, or for want of a fusion across them.
+        0 if the parts, timed alone, take longer than the whole: by noise, or because XLA fuses across parts there.
         """
         return max(self.cycle - self.draft - self.verify, 0.0)
 
@@ -70,8 +70,8 @@ def timed(program, repeats: int, *args: Any, **options: Any) -> tuple[float, Any
 def _again(part, *inputs: Any) -> Any:
     """Runs part(*inputs) RUNS times, one after the other: the barrier makes each run wait for the one before.
 
-    All that a part reads of a cycle goes through the barrier: XLA moves what depends on weights and unchanged inputs
-    alone out of the loop, and the part would seem to take less time than it does.
+    All inputs of the part go through the barrier. Otherwise XLA hoists loop-invariant work, such as products of
+    weights and unchanged inputs, and the part seems faster than it is.
     """
 
     def body(_, carry):

@@ -1,4 +1,4 @@
-"""Places for output: checked before the work whose output they take, and written in one step."""
+"""Paths for output: checked before the work, and written atomically."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_file(option: str, path: str) -> None:
         raise ValueError(f"{option} {path}: is there, and no file; choose another")
     if not place.parent.is_dir():
         raise ValueError(f"{option} {path}: there is no folder {place.parent} to write it to; make it first")
-    # Only writing tells: the file system may be read-only, full, or take no files, whatever the permissions are.
+    # Test by writing: permissions do not say whether the file system is read-only or full.
     probe = place.with_name(f".{place.name}")
     try:
         if place.exists():
@@ -33,7 +33,7 @@ def check_file(option: str, path: str) -> None:
 
 
 def check_report(option: str, path: str) -> None:
-    """`check_file` of a file that is written in one step: a new or empty one, or an earlier result of ours."""
+    """Like `check_file`; also refuses an existing file that is neither empty nor marked with MARK."""
     check_file(option, path)
     place = Path(path)
     if place.is_file() and place.stat().st_size and MARK.encode() not in place.read_bytes():
@@ -41,6 +41,6 @@ def check_report(option: str, path: str) -> None:
 
 
 def write_json(path: str, report: dict[str, Any]) -> None:
-    """Writes a report in one step, so that no half of it is ever there."""
+    """Writes a report atomically."""
     with new_file(Path(path)) as partial:
         partial.write_text(json.dumps({"note": MARK, **report}, indent=1) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ PARTS = {"draft": "tab:blue", "verify": "tab:orange", "rest": "0.6"}
 
 
 def check(option: str, path: str) -> None:
-    """Raises ValueError, naming the option, if a picture cannot be drawn there: before anything is done for it."""
+    """Raises ValueError, naming the option, if a picture cannot be written there. Call it before the work."""
     if Path(path).suffix not in FORMATS:
         raise ValueError(f"{option} {path}: a picture's name ends in {', '.join(FORMATS)}")
     check_report(option, path)

@@ -1,4 +1,4 @@
-"""What a command is at, on stderr: animated on a terminal, and elsewhere plain lines, so that a log tells, too."""
+"""Progress on stderr: animated on a terminal, plain lines elsewhere, such as in a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EVERY = 10.0  # seconds between two lines; what is done sooner prints none
 
 @contextlib.contextmanager
 def status(console: Any, doing: str, every: float = EVERY) -> Iterator[None]:
-    """Shows that something goes on, such as "compiling". every: seconds between two plain lines."""
+    """Shows that work goes on, such as "compiling". every: seconds between two plain lines."""
     if console.is_terminal:
         with console.status(doing):
             yield
@@ -27,7 +27,7 @@ def bar(console: Any, doing: str, total: int, before: int = 0, every: float = EV
     """Shows how many of `total` pieces are done, and when the rest may be.
 
     Args:
-      before: pieces that were done before; the time left is not judged by them.
+      before: pieces that an earlier run did; the estimate of the time left excludes them.
       every: seconds between two plain lines.
     Yields:
       advance(count=1, note=""): call it after so many pieces more, with a word on how it goes.

@@ -72,7 +72,7 @@ class Prompt:
         return 1 + len(self.later_turns)
 
     def longest(self, max_new_tokens: int) -> int:
-        """About the most tokens that it can have with all its answers but the last."""
+        """Estimates from above the tokens of all its turns, and of all answers but the last."""
         return len(self.tokens) + self.later_tokens + max_new_tokens * len(self.later_turns)
 
 

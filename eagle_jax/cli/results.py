@@ -21,9 +21,9 @@ def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> se
 
     Args:
       settings: all that the rows' texts depend on, as JSON has it.
-      whole: False if more settings follow, which are then not missed.
+      whole: False if these are only some of the settings; the others are then not compared.
     Raises:
-      ValueError: if the file is another run's, or none of ours, or cannot be written.
+      ValueError: if the file is another run's, is no output of this command, or cannot be written.
     """
     check_file("--out", path)
     content = Path(path).read_bytes() if Path(path).exists() else b""

@@ -94,7 +94,7 @@ def parse_seed(text: str) -> int:
 
 
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:
-    """What the options say, but for --logit-bias, which needs the vocabulary; fills in those that were not given.
+    """Makes the SamplingConfig of the options, without --logit-bias, which needs the vocabulary. Fills in defaults.
 
     Says on stderr what --sampling-from-model took.
 
@@ -116,7 +116,7 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
 
 
 def model_asks(args: argparse.Namespace) -> str | None:
-    """A line for who did not choose greedy decoding of a model that asks for sampling, or None."""
+    """Returns a note if the model's config asks for sampling and no sampling option was given; else None."""
     if not args.greedy_by_default:
         return None
     with contextlib.suppress(ValueError):  # there is no such file
@@ -126,7 +126,7 @@ def model_asks(args: argparse.Namespace) -> str | None:
 
 
 def _model_sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling that the model's generation_config.json asks for, as `generate` of transformers reads it.
+    """Reads the sampling that the model's generation_config.json asks for, as `generate` of transformers reads it.
 
     Without "do_sample" that is greedy decoding; with it, what is left out has the defaults of transformers.
 

@@ -167,7 +167,7 @@ def describe(tree: Any, acceptance: Any, spell: Any, gained: int) -> Drawn:
 
     Args:
       spell: token id to text.
-      gained: tokens that the text got, fewer than were accepted where it ended.
+      gained: number of new tokens in the text; fewer than were accepted if it ended.
     """
     tokens, parents, depths, scores = (
         np.asarray(field[0]) for field in (tree.tokens, tree.parents, tree.depths, tree.scores)

@@ -52,7 +52,7 @@ def stop_strings(args: argparse.Namespace) -> list[str]:
 
 
 def lenient(stream: Any) -> None:
-    """Has stdout write "?" for what its encoding lacks, rather than fail in the middle of a text."""
+    """Makes stdout replace characters that its encoding lacks by "?", instead of raising."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
 
@@ -102,7 +102,7 @@ class Detokenizer:
         return "".join(map(self._add_one, ids))
 
     def collect(self, ids: Sequence[int]) -> None:
-        """Adds ids whose text is not wanted before `finish`: decoded at once, unless a stop string may end them."""
+        """Adds ids without returning text: `finish` decodes them together, unless stop strings have to be found."""
         if self._stops:
             self.add(ids)
         else:
@@ -138,7 +138,7 @@ class Detokenizer:
         return text
 
     def _end(self, final: bool) -> tuple[int, bool]:
-        """Up to where the held text is certain, and whether a stop string that begins there ends it."""
+        """Returns how much of the held text is certain, and whether a stop string begins right after it."""
         text = self._held
         found = min((place for stop in self._stops if (place := text.find(stop)) >= 0), default=len(text))
         if not final:  # the end of the text may be the beginning of a stop string
@@ -180,9 +180,9 @@ def _with_special(stop: str, special: Iterable[_Special]) -> str:
 class Streamed:
     """A finished stream.
 
-    tokens, text: without a stop string, the tokens through the one that completed it. finish: why it ended. cycles:
-    target passes after the prompt's. first_tokens: how many came at once, first_seconds after the start. seconds: from
-    then to the end. log_probs: of the tokens, if they were asked for.
+    text: without the stop string. tokens: up to the one that completed the stop string. finish: why the text ended.
+    cycles: target passes after the prompt's. first_tokens: how many came at once, first_seconds after the start.
+    seconds: from then to the end. log_probs: of the tokens, if they were asked for.
     """
 
     tokens: list[int]
