@@ -8,7 +8,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-from eagle_jax import convert
 from eagle_jax.cli.models import BATCH, GROWTH, add_model_arguments, load_models, parse_tree, parse_window, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config, with_logit_bias
 from eagle_jax.convert import parts
@@ -116,8 +115,9 @@ def run(args: argparse.Namespace) -> int:
     )
     biased = with_logit_bias(sampling, args, config.vocab_size)
     only_config: Any = types.SimpleNamespace(config=config)
-    stops = models.stop_tokens(models.Models(only_config, None, folder), args)
-    source = Source(convert.tokenizer(folder), config.vocab_size, stops)
+    unloaded = models.Models(only_config, None, folder)
+    stops = models.stop_tokens(unloaded, args)
+    source = Source(unloaded.tokenizer, config.vocab_size, stops)
     total = check_lines(args.data, source, options)
     log(f"{total:,} lines; loading the models")
     notes = Console(stderr=True, highlight=False)

@@ -68,8 +68,12 @@ def of_model(model: Any) -> str:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """Of a fast tokenizer with its chat template."""
-    return of_text(json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]))
+    """Of a tokenizer with its chat template."""
+    if tokenizer.is_fast:
+        content = tokenizer.backend_tokenizer.to_str()
+    else:  # what a class in Python does with its vocabulary is not known
+        content = [type(tokenizer).__name__, of_vocabulary(tokenizer), tokenizer.special_tokens_map]
+    return of_text(json.dumps([content, tokenizer.chat_template]))
 
 
 def of_vocabulary(tokenizer: Any) -> str:

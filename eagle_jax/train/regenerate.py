@@ -9,7 +9,7 @@ A line of input becomes at most one line of output, in the same order. Its keys 
 
     tokens, loss_mask   what was decoded: prompt and new tokens, and 1 for the new ones. Lists of several documents,
                         where the chat template changes earlier answers, so that no text holds all as they were decoded
-    vocabulary          of which tokenizer these are; training refuses them with another one
+    vocabulary          of which tokenizer these are, if there is one; training refuses them with another one
     source              the input's file and line
     finish              how each new text ended: "stop" at an end token, or "length"
     cut_short           why a conversation ends before its last answer: no room was left, or the target said nothing
@@ -85,7 +85,10 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What the texts are made with: a tokenizer, the vocabulary's size, and the ids that end a text."""
+    """What the texts are made with: a tokenizer, the vocabulary's size, and the ids that end a text.
+
+    tokenizer: None takes lines of token ids only.
+    """
 
     tokenizer: Any
     vocab_size: int
@@ -161,7 +164,7 @@ def regenerate(
     """
     made_from = settings | dataclasses.asdict(options)
     made_from["files"] = [fingerprint.of_file(path) for path in files]
-    made_from["tokenizer"] = fingerprint.of_tokenizer(source.tokenizer)
+    made_from["tokenizer"] = None if source.tokenizer is None else fingerprint.of_tokenizer(source.tokenizer)
     made_from["stop_tokens"] = list(source.stop_tokens)
     total = check_lines(files, source, options) if total is None else total
     with Progress(out, json.loads(json.dumps(made_from)), overwrite) as progress:
@@ -175,7 +178,8 @@ def regenerate(
                 _decode(decoder, rows, window, source, options, key, meter)
             except KeyboardInterrupt:
                 _keep(progress, list(itertools.takewhile(lambda job: job.done, window)), say)
-                say(f"stopped: {progress.inputs} of {total} lines are kept; the same command goes on from there")
+                again = "the same command" + (" without --overwrite" if overwrite else "")
+                say(f"stopped: {progress.inputs} of {total} lines are kept; {again} goes on from there")
                 raise
             _keep(progress, window, say)
         progress.finish()
@@ -266,6 +270,8 @@ def _work(value: Any, source: Source, options: Options) -> Work:
     """What is to be done for a line."""
     entry = as_object(value)
     kind = _form(entry)
+    if kind != "tokens" and source.tokenizer is None:
+        raise Fault("no tokenizer", f"a line of {kind} needs a tokenizer, and this target has none: give token ids")
     if kind == "prompt" and (options.chat_template or getattr(source.tokenizer, "chat_template", None)):
         check_texts(entry, ("prompt",))
         entry, kind = {"messages": [{"role": "user", "content": entry["prompt"]}]}, "messages"
@@ -280,7 +286,7 @@ def _work(value: Any, source: Source, options: Options) -> Work:
             raise Fault(FAILED, "the target's logits are NaN or infinite")
         mask = [0] * len(prompt) + [1] * len(answer.tokens)
         record = {"tokens": prompt + answer.tokens, "loss_mask": mask, "finish": answer.finish}
-    return record | {"vocabulary": fingerprint.of_vocabulary(source.tokenizer)}
+    return record if source.tokenizer is None else record | {"vocabulary": fingerprint.of_vocabulary(source.tokenizer)}
 
 
 def _form(entry: dict[str, Any]) -> str:

@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from transformers import ByT5Tokenizer
 
 import eagle_jax
 from eagle_jax import Eagle3Draft, SamplingConfig
 from eagle_jax.api import Chunk
 from eagle_jax.cli import main
 from eagle_jax.convert import from_pretrained
+from eagle_jax.train import fingerprint
 from eagle_jax.train.records import DataError, read_records
 from eagle_jax.train.regenerate import LINES_A_ROW, Options, Source, regenerate
 from eagle_jax.train.save import save_head
@@ -70,12 +72,13 @@ def made(
     say=None,
     settings=None,
     lines_a_row=LINES_A_ROW,
+    tokenizer=True,
     **options,
 ):
     """The records that `regenerate` makes of some lines, and its result."""
     data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
     data.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    source = Source(decoder.tokenizer, VOCAB, (decoder.end,))
+    source = Source(decoder.tokenizer if tokenizer else None, VOCAB, (decoder.end,))
     said: list[str] = [] if say is None else say
     options = Options(**{"max_length": 200, "max_new_tokens": 40} | options)
     args = [str(data)], out, decoder, decoder.rows, source, options, settings or {}, said.append, overwrite
@@ -329,6 +332,22 @@ def test_a_run_that_was_killed_comes_to_the_same_bytes(tmp_path):
         made(tmp_path, lines, whole)
 
 
+def test_lines_of_token_ids_need_no_tokenizer(tmp_path):
+    decoder = Scripted(byte_level(CHATML))
+    lines = [{"tokens": [9, 10, 11], "loss_mask": [0, 0, 1]}, {"text": "words"}]
+    (line,), _ = made(tmp_path, lines, decoder, on_error="skip", tokenizer=False)
+    assert line["tokens"][:2] == [9, 10] and line["loss_mask"][:3] == [0, 0, 1] and "vocabulary" not in line
+    with pytest.raises(DataError, match="jsonl:2: no tokenizer: a line of text needs a tokenizer"):
+        made(tmp_path, lines, decoder, overwrite=True, tokenizer=False)
+
+
+def test_a_tokenizer_in_python_has_a_fingerprint_too():
+    slow = ByT5Tokenizer()
+    assert fingerprint.of_tokenizer(slow) == fingerprint.of_tokenizer(ByT5Tokenizer())
+    slow.add_tokens(["<new>"])
+    assert fingerprint.of_tokenizer(slow) != fingerprint.of_tokenizer(ByT5Tokenizer())
+
+
 def test_ctrl_c_keeps_the_lines_that_are_done_and_says_how_to_go_on(tmp_path):
     """Not only whole windows: what is done in order."""
     lines = [{"tokens": [9 + index]} for index in range(12)]
@@ -339,6 +358,9 @@ def test_ctrl_c_keeps_the_lines_that_are_done_and_says_how_to_go_on(tmp_path):
     assert 2 <= len(kept) < 12
     assert told[-1] == f"stopped: {len(kept)} of 12 lines are kept; the same command goes on from there"
     out, _ = made(tmp_path, lines, Scripted(byte_level(CHATML), rows=2), say=told)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, lines, Scripted(byte_level(CHATML), rows=2, die_at=8), say=told, overwrite=True)
+    assert told[-1].endswith("; the same command without --overwrite goes on from there")
     assert out[: len(kept)] == kept and len(out) == 12
     assert f"going on after {len(kept)} of 12 lines" in told
     (tmp_path / "whole").mkdir()
