@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -46,11 +47,14 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from eagle_jax.cli import progress
+
     columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
+    told = contextlib.nullcontext() if console.is_terminal else progress.status(console, "converting")
     notes: list[str] = []
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        with told, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("converting", total=None)
             out = convert(
                 args.target,

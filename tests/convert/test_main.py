@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from eagle_jax.cli import progress
 from eagle_jax.convert import load, to_official
 from eagle_jax.convert.__main__ import main
 from tests.convert import folders
@@ -35,6 +37,15 @@ def test_converts_and_says_where(sources: tuple[Path, Path], tmp_path: Path, cap
     assert_same(to_official(load(out)[0]), read_arrays(sources[0]))
     assert main(options) == 0
     assert f"note: {out} holds this conversion already" in capsys.readouterr().out
+
+
+def test_tells_that_it_goes_on_without_a_terminal(sources: tuple[Path, Path], tmp_path: Path, capsys, monkeypatch):
+    def status(console, doing):
+        return contextlib.nullcontext(console.print(f"{doing}, 0:10"))
+
+    monkeypatch.setattr(progress, "status", status)
+    assert main(["--target", str(sources[0]), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == "converting, 0:10\n"
 
 
 def test_says_what_a_draft_is(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
