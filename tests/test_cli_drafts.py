@@ -106,6 +106,19 @@ def test_candidates_take_their_weights_and_trees(folder, medusa):
             drafts.candidates(loaded, drafts.parse_specs(spec), options)
 
 
+def test_a_hub_id_may_have_a_revision(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        drafts, "load_draft", lambda *where, **options: asked.append((where[0], options)) or PromptLookup()
+    )
+    loaded = models.Models(None, None, GOLDEN)
+    for spec in ("medusa=owner/heads@v1.0", "medusa=owner/heads", f"medusa={GOLDEN}"):
+        with pytest.raises(ValueError, match="not a Medusa"):
+            drafts.candidates(loaded, drafts.parse_specs(spec), decoding())
+    expected = [("owner/heads", "v1.0"), ("owner/heads", None), (str(GOLDEN), None)]
+    assert asked == [(path, {"revision": revision}) for path, revision in expected]
+
+
 def test_the_embedded_pair_has_heads_of_its_own():
     target, _ = convert.from_pretrained(drafts.embedded_pair() / "target", dtype=jnp.float32)
     loaded = models.Models(target, None, drafts.embedded_pair() / "target")

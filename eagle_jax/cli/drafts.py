@@ -73,7 +73,8 @@ EMBEDDED = {"eagle1": "head_eagle1", "eagle2": "head_eagle1", "eagle3": "head"}
 
 SPEC_HELP = (
     "ways to decode, in this order: " + ", ".join(NAMES) + ". Those with weights take the model's own head if it is of "
-    "their kind, or NAME=DIR_OR_ID; eagle1 is the static tree and eagle2 the dynamic one of the same head"
+    "their kind, or NAME=DIR_OR_ID, of which an id may end in @REVISION; eagle1 is the static tree and eagle2 the "
+    "dynamic one of the same head"
 )
 
 
@@ -130,7 +131,8 @@ def candidates(
         if source is None:
             raise ValueError(f"{name} needs weights that this model has not; name them: {name}=DIR_OR_ID")
         if source not in loaded:
-            draft = for_this_machine(load_draft(source, models.target))
+            path, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+            draft = for_this_machine(load_draft(path, models.target, revision=revision or None))
             window = args.draft_window if isinstance(draft, EagleDraft) else None
             loaded[source] = draft if window is None else with_window(draft, *window)
         if not isinstance(loaded[source], kind):
