@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ MAY_CHANGE = {
     "evaluation",
     "log_every",
 }
+PATHS = {"target", "model", "start", "data.train", "data.held_out", "data.chat_template"}  # "m/" is "m"
 STAYS = {"optimizer.name"}  # its state is another one's
 NOT_NOTED = {"output"}  # a run that was moved is the same
 
@@ -54,7 +56,11 @@ def changes(output: Path, settings: TrainSettings) -> dict[str, tuple[Any, Any]]
         return {}
     # A setting that is newer than the run has its default.
     before, now = (_flat(s.model_dump(mode="json")) for s in (read_settings(output / SETTINGS), settings))
-    changed = {name: (before[name], now[name]) for name in now if before[name] != now[name]}
+    changed = {
+        name: (before[name], now[name])
+        for name in now
+        if before[name] != now[name] and not (name in PATHS and _path(before[name]) == _path(now[name]))
+    }
     refused = [name for name in changed if name.split(".")[0] not in MAY_CHANGE or name in STAYS]
     if refused:
         sections = sorted({name if name in STAYS else name.split(".")[0] for name in refused})
@@ -81,6 +87,11 @@ def note(output: Path, settings: TrainSettings, changed: dict[str, tuple[Any, An
 def in_words(changed: dict[str, tuple[Any, Any]]) -> str:
     """The changes, for the log."""
     return ", ".join(f"{name} {_word(before)} -> {_word(now)}" for name, (before, now) in changed.items())
+
+
+def _path(value: Any) -> Any:
+    """One spelling of a path, or of a list of them."""
+    return list(map(_path, value)) if isinstance(value, list) else value and os.path.normpath(value)
 
 
 def _word(value: Any) -> str:

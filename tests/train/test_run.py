@@ -23,7 +23,7 @@ from eagle_jax.convert import from_pretrained
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
 from eagle_jax.repetition import distinct_ngrams
-from eagle_jax.train import evaluate, metrics, processes, run
+from eagle_jax.train import evaluate, metrics, processes, resume, run
 from eagle_jax.train.config import OptimizerSettings, TrainSettings, read_settings
 from eagle_jax.train.lock import Locked, locked_folder
 from eagle_jax.train.run import train
@@ -182,6 +182,11 @@ def test_a_run_is_not_gone_on_with_under_other_settings(folder, whole):
         train(settings_of(folder, "whole", seed=1, loss={"steps": 2}), quiet)
     with pytest.raises(ValueError, match=r"optimizer.name was adamw, is muon; choose another output"):
         train(settings_of(folder, "whole", optimizer={"name": "muon"}), quiet)
+
+
+def test_another_spelling_of_a_path_is_the_same_setting(folder, whole):
+    same = settings_of(folder, "whole", target=f"{folder}/./target/", data=whole.data.model_dump(), steps=TOTAL + 1)
+    assert resume.changes(Path(whole.output), same) == {"steps": (TOTAL, TOTAL + 1)}
 
 
 def test_two_runs_do_not_share_an_output(folder, whole):
