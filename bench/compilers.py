@@ -114,7 +114,7 @@ def lower_for(
     static_argnames: str | Sequence[str] = (),
     **static: Any,
 ) -> jax.stages.Lowered:
-    """The same before its compilation.
+    """Lowers `jax.jit(fn)(*args, **static)` for a device, without compiling it.
 
     Args:
       device: one of `tpu_devices` or `gpu_devices`; a sharding of theirs (a NamedSharding), for arrays that all lie

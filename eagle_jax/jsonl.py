@@ -150,7 +150,7 @@ def _whole(first: str, rest: list[str | Fault]) -> Iterator[tuple[int, Any, int 
 
 
 def _with_lines(text: str, found: Iterator[tuple[int, Any, int | None]], cut: Fault | None) -> Iterator[Any]:
-    """Turns places in the text into counts of lines. cut: the Fault that ends the file early, if one does."""
+    """Converts offsets in the text to numbers of lines. cut: the Fault that ends the file early, if one does."""
     above = last = 0
     for place, value, index in found:
         above, last = above + text.count("\n", last, place), place

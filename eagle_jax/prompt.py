@@ -210,9 +210,9 @@ def insert(
 
 
 def reusable(target: Llama, draft: Draft | None) -> bool:
-    """Whether what `insert(reuse=True)` keeps of a text holds for the next one; else the whole prompt is run.
+    """Returns whether `insert(reuse=True)` may reuse the cached keys of a shared prefix, or must run the whole prompt.
 
-    A dynamic rotation depends on the length of the text's prompt.
+    With dynamic RoPE, cached keys depend on the length of the prompt that they were computed for.
     """
     return target.config.rope.kind != "dynamic" and (draft is None or draft.reusable)
 

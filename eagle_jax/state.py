@@ -128,7 +128,7 @@ def empty_state(
 
 
 def check_capacity(target: Llama, rows: int, capacity: int) -> None:
-    """Raises ValueError for a capacity that positions cannot count, or whose cache no memory here holds."""
+    """Raises ValueError if int32 positions cannot count the capacity, or its cache exceeds the devices' memory."""
     if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer) or capacity < 2:
         got = f"a {type(capacity).__name__}" if not isinstance(capacity, int | np.integer) else capacity
         raise ValueError(f"capacity must be an integer of at least 2 (a prompt token and a new one), got {got}")

@@ -8,4 +8,4 @@ class CheckpointError(ValueError):
 
 
 class NotConvertedError(CheckpointError):
-    """A folder without a manifest where a converted one was wanted: perhaps an official checkpoint."""
+    """Raised for a folder without a manifest: it is not converted, perhaps an official checkpoint."""

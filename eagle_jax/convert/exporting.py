@@ -98,7 +98,7 @@ def export(
 
 
 def _is_users(path: Path) -> bool:
-    """Whether a file, by its path below the folder, is none that an export writes."""
+    """Returns whether a file, by its path below the folder, is not one that an export writes."""
     return path.as_posix() not in WRITTEN
 
 

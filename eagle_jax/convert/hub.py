@@ -35,7 +35,7 @@ def resolve(source: str | Path, hub: Hub | None = None, weights: bool = True) ->
     Args:
       weights: whether its weights are needed: those in safetensors, else the others. Without, only small files come.
     Raises:
-      CheckpointError: if there is no such folder or repository, or it cannot be had; the message says why.
+      CheckpointError: if there is no such folder or repository, or the download fails; the message says why.
     """
     hub, folder = hub or Hub(), Path(source)
     if folder.is_dir():

@@ -117,7 +117,7 @@ def check_copy(match: Match, target_rows: Callable[[], np.ndarray]) -> None:
     Args:
       target_rows: reads the target's output matrix, [V, D].
     Raises:
-      CheckpointError: if the two differ: nobody would draft with this one.
+      CheckpointError: if the two differ; drafting always uses the target's.
     """
     if match.copy is None:
         return

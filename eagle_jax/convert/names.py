@@ -72,7 +72,7 @@ MEDUSA = re.compile(rf"({re.escape(MEDUSA_PREFIX)})?(\d{{1,2}})\.(\d{{1,2}})\.(l
 # Vocabulary tables of an EAGLE-3 head: no weights, so read and written apart from them.
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 
-# What vLLM puts before the names of a head's tensors but for fc and lm_head, and NeMo before most of them.
+# The prefix that vLLM puts before all names of a head but fc and lm_head, and NeMo before most of them.
 PREFIX = "model."
 # Tensors of vLLM's form of an EAGLE-1 head that it loads and never computes with.
 VLLM_UNREAD = re.compile(r"layers\.0\.input_layernorm\.weight|norm\.weight|token_map")
@@ -119,7 +119,7 @@ def official_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def head_names(tensor_names: Collection[str], where: str) -> dict[str, str]:
-    """{official name: name in the file}, without the prefixes of other engines; of an EAGLE head, else as they are.
+    """Returns {official name: name in the file}; strips the prefixes of other engines from the names of an EAGLE head.
 
     Raises:
       CheckpointError: if two tensors have one official name.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def new_folder(out: Path, keep: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
-    """Yields an empty folder beside `out` (absolute), which replaces it when the block ends; after an error it goes.
+    """Yields an empty folder beside `out` (absolute), which replaces it when the block ends; an error deletes it.
 
     Args:
       keep: which files of the old folder, by their paths below it, the new one takes over. A file of the same path in
@@ -36,7 +36,7 @@ def new_folder(out: Path, keep: Callable[[Path], bool] = lambda path: False) -> 
 
 @contextmanager
 def added_to(out: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `out`, whose entries move into `out` when the block ends; after an error it goes.
+    """Yields an empty folder beside `out`, whose entries move into `out` when the block ends; an error deletes it.
 
     For a folder of the user's that has nothing of these names. Folders move first, then files, so that a file can say
     that all is there.
@@ -71,7 +71,7 @@ def _beside(out: Path) -> tuple[Path, Path]:
 
 
 def _carry_over(old: Path, new: Path, keep: Callable[[Path], bool]) -> None:
-    """Links files of one folder into another: `old` stays whole until it is replaced."""
+    """Hard-links files of one folder into another, so that `old` stays complete until it is replaced."""
     for path in files_below(old):
         place = new / path
         if keep(path) and not os.path.lexists(place):

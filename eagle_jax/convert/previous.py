@@ -105,7 +105,7 @@ class Previous:
             return False
 
     def is_users(self, path: Path) -> bool:
-        """Whether a file, by its path below the folder, is none that a conversion wrote, or was changed since."""
+        """Returns whether a file, by its path below the folder, is not from a conversion, or was changed since."""
         if self.manifest is None:
             return True
         role, *rest = path.parts

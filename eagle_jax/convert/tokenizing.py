@@ -45,7 +45,7 @@ def tokenizer(
 
 
 def _class(folder: Path) -> Any:
-    """The class that a folder names, where `AutoTokenizer` would take it; to ask that one takes seconds."""
+    """Returns the class that a folder names, without the lookup of `AutoTokenizer`, which takes seconds."""
     try:
         named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["tokenizer_class"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -40,9 +40,8 @@ class DraftModel(Draft):
 
     The tree is a chain (`StaticTree.chain(5)`), another static tree, or a dynamic one (TreeConfig). Where the text is
     sampled and the tree is static (or a FixedTreePolicy), the children of a node are drawn from the small model's own
-    distribution, processed as the target's is, and accepted by the rule for that (`accept_drawn`). A dynamic tree keeps
-    the likeliest tokens, which no rule may take for drawn ones; there, and in greedy rows, the tree holds the likeliest
-    tokens.
+    distribution, processed as the target's is, and accepted by the rule for that (`accept_drawn`). Dynamic trees, and
+    greedy rows, hold top-k tokens. Those are not samples from that distribution, so `accept_sampling` applies.
     """
 
     model: Llama

@@ -26,7 +26,7 @@ from eagle_jax.models.fields import (
 NVIDIA = "eagle_config"
 LAYER = "transformer_layer_config"
 VLLM = "model"
-PLACES = (NVIDIA, LAYER, "text_config", VLLM)  # objects that hold fields of the head, one in another too
+PLACES = (NVIDIA, LAYER, "text_config", VLLM)  # objects that may hold fields of the head, also nested in each other
 
 TAPS = "eagle_aux_hidden_state_layer_ids"
 # Other spellings of a field.

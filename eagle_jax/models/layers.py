@@ -119,7 +119,7 @@ def linear(x: jax.Array, weight: jax.Array | nnx.Param, out_dtype: Any = None) -
     if isinstance(weight, InputFirst):
         matrix = stored.reshape(len(stored), -1)
         if 1 < len(rows) <= CPU_EIGEN_ROWS and rows.dtype == jnp.float32:
-            # XLA:CPU gives YNNPACK a product whose left side has its rows first, and Eigen this one.
+            # XLA:CPU gives this transposed form to Eigen, and a product rows @ weight to YNNPACK.
             out = dot("dr,df->rf", jax.lax.optimization_barrier(rows.T), matrix, out_dtype)
         else:
             out = dot("rd,df->rf", rows, matrix, out_dtype)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by orbax: state, place in the data, score; written in the background, whole or not at all.
+"""Checkpoints of a run, by orbax: state, place in the data, score; written in the background, atomically.
 
     folder/STEP/state/, place/, metrics/   what orbax writes
     folder/STEP/checksums.json             size and SHA-256 of each of those files, written last
@@ -30,7 +30,11 @@ from eagle_jax.train.say import Say
 from eagle_jax.train.step import TrainState, state_shardings
 
 NOT_EVALUATED = -1e30  # the score of a checkpoint that was not evaluated
-OURS = ("state", "place", "metrics")  # what is read; orbax changes its own notes beside them after the checksums
+OURS = (
+    "state",
+    "place",
+    "metrics",
+)  # the items that are read; orbax changes its own metadata beside them after the checksums
 
 
 class CheckpointError(ValueError):
@@ -38,7 +42,7 @@ class CheckpointError(ValueError):
 
 
 class DoesNotFit(ValueError):
-    """A whole checkpoint that this run cannot read."""
+    """Raised for an undamaged checkpoint that this run cannot read."""
 
 
 class NotFinite(ValueError):
@@ -62,7 +66,7 @@ class _Items(ocp.args.Composite):
 class Checkpoints:
     """A folder of checkpoints: the latest `keep`, and the best by its evaluation.
 
-    Of several processes all call it alike; the first one writes, deletes and compares checksums.
+    All processes call every method alike; the first one writes, deletes and compares checksums.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -115,7 +119,7 @@ class Checkpoints:
             ) from error
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are there, damaged or not, ascending."""
+        """Returns the steps of all checkpoints, damaged or not, ascending."""
         return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
 
     @property
@@ -129,7 +133,7 @@ class Checkpoints:
         return next(iter(self._by_score()), None)
 
     def _by_score(self) -> list[int]:
-        """The evaluated steps, the best first; of equals the latest."""
+        """Returns the evaluated steps by descending score; among equals the latest first."""
         self.wait()
         scores = {step: _score(self.folder / str(step)) for step in self.steps()}
         evaluated = [step for step, score in scores.items() if score > NOT_EVALUATED]
@@ -158,7 +162,7 @@ class Checkpoints:
         return state, place
 
     def _refuse(self, path: Path, fault: str | None, kind: type[ValueError] = CheckpointError) -> None:
-        """Raises in all processes what one of them found."""
+        """Raises an error in all processes if one of them found a fault."""
         if processes.any_of(fault is not None):
             raise kind(f"checkpoint {path}: {fault or 'another process cannot use it'}")
 
@@ -178,9 +182,9 @@ class Checkpoints:
         return state._replace(key=jax.random.wrap_key_data(state.key))
 
     def restore_latest(self, like: TrainState, mesh: Any, say: Say) -> tuple[TrainState, dict[str, Any]] | None:
-        """The latest usable checkpoint; None if there is none at all. Says which ones it had to pass over.
+        """Restores the latest usable checkpoint; None if there is none at all.
 
-        Those get the name STEP.unusable, so that the run can save the same steps again.
+        Reports damaged ones that it skips, and renames them to STEP.unusable: the run can save those steps again.
 
         Raises:
           CheckpointError: if there are only unusable ones.
@@ -224,7 +228,7 @@ class Checkpoints:
             return
         kept = {*self.steps()[-self.keep :], *self._by_score()[:1]}
         for step in set(self.steps()) - kept:
-            removed = self.folder / f".{step}.removed"  # a folder with a number is whole
+            removed = self.folder / f".{step}.removed"  # renamed first, as a folder with a number must be complete
             os.rename(self.folder / str(step), removed)
             shutil.rmtree(removed, ignore_errors=True)
 
@@ -280,7 +284,7 @@ def _read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _without_leftovers() -> Iterator[None]:
-    """Drops what orbax's other reads, abandoned at the first error, would print when they are collected."""
+    """Silences reads that orbax abandons at the first error; they print when they are garbage-collected."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield

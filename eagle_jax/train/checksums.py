@@ -1,4 +1,4 @@
-"""Sizes and SHA-256 of a folder's files, in a file beside them: to notice what was damaged, cut, or copied in part."""
+"""Sizes and SHA-256 of a folder's files, in a file beside them, to detect damaged, truncated or missing files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = "checksums.json"
 
 
 def write(folder: Path, files: Iterable[Path]) -> None:
-    """Notes files of a folder, to be called once they are whole."""
+    """Writes the checksums of files of a folder. Call it once they are complete."""
     sums = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": fingerprint.of_file(path)}
         for path in sorted(files)
@@ -24,7 +24,7 @@ def write(folder: Path, files: Iterable[Path]) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """The first file that is not as it was noted, and in what way; None if all are.
+    """Returns what is wrong with the first file that differs from its checksum; None if all match.
 
     Raises:
       FileNotFoundError: if the folder has no checksums.

@@ -34,7 +34,7 @@ FIRST_FIELDS["DraftConfig"] = FIRST_FIELDS["LlamaConfig"] + (
 
 
 def of_config(config: Any) -> str:
-    """Of a config, as text that a new field with a default leaves as it is. Of anything else: its repr."""
+    """Returns a config as text that stays the same when a field with a default is added; else the repr."""
     kind = type(config)
     if not dataclasses.is_dataclass(kind) or not any(base.__module__.startswith("eagle_jax.") for base in kind.__mro__):
         return repr(config)

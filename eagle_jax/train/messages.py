@@ -104,7 +104,7 @@ def with_calls(chat: list[dict[str, Any]], objects: bool, empty: str | None) -> 
 
 
 def missing_part(message: Mapping[str, Any], text: str, before: str = "") -> str | None:
-    """What of an answer does not stand in a text, in words; None if all does.
+    """Describes the part of an answer that a text lacks; None if the text holds all of it.
 
     White space around contents, and around the marks of reasoning in them, is the template's.
 
@@ -130,7 +130,7 @@ def missing_part(message: Mapping[str, Any], text: str, before: str = "") -> str
 
 
 def find_content(content: str, text: str, before: str = "") -> tuple[int, int] | None:
-    """Finds a content in a text, its first character and the one after its last; see `missing_part`."""
+    """Finds a content in a text; returns its start and its end. See `missing_part`."""
     pieces = [*filter(None, REASONING_MARK.split(without_opening(content, before).strip()))]
     if len(pieces) < 2:  # the rule; patterns of long contents take long to compile
         start = text.find("".join(pieces))

@@ -67,7 +67,7 @@ def first_then_others(work: Callable[[], Result]) -> Result:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is set in any process; all of them call it."""
+    """Returns whether `flag` is set in any process; all of them must call this."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 

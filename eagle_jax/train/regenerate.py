@@ -17,7 +17,7 @@ A line of input becomes at most one line of output, in the same order. Its keys 
     OUT.partial         the lines that are done, a window of input lines at a time
     OUT.progress.json   how far that is, and what it was made from
 
-A window is decoded alone, so that a run which was killed comes to the same bytes as one that was not.
+Windows are decoded one at a time, so that a run which was killed and resumed writes the same bytes as any other.
 """
 
 from __future__ import annotations

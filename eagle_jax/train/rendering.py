@@ -127,9 +127,9 @@ def template_errors() -> Iterator[None]:
 def _render_marks(template: str, special: str, chat: Any, tools: Any) -> tuple[str, list[Span]]:
     """The text of a conversation, and the spans of its marks that hold any text.
 
-    `apply_chat_template(return_assistant_tokens_mask=True)` makes its mask of these, but drops all that follows a mark
-    which begins with a character of no token, learns all that follows one which ends so, and of a character of several
-    tokens it learns the first only.
+    The mask of `apply_chat_template(return_assistant_tokens_mask=True)` is not used. Where a mark begins at a character
+    without a token, it lacks all that follows; where a mark ends at one, it includes all that follows. Of a character
+    of several tokens it has the first only.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -153,7 +153,7 @@ def probe(index: int) -> str:
 def _check_marks(template: str, special: str, probes: str, tools: str) -> None:
     """Checks that the marks hold every answer, and nothing of the others, on a conversation of the same roles.
 
-    Inside a macro, say, marks give wrong places. Conversations of the same roles share a check: it is cached.
+    Marks inside a macro, for example, give wrong positions. The result is cached, by the roles.
 
     Args:
       special: JSON of the special tokens. probes: JSON of the messages, with probes as contents. tools: JSON.
@@ -169,6 +169,6 @@ def _check_marks(template: str, special: str, probes: str, tools: str) -> None:
         own, name = message["role"] == "assistant", f"message {index + 1}, of role {message['role']!r},"
         if marked and not own:
             unsure(f"{name} stands inside the chat template's marks")
-        # What is said beside a tool call, a template may leave out.
+        # A template may leave out the content of a message with tool calls.
         if own and not marked and (places or not message.get("tool_calls")):
             unsure(f"{name} stands outside the chat template's marks")

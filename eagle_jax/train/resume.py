@@ -19,8 +19,8 @@ from eagle_jax.train.config import TrainSettings, read_settings
 
 SETTINGS = "settings.yaml"
 HISTORY = "settings_history.jsonl"
-# Settings, and sections of them, that a run may go on with in another form. All others make it another run: what is
-# learned, from what, and in which order. The place in the data counts batches, so their size stays, too.
+# Settings and sections that may change when a run goes on. The others say what is learned, from which data and in which
+# order. batch_tokens may not change: the place in the data is counted in batches.
 MAY_CHANGE = {
     "output",
     "features",
@@ -37,7 +37,7 @@ MAY_CHANGE = {
     "log_every",
 }
 PATHS = {"target", "model", "start", "data.train", "data.held_out", "data.chat_template"}  # "m/" is "m"
-STAYS = {"optimizer.name"}  # its state is another one's
+STAYS = {"optimizer.name"}  # its state has another form
 NOT_NOTED = {"output"}  # a run that was moved is the same
 
 

@@ -192,7 +192,7 @@ def _loop(
 
     @contextlib.contextmanager
     def apart(what: str, steps: int = 0) -> Iterator[None]:
-        """Leaves the block out of the clock."""
+        """Excludes the block from the clock's time."""
         jax.block_until_ready(state)
         began = time.monotonic()
         say.doing(what)

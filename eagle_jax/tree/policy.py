@@ -77,9 +77,9 @@ NEVER = -1  # in `scored_at`: no drafting step scored the children of this node
 class FixedTreePolicy(TreePolicy, Protocol):
     """A TreePolicy whose trees all have one shape, and which says so: `DraftModel` may then draw their nodes at random.
 
-    It promises: parents and depths never depend on logits, and a node with c children has the tokens of the c largest
-    logits that were handed over for it, the largest first. Logits with Gumbel noise make them c draws without putting
-    back, which more of are accepted (see `accept_drawn`).
+    Contract: parents and depths never depend on logits. The c children of a node hold the tokens of the c largest
+    logits that were passed for it, in descending order. Under Gumbel noise these are c samples without replacement, of
+    which more are accepted (see `accept_drawn`).
     """
 
     @property

@@ -89,7 +89,7 @@ class StaticTree:
 
     @functools.cached_property
     def scored_at(self) -> tuple[int, ...] | None:
-        """As FixedTreePolicy; None where a node's children leave out a rank: those are not the first ones drawn."""
+        """See FixedTreePolicy. None if a node's children skip a rank: they are then not the first samples."""
         if any(path[-1] and (*path[:-1], path[-1] - 1) not in self.node_of for path in self.paths):
             return None
         row: dict[Path, int] = {(): 0}
