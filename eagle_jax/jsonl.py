@@ -123,7 +123,7 @@ def _wide_lines(content: bytes, encoding: str) -> Iterator[tuple[int, str | Faul
     try:
         text = content.decode(encoding, "surrogatepass")
     except UnicodeDecodeError as error:
-        yield 1, Fault("damaged file", f"it begins as {encoding.upper()}, and byte {error.start + 1} is none")
+        yield 1, Fault("damaged file", f"it begins as {encoding.upper()}, but byte {error.start + 1} cannot be decoded")
         return
     yield from enumerate((line.rstrip("\r") for line in text.split("\n")), start=1)
 

@@ -233,7 +233,10 @@ def test_what_is_no_draft_is_refused_in_a_few_words(case):
         (lambda: jax.eval_shape(eagle_jax.cycle, target, target, state), wrap),
         (lambda: eagle_jax.forward(target, tokens, lengths, target), "must be an EAGLE head.*, got a Llama"),
         (lambda: eagle_jax.draft_forward(target, target, tokens, tokens, lengths), "must be an EAGLE head"),
-        (lambda: eagle_jax.generate(draft, target, tokens, lengths), "stands a draft, a Eagle3Draft: the target comes"),
+        (
+            lambda: eagle_jax.generate(draft, target, tokens, lengths),
+            "target is a draft, a Eagle3Draft; pass the target",
+        ),
         (lambda: eagle_jax.generate((target, draft), None, tokens, lengths), "target must be a Llama.*; got a tuple"),
         (lambda: eagle_jax.generate(target, (draft,), tokens, lengths), "draft must be a Draft .*; got a tuple"),
         (lambda: eagle_jax.generate(target, eagle_jax.Lookahead, tokens, lengths), "draft is the class Lookahead"),

@@ -308,9 +308,9 @@ def test_places_that_cannot_be_written_are_found(tmp_path):
         (tmp_path, "--json .*: is a folder; name a file in it"),
         (tmp_path / "none/x.json", "--json .*x.json: there is no folder .*none to write it to"),
         (tmp_path / "mine.json/x.json", "there is no folder .*mine.json to write it to"),
-        ("/dev/null", "--json /dev/null: is there, and no file"),
+        ("/dev/null", "--json /dev/null: exists and is not a regular file"),
         ("/proc/x.json", "--json /proc/x.json: cannot be written"),
-        (tmp_path / "mine.json", "--json .*mine.json: is there already, and not written by eagle-jax"),
+        (tmp_path / "mine.json", "--json .*mine.json: exists and was not written by eagle-jax"),
     ):
         with pytest.raises(ValueError, match=message):
             places.check_report("--json", str(path))

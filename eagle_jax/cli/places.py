@@ -17,7 +17,7 @@ def check_file(option: str, path: str) -> None:
     if not place.name or place.is_dir():
         raise ValueError(f"{option} {path}: is a folder; name a file in it")
     if place.exists() and not place.is_file():
-        raise ValueError(f"{option} {path}: is there, and no file; choose another")
+        raise ValueError(f"{option} {path}: exists and is not a regular file; choose another")
     if not place.parent.is_dir():
         raise ValueError(f"{option} {path}: there is no folder {place.parent} to write it to; make it first")
     # Test by writing: permissions do not say whether the file system is read-only or full.
@@ -37,7 +37,7 @@ def check_report(option: str, path: str) -> None:
     check_file(option, path)
     place = Path(path)
     if place.is_file() and place.stat().st_size and MARK.encode() not in place.read_bytes():
-        raise ValueError(f"{option} {path}: is there already, and not {MARK}; choose another, or remove it")
+        raise ValueError(f"{option} {path}: exists and was not {MARK}; choose another, or remove it")
 
 
 def write_json(path: str, report: dict[str, Any]) -> None:

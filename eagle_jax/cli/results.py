@@ -47,7 +47,7 @@ def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> se
     for number, line in enumerate(lines, start=2):
         row = _from_json(line, f"{path}, line {number}")
         if not isinstance(row, dict) or type(row.get("index")) is not int:
-            raise ValueError(f"{path}, line {number}: no text of `generate --prompts`; choose another --out")
+            raise ValueError(f"{path}, line {number}: not an output line of `generate --prompts`; choose another --out")
         if _is_last(row):
             finished.add((row["index"], row.get("sample", 0)))
     return finished

@@ -131,7 +131,7 @@ def head_names(tensor_names: Collection[str], where: str) -> dict[str, str]:
     for name, bare in short.items():
         if bare in official:
             raise CheckpointError(
-                f"{where}: {official[bare]!r} and {name!r} are two tensors for one place; remove the one that does "
+                f"{where}: {official[bare]!r} and {name!r} stand for the same tensor; remove the one that does "
                 "not belong to this head"
             )
         official[bare] = name

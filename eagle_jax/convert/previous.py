@@ -73,8 +73,8 @@ class Previous:
             in_the_way = [name for name in (parts.MANIFEST, *ROLES) if (self.out / name).exists()]
             if in_the_way:
                 raise CheckpointError(
-                    f"{self.out}: {' and '.join(in_the_way)} there comes from no conversion, which writes its own; "
-                    "choose another output folder, or move that away"
+                    f"{self.out}: holds {' and '.join(in_the_way)}, which no conversion wrote but this "
+                    "one would replace; choose another output folder, or move that away"
                 )
 
     def taken(self) -> CheckpointError:

@@ -108,7 +108,7 @@ class Draft:
 def check_models(target: Any, draft: Any) -> None:
     """Raises ValueError, naming the fix, for what is no target or no draft."""
     if isinstance(target, Draft):
-        raise ValueError(f"in place of the target stands a draft, {shown(target)}: the target comes first")
+        raise ValueError(f"target is a draft, {shown(target)}; pass the target first, then the draft")
     if not hasattr(target, "config"):
         raise ValueError(
             f"target must be a Llama, such as eagle_jax.load and from_pretrained give; got {shown(target)}"

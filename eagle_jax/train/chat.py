@@ -145,11 +145,11 @@ def _rendered_again(rendering: Rendering, chat: list[dict[str, Any]], learned: l
             before = rendering.text(chat[:index], prompt=True)
             after = text if index + 1 == len(chat) else rendering.text(chat[: index + 1])
         except Fault as error:
-            unsure(f"the chat template refuses what comes before or up to {name} ({error})")
+            unsure(f"the chat template refuses the conversation before {name}, or up to it ({error})")
         if not after.startswith(before):
-            unsure(f"the chat template writes {name} after something else than the generation prompt before it")
+            unsure(f"the chat template does not write {name} right after the generation prompt")
         if not text.startswith(after):
-            unsure(f"the chat template writes what comes up to {name} otherwise when more follows it")
+            unsure(f"the chat template changes the text up to {name} when more messages follow")
         content, answer = (chat[index]["content"] or "").strip(), after[len(before) :].strip()
         # Without a generation prompt, a header such as "assistant:" would seem to be the answer's.
         if not (content and answer.startswith(content)) and before == rendering.text(chat[:index]):
@@ -241,7 +241,7 @@ def _inside(
     """The spans of the last of the messages `through`; the others are `before`."""
     start, end = rendering.text(before), rendering.text(through)
     if not (text.startswith(end) and end.startswith(start)):
-        unsure(f"the chat template writes what comes up to message {len(through)} otherwise when more follows it")
+        unsure(f"the chat template changes the text up to message {len(through)} when more messages follow")
     found = [span for span in spans if len(start) <= span[0] and span[1] <= len(end)]
     if not found:
         unsure(f"the chat template marks nothing of message {len(through)}")

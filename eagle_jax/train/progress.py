@@ -69,7 +69,7 @@ class Progress:
                 f"{self.partial} lost some of its {self.bytes} bytes, it has {self.bytes - left}; {START_ANEW}"
             )
         if known.get("sha256", self.sha256) != self.sha256:  # older versions noted none
-            raise ValueError(f"{self.partial} is damaged, it is not as it was written; {START_ANEW}")
+            raise ValueError(f"{self.partial} is damaged (its checksum differs); {START_ANEW}")
         self.file = open(self.partial, "ab")  # noqa: SIM115 (this object is the context manager)
         self.file.truncate(self.bytes)  # what was added after the last note
 

@@ -282,7 +282,7 @@ def test_other_folders_are_kept_unless_overwritten(sources: tuple[Path, Path], t
 @pytest.mark.parametrize("name", ["target", "draft", "manifest.json"])
 def test_files_of_no_conversion_are_not_replaced(sources: tuple[Path, Path], tmp_path: Path, name: str):
     (tmp_path / "out" / name).mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=f"out: {name} there comes from no conversion.*move that away"):
+    with pytest.raises(CheckpointError, match=f"out: holds {name}, which no conversion wrote.*move that away"):
         convert(*sources, tmp_path / "out", overwrite=True)
 
 
