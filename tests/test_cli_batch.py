@@ -27,13 +27,14 @@ from eagle_jax import (
     TreeConfig,
     convert,
 )
-from eagle_jax.cli import batch, main, models
+from eagle_jax.cli import batch, main, models, sampling
 from eagle_jax.cli.answers import Job, Rules, decode
 from eagle_jax.cli.prompts import Prompt
 from eagle_jax.cli.results import Results, read_finished
 from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, sampling_config
 from eagle_jax.cli.text import Detokenizer, Ends
+from eagle_jax.convert.hub import Hub
 from eagle_jax.train.lock import locked_file
 from tests.test_cli import byte_tokenizer, converted_pair
 from tests.toy import TARGET, near_ties, random_prompts, random_target
@@ -426,7 +427,7 @@ def sampled_by(tmp_path):
             (tmp_path / "generation_config.json").write_text(json.dumps(content))
         parser = argparse.ArgumentParser()
         add_sampling_arguments(parser)
-        parser.set_defaults(model=None, target=str(tmp_path))
+        parser.set_defaults(model=None, target=str(tmp_path), revision=None)
         return sampling_config(parser.parse_args(options))
 
     return config
@@ -472,15 +473,28 @@ def test_who_chose_greedy_decoding(options, default):
     assert (args.greedy_by_default, args.temperature) == (default, 0)
 
 
-def test_a_model_that_asks_for_sampling_and_gets_none(tmp_path):
+def test_a_model_that_asks_for_sampling_and_gets_none(tmp_path, monkeypatch):
     def line(**options):
-        args = {"model": None, "target": str(tmp_path), "greedy_by_default": True, "sampling_from_model": False}
+        args = {
+            "model": None,
+            "target": str(tmp_path),
+            "revision": None,
+            "greedy_by_default": True,
+            "sampling_from_model": False,
+        }
         return model_asks(argparse.Namespace(**(args | options)))
 
     assert line() is None
     (tmp_path / "generation_config.json").write_text(json.dumps(GENERATION))
     assert line().startswith("greedy decoding; the model asks for --temperature 0.6 --top-k 50 --top-p 0.9")
     assert line(greedy_by_default=False) is line(model="other") is None
+
+    def resolve(source, hub, weights):
+        assert (source, hub, weights) == ("owner/name", Hub("v2", local_files_only=True), False)
+        return tmp_path
+
+    monkeypatch.setattr(sampling, "resolve", resolve)
+    assert line(target="owner/name", revision="v2").startswith("greedy decoding; the model asks for")
 
 
 @pytest.mark.parametrize(

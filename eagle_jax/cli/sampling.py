@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from eagle_jax.convert import parts
-from eagle_jax.convert.read import read_json, resolve
+from eagle_jax.convert.hub import Hub, resolve
+from eagle_jax.convert.read import read_json
 from eagle_jax.sampling import RANGES, SamplingConfig
 
 GENERATION_CONFIG = "generation_config.json"
@@ -139,8 +140,9 @@ def _model_sampling(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--sampling-from-model needs a model: --model or --target")
     if args.model is not None:
         path = Path(args.model) / parts.TARGET / GENERATION_CONFIG
-    else:  # a hub's folder is downloaded only if it is asked for
-        path = (resolve(args.target) if args.sampling_from_model else Path(args.target)) / GENERATION_CONFIG
+    else:  # from a hub's folder it is downloaded only if it is asked for
+        hub = Hub(args.revision, local_files_only=not args.sampling_from_model)
+        path = resolve(args.target, hub, weights=False) / GENERATION_CONFIG
     if not path.is_file():
         raise ValueError(f"--sampling-from-model: {path} is not there; give --temperature and the like")
     config = read_json(path)
