@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from eagle_jax.models import params
-from eagle_jax.train import features, setup
+from eagle_jax.train import features, resume, setup
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.features import SHARD_BYTES, Group
 from eagle_jax.train.loader import on_mesh
@@ -45,7 +45,8 @@ def _precompute(settings: TrainSettings, folder: Path, say: SignsOfLife, shard_b
     with locked_folder(output, say):
         for split, files in (("train", settings.data.train), ("held_out", settings.data.held_out)):
             if files:
-                data = setup.documents(files, settings.data, origin, output / "data" / split, say)
+                place = output / "data" / split
+                data = setup.documents(files, settings.data, origin, place, say, resume.begun(output))
                 splits[split] = data, rows_of(data, settings)[0]
     say.doing("loading the models")
     target = setup.load_target(settings, mesh)

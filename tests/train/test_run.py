@@ -26,6 +26,7 @@ from eagle_jax.repetition import distinct_ngrams
 from eagle_jax.train import evaluate, metrics, processes, resume, run
 from eagle_jax.train.config import OptimizerSettings, TrainSettings, read_settings
 from eagle_jax.train.lock import Locked, locked_folder
+from eagle_jax.train.precompute import precompute
 from eagle_jax.train.run import train
 from eagle_jax.train.save import check_range, save_target
 from tests.sharding.meshes import child_environment
@@ -187,6 +188,15 @@ def test_a_run_is_not_gone_on_with_under_other_settings(folder, whole):
 def test_another_spelling_of_a_path_is_the_same_setting(folder, whole):
     same = settings_of(folder, "whole", target=f"{folder}/./target/", data=whole.data.model_dump(), steps=TOTAL + 1)
     assert resume.changes(Path(whole.output), same) == {"steps": (TOTAL, TOTAL + 1)}
+
+
+def test_precomputing_does_not_change_the_data_of_a_run(folder, whole, tmp_path):
+    shutil.copy(folder / "train.jsonl", tmp_path / "train.jsonl")
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write('{"text": "one more"}\n')
+    changed = settings_of(folder, "whole", data={"train": [str(tmp_path / "train.jsonl")], "row_length": 64})
+    with pytest.raises(ValueError, match=r"the data changed since this run began \(files\)"):
+        precompute(changed, tmp_path / "features", quiet)
 
 
 def test_two_runs_do_not_share_an_output(folder, whole):
