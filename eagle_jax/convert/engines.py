@@ -20,11 +20,11 @@ from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError, DraftConfig, tap_layers
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
+from eagle_jax.models.head_config import TAPS
 from eagle_jax.models.llama import Llama
 
 KINDS: dict[type, str] = {Eagle3Draft: "eagle3", Eagle1Draft: "eagle1"}
 BOTH = ("eagle3", "eagle1")
-TAPS = "eagle_aux_hidden_state_layer_ids"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,10 +68,8 @@ class RopeConfig:
         """Reads a rope_scaling; `original` is the config's own original_max_position_embeddings, if it has one."""
         if any(isinstance(value, Mapping) for value in settings.values()):
             raise ConfigError(f"{where}: RoPE settings per layer type ({sorted(settings)}) are not implemented")
-        kinds = {settings[name] for name in ("rope_type", "type") if settings.get(name) is not None}
-        if len(kinds) > 1:
-            raise ConfigError(f"{where}: rope_type and type of the RoPE settings differ: {sorted(kinds)}")
-        kind = kinds.pop() if kinds else "default"
+        kinds = {name: settings[name] for name in ("rope_type", "type") if settings.get(name) is not None}
+        kind = require_equal(kinds, f"{where}: RoPE settings") or "default"
         if kind not in ROPE_KINDS:
             raise ConfigError(f"{where}: rope type {kind!r} is not implemented; known: {', '.join(ROPE_KINDS)}")
         if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
@@ -92,7 +90,9 @@ class RopeConfig:
         low, high = need("low_freq_factor"), need("high_freq_factor")
         if not low < high:
             raise ConfigError(f"{where}: low_freq_factor {low} must be below high_freq_factor {high}")
-        return cls(theta, kind, need("factor"), low, high, int(original))
+        return cls(
+            theta, kind, need("factor"), low, high, int(positive("original_max_position_embeddings", original, where))
+        )
 
 
 @dataclasses.dataclass(frozen=True)

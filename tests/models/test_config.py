@@ -422,7 +422,11 @@ def test_each_number_of_a_rope_scaling_is_read():
     [
         (dict(rope_scaling=dict(type="yarn", factor=4.0)), "rope type 'yarn' is not implemented"),
         (dict(rope_scaling=dict(rope_type="longrope", factor=4.0)), "rope type 'longrope' is not implemented"),
-        (dict(rope_scaling=dict(rope_type="linear", type="dynamic", factor=2.0)), "rope_type and type.*differ"),
+        (
+            dict(rope_scaling=dict(rope_type="linear", type="dynamic", factor=2.0)),
+            "rope_type = 'linear' and type = 'dynamic' contr",
+        ),
+        (dict(rope_scaling=dict(rope_type=["linear"], factor=2.0)), r"rope type \['linear'\] is not implemented"),
         (dict(rope_scaling=dict(type="linear")), "linear.*: factor must be a positive number, got None"),
         (dict(rope_scaling=dict(type="linear", factor=-1)), "linear.*: factor must be a positive number, got -1"),
         (dict(rope_scaling=dict(type="linear", factor=True)), "linear.*: factor must be a positive number, got True"),
