@@ -73,7 +73,7 @@ EMBEDDED = {"eagle1": "head_eagle1", "eagle2": "head_eagle1", "eagle3": "head"}
 
 SPEC_HELP = (
     "ways to decode, in this order: " + ", ".join(NAMES) + ". Those with weights take the model's own head if it is of "
-    "their kind, or NAME=DIR_OR_ID, of which an id may end in @REVISION; eagle1 is the static tree and eagle2 the "
+    "their kind, or NAME=DIR_OR_ID (an id may end in @REVISION); eagle1 is the static tree and eagle2 the "
     "dynamic one of the same head"
 )
 
