@@ -143,7 +143,7 @@ def test_checkpoints_without_checksums_are_read_too(folder, capfd):
         if file.is_file() and file.parent.name == "d":
             WAYS["cut"](file)
     step, (line,) = latest(folder)
-    assert step == 1 and str(folder / "2") in line and len(line) < 400
+    assert step == 1 and str(folder / "2") in line and len(line.replace(str(folder), "")) < 300
     assert "Traceback" not in capfd.readouterr().err
 
 

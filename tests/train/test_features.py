@@ -213,11 +213,14 @@ def test_ctrl_c_keeps_the_shards_that_are_written(place, written, tmp_path, monk
         if len(synced) == 3:
             signal.raise_signal(signal.SIGINT)
 
+    # A shell's background jobs start with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         in_small_shards = functools.partial(precompute, shard_bytes=SHARD_BYTES // 2)
         patch.setattr("eagle_jax.train.precompute.precompute", in_small_shards)
         patch.setattr(features.os, "fsync", fsync)
         assert main(["train", "--config", str(config), "--precompute", str(ours)]) == 130
+    signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
     assert f"to go on from there: eagle-jax train --config {config} --precompute {ours}" in said
     assert len([path for path in ours.iterdir() if path.suffix == ".npy"]) == 2
