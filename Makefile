@@ -32,7 +32,11 @@ CORE = tests/tree tests/drafts/test_lossless.py::test_greedy_text_is_that_of_pla
 demo: $(VENV)/.installed
 	$(VENV)/bin/eagle-jax demo
 
-test: lint types test-newest pytest
+# Checking types takes one core, as installing does: side by side.
+test:
+	$(MAKE) $(VENV)/.test-installed
+	$(MAKE) --jobs 2 lint types test-newest
+	$(MAKE) pytest
 
 lint: $(VENV)/.test-installed
 	$(VENV)/bin/ruff check .

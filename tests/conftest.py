@@ -41,6 +41,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     # process at a flag that they do not know. `make test` runs a part of the files without this flag, as users do.
     if PINNED and os.environ.get("XLA_EMITTERS") != "default":
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        # Workers are as many as cores, so compiling in several threads only costs more.
+        os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
 aot.find_compilers()
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -108,9 +110,13 @@ LONGEST = (
     "tests/train/test_features.py",
     "tests/train/test_step.py",
     "tests/test_insert.py",
+    "tests/test_tune.py",
+    "tests/test_64_bit_types.py",
+    "tests/test_cli_drafts.py",
+    "tests/test_ahead_of_time.py",
+    "tests/train/test_checkpoint.py",
     "tests/accelerators/test_training.py",
     "tests/test_cli_batch.py",
-    "tests/test_64_bit_types.py",
 )
 
 

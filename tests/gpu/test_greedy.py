@@ -24,7 +24,7 @@ PAIR = Path(eagle_jax.__file__).parent / "pair"
 # most about 17: of 16 to 32, bfloat16 holds every eighth.
 NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.125}
 
-pytestmark = pytest.mark.parametrize("device", DEVICES)
+on_devices = pytest.mark.parametrize("device", DEVICES)
 
 
 def gaps(target: Llama, ours: list[list[int]], theirs: list[list[int]]) -> list[float]:
@@ -39,6 +39,7 @@ def gaps(target: Llama, ours: list[list[int]], theirs: list[list[int]]) -> list[
     return found
 
 
+@on_devices
 def test_float32_text_is_the_reference_s_and_plain_decoding_s(device):
     gold = np.load(GOLDEN / "gen_t1_eagle3_dv96_60_7_10.npz")
     target, draft = golden_pair("t1_eagle3_dv96")
@@ -52,8 +53,16 @@ def test_float32_text_is_the_reference_s_and_plain_decoding_s(device):
     assert len(gaps(target, ours, plain)) <= 1, "near-ties are rare: 3 texts of 128 tokens"
 
 
-@pytest.mark.parametrize("dtype", NEAR_TIE)
-def test_embedded_pair_parts_at_near_ties_alone(device, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "device"),
+    [
+        ("bfloat16", "cpu"),
+        # On a CPU test_float32_text states it of the golden pair, tests/drafts/test_lossless.py of every draft.
+        pytest.param("float32", "cpu", marks=pytest.mark.slow),
+        *(pytest.param(dtype, "cuda", marks=pytest.mark.gpu) for dtype in NEAR_TIE),
+    ],
+)
+def test_embedded_pair_parts_at_near_ties_alone(dtype, device):
     target, draft = eagle_jax.from_pretrained(PAIR / "target", PAIR / "head", dtype=dtype)
     exact, _ = eagle_jax.from_pretrained(PAIR / "target", dtype="float32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(PAIR / "target")
