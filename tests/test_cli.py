@@ -24,6 +24,7 @@ import eagle_jax
 from eagle_jax import TreeConfig, convert
 from eagle_jax.cli import demo, generate, main, measure, models, progress, prompts
 from eagle_jax.cli.text import Detokenizer
+from tests.pickled import readable
 
 PROMPT = "def __len__(self):\n"
 OPTIONS = ["--tree", "3,2,5", "--max-new-tokens", "24"]
@@ -49,7 +50,7 @@ def converted_pair(golden: Path, root: Path) -> Path:
     """The golden pair with a tokenizer, converted by the command."""
     target = shutil.copytree(golden / "weights/t1_target", root / "target")
     byte_tokenizer().save_pretrained(target)
-    head = str(golden / "weights/t1_eagle3_dv96")
+    head = str(readable(golden / "weights/t1_eagle3_dv96"))
     assert main(["convert", "--target", str(target), "--draft", head, "--out", str(root / "converted")]) == 0
     return root / "converted"
 

@@ -36,6 +36,7 @@ from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, sampling_
 from eagle_jax.cli.text import Detokenizer, Ends
 from eagle_jax.convert.hub import Hub
 from eagle_jax.train.lock import locked_file
+from tests.pickled import readable
 from tests.test_cli import byte_tokenizer, converted_pair
 from tests.toy import TARGET, near_ties, random_prompts, random_target
 
@@ -338,7 +339,7 @@ def test_a_line_a_turn():
 
 def test_token_ids_need_no_tokenizer_and_end_with_the_context(golden, tmp_path, capsys):
     weights, out, path = golden / "weights", tmp_path / "out.jsonl", tmp_path / "prompts.jsonl"
-    pair = ["--target", str(weights / "t1_target"), "--draft", str(weights / "t1_eagle3_dv96")]
+    pair = ["--target", str(weights / "t1_target"), "--draft", str(readable(weights / "t1_eagle3_dv96"))]
     path.write_text(json.dumps({"tokens": [65] * 505, "id": "a"}) + '\n"text"\n')
     options = ["--prompts", str(path), "--out", str(out), "--batch", "1", "--baseline", "--ignore-eos"]
     assert main(["generate", *pair, *options, "--max-new-tokens", "9" * 20]) == 1
