@@ -200,5 +200,5 @@ def test_a_template_that_refuses_or_breaks_leaves_the_turn_out(template, message
     notes = SimpleNamespace(print=lambda text, **style: said.append(text))
     session = Session(None, conversation, None, None, None, notes)
     session.answer("hi")
-    assert session.refused == 1 and message in said[0] and said[0].endswith("This turn is left out.")
+    assert session.failed == 1 and message in said[0] and said[0].endswith("This turn is left out.")
     assert conversation.messages == conversation.system
