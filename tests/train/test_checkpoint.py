@@ -83,11 +83,17 @@ def test_damage_of_any_file_is_named_and_the_checkpoint_before_it_used(two, tmp_
     read = [path.relative_to(two) for item in ("state", "place", "metrics") for path in (two / "2" / item).rglob("*")]
     files = [path for path in read if (two / path).is_file()] + [Path("2") / checksums.NAME]
     assert len(files) > 10
+    restored = set()
     for number, file in enumerate(files):
         folder = shutil.copytree(two, tmp_path / str(number))
         WAYS[way](folder / file)
-        step, (line,) = latest(folder)
         name = file.relative_to("2").as_posix()
+        fault = checkpoint.damage(folder / "2")
+        assert fault is not None and name in fault
+        if file.parts[1] in restored:  # restoring takes long: one file of each item
+            continue
+        restored.add(file.parts[1])
+        step, (line,) = latest(folder)
         assert step == 1 and line.startswith(f"checkpoint {folder / '2'}: ") and name in line and len(line) < 400
         assert (folder / "2.unusable").is_dir() and not (folder / "2").exists()
 
