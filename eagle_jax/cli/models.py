@@ -362,9 +362,9 @@ def _in_float32(target: Llama, draft: Any, asked: str | None) -> tuple[Llama, An
     if own == "float32":
         return target, draft
     if asked is not None:
-        print(f"note: {own}, as asked: on a CPU it is many times slower than --dtype float32", file=sys.stderr)
+        print(f"note: {own}, as asked: on a CPU it is slower than --dtype float32", file=sys.stderr)
         return target, draft
-    print(f"note: decoding in float32: {own} is many times slower on a CPU (--dtype {own} keeps it)", file=sys.stderr)
+    print(f"note: decoding in float32: {own} is slower on a CPU (--dtype {own} keeps it)", file=sys.stderr)
 
     def widen(x):
         return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x

@@ -134,7 +134,7 @@ def load_head(
     revision: str | None = None,
     draft_revision: str | None = None,
 ) -> tuple[Llama, Draft | None]:
-    """A draft in its own dtype, and its target without weights but for those that `export` needs.
+    """Loads a draft in its own dtype, and of its target only the weights that `export` needs.
 
     Those are the embedding, and the lm_head where the draft has none of its own.
 

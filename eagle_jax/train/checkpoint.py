@@ -293,10 +293,10 @@ def _without_leftovers() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def _short(error: Exception, length: int = 160) -> str:
+def _short(error: Exception) -> str:
     """An error in a line: TensorStore's have many."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).split(" See full TensorStore")[0]
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

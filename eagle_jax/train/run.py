@@ -36,7 +36,6 @@ from eagle_jax.train.lock import locked_folder
 from eagle_jax.train.say import Say, SignsOfLife, log, signs_of_life
 from eagle_jax.train.step import Arrays, TrainState
 
-TERMINATED = processes.EXIT_CODES[signal.SIGTERM]
 INTERRUPTED = processes.EXIT_CODES[signal.SIGINT]
 MEAN_STEPS = 100  # of the running mean of the loss
 

@@ -45,7 +45,7 @@ class Facts:
 
 
 def facts(program: Program, device: Any) -> Facts:
-    """Compiles, unless the same program was compiled by the same compiler before: then what was kept of it."""
+    """Compiles a program, or reads the stored facts if the same compiler compiled it before."""
     lowered = program.lower(device)
     path = KEPT / f"{_digest(program, lowered, device)}.json"
     if path.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from eagle_jax.cli import main
 from eagle_jax.convert import from_pretrained
 from eagle_jax.models import params
 from eagle_jax.train import loader, metrics
-from eagle_jax.train.run import TERMINATED
+from eagle_jax.train.processes import EXIT_CODES
 from tests.sharding.meshes import child_environment
 from tests.sharding.worker import AXES, generated, work
 from tests.train.chat_templates import byte_level
@@ -97,7 +98,7 @@ def losses(folder: Path) -> list[float]:
 def test_two_processes_train_what_one_does(folder, reports):
     assert work(folder / "one", ["train", SPLIT])["code"] == 0
     expected = losses(folder / "one")
-    assert [report["code"] for report in reports] == [TERMINATED, TERMINATED]
+    assert [report["code"] for report in reports] == [EXIT_CODES[signal.SIGTERM]] * 2
     assert any("ended by SIGTERM after step" in line for line in reports[0]["said"]) and reports[1]["said"] == []
     assert not (folder / "two" / "out" / "final").exists()
     begun = losses(folder / "two")

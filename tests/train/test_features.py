@@ -346,7 +346,7 @@ def test_fingerprints_outlast_new_fields_of_a_config():
 
 @pytest.mark.parametrize("wrap", [lambda target: target, DraftModel], ids=["target", "draft model"])
 def test_the_fingerprint_of_a_tied_model_leaves_out_the_copy_that_input_first_makes(wrap):
-    """So that what was made before there was such a copy can be gone on with."""
+    """Runs begun before `input_first` made that copy can still resume."""
     tied = Llama(dataclasses.replace(TARGET, tie_word_embeddings=True), jax.random.key(0))
     turned = input_first(wrap(tied))
     inner = getattr(turned, "model", turned)
