@@ -14,7 +14,8 @@ NEWEST_PYTHON ?= $(shell for python in python3.12 python3.13 python3.14 \
 	$$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
 NEWEST = $(VENV)-newest
 
-PIP = -m pip --disable-pip-version-check --quiet install
+# Compiling every module to bytecode takes as long as the rest of the installation; Python does it for those it imports.
+PIP = -m pip --disable-pip-version-check --quiet install --no-compile
 PINNED = pyproject.toml constraints.txt
 COMPILERS = $(VENV)/bin/python -c 'import tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["aot"])'
