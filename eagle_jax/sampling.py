@@ -19,6 +19,8 @@ import numpy as np
 
 from eagle_jax.tree.verify import argmax
 
+__all__ = ["SamplingConfig", "probabilities", "process", "warp"]
+
 # What each number may be: a test, and the range in words.
 RANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "temperature": (lambda x: (x >= 0) & (x < math.inf), "0 (greedy) or a finite number above it"),
