@@ -24,6 +24,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durati
 # Compiled as on a user's machine (tests/conftest.py compiles the rest in half the time): what users run.
 AS_USERS = tests/test_cli.py tests/test_decode.py
 CORE = tests/tree tests/drafts/test_lossless.py::test_greedy_text_is_that_of_plain_decoding tests/models \
+	tests/drafts/test_old_names.py tests/test_public_api.py tests/test_import_rules.py \
 	tests/test_api.py tests/test_cli_batch.py tests/test_decode.py tests/test_golden.py::test_stops_are_exact \
 	tests/test_insert.py tests/test_imports.py tests/test_sampling.py tests/test_set_mesh.py tests/train/test_loss.py \
 	tests/test_sampled_decoding.py::test_coupled_sampling_gives_the_text_of_plain_sampling
