@@ -27,12 +27,15 @@ import jax
 import numpy as np
 
 import eagle_jax
+from eagle_jax.api import trained_capacity
 from eagle_jax.cli import prompts
 from eagle_jax.cli.drafts import embedded_pair
-from eagle_jax.cli.measure import describe_setting, setting
-from eagle_jax.cli.models import capacity, describe_tree, for_this_machine, parse_tree, positive
+from eagle_jax.cli.models import parse_tree, positive
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import resolve
+from eagle_jax.measure.machine import describe_setting, setting
+from eagle_jax.models.params import for_this_machine
+from eagle_jax.tree.named import describe_tree
 
 TREE = eagle_jax.TreeConfig(depth=8, top_k=10, num_nodes=60)
 
@@ -120,7 +123,7 @@ def our_decoder(target: Any, draft: Any, tree: Any, max_new_tokens: int) -> Deco
 
     def decode(prompt: Sequence[int]) -> list[int]:
         tokens, lengths = eagle_jax.pad([prompt])
-        room = capacity(target, len(prompt), tokens.shape[1], max_new_tokens)
+        room = trained_capacity(target, len(prompt), tokens.shape[1], max_new_tokens)
         out = eagle_jax.generate(
             target, draft, tokens, lengths, tree=tree, max_new_tokens=max_new_tokens, capacity=room
         )

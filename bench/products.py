@@ -22,7 +22,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.cli.machine import device_name
+from eagle_jax.measure.machine import device_name
 
 WEIGHTS, TURNS = 12, 20
 

@@ -323,6 +323,21 @@ def _causal(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     return positions, jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
 
 
+def trained_capacity(target: Llama, longest: int, width: int, max_new_tokens: int) -> int | None:
+    """The `capacity` for prompts of at most `longest` tokens, padded to `width`: what the target was trained for.
+
+    Raises:
+      ValueError: if a prompt leaves no place for a new token.
+    """
+    limit = target.config.max_position_embeddings
+    if longest >= limit:
+        raise ValueError(
+            f"a prompt has {longest} tokens, this model takes at most {limit - 1} and one new token "
+            f"(max_position_embeddings is {limit})"
+        )
+    return limit if width + max_new_tokens > limit else None
+
+
 def check_arguments(
     target: Llama,
     draft: Draft | None,

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import eagle_jax
 from eagle_jax import TreeConfig, convert
-from eagle_jax.cli import demo, generate, main, measure, models, progress, prompts
+from eagle_jax.cli import demo, generate, main, measure, models, progress, prompts, tables
 from eagle_jax.cli.text import Detokenizer
 from tests.pickled import readable
 
@@ -480,7 +480,7 @@ def test_acceptance_by_position():
     comparison = measure.Comparison(result([]), result(drafted), [253, 599], [])
     found = [(part.start, part.end, part.tokens, part.own, part.tokens_a_pass) for part in comparison.by_position]
     assert found == [(0, 256, 2, 1, 2.0), (256, 512, 4, 1, 4.0), (512, 1024, 1, 0, None)]
-    columns = measure.position_table(comparison).columns
+    columns = tables.position_table(comparison).columns
     assert [list(column.cells) for column in columns] == [
         ["0 to 255", "256 to 511", "512 to 1023"],
         ["2", "4", "1"],

@@ -340,11 +340,11 @@ def test_commands_check_their_output_before_they_load_anything(arguments, monkey
 def test_a_picture_replaces_only_one_of_ours(tmp_path):
     (tmp_path / "photo.png").write_bytes(b"\x89PNG of my cat")
     with pytest.raises(ValueError, match=r"--plot .*photo.png: exists and was not written by eagle-jax"):
-        plot.check("--plot", str(tmp_path / "photo.png"))
+        places.check_picture("--plot", str(tmp_path / "photo.png"))
     node = show.Node(0, None, 0, "a", None, True)
     for name in ("x.png", "x.svg", "x.pdf"):
-        plot.tree(show.Drawn([node], 0, "b", 0), "a tree", str(tmp_path / name))
-        plot.check("--plot", str(tmp_path / name))
+        plot.save(plot.tree(show.Drawn([node], 0, "b", 0), "a tree"), str(tmp_path / name), places.MARK)
+        places.check_picture("--plot", str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,14 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; returns 1 if a row ended in NaN or infinite logits."""
     from rich.console import Console
 
-    from eagle_jax.cli import bench_drafts, drafts, measure, models, plot, progress, prompts
+    from eagle_jax.cli import bench_drafts, drafts, measure, models, progress, prompts, tables
+    from eagle_jax.measure import machine
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
     if args.drafts is None and (args.plot or args.draft_tree):
         raise ValueError("--plot and --draft-tree go with --drafts")
     if args.plot is not None:
-        plot.check("--plot", args.plot)
+        places.check_picture("--plot", args.plot)
     if args.json is not None:
         places.check_report("--json", args.json)
     notes = Console(stderr=True, highlight=False)
@@ -101,13 +102,13 @@ def run(args: argparse.Namespace) -> int:
         comparison = measure.compare(
             loaded.target, loaded.draft, token_lists, tree=choice.tree, **options, progress=advance
         )
-    setting = measure.setting(loaded.target)
+    setting = machine.setting(loaded.target)
     console = Console(highlight=False)
     console.print(f"{title(args, setting, source)}\n{choice.words(loaded.draft)}", soft_wrap=True, markup=False)
-    console.print(measure.table(comparison))
+    console.print(tables.table(comparison))
     if len(comparison.by_position) > 1:
-        console.print(measure.position_table(comparison))
-    console.print(measure.verdict(comparison), soft_wrap=True)
+        console.print(tables.position_table(comparison))
+    console.print(tables.verdict(comparison), soft_wrap=True)
     if args.json is not None:
         proposes = {"proposes": choice.words(loaded.draft), "tree": choice.fields(loaded.draft)}
         places.write_json(args.json, {**setting, **proposes, **_report(args, source, comparison)})
@@ -116,12 +117,12 @@ def run(args: argparse.Namespace) -> int:
 
 def title(args: argparse.Namespace, setting: dict[str, Any], source: str) -> str:
     """What was measured, where and when: two lines."""
-    from eagle_jax.cli import measure
+    from eagle_jax.measure import machine
 
     sampled = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, seed {args.seed}"
     return (
         f"{source}, batch {args.batch}, at most {args.max_new_tokens} new tokens, {sampled}, {args.repeats} repeats\n"
-        f"{measure.describe_setting(setting)}"
+        f"{machine.describe_setting(setting)}"
     )
 
 

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 import eagle_jax
-from eagle_jax.cli import bench, measure, places, progress
+from eagle_jax.cli import bench, measure, places, progress, tables
 from eagle_jax.cli.drafts import Candidate, candidates
 from eagle_jax.cli.models import Models
 from eagle_jax.cli.phases import RUNS, Phases, measure_phases
+from eagle_jax.measure import machine
 
 NOTES = (
     "Tokens a cycle: the mean accepted length, bonus token counted, without each text's first token. Draft: growing "
@@ -65,7 +66,7 @@ def run(
 
     found = candidates(loaded, args.drafts, args, embedded)
     measured = compare(loaded.target, found, token_lists, options, notes)
-    setting = measure.setting(loaded.target)
+    setting = machine.setting(loaded.target)
     console = Console(highlight=False)
     proposes = [f"{one.name}: {one.words}" for one in found if one.words]
     console.print("\n".join([bench.title(args, setting, source), *proposes]), soft_wrap=True, markup=False)
@@ -73,7 +74,7 @@ def run(
     console.print(NOTES)
     for one in measured:
         if one.candidate.draft is None:
-            console.print(measure.repeats_itself(one.result))
+            console.print(tables.repeats_itself(one.result))
     if any(one.accepted_at for one in measured):
         console.print("\nShare of cycles that accepted the 1st, 2nd, ... draft token:")
         console.print(_depth_table(measured))
@@ -85,7 +86,8 @@ def run(
         report = {**setting, **bench.asked_for(args, source, rows), "drafts": [_report(one) for one in measured]}
         places.write_json(args.json, report)
     if args.plot is not None:
-        plot.drafts(measured, measure.describe_setting(setting), args.plot)
+        figure = plot.drafts(measured, machine.describe_setting(setting))
+        plot.save(figure, args.plot, places.MARK)
     return 1 if failed else 0
 
 

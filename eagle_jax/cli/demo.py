@@ -55,7 +55,8 @@ def _demo(out: Path, overwrite: bool) -> int:
 
     import eagle_jax
     from eagle_jax import convert
-    from eagle_jax.cli import measure, models, progress, prompts, text
+    from eagle_jax.cli import measure, models, progress, prompts, tables, text
+    from eagle_jax.measure import machine
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with progress.status(notes, "converting and loading"), _pair() as (target_folder, head_folder):
@@ -90,9 +91,9 @@ def _demo(out: Path, overwrite: bool) -> int:
         comparison = measure.compare(
             loaded.target, loaded.draft, token_lists, **options, repeats=REPEATS, progress=advance
         )
-    title = f"{measure.describe_setting(measure.setting(loaded.target))}, {models.describe_tree(TREE)}"
-    console.print(measure.table(comparison, title))
-    console.print(measure.verdict(comparison), soft_wrap=True)
+    title = f"{machine.describe_setting(machine.setting(loaded.target))}, {models.describe_tree(TREE)}"
+    console.print(tables.table(comparison, title))
+    console.print(tables.verdict(comparison), soft_wrap=True)
     if streamed != comparison.speculative.tokens:
         console.print("ERROR: the streamed tokens are not those of generate.", style="red")
         return 1

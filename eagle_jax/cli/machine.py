@@ -1,4 +1,4 @@
-"""This machine: what its device is called, and where compiled programs are kept from one start to the next."""
+"""This machine: its device, and where compiled programs are kept from one start to the next."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from pathlib import Path
 
 import jax
 
+from eagle_jax.measure.machine import device_name
+
+__all__ = ["device_name", "keep_programs"]
+
 CACHE = "EAGLE_JAX_CACHE"  # the environment variable with another folder, or "off"
 SHORTEST = 0.5  # seconds: programs that compile faster are not kept
 LARGEST = 4 * 2**30  # bytes of the folder; the programs used longest ago go first
-
-
-def device_name() -> str:
-    """ "CPU, 2 cores" or "NVIDIA H200"."""
-    device = jax.devices()[0]
-    return f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
 
 
 def keep_programs() -> None:

@@ -1,4 +1,4 @@
-"""Plain and speculative decoding in turn on the same prompts: timing, comparison and the table of both.
+"""Plain and speculative decoding in turn on the same prompts: timing and comparison.
 
 Letters: B batch, P padded prompt.
 """
@@ -6,7 +6,6 @@ Letters: B batch, P padded prompt.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import statistics
 import time
@@ -16,21 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-import eagle_jax
-from eagle_jax.cli import machine, models
+from eagle_jax.api import Output, forward, generate, trained_capacity
 from eagle_jax.models.llama import Llama
+from eagle_jax.prompt import pad
 from eagle_jax.repetition import distinct_ngrams
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreePolicy
 
 NEAR_TIE = 1e-4  # logits this close may change places between a pass of one token and one of many, in float32
 FIRST_RANGE = 256  # positions: the first range of `Comparison.by_position`
-
-NOTES = (
-    "Target passes: after the prompt's pass, summed over prompts. Tokens a pass: the mean accepted length, bonus token "
-    "counted, without the first token, which comes from the prompt's pass. Ms a pass and tok/s: of whole calls, where "
-    "the prompt's pass counts as one; medians, without compilation."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +186,10 @@ def decode_in_turn(
     rows = [token_lists[i % len(token_lists)] for i in range(count)]
     parts: dict[str, list[Result]] = {name: [] for name in methods}
     for start in range(0, count, batch):
-        tokens, lengths = eagle_jax.pad(rows[start : start + batch])
+        tokens, lengths = pad(rows[start : start + batch])
         runs = {
             name: functools.partial(
-                eagle_jax.generate,
+                generate,
                 target,
                 draft,
                 tokens,
@@ -206,11 +199,11 @@ def decode_in_turn(
                 sampling=sampling,
                 max_new_tokens=max_new_tokens,
                 stop_tokens=stop_tokens,
-                capacity=models.capacity(target, int(lengths.max()), tokens.shape[1], max_new_tokens),
+                capacity=trained_capacity(target, int(lengths.max()), tokens.shape[1], max_new_tokens),
             )
             for name, (draft, tree) in methods.items()
         }
-        outputs: dict[str, eagle_jax.Output] = {}
+        outputs: dict[str, Output] = {}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for name, run in runs.items():
             outputs[name] = jax.device_get(run())
@@ -241,7 +234,7 @@ def differences(
     return _differences(target if sampling.greedy else None, rows, plain.tokens, speculative.tokens)
 
 
-def _result(output: eagle_jax.Output, prompt_lengths: np.ndarray, seconds: float) -> Result:
+def _result(output: Output, prompt_lengths: np.ndarray, seconds: float) -> Result:
     ends = prompt_lengths, output.lengths
     return Result(
         tokens=[row[start:end].tolist() for row, start, end in zip(output.tokens, *ends, strict=True)],
@@ -286,69 +279,6 @@ def _differences(
 
 def _gap(target: Llama, before: list[int], pair: list[int]) -> float:
     """How far the lesser of two tokens' logits falls short of the best logit after the tokens `before`."""
-    logits, _ = eagle_jax.forward(target, *eagle_jax.pad([before]))
+    logits, _ = forward(target, *pad([before]))
     last = np.asarray(logits[0, len(before) - 1])
     return float(last.max() - last[np.asarray(pair)].min())
-
-
-def setting(target: Llama) -> dict[str, Any]:
-    """What a figure depends on beside the models: versions, device, dtype, date."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "device": machine.device_name(),
-        "dtype": np.dtype(target.dtype).name,
-    }
-
-
-def describe_setting(setting: dict[str, Any]) -> str:
-    """ "CPU, 2 cores, jax 0.10.2, float32; 2026-01-31"."""
-    return f"{setting['device']}, jax {setting['jax']}, {setting['dtype']}; {setting['date']}"
-
-
-def table(comparison: Comparison, title: str | None = None) -> Any:
-    """The rich table of a comparison."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", caption=NOTES, caption_justify="left")
-    table.add_column("decoding", no_wrap=True)
-    for name in ("tokens", "target passes", "tokens a pass", "ms a pass", "tok/s", "ratio"):
-        table.add_column(name, justify="right")
-    for name, result, ratio in (
-        ("plain", comparison.plain, 1.0),
-        ("speculative", comparison.speculative, comparison.ratio),
-    ):
-        figures = f"{result.tokens_a_pass:.2f}", f"{result.ms_a_pass:.2f}", f"{result.rate:.1f}", f"{ratio:.2f}"
-        table.add_row(name, str(result.new_tokens), str(result.cycles), *figures)
-    return table
-
-
-def position_table(comparison: Comparison) -> Any:
-    """The rich table of how acceptance changes along the texts."""
-    from rich.table import Table
-
-    table = Table(title="speculative, by position in the text (prompt included)", title_justify="left")
-    for name in ("positions", "tokens", "tokens a pass"):
-        table.add_column(name, justify="right")
-    for part in comparison.by_position:
-        rate = "" if part.tokens_a_pass is None else f"{part.tokens_a_pass:.2f}"
-        table.add_row(f"{part.start} to {part.end - 1}", str(part.tokens), rate)
-    return table
-
-
-def repeats_itself(plain: Result) -> str:
-    """How much the plain texts repeat themselves, in words."""
-    return f"Distinct 4-grams of the plain texts: {plain.distinct_4grams:.2f}; the fewer, the easier to draft."
-
-
-def verdict(comparison: Comparison) -> str:
-    """Whether the tokens were identical, in words."""
-    if comparison.differences is None:
-        text = "Two samples of a text differ by chance (with --coupled they would not)."
-    else:
-        text = f"Identical tokens: {comparison.identical} of {len(comparison.plain.tokens)} rows."
-    if comparison.differences:
-        text += f" First difference: {comparison.differences[0]}."
-    text += f" {repeats_itself(comparison.plain)}"
-    failed = comparison.plain.failed + comparison.speculative.failed
-    return text + (f" {failed} rows ended in NaN or infinite logits!" if failed else "")

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from eagle_jax.api import trained_capacity as capacity  # noqa: F401 - the commands take it from here
 from eagle_jax.cli import prompts, tuned
 from eagle_jax.convert import CheckpointError, eos, from_pretrained, load, parts
 from eagle_jax.convert.error import NotConvertedError
@@ -26,12 +27,11 @@ from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.drafts.prompt_lookup import PromptLookup
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
-from eagle_jax.models.layers import input_first
 from eagle_jax.models.llama import Llama
-from eagle_jax.models.params import DATA, TENSOR
+from eagle_jax.models.params import DATA, TENSOR, for_this_machine
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
-from eagle_jax.tree.named import tree_named
+from eagle_jax.tree.named import describe_tree, tree_named
 
 GROWTH = ("stop_below", "score_temperature")  # options of dynamic trees, by the names of TreeConfig
 BATCH = 8  # texts at a time, the default of commands that decode many
@@ -241,17 +241,6 @@ def default_tree(draft: Any) -> TreePolicy:
     return StaticTree.chain(CHAIN) if isinstance(draft, DraftModel) else TreeConfig()
 
 
-def describe_tree(tree: TreePolicy) -> str:
-    """ "tree: depth 8, top_k 10, 60 nodes"."""
-    if isinstance(tree, TreeConfig):
-        more = f", stops below {tree.stop_below:g}" if tree.stop_below else ""
-        more += f", score temperature {tree.score_temperature:g}" if tree.score_temperature != 1 else ""
-        return f"tree: depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes{more}"
-    if tree.num_nodes == tree.depth + 1:
-        return f"chain of {tree.depth}"
-    return f"static tree: depth {tree.depth}, {tree.num_nodes} nodes"
-
-
 def describe_proposal(draft: Any, tree: TreePolicy) -> str:
     """What a draft proposes: its tree, or the settings of one with a shape of its own; nothing for plain decoding."""
     if isinstance(draft, Lookahead | PromptLookup):
@@ -372,13 +361,6 @@ def _in_float32(target: Llama, draft: Any, asked: str | None) -> tuple[Llama, An
     return jax.tree.map(widen, target), jax.tree.map(widen, draft)
 
 
-def for_this_machine(model: Any) -> Any:
-    """A model as it decodes fastest here: `input_first` on a CPU, unless it is sharded."""
-    on_cpu = jax.default_backend() == "cpu"
-    has_weights = bool(jax.tree.leaves(model))
-    return input_first(model) if on_cpu and has_weights and params.mesh_of(model) is None else model
-
-
 def chosen_draft(models: Models, args: argparse.Namespace) -> Any:
     """The draft to decode with: None with --baseline. Raises ValueError if there is none and none was asked for."""
     if models.draft is None and not args.baseline:
@@ -425,18 +407,3 @@ def check_prompt(tokens: Sequence[int], target: Llama) -> None:
     for token in tokens:
         if not 0 <= token < vocab:
             raise ValueError(f"token {token} is outside the vocabulary, 0 to {vocab - 1}")
-
-
-def capacity(target: Llama, longest: int, width: int, max_new_tokens: int) -> int | None:
-    """The `capacity` for prompts of at most `longest` tokens, padded to `width`: what the target was trained for.
-
-    Raises:
-      ValueError: if a prompt leaves no place for a new token.
-    """
-    limit = target.config.max_position_embeddings
-    if longest >= limit:
-        raise ValueError(
-            f"a prompt has {longest} tokens, this model takes at most {limit - 1} and one new token "
-            f"(max_position_embeddings is {limit})"
-        )
-    return limit if width + max_new_tokens > limit else None

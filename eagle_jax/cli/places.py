@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from eagle_jax.cli import plot
 from eagle_jax.convert.place import new_file
 
 MARK = "written by eagle-jax"  # in every report and picture, so that a later run may replace it
@@ -38,6 +39,12 @@ def check_report(option: str, path: str) -> None:
     place = Path(path)
     if place.is_file() and place.stat().st_size and MARK.encode() not in place.read_bytes():
         raise ValueError(f"{option} {path}: exists and was not {MARK}; choose another, or remove it")
+
+
+def check_picture(option: str, path: str) -> None:
+    """Like `check_report`; also refuses a format that pictures cannot have."""
+    plot.check(option, path)
+    check_report(option, path)
 
 
 def write_json(path: str, report: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures, by matplotlib: the comparison of drafts, and a draft tree."""
+"""Pictures by matplotlib: a comparison of drafts, and a draft tree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.cli.places import MARK, check_report
 from eagle_jax.convert.place import new_file
 
 FORMATS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # and what each calls the program it is from
@@ -18,18 +17,33 @@ PARTS = {"draft": "tab:blue", "verify": "tab:orange", "rest": "0.6"}
 
 
 def check(option: str, path: str) -> None:
-    """Raises ValueError, naming the option, if a picture cannot be written there. Call it before the work."""
+    """Raises ValueError, naming the option, if no picture can be made for this path. Call it before the work."""
     if Path(path).suffix not in FORMATS:
         raise ValueError(f"{option} {path}: a picture's name ends in {', '.join(FORMATS)}")
-    check_report(option, path)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError("drawing needs matplotlib: pip install 'eagle-jax[plot]'") from error
 
 
-def drafts(measured: Sequence[Any], title: str, path: str) -> None:
-    """Four charts of `bench --drafts`: tokens a cycle, where a cycle's time goes, speed, acceptance by depth."""
+def save(figure: Any, path: str, creator: str) -> None:
+    """Writes a matplotlib Figure atomically, in the format of the path's suffix.
+
+    Args:
+      creator: the program that made it, for the file's metadata.
+    """
+    kind = Path(path).suffix[1:]
+    with new_file(Path(path)) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a token may hold characters that the font lacks
+        figure.savefig(partial, format=kind, dpi=150, metadata={FORMATS[f".{kind}"]: creator})
+
+
+def drafts(measured: Sequence[Any], title: str) -> Any:
+    """Draws four charts of `bench --drafts`: tokens and time a cycle, speed, acceptance by depth.
+
+    Returns:
+      A matplotlib Figure.
+    """
     from matplotlib.figure import Figure
 
     names = [one.candidate.name for one in measured]
@@ -61,11 +75,15 @@ def drafts(measured: Sequence[Any], title: str, path: str) -> None:
     depth.set_ylim(0, 1.02)
     if depth.lines:
         depth.legend()
-    _save(figure, path)
+    return figure
 
 
-def tree(drawn: Any, title: str, path: str) -> None:
-    """A draft tree, from the top down, as `show.Drawn` describes it."""
+def tree(drawn: Any, title: str) -> Any:
+    """Draws a draft tree from the top down, as `show.Drawn` describes it.
+
+    Returns:
+      A matplotlib Figure.
+    """
     from matplotlib.figure import Figure
 
     columns = _columns(drawn)
@@ -88,7 +106,7 @@ def tree(drawn: Any, title: str, path: str) -> None:
     axes.plot([place, place], [-last.depth, -depth], color=BONUS, linestyle="dotted", zorder=0)
     _box(axes, place, -depth, "the text ends" if drawn.bonus is None else drawn.bonus, BONUS)
     axes.margins(0.08)
-    _save(figure, path)
+    return figure
 
 
 def _box(axes: Any, x: float, y: float, label: str, colour: str) -> None:
@@ -115,10 +133,3 @@ def _columns(drawn: Any) -> dict[int, float]:
 
     place(0)
     return columns
-
-
-def _save(figure: Any, path: str) -> None:
-    kind = Path(path).suffix[1:]
-    with new_file(Path(path)) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a token may hold characters that the font lacks
-        figure.savefig(partial, format=kind, dpi=150, metadata={FORMATS[f".{kind}"]: MARK})

@@ -76,10 +76,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import eagle_jax
-    from eagle_jax.cli import drafts, models, plot, progress, prompts
+    from eagle_jax.cli import drafts, models, places, plot, progress, prompts
 
     if args.out is not None:
-        plot.check("--out", args.out)
+        places.check_picture("--out", args.out)
     if args.draft_name is not None and len(args.draft_name) != 1:
         raise ValueError("--draft-name: name one draft")
     notes = Console(stderr=True, highlight=False)
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(terminal_tree(drawn, title))
     notes.print(f"the tree: {one.origin}", style="dim", soft_wrap=True)
     if args.out is not None:
-        plot.tree(drawn, title, args.out)
+        plot.save(plot.tree(drawn, title), args.out, places.MARK)
         notes.print(f"drawn to {args.out}", markup=False)
     return 0
 

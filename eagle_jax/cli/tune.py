@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     from eagle_jax.cli import measure, models, progress, prompts, tuned, tuning
     from eagle_jax.drafts.eagle import EagleDraft
+    from eagle_jax.measure import machine
 
     sampling = sampling_config(args)
     notes, console = Console(stderr=True, highlight=False), Console(highlight=False)
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     token_lists, source = prompts.to_measure(args.prompts, loaded.folder, args.raw, check=check)
     options: dict[str, Any] = {"sampling": sampling, "key": random_key(args), "stop_tokens": models.eos_tokens(loaded)}
 
-    setting = measure.setting(loaded.target)
+    setting = machine.setting(loaded.target)
     steps = tuning.measurements(tuning.NODES, tuning.WIDTHS) + len(tuning.TEMPERATURES)
     with progress.bar(notes, "measuring parts of a cycle", steps) as advance:
         seen, widths = {}, tuning.widths_for(loaded.draft)
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             loaded.target, loaded.draft, state, args.repeats, tuning.NODES, widths, progress=advance
         )
     expected = tuning.of_each_size(tuning.expectations(seen, costs))[:CANDIDATES]
-    console.print(_observations(seen, costs, f"{source}; {measure.describe_setting(setting)}"))
+    console.print(_observations(seen, costs, f"{source}; {machine.describe_setting(setting)}"))
 
     methods = {"plain": (None, expected[0].tree)} | {_name(one.tree): (loaded.draft, one.tree) for one in expected}
     calls = len(methods) * (args.repeats + 1) * -(-len(token_lists) // args.batch)

@@ -1,4 +1,4 @@
-"""Trees by name, for command lines and settings files."""
+"""Trees by name, for command lines and settings files; and in words."""
 
 from __future__ import annotations
 
@@ -38,6 +38,17 @@ def tree_named(text: str) -> TreePolicy:
         f"a tree is depth,top_k,num_nodes, such as 8,10,60; or chain:5; or {', '.join(PUBLISHED_TREES)}; or a .json "
         f"file of paths; got {text!r}"
     )
+
+
+def describe_tree(tree: TreePolicy) -> str:
+    """ "tree: depth 8, top_k 10, 60 nodes"."""
+    if isinstance(tree, TreeConfig):
+        more = f", stops below {tree.stop_below:g}" if tree.stop_below else ""
+        more += f", score temperature {tree.score_temperature:g}" if tree.score_temperature != 1 else ""
+        return f"tree: depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes{more}"
+    if tree.num_nodes == tree.depth + 1:
+        return f"chain of {tree.depth}"
+    return f"static tree: depth {tree.depth}, {tree.num_nodes} nodes"
 
 
 def _check_depth(depth: int, text: str) -> None:

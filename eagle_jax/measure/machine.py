@@ -1,0 +1,33 @@
+"""This machine, and what else a figure depends on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from eagle_jax.models.llama import Llama
+
+
+def device_name() -> str:
+    """ "CPU, 2 cores" or "NVIDIA H200"."""
+    device = jax.devices()[0]
+    return f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+
+
+def setting(target: Llama) -> dict[str, Any]:
+    """What a figure depends on beside the models: versions, device, dtype, date."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "device": device_name(),
+        "dtype": np.dtype(target.dtype).name,
+    }
+
+
+def describe_setting(setting: dict[str, Any]) -> str:
+    """ "CPU, 2 cores, jax 0.10.2, float32; 2026-01-31"."""
+    return f"{setting['device']}, jax {setting['jax']}, {setting['dtype']}; {setting['date']}"
