@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.timing import seconds_of
+from eagle_jax.measure.timing import seconds_of
 from eagle_jax.models.layers import linear
 
 # Bytes of the array that is copied, and width of the square matrices: too large for caches and launches to count.

@@ -34,9 +34,9 @@ import jax.numpy as jnp
 
 from bench.report import table
 from bench.shapes import SHAPES
-from bench.timing import seconds_of
 from eagle_jax import LlamaConfig
 from eagle_jax.cli.models import positive
+from eagle_jax.measure.timing import seconds_of
 from eagle_jax.models.layers import CacheLayer, attention, linear
 
 CASES = ("flags", "products", "attention")

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.timing import seconds_of
 from eagle_jax import Eagle3Draft, Llama, TreeConfig
 from eagle_jax.decode import cycle, gained, propose, verify
+from eagle_jax.measure.timing import seconds_of
 from eagle_jax.models.cache import KVCache, take_rows
 from eagle_jax.state import DecodeState, empty_state
 from eagle_jax.tree.verify import argmax

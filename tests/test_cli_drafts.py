@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 
 import eagle_jax
 from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
-from eagle_jax.cli import drafts, machine, main, models, places, plot, show
-from eagle_jax.cli.phases import Phases
+from eagle_jax.cli import drafts, machine, main, models, places, show
 from eagle_jax.convert import to_official
+from eagle_jax.measure import plot
+from eagle_jax.measure.phases import Phases
 from eagle_jax.tree import PUBLISHED_TREES, Acceptance, Tree
 from tests.test_cli import OPTIONS, PROMPT, converted_pair
 from tests.toy import GOLDEN

@@ -15,9 +15,10 @@ import pytest
 
 import eagle_jax
 from eagle_jax import TreeConfig
-from eagle_jax.cli import machine, main, tune, tuning
-from eagle_jax.cli.tuning import Costs, Seen
+from eagle_jax.cli import machine, main, tune
 from eagle_jax.decode import propose
+from eagle_jax.measure import phases, tuning
+from eagle_jax.measure.tuning import Costs, Seen
 
 HEAD = "weights/t1_eagle3_dv96"
 
@@ -187,10 +188,10 @@ def test_a_part_of_a_cycle_multiplies_in_its_loop_alone(pair):
     prompt = jax.ShapeDtypeStruct((1, 3), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     state = shaped(functools.partial(eagle_jax.prefill, max_new_tokens=99, tree=tree), target, draft, *prompt)
     nodes = shaped(functools.partial(propose, tree=tree), target, draft, state).tree
-    verified = shaped(tuning.phases.verifications, target, draft, state, nodes)
+    verified = shaped(phases.verifications, target, draft, state, nodes)
     for lowered in (
-        tuning.phases.verifications.lower(target, draft, state, nodes),
-        tuning.phases.updates.lower(target, draft, state, nodes, *verified, tree=tree),
+        phases.verifications.lower(target, draft, state, nodes),
+        phases.updates.lower(target, draft, state, nodes, *verified, tree=tree),
     ):
         loops, outside = lowered.compile().as_text().split("\nENTRY ")
         products = re.compile(r" dot\(|kind=kCustom")
@@ -201,7 +202,7 @@ def test_costs_are_of_the_state_s_batch(pair):
     """Every size that was asked for is measured, and a cycle's cost is the sum of its parts."""
     target, draft = pair
     state = eagle_jax.prefill(
-        target, draft, *eagle_jax.pad([[1, 2, 3]] * 2), max_new_tokens=tuning.phases.RUNS * 8, tree=TreeConfig(4, 2, 8)
+        target, draft, *eagle_jax.pad([[1, 2, 3]] * 2), max_new_tokens=phases.RUNS * 8, tree=TreeConfig(4, 2, 8)
     )
     calls = []
     costs = tuning.measure_costs(target, draft, state, 1, (8,), (2,), lambda: calls.append(1))

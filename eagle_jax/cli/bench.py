@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; returns 1 if a row ended in NaN or infinite logits."""
     from rich.console import Console
 
-    from eagle_jax.cli import bench_drafts, drafts, measure, models, progress, prompts, tables
-    from eagle_jax.measure import machine
+    from eagle_jax.cli import bench_drafts, drafts, models, progress, prompts, tables
+    from eagle_jax.measure import compare, machine
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
     if args.drafts is None and (args.plot or args.draft_tree):
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     choice = models.choose_tree(loaded.draft, args, args.batch)
     calls = 2 * (args.repeats + 1) * -(-len(token_lists) // args.batch)
     with progress.bar(notes, "measuring", calls) as advance:
-        comparison = measure.compare(
+        comparison = compare.compare(
             loaded.target, loaded.draft, token_lists, tree=choice.tree, **options, progress=advance
         )
     setting = machine.setting(loaded.target)

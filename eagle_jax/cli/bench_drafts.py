@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 import eagle_jax
-from eagle_jax.cli import bench, measure, places, progress, tables
+from eagle_jax.cli import bench, places, progress, tables
 from eagle_jax.cli.drafts import Candidate, candidates
 from eagle_jax.cli.models import Models
-from eagle_jax.cli.phases import RUNS, Phases, measure_phases
 from eagle_jax.measure import machine
+from eagle_jax.measure.compare import Difference, Range, Result, by_position, decode_in_turn, differences
+from eagle_jax.measure.phases import RUNS, Phases, measure_phases
 
 NOTES = (
     "Tokens a cycle: the mean accepted length, bonus token counted, without each text's first token. Draft: growing "
@@ -34,11 +35,11 @@ class Measured:
     """One draft's figures. differences: from the plain text, or None where texts may differ by chance."""
 
     candidate: Candidate
-    result: measure.Result
+    result: Result
     phases: Phases
     ratio: float | None
-    differences: list[measure.Difference] | None
-    by_position: list[measure.Range]
+    differences: list[Difference] | None
+    by_position: list[Range]
 
     @property
     def accepted_at(self) -> list[float]:
@@ -62,7 +63,7 @@ def run(
     notes: Console,
 ) -> int:
     """Measures, prints, writes; returns 1 if a row ended in NaN or infinite logits."""
-    from eagle_jax.cli import plot
+    from eagle_jax.measure import plot
 
     found = candidates(loaded, args.drafts, args, embedded)
     measured = compare(loaded.target, found, token_lists, options, notes)
@@ -98,11 +99,11 @@ def compare(
     options: dict[str, Any],
     notes: Console,
 ) -> list[Measured]:
-    """Decodes the prompts by every candidate in turn; those of `measure.decode_in_turn` are the options."""
+    """Decodes the prompts by every candidate in turn; those of `decode_in_turn` are the options."""
     methods = {one.name: (one.draft, one.tree) for one in found}
     calls = len(found) * (options["repeats"] + 1) * -(-len(token_lists) // options["batch"])
     with progress.bar(notes, "measuring", calls + len(found)) as advance:
-        results, rows = measure.decode_in_turn(target, methods, token_lists, **options, progress=advance)
+        results, rows = decode_in_turn(target, methods, token_lists, **options, progress=advance)
         phases = []
         for one in found:
             phases.append(_phases(target, one, rows[: options["batch"]], options["repeats"]))
@@ -115,10 +116,8 @@ def compare(
             result=results[one.name],
             phases=phase,
             ratio=None if plain is None else results[one.name].rate / plain.rate,
-            differences=None
-            if plain is None
-            else measure.differences(target, rows, plain, results[one.name], **options),
-            by_position=measure.by_position(results[one.name], lengths),
+            differences=None if plain is None else differences(target, rows, plain, results[one.name], **options),
+            by_position=by_position(results[one.name], lengths),
         )
         for one, phase in zip(found, phases, strict=True)
     ]

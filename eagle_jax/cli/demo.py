@@ -55,8 +55,8 @@ def _demo(out: Path, overwrite: bool) -> int:
 
     import eagle_jax
     from eagle_jax import convert
-    from eagle_jax.cli import measure, models, progress, prompts, tables, text
-    from eagle_jax.measure import machine
+    from eagle_jax.cli import models, progress, prompts, tables, text
+    from eagle_jax.measure import compare, machine
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with progress.status(notes, "converting and loading"), _pair() as (target_folder, head_folder):
@@ -88,7 +88,7 @@ def _demo(out: Path, overwrite: bool) -> int:
 
     calls = 2 * (REPEATS + 1) * len(token_lists)
     with progress.bar(notes, "compiling and measuring", calls) as advance:
-        comparison = measure.compare(
+        comparison = compare.compare(
             loaded.target, loaded.draft, token_lists, **options, repeats=REPEATS, progress=advance
         )
     title = f"{machine.describe_setting(machine.setting(loaded.target))}, {models.describe_tree(TREE)}"
@@ -99,7 +99,7 @@ def _demo(out: Path, overwrite: bool) -> int:
         return 1
     if comparison.differences and all(difference.near_tie for difference in comparison.differences):
         console.print(
-            f"Each difference is a near-tie: logits within {measure.NEAR_TIE:g}, which a pass of one token and a pass "
+            f"Each difference is a near-tie: logits within {compare.NEAR_TIE:g}, which a pass of one token and a pass "
             "of many round differently.",
             soft_wrap=True,
         )

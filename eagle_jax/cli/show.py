@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import eagle_jax
-    from eagle_jax.cli import drafts, models, places, plot, progress, prompts
+    from eagle_jax.cli import drafts, models, places, progress, prompts
+    from eagle_jax.measure import plot
 
     if args.out is not None:
         places.check_picture("--out", args.out)

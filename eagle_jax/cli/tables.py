@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from eagle_jax.cli.measure import Comparison, Result
+from eagle_jax.measure.compare import Comparison, Result
 
 NOTES = (
     "Target passes: after the prompt's pass, summed over prompts. Tokens a pass: the mean accepted length, bonus token "

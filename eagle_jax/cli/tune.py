@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     """Tunes, prints what it expected and measured, and saves the fastest tree."""
     from rich.console import Console
 
-    from eagle_jax.cli import measure, models, progress, prompts, tuned, tuning
+    from eagle_jax.cli import models, progress, prompts, tuned
     from eagle_jax.drafts.eagle import EagleDraft
-    from eagle_jax.measure import machine
+    from eagle_jax.measure import compare, machine, tuning
 
     sampling = sampling_config(args)
     notes, console = Console(stderr=True, highlight=False), Console(highlight=False)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     methods = {"plain": (None, expected[0].tree)} | {_name(one.tree): (loaded.draft, one.tree) for one in expected}
     calls = len(methods) * (args.repeats + 1) * -(-len(token_lists) // args.batch)
     with progress.bar(notes, "measuring", calls) as advance:
-        results, _ = measure.decode_in_turn(
+        results, _ = compare.decode_in_turn(
             loaded.target,
             methods,
             token_lists,
@@ -134,7 +134,7 @@ def _state(loaded: Any, token_lists: list[list[int]], batch: int, max_new_tokens
     import jax.numpy as jnp
 
     import eagle_jax
-    from eagle_jax.cli import phases, tuning
+    from eagle_jax.measure import phases, tuning
 
     rows = [token_lists[i % len(token_lists)] for i in range(batch)]
     tokens, lengths = eagle_jax.pad(rows)
@@ -151,7 +151,7 @@ def _observations(seen: dict[float, Any], costs: Any, title: str) -> Any:
     """The rich table of costs and acceptance."""
     from rich.table import Table
 
-    from eagle_jax.cli import tuning
+    from eagle_jax.measure import tuning
 
     table = Table(title=title, title_justify="left", show_header=False)
     join = functools.partial(str.join, "  ")

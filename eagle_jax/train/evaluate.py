@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eagle_jax
 from eagle_jax.convert.eos import eos_tokens
+from eagle_jax.measure.statistics import distinct_ngrams
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
-from eagle_jax.repetition import distinct_ngrams
 from eagle_jax.state import spread
 from eagle_jax.train import loader, setup
 from eagle_jax.train.config import TrainSettings

@@ -8,10 +8,11 @@ import json
 
 import pytest
 
-from bench import ceilings, roofline, timing
+from bench import ceilings, roofline
 from bench.shapes import SHAPES
 from bench.work import cycle_work, plain_work
 from eagle_jax import TreeConfig
+from eagle_jax.measure import timing
 
 SHAPE = SHAPES["tiny"].with_layers(1)
 PARTS = ("propose", "verify", "commit", "extend")

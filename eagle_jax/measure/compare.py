@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from eagle_jax.api import Output, forward, generate, trained_capacity
+from eagle_jax.measure.statistics import distinct_ngrams
 from eagle_jax.models.llama import Llama
 from eagle_jax.prompt import pad
-from eagle_jax.repetition import distinct_ngrams
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreePolicy
 

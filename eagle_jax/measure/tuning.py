@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import eagle_jax
-from eagle_jax.cli import phases
 from eagle_jax.decode import propose, step
 from eagle_jax.drafts.eagle import EagleDraft
 from eagle_jax.drafts.protocol import Draft
+from eagle_jax.measure import phases
 from eagle_jax.models.llama import Llama
 from eagle_jax.state import DecodeState
 from eagle_jax.tree import Tree, TreeConfig
