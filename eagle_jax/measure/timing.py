@@ -1,7 +1,7 @@
-"""How a part of decoding is timed: many times in one program, each run waiting for the one before.
+"""Wall-clock times: of calls, and of a part of decoding that runs many times in one program.
 
-What is measured is the device's work. The host starts a program once for many runs; a loop on the device remains, as in
-`generate`, whose turn costs a GPU a few microseconds.
+A part's time is the device's work alone: the host starts a program once for many runs. The device still runs a loop, as
+in `generate`, whose turn costs a GPU a few microseconds.
 """
 
 from __future__ import annotations
@@ -10,60 +10,71 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-MIN_SECONDS = 0.1  # that a program of many runs takes: then starting it counts little
+MIN_SECONDS = 0.1  # of a program in `seconds_of`: starting it then counts little
 MAX_RUNS = 2000
 
-# part(fixed, small, kept) -> (result, kept). fixed: only read. small: read, too, and made to wait for the result of the
-# run before, so keep it small. kept: what the part updates in place.
+Result = TypeVar("Result")
+
+# part(fixed, small, kept) -> (result, kept). fixed: only read. small: only read, too, and made to depend on the result
+# of the run before, so every product should depend on it. kept: what the part updates in place.
 Part = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
+def timed(call: Callable[[], Result]) -> tuple[float, Result]:
+    """Returns the seconds that a call and its arrays took, and its result."""
+    began = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return time.perf_counter() - began, result
+
+
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Returns the median seconds of `repeats` calls. Compile before."""
+    return statistics.median(timed(call)[0] for _ in range(repeats))
+
+
 def seconds_of(part: Part, fixed: Any, small: Any, kept: Any, repeats: int) -> tuple[float, Any, Any]:
-    """Seconds of one run: the median of `repeats` programs, without compilation.
+    """Times one run of a part: the median of `repeats` programs, without compilation.
 
     Args:
       kept: donated; the caller goes on with what is returned.
     Returns:
       Seconds, the last run's result, and `kept` after all runs.
     """
-    program = jax.jit(functools.partial(_run, part), donate_argnums=3)
+    program = jax.jit(functools.partial(repeat, part), donate_argnums=3)
 
-    def timed(runs: int, kept: Any) -> tuple[float, Any, Any]:
-        began = time.perf_counter()
-        result, kept = jax.block_until_ready(program(runs, fixed, small, kept))
-        return time.perf_counter() - began, result, kept
+    def run(runs: int, kept: Any) -> tuple[float, Any, Any]:
+        seconds, (result, kept) = timed(lambda: program(runs, fixed, small, kept))
+        return seconds, result, kept
 
-    _, _, kept = timed(1, kept)  # compiles
-    one, result, kept = timed(1, kept)
+    _, _, kept = run(1, kept)  # compiles
+    one, result, kept = run(1, kept)
     runs = max(1, min(MAX_RUNS, round(MIN_SECONDS / one)))
     found = []
     for _ in range(repeats):
-        seconds, result, kept = timed(runs, kept)
+        seconds, result, kept = run(runs, kept)
         found.append(seconds / runs)
     return statistics.median(found), result, kept
 
 
-def _run(part: Part, runs: jax.Array, fixed: Any, small: Any, kept: Any) -> tuple[Any, Any]:
-    """The results of the last run, and `kept` after all of them."""
+def repeat(part: Part, runs: Any, fixed: Any, small: Any, kept: Any) -> tuple[Any, Any]:
+    """Runs a part many times, one after the other, under the caller's jit.
+
+    Returns:
+      The result of the last run, and `kept` after all of them.
+    """
 
     def body(_, carry):
         result, kept = carry
-        return part(fixed, _after(small, result), kept)
+        # A false dependency of `small` on the previous result. Without it XLA hoists products of weights and unchanged
+        # inputs out of the loop, and the part seems faster than it is.
+        inputs, _ = jax.lax.optimization_barrier((small, result))
+        return part(fixed, inputs, kept)
 
     shapes, _ = jax.eval_shape(part, fixed, small, kept)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.fori_loop(0, runs, body, (nothing, kept))
-
-
-def _after(small: Any, result: Any) -> Any:
-    """`small` unchanged, but not known before `result` is: else a compiler moves what it feeds out of the loop."""
-    leaves = jax.tree.leaves(result)
-    if not leaves:
-        return small
-    never = jnp.ravel(leaves[0])[-1].astype(jnp.float32) > 1e30  # no token id and no hidden state is
-    return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), small)

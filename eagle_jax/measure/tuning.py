@@ -2,9 +2,9 @@
 
 Letters: B batch, C cycles, N nodes, k top_k.
 
-A large tree holds the smaller ones that the same draft would have grown, so cycles with one large tree tell how many
+A large tree contains the smaller ones that the same draft would have grown. So cycles with one large tree show how many
 tokens each smaller tree would have brought (`expected_tokens`). With the cost of each part of a cycle (`Costs`) that
-gives the tokens a second to expect of every tree; EAGLE-2's trees have one size for all machines (arXiv 2406.16858).
+gives the expected tokens a second of every tree. EAGLE-2's trees have one size for all machines (arXiv 2406.16858).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import eagle_jax
 from eagle_jax.decode import propose, step
 from eagle_jax.drafts.eagle import EagleDraft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure import phases
 from eagle_jax.models.llama import Llama
+from eagle_jax.prompt import pad, prefill
 from eagle_jax.state import DecodeState
 from eagle_jax.tree import Tree, TreeConfig
 
@@ -49,7 +49,7 @@ class Costs:
     """Milliseconds of the parts of a cycle.
 
     plain: a plain decoding step. verify: a pass of the target and its logits, by nodes. level: a drafted level, by its
-    nodes. draft: what drafting costs whatever the tree is: the first level and learning what was accepted.
+    nodes. draft: what drafting costs with any tree: the first level and the draft's update.
     rest: acceptance, commit, bookkeeping.
     """
 
@@ -97,9 +97,9 @@ def observe(
     Args:
       options: sampling, key and stop_tokens, as in `generate`.
     """
-    tokens, lengths = eagle_jax.pad(prompts)
+    tokens, lengths = pad(prompts)
     room = cycles * (tree.depth + 1) + 1
-    state = eagle_jax.prefill(target, draft, tokens, lengths, max_new_tokens=room, tree=tree, **options)
+    state = prefill(target, draft, tokens, lengths, max_new_tokens=room, tree=tree, **options)
     trees, paths, done = jax.device_get(_cycles(target, draft, state, tree=tree, cycles=cycles))
     nodes = np.arange(trees.tokens.shape[-1])
     accepted = (paths[..., None] == nodes).any(axis=-2)  # [C, B, N]
@@ -118,8 +118,8 @@ def _cycles(target, draft, state, *, tree, cycles):
 def expected_tokens(seen: Seen, tree: TreeConfig) -> float:
     """Tokens a cycle, bonus counted, that a tree no larger than those seen would have brought.
 
-    Later cycles than the first begin elsewhere in the text than those of the large tree did. A node that the small tree
-    would have but the large one has not (one that so many better ones stood beside) counts as rejected.
+    An estimate: it assumes that cycles start at the same positions as with the large tree, and counts nodes missing
+    from the large tree as rejected.
     """
     kept = smaller(seen, tree)
     return 1 + float((kept & seen.accepted).sum(axis=1).mean())
@@ -184,7 +184,7 @@ def measure_costs(
     """
 
     def ms(program, *args, **options):
-        taken, result = phases.timed(program, repeats, *args, **options)
+        taken, result = phases.milliseconds(program, repeats, *args, **options)
         progress()
         return taken, result
 
@@ -201,7 +201,7 @@ def measure_costs(
         level[width] = max(deep - first, 0) / 5
     middle = TreeConfig(4, 2, 8)
     proposal = propose(target, draft, state, middle)
-    _, verified = phases.timed(phases.verifications, 1, target, draft, state, proposal.tree)
+    _, verified = phases.milliseconds(phases.verifications, 1, target, draft, state, proposal.tree)
     update, _ = ms(phases.updates, target, draft, state, proposal.tree, *verified, tree=middle)
     whole, _ = ms(phases.cycles, target, draft, state, tree=middle)
     costs = Costs(plain, verify, level, first + update, 0.0)
