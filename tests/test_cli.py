@@ -24,7 +24,7 @@ import eagle_jax
 from eagle_jax import TreeConfig, convert
 from eagle_jax.cli import demo, generate, main, models, progress, prompts, tables
 from eagle_jax.cli.text import Detokenizer
-from eagle_jax.measure import compare
+from eagle_jax.measure.compare import Comparison, Result
 from tests.pickled import readable
 
 PROMPT = "def __len__(self):\n"
@@ -455,33 +455,11 @@ def test_without_a_tokenizer_prompts_are_token_ids(golden, tmp_path):
         prompts.to_measure(str(tmp_path / "p.txt"), folder, raw=False)
 
 
-def test_differences_are_located_and_measured(folder):
-    target, _ = convert.load(folder)
-    rows = [[100, 101], [102]]
-    logits, _ = eagle_jax.forward(target, *eagle_jax.pad([[102, 7]]))
-    order = np.argsort(np.asarray(logits[0, 1]))
-    best, worse = int(order[-1]), int(order[-3])
-    plain = [[1, 2], [7, best, 9]]
-    found = compare._differences(target, rows, plain, [[1, 2], [7, worse, 9]])
-    assert [(d.row, d.index, d.plain, d.speculative) for d in found] == [(1, 1, best, worse)]
-    assert found[0].gap == pytest.approx(float(logits[0, 1, best] - logits[0, 1, worse]), rel=1e-3)
-    assert not found[0].near_tie
-    ended = compare._differences(target, rows, plain, [[1], [7, best, 9]])
-    assert ended == [compare.Difference(0, 1, 2, None, None)]
-    assert not ended[0].near_tie
-
-
-def test_acceptance_by_position():
-    def result(drafted):
-        tokens = [[0] * len(flags) for flags in drafted]
-        return compare.Result(tokens, drafted, cycles=1, accepted=[1], steps=1, seconds=1.0, failed=0)
-
-    # The first token of each text counts nowhere. In the ranges: 254, 255; 256 to 259; and 600.
+def test_the_table_of_acceptance_by_position():
+    # The first token of each text counts nowhere.
     drafted = [[False, True, False, True, True, True, False], [True, True]]
-    comparison = compare.Comparison(result([]), result(drafted), [253, 599], [])
-    found = [(part.start, part.end, part.tokens, part.own, part.tokens_a_pass) for part in comparison.by_position]
-    assert found == [(0, 256, 2, 1, 2.0), (256, 512, 4, 1, 4.0), (512, 1024, 1, 0, None)]
-    columns = tables.position_table(comparison).columns
+    result = Result([], drafted, cycles=1, accepted=[1], steps=1, seconds=1.0, failed=0)
+    columns = tables.position_table(Comparison(result, result, [253, 599], [])).columns
     assert [list(column.cells) for column in columns] == [
         ["0 to 255", "256 to 511", "512 to 1023"],
         ["2", "4", "1"],

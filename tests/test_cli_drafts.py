@@ -19,7 +19,6 @@ from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, Static
 from eagle_jax.cli import drafts, machine, main, models, places, show
 from eagle_jax.convert import to_official
 from eagle_jax.measure import plot
-from eagle_jax.measure.phases import Phases
 from eagle_jax.tree import PUBLISHED_TREES, Acceptance, Tree
 from tests.test_cli import OPTIONS, PROMPT, converted_pair
 from tests.toy import GOLDEN
@@ -270,11 +269,6 @@ def test_show_stops_at_the_end_of_the_text(folder, capsys):
     assert "the text ends in cycle 1, at 11 tokens, before --cycle 2" in capsys.readouterr().err
     assert main([*arguments[:-2], "--cycle", "2", "--max-new-tokens", "3"]) == 2
     assert "the text ends in cycle 1, at 12 tokens, before --cycle 2" in capsys.readouterr().err
-
-
-def test_a_part_that_noise_makes_negative_is_0():
-    assert Phases(draft=1.0, verify=2.0, cycle=3.5).rest == 0.5
-    assert Phases(draft=1.0, verify=2.0, cycle=2.75).rest == 0
 
 
 def test_show_leaves_out_nodes_without_a_guess():

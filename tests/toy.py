@@ -16,12 +16,10 @@ import numpy as np
 import eagle_jax
 from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig, TreeConfig
 from eagle_jax.convert import from_pretrained
+from eagle_jax.measure.near_tie import differences
 from tests import pickled
 
 GOLDEN = Path(__file__).parent / "golden"
-
-# Below this gap between the two largest logits, float32 rounding may decide the argmax.
-NEAR_TIE = 1e-4
 
 TARGET = LlamaConfig(
     vocab_size=97,
@@ -78,19 +76,11 @@ def rows_of(out: eagle_jax.Output) -> list[list[int]]:
 
 
 def near_ties(target: Llama, ours: list[list[int]], theirs: list[list[int]], where: str = "") -> int:
-    """How many rows part. Fails unless each parts where the target's two largest logits are within NEAR_TIE."""
-    parted = 0
-    for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        if a == b:
-            continue
-        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        prefix = np.zeros((1, 256), np.int32)
-        prefix[0, :at] = a[:at]
-        logits, _ = eagle_jax.forward(target, jnp.asarray(prefix), jnp.array([at]))
-        second, first = np.sort(np.asarray(logits[0, at - 1]))[-2:]
-        assert first - second < NEAR_TIE, f"{where} row {row} parts at {at} by a margin of {first - second}: {a} {b}"
-        parted += 1
-    return parted
+    """How many texts, prompts included, part. Fails unless each parts at a near-tie."""
+    parted = differences(target, [()] * len(ours), theirs, ours, buckets=(256,))
+    for difference in parted:
+        assert difference.near_tie, f"{where} {difference}: {ours[difference.row]} {theirs[difference.row]}"
+    return len(parted)
 
 
 @contextlib.contextmanager

@@ -7,18 +7,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import eagle_jax
 from eagle_jax.cli import bench, places, progress, tables
 from eagle_jax.cli.drafts import Candidate, candidates
 from eagle_jax.cli.models import Models
 from eagle_jax.measure import machine
-from eagle_jax.measure.compare import Difference, Range, Result, by_position, decode_in_turn, differences
-from eagle_jax.measure.phases import RUNS, Phases, measure_phases
+from eagle_jax.measure.compare import Measured, compare_several
 
 NOTES = (
     "Tokens a cycle: the mean accepted length, bonus token counted, without each text's first token. Draft: growing "
@@ -28,29 +25,6 @@ NOTES = (
     "decoding token for token."
 )
 SHOWN_DEPTHS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One draft's figures. differences: from the plain text, or None where texts may differ by chance."""
-
-    candidate: Candidate
-    result: Result
-    phases: Phases
-    ratio: float | None
-    differences: list[Difference] | None
-    by_position: list[Range]
-
-    @property
-    def accepted_at(self) -> list[float]:
-        """The share of cycles whose draft token 1, 2, ... was accepted."""
-        counts = self.result.accepted
-        cycles = max(sum(counts), 1)
-        return [sum(counts[depth:]) / cycles for depth in range(1, len(counts))]
-
-    @property
-    def identical(self) -> int | None:
-        return None if self.differences is None else len(self.result.tokens) - len(self.differences)
 
 
 def run(
@@ -66,7 +40,10 @@ def run(
     from eagle_jax.measure import plot
 
     found = candidates(loaded, args.drafts, args, embedded)
-    measured = compare(loaded.target, found, token_lists, options, notes)
+    methods = {one.name: (one.draft, one.tree) for one in found}
+    calls = len(found) * ((args.repeats + 1) * -(-len(token_lists) // args.batch) + 1)
+    with progress.bar(notes, "measuring", calls) as advance:
+        measured = compare_several(loaded.target, methods, token_lists, **options, progress=advance)
     setting = machine.setting(loaded.target)
     console = Console(highlight=False)
     proposes = [f"{one.name}: {one.words}" for one in found if one.words]
@@ -74,9 +51,9 @@ def run(
     console.print(_table(measured))
     console.print(NOTES)
     for one in measured:
-        if one.candidate.draft is None:
+        if methods[one.name][0] is None:
             console.print(tables.repeats_itself(one.result))
-    if any(one.accepted_at for one in measured):
+    if any(one.result.accepted_at for one in measured):
         console.print("\nShare of cycles that accepted the 1st, 2nd, ... draft token:")
         console.print(_depth_table(measured))
     failed = sum(one.result.failed for one in measured)
@@ -84,52 +61,12 @@ def run(
         console.print(f"{failed} rows ended in NaN or infinite logits!")
     if args.json is not None:
         rows = len(measured[0].result.tokens)
-        report = {**setting, **bench.asked_for(args, source, rows), "drafts": [_report(one) for one in measured]}
+        report = {**setting, **bench.asked_for(args, source, rows), "drafts": _reports(found, measured)}
         places.write_json(args.json, report)
     if args.plot is not None:
         figure = plot.drafts(measured, machine.describe_setting(setting))
         plot.save(figure, args.plot, places.MARK)
     return 1 if failed else 0
-
-
-def compare(
-    target: Any,
-    found: Sequence[Candidate],
-    token_lists: Sequence[Sequence[int]],
-    options: dict[str, Any],
-    notes: Console,
-) -> list[Measured]:
-    """Decodes the prompts by every candidate in turn; those of `decode_in_turn` are the options."""
-    methods = {one.name: (one.draft, one.tree) for one in found}
-    calls = len(found) * (options["repeats"] + 1) * -(-len(token_lists) // options["batch"])
-    with progress.bar(notes, "measuring", calls + len(found)) as advance:
-        results, rows = decode_in_turn(target, methods, token_lists, **options, progress=advance)
-        phases = []
-        for one in found:
-            phases.append(_phases(target, one, rows[: options["batch"]], options["repeats"]))
-            advance()
-    plain = next((results[one.name] for one in found if one.draft is None), None)
-    lengths = list(map(len, rows))
-    return [
-        Measured(
-            candidate=one,
-            result=results[one.name],
-            phases=phase,
-            ratio=None if plain is None else results[one.name].rate / plain.rate,
-            differences=None if plain is None else differences(target, rows, plain, results[one.name], **options),
-            by_position=by_position(results[one.name], lengths),
-        )
-        for one, phase in zip(found, phases, strict=True)
-    ]
-
-
-def _phases(target: Any, one: Candidate, rows: Sequence[Sequence[int]], repeats: int) -> Phases:
-    depth = 0 if one.draft is None else one.draft.depth(one.tree)
-    tokens, lengths = eagle_jax.pad(rows)
-    state = jax.jit(eagle_jax.prefill, static_argnames=("max_new_tokens", "tree"))(
-        target, one.draft, tokens, lengths, max_new_tokens=(RUNS + 1) * (depth + 1), tree=one.tree
-    )
-    return measure_phases(target, one.draft, one.tree, state, repeats)
 
 
 def _table(measured: Sequence[Measured]) -> Table:
@@ -141,7 +78,7 @@ def _table(measured: Sequence[Measured]) -> Table:
     for one in measured:
         result, phases = one.result, one.phases
         table.add_row(
-            one.candidate.name,
+            one.name,
             str(result.cycles),
             f"{result.tokens_a_pass:.2f}",
             *(f"{ms:.2f}" for ms in (phases.draft, phases.verify, phases.rest, phases.cycle)),
@@ -154,26 +91,29 @@ def _table(measured: Sequence[Measured]) -> Table:
 
 def _depth_table(measured: Sequence[Measured]) -> Table:
     """How far into a guess the target agrees."""
-    depths = min(SHOWN_DEPTHS, max(len(one.accepted_at) for one in measured))
+    depths = min(SHOWN_DEPTHS, max(len(one.result.accepted_at) for one in measured))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("draft token", no_wrap=True)
     for depth in range(1, depths + 1):
         table.add_column(str(depth), justify="right")
     for one in measured:
-        if one.accepted_at:
-            table.add_row(one.candidate.name, *(f"{share:.2f}" for share in one.accepted_at[:depths]))
+        if one.result.accepted_at:
+            table.add_row(one.name, *(f"{share:.2f}" for share in one.result.accepted_at[:depths]))
     return table
 
 
-def _report(one: Measured) -> dict[str, Any]:
-    return {
-        "name": one.candidate.name,
-        "proposes": one.candidate.shape,
-        **bench.figures(one.result),
-        "accepted_at_depth": one.accepted_at,
-        "ms_a_cycle": {**dataclasses.asdict(one.phases), "rest": one.phases.rest},
-        "ratio": one.ratio,
-        "identical_rows": one.identical,
-        "differences": [vars(difference) for difference in one.differences or ()],
-        "by_position": bench.positions(one.by_position),
-    }
+def _reports(found: Sequence[Candidate], measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": one.name,
+            "proposes": candidate.shape,
+            **bench.figures(one.result),
+            "accepted_at_depth": one.result.accepted_at,
+            "ms_a_cycle": {**dataclasses.asdict(one.phases), "rest": one.phases.rest},
+            "ratio": one.ratio,
+            "identical_rows": one.identical,
+            "differences": [vars(difference) for difference in one.differences or ()],
+            "by_position": bench.positions(one.by_position),
+        }
+        for candidate, one in zip(found, measured, strict=True)
+    ]

@@ -56,7 +56,7 @@ def _demo(out: Path, overwrite: bool) -> int:
     import eagle_jax
     from eagle_jax import convert
     from eagle_jax.cli import models, progress, prompts, tables, text
-    from eagle_jax.measure import compare, machine
+    from eagle_jax.measure import compare, machine, near_tie
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with progress.status(notes, "converting and loading"), _pair() as (target_folder, head_folder):
@@ -98,9 +98,10 @@ def _demo(out: Path, overwrite: bool) -> int:
         console.print("ERROR: the streamed tokens are not those of generate.", style="red")
         return 1
     if comparison.differences and all(difference.near_tie for difference in comparison.differences):
+        margin = near_tie.ABSOLUTE_MARGIN["float32"]
         console.print(
-            f"Each difference is a near-tie: logits within {compare.NEAR_TIE:g}, which a pass of one token and a pass "
-            "of many round differently.",
+            f"Each difference is a near-tie: logits within {margin:g}, which a pass of one token and a pass of many "
+            "round differently.",
             soft_wrap=True,
         )
     elif comparison.differences:

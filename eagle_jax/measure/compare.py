@@ -1,38 +1,38 @@
-"""Plain and speculative decoding in turn on the same prompts: timing and comparison.
-
-Letters: B batch, P padded prompt.
-"""
+"""Several ways of decoding in turn on the same prompts: texts, times, and where the texts differ."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from eagle_jax.api import Output, forward, generate, trained_capacity
-from eagle_jax.measure.statistics import distinct_ngrams
+from eagle_jax.api import Output, generate, trained_capacity
+from eagle_jax.drafts.protocol import Draft
+from eagle_jax.measure.near_tie import Difference, differences
+from eagle_jax.measure.phases import RUNS, Phases, measure_phases
+from eagle_jax.measure.statistics import Range, accepted_shares, by_position, distinct_ngrams, tokens_a_cycle
+from eagle_jax.measure.timing import timed
 from eagle_jax.models.llama import Llama
-from eagle_jax.prompt import pad
+from eagle_jax.prompt import pad, prefill
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreePolicy
 
-NEAR_TIE = 1e-4  # logits this close may change places between a pass of one token and one of many, in float32
-FIRST_RANGE = 256  # positions: the first range of `Comparison.by_position`
+Methods = Mapping[str, tuple[Draft | None, TreePolicy]]  # by name: plain decoding has no draft, and ignores the tree
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One way of decoding over all prompts.
+    """What one way of decoding made of all prompts.
 
-    tokens: the new tokens of each row, in order; drafted: which of them the draft proposed. cycles: target passes after
-    the prefill, summed over rows. accepted: how many cycles accepted 0, 1, ... draft tokens. steps: passes that the
-    device ran, the prefills too; less than cycles in a batch, where one pass serves every row. seconds: of all calls.
+    tokens: the new tokens of each sequence, in order; drafted: which of them the draft proposed. cycles: target passes
+    after the prefill, summed over sequences. accepted: how many cycles accepted 0, 1, ... draft tokens. steps: passes
+    that the device ran, prefills included; fewer than cycles in a batch, where one pass serves every sequence.
+    seconds: of all calls. failed: sequences that ended in NaN or infinite logits.
     """
 
     tokens: list[list[int]]
@@ -54,7 +54,12 @@ class Result:
 
     @property
     def tokens_a_pass(self) -> float:
-        return (self.new_tokens - len(self.tokens)) / max(self.cycles, 1)
+        return tokens_a_cycle(self.new_tokens, len(self.tokens), self.cycles)
+
+    @property
+    def accepted_at(self) -> list[float]:
+        """The share of cycles whose draft token 1, 2, ... was accepted."""
+        return accepted_shares(self.accepted)
 
     @property
     def ms_a_pass(self) -> float:
@@ -67,47 +72,8 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
-    """Where two decodings of a row part: at its new token `index` (from 0). A row that ended there has None.
-
-    gap: by how much the target's logit of the lesser token falls short of the best one; None where a row ended, or
-    where more than the logits chose.
-    """
-
-    row: int
-    index: int
-    plain: int | None
-    speculative: int | None
-    gap: float | None
-
-    @property
-    def near_tie(self) -> bool:
-        return self.gap is not None and self.gap < NEAR_TIE
-
-    def __str__(self) -> str:
-        gap = "" if self.gap is None else f"; the lesser logit is {self.gap:.2g} below the best"
-        place = f"prompt {self.row + 1}, new token {self.index + 1}"
-        return f"{place}: plain {self.plain}, speculative {self.speculative}{gap}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Positions start to end - 1 of all texts: their new tokens, and those that were the target's own, one a cycle."""
-
-    start: int
-    end: int
-    tokens: int
-    own: int
-
-    @property
-    def tokens_a_pass(self) -> float | None:
-        """None if no cycle ended here."""
-        return self.tokens / self.own if self.own else None
-
-
-@dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Both decodings of the same prompts, of these lengths, and where each differing row first differs.
+    """Both decodings of the same prompts, of these lengths, and where each differing sequence first differs.
 
     differences: None where texts may differ by chance: two samples, unless they are coupled.
     """
@@ -123,115 +89,143 @@ class Comparison:
 
     @property
     def identical(self) -> int | None:
-        """Rows that are equal token for token."""
+        """How many sequences are equal token for token."""
         return None if self.differences is None else len(self.plain.tokens) - len(self.differences)
 
     @property
     def by_position(self) -> list[Range]:
-        return by_position(self.speculative, self.prompt_lengths)
+        return by_position(self.speculative.drafted, self.prompt_lengths)
 
 
-def by_position(result: Result, prompt_lengths: Sequence[int]) -> list[Range]:
-    """A result's texts in ranges of positions, prompt included, each twice as long as the one before."""
-    texts = list(zip(prompt_lengths, result.drafted, strict=True))
-    # Without each text's first token, which comes from the prompt's pass.
-    drafted = np.concatenate([np.asarray(flags[1:], bool) for _, flags in texts])
-    places = np.concatenate([length + 1 + np.arange(len(flags[1:])) for length, flags in texts])
-    found = []
-    start, end = 0, FIRST_RANGE
-    while (places >= start).any():
-        inside = drafted[(places >= start) & (places < end)]
-        if len(inside):
-            found.append(Range(start, end, len(inside), int((~inside).sum())))
-        start, end = end, 2 * end
-    return found
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one of several ways of decoding did.
+
+    ratio: of its rate to plain decoding's. differences: from the plain texts; None where texts may differ by chance.
+    Both are None if plain decoding was not measured.
+    """
+
+    name: str
+    result: Result
+    phases: Phases
+    ratio: float | None
+    differences: list[Difference] | None
+    by_position: list[Range]
+
+    @property
+    def identical(self) -> int | None:
+        """How many sequences are equal to the plain ones token for token."""
+        return None if self.differences is None else len(self.result.tokens) - len(self.differences)
 
 
 def compare(
-    target: Llama, draft: Any, token_lists: Sequence[Sequence[int]], *, tree: TreePolicy, **options: Any
+    target: Llama,
+    draft: Any,
+    token_lists: Sequence[Sequence[int]],
+    *,
+    tree: TreePolicy,
+    sampling: SamplingConfig = SamplingConfig(),
+    **options: Any,
 ) -> Comparison:
     """Decodes the prompts plain and speculative in turn; options as in `decode_in_turn`."""
     methods = {"plain": (None, tree), "speculative": (draft, tree)}
-    results, rows = decode_in_turn(target, methods, token_lists, **options)
+    results, prompts = decode_in_turn(target, methods, token_lists, sampling=sampling, **options)
     plain, speculative = results["plain"], results["speculative"]
-    return Comparison(
-        plain, speculative, list(map(len, rows)), differences(target, rows, plain, speculative, **options)
-    )
+    found = differences(target, prompts, plain.tokens, speculative.tokens, sampling)
+    return Comparison(plain, speculative, list(map(len, prompts)), found)
+
+
+def compare_several(
+    target: Llama,
+    methods: Methods,
+    token_lists: Sequence[Sequence[int]],
+    *,
+    sampling: SamplingConfig = SamplingConfig(),
+    batch: int = 1,
+    repeats: int = 1,
+    progress: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> list[Measured]:
+    """Decodes the prompts by every method in turn, then times the phases of a cycle, greedy, on the first batch.
+
+    Args:
+      progress: called as by `decode_in_turn`, and once more a method. Other arguments as there.
+    """
+    shared: dict[str, Any] = {"batch": batch, "repeats": repeats, "progress": progress, "sampling": sampling}
+    results, prompts = decode_in_turn(target, methods, token_lists, **shared, **options)
+    plain = next((results[name] for name, (draft, _) in methods.items() if draft is None), None)
+    lengths = list(map(len, prompts))
+    found = []
+    for name, (draft, tree) in methods.items():
+        result = results[name]
+        phases = _phases(target, draft, tree, prompts[:batch], repeats)
+        progress()
+        ratio = parted = None
+        if plain is not None:
+            ratio = result.rate / plain.rate
+            parted = differences(target, prompts, plain.tokens, result.tokens, sampling)
+        found.append(Measured(name, result, phases, ratio, parted, by_position(result.drafted, lengths)))
+    return found
+
+
+def _phases(
+    target: Llama, draft: Draft | None, tree: TreePolicy, prompts: Sequence[Sequence[int]], repeats: int
+) -> Phases:
+    depth = 0 if draft is None else draft.depth(tree)
+    room = (RUNS + 1) * (depth + 1)
+    start = jax.jit(prefill, static_argnames=("max_new_tokens", "tree"))
+    state = start(target, draft, *pad(prompts), max_new_tokens=room, tree=tree)
+    return measure_phases(target, draft, tree, state, repeats)
 
 
 def decode_in_turn(
     target: Llama,
-    methods: Mapping[str, tuple[Any, TreePolicy]],
+    methods: Methods,
     token_lists: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
-    stop_tokens: tuple[int, ...],
-    sampling: SamplingConfig = SamplingConfig(),
-    key: jax.Array | None = None,
     batch: int = 1,
     repeats: int = 1,
     progress: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> tuple[dict[str, Result], list[Sequence[int]]]:
     """Decodes the prompts in batches, by every method in turn, and takes each batch's median times.
 
     Args:
-      methods: {name: (draft or None, tree)}.
-      sampling, key: as in `generate`; every batch has the same key.
-      batch: rows a call; the last call is filled up with the first prompts.
+      batch: sequences a call; the last call is filled up with the first prompts.
       progress: called after every call of `generate`, repeats + 1 times a batch and method; the first compile.
+      options: max_new_tokens, stop_tokens, sampling and key, as in `generate`; every batch has the same key.
     Returns:
-      {name: Result}, and the prompt of every row.
+      {name: Result}, and the prompt of every sequence.
     """
     count = -(-len(token_lists) // batch) * batch
-    rows = [token_lists[i % len(token_lists)] for i in range(count)]
+    prompts = [token_lists[i % len(token_lists)] for i in range(count)]
     parts: dict[str, list[Result]] = {name: [] for name in methods}
     for start in range(0, count, batch):
-        tokens, lengths = pad(rows[start : start + batch])
-        runs = {
-            name: functools.partial(
-                generate,
-                target,
-                draft,
-                tokens,
-                lengths,
-                key=key,
-                tree=tree,
-                sampling=sampling,
-                max_new_tokens=max_new_tokens,
-                stop_tokens=stop_tokens,
-                capacity=trained_capacity(target, int(lengths.max()), tokens.shape[1], max_new_tokens),
-            )
+        tokens, lengths = pad(prompts[start : start + batch])
+        room = trained_capacity(target, int(lengths.max()), tokens.shape[1], options["max_new_tokens"])
+        calls = {
+            name: functools.partial(generate, target, draft, tokens, lengths, tree=tree, capacity=room, **options)
             for name, (draft, tree) in methods.items()
         }
-        outputs: dict[str, Output] = {}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for name, run in runs.items():
-            outputs[name] = jax.device_get(run())
+        for name, (output, seconds) in _call_in_turn(calls, repeats, progress).items():
+            parts[name].append(_result(output, jax.device_get(lengths), seconds))
+    return {name: _sum(found) for name, found in parts.items()}, prompts
+
+
+def _call_in_turn(
+    calls: Mapping[str, Callable[[], Output]], repeats: int, progress: Callable[[], None]
+) -> dict[str, tuple[Output, float]]:
+    """Returns each call's output, on the host, and its median seconds without compilation."""
+    outputs = {}
+    for name, call in calls.items():
+        outputs[name] = jax.device_get(call())
+        progress()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(timed(call)[0])
             progress()
-        for _ in range(repeats):
-            for name, run in runs.items():
-                began = time.perf_counter()
-                jax.block_until_ready(run())
-                seconds[name].append(time.perf_counter() - began)
-                progress()
-        for name, output in outputs.items():
-            parts[name].append(_result(output, jax.device_get(lengths), statistics.median(seconds[name])))
-    return {name: _sum(found) for name, found in parts.items()}, rows
-
-
-def differences(
-    target: Llama,
-    rows: Sequence[Sequence[int]],
-    plain: Result,
-    speculative: Result,
-    *,
-    sampling: SamplingConfig = SamplingConfig(),
-    **_: Any,
-) -> list[Difference] | None:
-    """Where the texts of the rows first differ; None where they may by chance."""
-    if sampling.temperature != 0 and not sampling.coupled:
-        return None
-    return _differences(target if sampling.greedy else None, rows, plain.tokens, speculative.tokens)
+    return {name: (outputs[name], statistics.median(seconds[name])) for name in calls}
 
 
 def _result(output: Output, prompt_lengths: np.ndarray, seconds: float) -> Result:
@@ -257,28 +251,3 @@ def _sum(results: list[Result]) -> Result:
         seconds=sum(result.seconds for result in results),
         failed=sum(result.failed for result in results),
     )
-
-
-def _differences(
-    target: Llama | None, rows: Sequence[Sequence[int]], plain: list[list[int]], speculative: list[list[int]]
-) -> list[Difference]:
-    """Where rows differ, with gaps if there is a target: its logits tell one only where nothing else chose."""
-    found = []
-    for row, (one, two) in enumerate(zip(plain, speculative, strict=True)):
-        if one == two:
-            continue
-        index = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
-        if index < min(len(one), len(two)):
-            gap = None if target is None else _gap(target, [*rows[row], *one[:index]], [one[index], two[index]])
-            found.append(Difference(row, index, one[index], two[index], gap))
-        else:  # the shorter one ended here
-            rest = [tokens[index] if index < len(tokens) else None for tokens in (one, two)]
-            found.append(Difference(row, index, rest[0], rest[1], None))
-    return found
-
-
-def _gap(target: Llama, before: list[int], pair: list[int]) -> float:
-    """How far the lesser of two tokens' logits falls short of the best logit after the tokens `before`."""
-    logits, _ = forward(target, *pad([before]))
-    last = np.asarray(logits[0, len(before) - 1])
-    return float(last.max() - last[np.asarray(pair)].min())

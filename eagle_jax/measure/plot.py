@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from eagle_jax.convert.place import new_file
+from eagle_jax.measure.compare import Measured
 
 FORMATS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # and what each calls the program it is from
 ACCEPTED, REJECTED, BONUS = "tab:green", "0.6", "tab:orange"
@@ -38,7 +39,7 @@ def save(figure: Any, path: str, creator: str) -> None:
         figure.savefig(partial, format=kind, dpi=150, metadata={FORMATS[f".{kind}"]: creator})
 
 
-def drafts(measured: Sequence[Any], title: str) -> Any:
+def drafts(measured: Sequence[Measured], title: str) -> Any:
     """Draws four charts of `bench --drafts`: tokens and time a cycle, speed, acceptance by depth.
 
     Returns:
@@ -46,7 +47,7 @@ def drafts(measured: Sequence[Any], title: str) -> Any:
     """
     from matplotlib.figure import Figure
 
-    names = [one.candidate.name for one in measured]
+    names = [one.name for one in measured]
     places = np.arange(len(names))
     figure = Figure(figsize=(12, 8), layout="constrained")
     figure.suptitle(title)
@@ -68,8 +69,9 @@ def drafts(measured: Sequence[Any], title: str) -> Any:
     for axes in (length, phases, rate):
         axes.set_xticks(places, names, rotation=30, ha="right")
     for one in measured:
-        if one.accepted_at:
-            depth.plot(np.arange(1, len(one.accepted_at) + 1), one.accepted_at, marker="o", label=one.candidate.name)
+        shares = one.result.accepted_at
+        if shares:
+            depth.plot(np.arange(1, len(shares) + 1), shares, marker="o", label=one.name)
     depth.set_xlabel("draft token")
     depth.set_ylabel("share of cycles that accepted it")
     depth.set_ylim(0, 1.02)

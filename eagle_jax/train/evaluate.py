@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eagle_jax
 from eagle_jax.convert.eos import eos_tokens
-from eagle_jax.measure.statistics import distinct_ngrams
+from eagle_jax.measure.near_tie import first_difference, near_tie_relative, relative_gap
+from eagle_jax.measure.statistics import accepted_shares, distinct_ngrams, tokens_a_cycle
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.state import spread
@@ -28,9 +29,6 @@ from eagle_jax.train.objective import Objective
 from eagle_jax.train.step import Arrays
 from eagle_jax.tree import TreePolicy
 from eagle_jax.tree.named import tree_named
-
-# Logits this close, relative to the largest, may change places between a pass of one token and one of many.
-NEAR_TIE = {"float32": 1e-4, "bfloat16": 2**-5}
 
 
 class NotLossless(RuntimeError):
@@ -96,11 +94,10 @@ def accepted_length(
         target, draft, tokens, lengths, tree=tree, max_new_tokens=new_tokens, stop_tokens=stop_tokens
     )
     parted = check_equal(target, prompts, np.asarray(out.tokens), np.asarray(out.lengths))
-    accepted = np.asarray(out.accepted).sum(axis=0)
-    cycles = max(int(accepted.sum()), 1)
-    reached = accepted[::-1].cumsum()[::-1][1:] / cycles
-    new = np.asarray(out.lengths) - prompts.lengths - 1  # the first one comes from the prompt's pass
-    return {"tokens_a_cycle": new.sum() / cycles, "reached": reached, "near_ties": parted}
+    accepted = np.asarray(out.accepted).sum(axis=0).tolist()
+    new_tokens = int((np.asarray(out.lengths) - prompts.lengths).sum())
+    length = tokens_a_cycle(new_tokens, len(prompts.lengths), sum(accepted))
+    return {"tokens_a_cycle": length, "reached": accepted_shares(accepted), "near_ties": parted}
 
 
 def check_equal(target: Llama, prompts: Prompts, tokens: np.ndarray, ends: np.ndarray) -> int:
@@ -109,19 +106,17 @@ def check_equal(target: Llama, prompts: Prompts, tokens: np.ndarray, ends: np.nd
     Raises:
       NotLossless: at anything else.
     """
-    parted = 0
+    parted, dtype = 0, jnp.dtype(target.dtype).name
     for row, (ours, theirs) in enumerate(zip(tokens, prompts.plain, strict=True)):
-        end = max(int(ends[row]), int(prompts.ends[row]))
-        different = np.flatnonzero(ours[:end] != theirs[:end])
-        if not len(different):
+        place = first_difference(ours[: ends[row]], theirs[: prompts.ends[row]])
+        if place is None:
             continue
-        place = int(different[0])
-        logits = _logits_at(target, theirs, place)
-        gap = float(np.abs(logits[theirs[place]] - logits[ours[place]]) / np.abs(logits).max())
-        if place >= min(int(ends[row]), int(prompts.ends[row])) or gap > NEAR_TIE[jnp.dtype(target.dtype).name]:
+        gap = relative_gap(_logits_at(target, theirs, place), [ours[place], theirs[place]])
+        ended = place == min(ends[row], prompts.ends[row])
+        if ended or not near_tie_relative(gap, dtype):
             raise NotLossless(
                 f"held-out prompt {row + 1}, position {place}: speculative decoding wrote token {ours[place]}, the "
-                f"target alone {theirs[place]}; its logits are {gap:.2g} of the largest apart"
+                f"target alone {theirs[place]}; the lesser logit is {gap:.2g} of the largest below the best"
             )
         parted += 1
     return parted
