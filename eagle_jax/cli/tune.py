@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     from eagle_jax.cli import models, progress, prompts, tuned
     from eagle_jax.drafts.eagle import EagleDraft
-    from eagle_jax.measure import compare, machine, tuning
+    from eagle_jax.measure import machine, tuning
 
     sampling = sampling_config(args)
     notes, console = Console(stderr=True, highlight=False), Console(highlight=False)
@@ -64,19 +64,65 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"sampling": sampling, "key": random_key(args), "stop_tokens": models.eos_tokens(loaded)}
 
     setting = machine.setting(loaded.target)
-    steps = tuning.measurements(tuning.NODES, tuning.WIDTHS) + len(tuning.TEMPERATURES)
-    with progress.bar(notes, "measuring parts of a cycle", steps) as advance:
-        seen, widths = {}, tuning.widths_for(loaded.draft)
-        for temperature in tuning.TEMPERATURES:
-            large = tuning.large_tree(widths, temperature)
-            seen[temperature] = tuning.observe(loaded.target, loaded.draft, token_lists, CYCLES, large, **options)
-            advance()
-        state = _state(loaded, token_lists, args.batch, args.max_new_tokens)
-        costs = tuning.measure_costs(
-            loaded.target, loaded.draft, state, args.repeats, tuning.NODES, widths, progress=advance
-        )
+    seen, costs = _measure_parts(loaded, token_lists, args, options, notes)
     expected = tuning.of_each_size(tuning.expectations(seen, costs))[:CANDIDATES]
     console.print(_observations(seen, costs, f"{source}; {machine.describe_setting(setting)}"))
+    results = _try_out(loaded, expected, token_lists, args, options, notes)
+    console.print(_table(expected, results, costs, args.batch))
+
+    fastest = max(expected, key=lambda one: results[_name(one.tree)].rate)
+    plain, best = results["plain"].rate, results[_name(fastest.tree)].rate
+    entry = {
+        **setting,
+        "batch": args.batch,
+        "prompts": source,
+        "tree": dataclasses.asdict(fastest.tree),
+        "expected": {
+            "tokens_a_pass": fastest.tokens,
+            "ms_a_pass": fastest.ms,
+            "tokens_a_second": args.batch * fastest.rate,
+        },
+        "measured": {"tokens_a_second": best, "plain_tokens_a_second": plain},
+        "costs_ms": dataclasses.asdict(costs),
+    }
+    path = tuned.write(folder, entry)
+    console.print(f"{models.describe_tree(fastest.tree)}: {best / plain:.2f} times plain decoding. Saved: {path}")
+    if best < plain:
+        console.print("Plain decoding is faster here: add --baseline to generate, or draft with a better head.")
+    return 0
+
+
+def _measure_parts(
+    loaded: Any, token_lists: list[list[int]], args: argparse.Namespace, options: dict[str, Any], notes: Any
+) -> tuple[dict[float, Any], Any]:
+    """Returns what the target accepted of large trees, by score temperature, and what the parts of a cycle cost."""
+    from eagle_jax.cli import progress
+    from eagle_jax.measure import tuning
+
+    target, draft, widths = loaded.target, loaded.draft, tuning.widths_for(loaded.draft)
+    steps = tuning.measurements(tuning.NODES, widths) + len(tuning.TEMPERATURES)
+    with progress.bar(notes, "measuring parts of a cycle", steps) as advance:
+        seen = {}
+        for temperature in tuning.TEMPERATURES:
+            large = tuning.large_tree(widths, temperature)
+            seen[temperature] = tuning.observe(target, draft, token_lists, CYCLES, large, **options)
+            advance()
+        state = _state(loaded, token_lists, args.batch, args.max_new_tokens)
+        costs = tuning.measure_costs(target, draft, state, args.repeats, tuning.NODES, widths, progress=advance)
+    return seen, costs
+
+
+def _try_out(
+    loaded: Any,
+    expected: list[Any],
+    token_lists: list[list[int]],
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    notes: Any,
+) -> dict[str, Any]:
+    """Decodes the prompts plain and with every expected tree; returns the results by `_name`, and "plain"."""
+    from eagle_jax.cli import progress
+    from eagle_jax.measure import compare
 
     methods = {"plain": (None, expected[0].tree)} | {_name(one.tree): (loaded.draft, one.tree) for one in expected}
     calls = len(methods) * (args.repeats + 1) * -(-len(token_lists) // args.batch)
@@ -91,27 +137,7 @@ def run(args: argparse.Namespace) -> int:
             progress=advance,
             **options,
         )
-    console.print(_table(expected, results, costs, args.batch))
-    fastest = max(expected, key=lambda one: results[_name(one.tree)].rate)
-    plain, best, hoped = results["plain"].rate, results[_name(fastest.tree)].rate, args.batch * fastest.rate
-    entry = {
-        **setting,
-        "batch": args.batch,
-        "prompts": source,
-        "tree": dataclasses.asdict(fastest.tree),
-        "expected": {
-            "tokens_a_pass": fastest.tokens,
-            "ms_a_pass": fastest.ms,
-            "tokens_a_second": hoped,
-        },
-        "measured": {"tokens_a_second": best, "plain_tokens_a_second": plain},
-        "costs_ms": dataclasses.asdict(costs),
-    }
-    path = tuned.write(folder, entry)
-    console.print(f"{models.describe_tree(fastest.tree)}: {best / plain:.2f} times plain decoding. Saved: {path}")
-    if best < plain:
-        console.print("Plain decoding is faster here: add --baseline to generate, or draft with a better head.")
-    return 0
+    return results
 
 
 def _folder(args: argparse.Namespace) -> Path:
