@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerFast
 
 import eagle_jax
 from eagle_jax import TreeConfig, convert
-from eagle_jax.cli import demo, generate, main, models, progress, prompts, tables
+from eagle_jax.cli import demo, generate, main, models, progress, prompts, reports
 from eagle_jax.cli.text import Detokenizer
+from eagle_jax.measure import compare
 from eagle_jax.measure.compare import Comparison, Result
 from tests.pickled import readable
 
@@ -128,7 +129,7 @@ def test_bench_fills_the_last_batch_and_needs_no_tokenizer(golden, tmp_path, cap
             tokens, lengths + 2, cycles, accepted, np.zeros(rows, bool), np.zeros(tokens.shape, bool)
         )
 
-    monkeypatch.setattr(eagle_jax, "generate", two_tokens)
+    monkeypatch.setattr(compare, "generate", two_tokens)
     weights, report = golden / "weights", tmp_path / "out.json"
     pair = ["--target", str(weights / "t1_target"), "--draft", str(weights / "t1_eagle3_dv96")]
     assert main(["bench", *pair]) == 2
@@ -459,7 +460,7 @@ def test_the_table_of_acceptance_by_position():
     # The first token of each text counts nowhere.
     drafted = [[False, True, False, True, True, True, False], [True, True]]
     result = Result([], drafted, cycles=1, accepted=[1], steps=1, seconds=1.0, failed=0)
-    columns = tables.position_table(Comparison(result, result, [253, 599], [])).columns
+    columns = reports.position_table(Comparison(result, result, [253, 599], [])).columns
     assert [list(column.cells) for column in columns] == [
         ["0 to 255", "256 to 511", "512 to 1023"],
         ["2", "4", "1"],

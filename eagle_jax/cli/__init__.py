@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-import eagle_jax
 from eagle_jax.cli import bench, chat, demo, export, generate, machine, show, train, train_regenerate, tune
 from eagle_jax.convert import __main__ as convert
+from eagle_jax.version import __version__
 
 TWO_WORDS = ("train regenerate",)
 REFUSED = 2  # as argparse has it
@@ -67,7 +67,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eagle-jax", description="EAGLE speculative decoding in JAX.")
-    parser.add_argument("--version", action="version", version=f"eagle-jax {eagle_jax.__version__}")
+    parser.add_argument("--version", action="version", version=f"eagle-jax {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, module, help: str, examples: str) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 from eagle_jax.cli import places
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
-from eagle_jax.sampling import RANGES
 
 EXAMPLES = """\
 examples:
@@ -60,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; returns 1 if a row ended in NaN or infinite logits."""
     from rich.console import Console
 
-    from eagle_jax.cli import bench_drafts, drafts, models, progress, prompts, tables
+    from eagle_jax.cli import bench_drafts, drafts, models, progress, prompts, reports
     from eagle_jax.measure import compare, machine
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
@@ -104,70 +101,12 @@ def run(args: argparse.Namespace) -> int:
         )
     setting = machine.setting(loaded.target)
     console = Console(highlight=False)
-    console.print(f"{title(args, setting, source)}\n{choice.words(loaded.draft)}", soft_wrap=True, markup=False)
-    console.print(tables.table(comparison))
+    console.print(f"{reports.title(args, setting, source)}\n{choice.words(loaded.draft)}", soft_wrap=True, markup=False)
+    console.print(reports.table(comparison))
     if len(comparison.by_position) > 1:
-        console.print(tables.position_table(comparison))
-    console.print(tables.verdict(comparison), soft_wrap=True)
+        console.print(reports.position_table(comparison))
+    console.print(reports.verdict(comparison), soft_wrap=True)
     if args.json is not None:
         proposes = {"proposes": choice.words(loaded.draft), "tree": choice.fields(loaded.draft)}
-        places.write_json(args.json, {**setting, **proposes, **_report(args, source, comparison)})
+        places.write_json(args.json, {**setting, **proposes, **reports.report(args, source, comparison)})
     return 1 if comparison.plain.failed + comparison.speculative.failed else 0
-
-
-def title(args: argparse.Namespace, setting: dict[str, Any], source: str) -> str:
-    """What was measured, where and when: two lines."""
-    from eagle_jax.measure import machine
-
-    sampled = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, seed {args.seed}"
-    return (
-        f"{source}, batch {args.batch}, at most {args.max_new_tokens} new tokens, {sampled}, {args.repeats} repeats\n"
-        f"{machine.describe_setting(setting)}"
-    )
-
-
-def figures(result: Any) -> dict[str, Any]:
-    """A result as JSON has it."""
-    return {
-        "new_tokens": result.new_tokens,
-        "target_passes": result.cycles,
-        "accepted": result.accepted,
-        "distinct_4grams": result.distinct_4grams,
-        "tokens_a_pass": result.tokens_a_pass,
-        "ms_a_pass": result.ms_a_pass,
-        "tokens_a_second": result.rate,
-        "seconds": result.seconds,
-        "failed_rows": result.failed,
-    }
-
-
-def asked_for(args: argparse.Namespace, source: str, rows: int) -> dict[str, Any]:
-    """What the command line asked for, as JSON has it."""
-    return {
-        "model": args.model if args.model is not None else {"target": args.target, "draft": args.draft},
-        "prompts": source,
-        "rows": rows,
-        "batch": args.batch,
-        "repeats": args.repeats,
-        "max_new_tokens": args.max_new_tokens,
-        "draft_window": args.draft_window,
-        "sampling": {name: getattr(args, name) for name in (*RANGES, "coupled", "seed")},
-        "logit_bias": [f"{id}={value:g}" for id, value in args.logit_bias],
-    }
-
-
-def positions(parts: Sequence[Any]) -> list[dict[str, Any]]:
-    """Ranges of positions as JSON has them."""
-    return [{**vars(part), "tokens_a_pass": part.tokens_a_pass} for part in parts]
-
-
-def _report(args: argparse.Namespace, source: str, comparison: Any) -> dict[str, Any]:
-    return {
-        **asked_for(args, source, len(comparison.plain.tokens)),
-        "plain": figures(comparison.plain),
-        "speculative": figures(comparison.speculative),
-        "ratio": comparison.ratio,
-        "identical_rows": comparison.identical,
-        "differences": [vars(difference) for difference in comparison.differences or ()],
-        "by_position": positions(comparison.by_position),
-    }

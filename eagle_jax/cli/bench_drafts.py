@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eagle_jax.cli import bench, places, progress, tables
+from eagle_jax.cli import places, progress, reports
 from eagle_jax.cli.drafts import Candidate, candidates
 from eagle_jax.cli.models import Models
 from eagle_jax.measure import machine
@@ -47,12 +47,12 @@ def run(
     setting = machine.setting(loaded.target)
     console = Console(highlight=False)
     proposes = [f"{one.name}: {one.words}" for one in found if one.words]
-    console.print("\n".join([bench.title(args, setting, source), *proposes]), soft_wrap=True, markup=False)
+    console.print("\n".join([reports.title(args, setting, source), *proposes]), soft_wrap=True, markup=False)
     console.print(_table(measured))
     console.print(NOTES)
     for one in measured:
         if methods[one.name][0] is None:
-            console.print(tables.repeats_itself(one.result))
+            console.print(reports.repeats_itself(one.result))
     if any(one.result.accepted_at for one in measured):
         console.print("\nShare of cycles that accepted the 1st, 2nd, ... draft token:")
         console.print(_depth_table(measured))
@@ -61,7 +61,7 @@ def run(
         console.print(f"{failed} rows ended in NaN or infinite logits!")
     if args.json is not None:
         rows = len(measured[0].result.tokens)
-        report = {**setting, **bench.asked_for(args, source, rows), "drafts": _reports(found, measured)}
+        report = {**setting, **reports.asked_for(args, source, rows), "drafts": _reports(found, measured)}
         places.write_json(args.json, report)
     if args.plot is not None:
         figure = plot.drafts(measured, machine.describe_setting(setting))
@@ -107,13 +107,13 @@ def _reports(found: Sequence[Candidate], measured: Sequence[Measured]) -> list[d
         {
             "name": one.name,
             "proposes": candidate.shape,
-            **bench.figures(one.result),
+            **reports.figures(one.result),
             "accepted_at_depth": one.result.accepted_at,
             "ms_a_cycle": {**dataclasses.asdict(one.phases), "rest": one.phases.rest},
             "ratio": one.ratio,
             "identical_rows": one.identical,
             "differences": [vars(difference) for difference in one.differences or ()],
-            "by_position": bench.positions(one.by_position),
+            "by_position": reports.positions(one.by_position),
         }
         for candidate, one in zip(found, measured, strict=True)
     ]

@@ -53,10 +53,11 @@ def _demo(out: Path, overwrite: bool) -> int:
     import jax
     from rich.console import Console
 
-    import eagle_jax
     from eagle_jax import convert
-    from eagle_jax.cli import models, progress, prompts, tables, text
+    from eagle_jax.api import stream
+    from eagle_jax.cli import models, progress, prompts, reports, text
     from eagle_jax.measure import compare, machine, near_tie
+    from eagle_jax.prompt import pad
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with progress.status(notes, "converting and loading"), _pair() as (target_folder, head_folder):
@@ -76,9 +77,7 @@ def _demo(out: Path, overwrite: bool) -> int:
     ends = text.Ends((), stops, MAX_NEW_TOKENS)
     streamed = []
     for prompt, tokens in zip(PROMPTS, token_lists, strict=True):
-        start = functools.partial(
-            eagle_jax.stream, loaded.target, loaded.draft, *eagle_jax.pad([tokens]), **options, cycles_per_chunk=1
-        )
+        start = functools.partial(stream, loaded.target, loaded.draft, *pad([tokens]), **options, cycles_per_chunk=1)
         with progress.status(notes, "compiling"):
             jax.block_until_ready(list(itertools.islice(start(), 2)))
         console.rule(style="dim")
@@ -92,8 +91,8 @@ def _demo(out: Path, overwrite: bool) -> int:
             loaded.target, loaded.draft, token_lists, **options, repeats=REPEATS, progress=advance
         )
     title = f"{machine.describe_setting(machine.setting(loaded.target))}, {models.describe_tree(TREE)}"
-    console.print(tables.table(comparison, title))
-    console.print(tables.verdict(comparison), soft_wrap=True)
+    console.print(reports.table(comparison, title))
+    console.print(reports.verdict(comparison), soft_wrap=True)
     if streamed != comparison.speculative.tokens:
         console.print("ERROR: the streamed tokens are not those of generate.", style="red")
         return 1

@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
     """Decodes greedily up to the cycle, and shows its tree."""
     from rich.console import Console
 
-    import eagle_jax
     from eagle_jax.cli import drafts, models, places, progress, prompts
     from eagle_jax.measure import plot
+    from eagle_jax.prompt import pad
 
     if args.out is not None:
         places.check_picture("--out", args.out)
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         prompts.check_tokenizer(loaded.tokenizer)
         tokenizer: Any = loaded.tokenizer
     one = _shown(loaded, args, embedded)
-    tokens, lengths = eagle_jax.pad([prompts.encode(tokenizer, prompts.check_text("--prompt", args.prompt), args.raw)])
+    tokens, lengths = pad([prompts.encode(tokenizer, prompts.check_text("--prompt", args.prompt), args.raw)])
     most = min(args.max_new_tokens, args.cycle * (one.draft.depth(one.tree) + 1) + 1)
     options = {
         "max_new_tokens": most,
@@ -147,12 +147,12 @@ def decode_to(target: Any, draft: Any, tree: Any, tokens: Any, lengths: Any, cyc
     Raises:
       ValueError: if the text ends before.
     """
-    import eagle_jax
     from eagle_jax import decode
+    from eagle_jax.prompt import prefill
 
     options["tree"] = tree
-    state = jax.jit(eagle_jax.prefill, static_argnames=tuple(options))(target, draft, tokens, lengths, **options)
-    advance = jax.jit(functools.partial(eagle_jax.cycle, tree=tree), donate_argnums=2)
+    state = jax.jit(prefill, static_argnames=tuple(options))(target, draft, tokens, lengths, **options)
+    advance = jax.jit(functools.partial(decode.cycle, tree=tree), donate_argnums=2)
     for number in range(1, cycle + 1):
         if bool(state.done[0]):
             raise ValueError(

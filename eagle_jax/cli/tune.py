@@ -159,13 +159,13 @@ def _state(loaded: Any, token_lists: list[list[int]], batch: int, max_new_tokens
     """A greedy state of the first prompts, halfway through their new tokens, so that attention costs what it will."""
     import jax.numpy as jnp
 
-    import eagle_jax
     from eagle_jax.measure import phases, tuning
+    from eagle_jax.prompt import pad, prefill
 
     rows = [token_lists[i % len(token_lists)] for i in range(batch)]
-    tokens, lengths = eagle_jax.pad(rows)
+    tokens, lengths = pad(rows)
     room = max(max_new_tokens, phases.RUNS * (tuning.DEPTH + 1))
-    state = eagle_jax.prefill(loaded.target, loaded.draft, tokens, lengths, max_new_tokens=room)
+    state = prefill(loaded.target, loaded.draft, tokens, lengths, max_new_tokens=room)
     return dataclasses.replace(state, done=jnp.zeros_like(state.done))
 
 

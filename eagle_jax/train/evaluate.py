@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import eagle_jax
+from eagle_jax.api import forward, generate
 from eagle_jax.convert.eos import eos_tokens
 from eagle_jax.measure.near_tie import first_difference, near_tie_relative, relative_gap
 from eagle_jax.measure.statistics import accepted_shares, distinct_ngrams, tokens_a_cycle
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
+from eagle_jax.prompt import pad
 from eagle_jax.state import spread
 from eagle_jax.train import loader, setup
 from eagle_jax.train.config import TrainSettings
@@ -71,8 +72,8 @@ def prompts_of(held_out: Dataset, count: int, prompt_tokens: int) -> list[np.nda
 
 def plain_text(target: Llama, prompts: list[np.ndarray], new_tokens: int, stop_tokens: tuple[int, ...]) -> Prompts:
     """The prompts with the target's own greedy continuation."""
-    tokens, lengths = eagle_jax.pad([prompt.tolist() for prompt in prompts])
-    out = eagle_jax.generate(target, None, tokens, lengths, max_new_tokens=new_tokens, stop_tokens=stop_tokens)
+    tokens, lengths = pad([prompt.tolist() for prompt in prompts])
+    out = generate(target, None, tokens, lengths, max_new_tokens=new_tokens, stop_tokens=stop_tokens)
     return Prompts(*map(np.asarray, (tokens, lengths, out.tokens, out.lengths)))
 
 
@@ -90,13 +91,11 @@ def accepted_length(
       NotLossless: if a text is not the plain one, near-ties of the logits aside.
     """
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
-    out = eagle_jax.generate(
-        target, draft, tokens, lengths, tree=tree, max_new_tokens=new_tokens, stop_tokens=stop_tokens
-    )
+    out = generate(target, draft, tokens, lengths, tree=tree, max_new_tokens=new_tokens, stop_tokens=stop_tokens)
     parted = check_equal(target, prompts, np.asarray(out.tokens), np.asarray(out.lengths))
     accepted = np.asarray(out.accepted).sum(axis=0).tolist()
-    new_tokens = int((np.asarray(out.lengths) - prompts.lengths).sum())
-    length = tokens_a_cycle(new_tokens, len(prompts.lengths), sum(accepted))
+    written = int((np.asarray(out.lengths) - prompts.lengths).sum())
+    length = tokens_a_cycle(written, len(prompts.lengths), sum(accepted))
     return {"tokens_a_cycle": length, "reached": accepted_shares(accepted), "near_ties": parted}
 
 
@@ -124,7 +123,7 @@ def check_equal(target: Llama, prompts: Prompts, tokens: np.ndarray, ends: np.nd
 
 @jax.jit
 def _row_logits(target, tokens, lengths):
-    return spread(eagle_jax.forward(target, tokens, lengths)[0], target)
+    return spread(forward(target, tokens, lengths)[0], target)
 
 
 def _logits_at(target: Llama, tokens: np.ndarray, place: int) -> np.ndarray:

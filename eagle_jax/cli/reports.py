@@ -1,16 +1,30 @@
-"""What a comparison says, in tables and words: shared by `eagle-jax bench` and `eagle-jax demo`."""
+"""What measurements say, in tables, words and JSON: shared by `bench`, `bench --drafts` and `demo`."""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from eagle_jax.measure.compare import Comparison, Result
+from eagle_jax.measure.machine import describe_setting
+from eagle_jax.measure.statistics import Range
+from eagle_jax.sampling import RANGES
 
 NOTES = (
     "Target passes: after the prompt's pass, summed over prompts. Tokens a pass: the mean accepted length, bonus token "
     "counted, without the first token, which comes from the prompt's pass. Ms a pass and tok/s: of whole calls, where "
     "the prompt's pass counts as one; medians, without compilation."
 )
+
+
+def title(args: argparse.Namespace, setting: dict[str, Any], source: str) -> str:
+    """What was measured, where and when: two lines."""
+    sampled = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, seed {args.seed}"
+    return (
+        f"{source}, batch {args.batch}, at most {args.max_new_tokens} new tokens, {sampled}, {args.repeats} repeats\n"
+        f"{describe_setting(setting)}"
+    )
 
 
 def table(comparison: Comparison, title: str | None = None) -> Any:
@@ -59,3 +73,51 @@ def verdict(comparison: Comparison) -> str:
     text += f" {repeats_itself(comparison.plain)}"
     failed = comparison.plain.failed + comparison.speculative.failed
     return text + (f" {failed} rows ended in NaN or infinite logits!" if failed else "")
+
+
+def figures(result: Result) -> dict[str, Any]:
+    """A result as JSON has it."""
+    return {
+        "new_tokens": result.new_tokens,
+        "target_passes": result.cycles,
+        "accepted": result.accepted,
+        "distinct_4grams": result.distinct_4grams,
+        "tokens_a_pass": result.tokens_a_pass,
+        "ms_a_pass": result.ms_a_pass,
+        "tokens_a_second": result.rate,
+        "seconds": result.seconds,
+        "failed_rows": result.failed,
+    }
+
+
+def asked_for(args: argparse.Namespace, source: str, rows: int) -> dict[str, Any]:
+    """What the command line asked for, as JSON has it."""
+    return {
+        "model": args.model if args.model is not None else {"target": args.target, "draft": args.draft},
+        "prompts": source,
+        "rows": rows,
+        "batch": args.batch,
+        "repeats": args.repeats,
+        "max_new_tokens": args.max_new_tokens,
+        "draft_window": args.draft_window,
+        "sampling": {name: getattr(args, name) for name in (*RANGES, "coupled", "seed")},
+        "logit_bias": [f"{id}={value:g}" for id, value in args.logit_bias],
+    }
+
+
+def positions(parts: Sequence[Range]) -> list[dict[str, Any]]:
+    """Ranges of positions as JSON has them."""
+    return [{**vars(part), "tokens_a_pass": part.tokens_a_pass} for part in parts]
+
+
+def report(args: argparse.Namespace, source: str, comparison: Comparison) -> dict[str, Any]:
+    """A comparison of plain and speculative decoding as JSON has it."""
+    return {
+        **asked_for(args, source, len(comparison.plain.tokens)),
+        "plain": figures(comparison.plain),
+        "speculative": figures(comparison.speculative),
+        "ratio": comparison.ratio,
+        "identical_rows": comparison.identical,
+        "differences": [vars(difference) for difference in comparison.differences or ()],
+        "by_position": positions(comparison.by_position),
+    }
