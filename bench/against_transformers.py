@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,15 @@ import jax
 import numpy as np
 
 import eagle_jax
+from bench.options import parse_tree, positive
 from eagle_jax.api import trained_capacity
 from eagle_jax.cli import prompts
-from eagle_jax.cli.drafts import embedded_pair
-from eagle_jax.cli.models import parse_tree, positive
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import resolve
 from eagle_jax.measure.machine import describe_setting, setting
+from eagle_jax.measure.near_tie import first_difference
+from eagle_jax.measure.samples import CODE_TEXTS, DEFAULT_TEXTS, embedded_pair
+from eagle_jax.measure.timing import median_seconds
 from eagle_jax.models.params import for_this_machine
 from eagle_jax.tree.named import describe_tree
 
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     pair = eagle_jax.from_pretrained(args.target, args.draft, dtype=args.dtype)
     target, draft = map(for_this_machine, pair)
     folder = resolve(args.target)
-    texts = prompts.CODE_TEXTS if embedded else prompts.DEFAULT_TEXTS
+    texts = CODE_TEXTS if embedded else DEFAULT_TEXTS
     rows, _ = prompts.to_measure(args.prompts, folder, embedded, texts)
     decoders = {"transformers": transformers_decoder(folder, np.dtype(target.dtype).name, args.max_new_tokens)}
     for name, head in [("plain", None)] + ([("speculative", draft)] if draft is not None else []):
@@ -163,12 +164,7 @@ def measure(decode: Decode, rows: Sequence[Sequence[int]], repeats: int) -> Deco
     texts, seconds = [], 0.0
     for prompt in rows:
         texts.append(decode(prompt))
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            decode(prompt)
-            times.append(time.perf_counter() - began)
-        seconds += statistics.median(times)
+        seconds += median_seconds(functools.partial(decode, prompt), repeats)
     return Decoded(texts, seconds)
 
 
@@ -191,8 +187,8 @@ def comparison(found: dict[str, Decoded]) -> dict[str, dict[str, Any]]:
 
 def _common(ours: list[int], theirs: list[int]) -> int:
     """Tokens before the first difference."""
-    pairs = zip(ours, theirs, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+    index = first_difference(ours, theirs)
+    return len(ours) if index is None else index
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,10 +32,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from bench.options import positive
 from bench.report import table
 from bench.shapes import SHAPES
 from eagle_jax import LlamaConfig
-from eagle_jax.cli.models import positive
 from eagle_jax.measure.timing import seconds_of
 from eagle_jax.models.layers import CacheLayer, attention, linear
 

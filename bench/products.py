@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import statistics
-import time
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from eagle_jax.measure.machine import device_name
+from eagle_jax.measure.timing import median_seconds
 
 WEIGHTS, TURNS = 12, 20
 
@@ -67,13 +67,9 @@ def microseconds(form: str, rows: int, outputs: int, inputs: int, dtype: str) ->
         return jax.lax.fori_loop(0, TURNS, turn, x)
 
     x = jnp.ones((rows, inputs), dtype)
-    jax.block_until_ready(chain(x, weights))
-    seconds = []
-    for _ in range(9):
-        began = time.perf_counter()
-        jax.block_until_ready(chain(x, weights))
-        seconds.append(time.perf_counter() - began)
-    return 1e6 * statistics.median(seconds) / (TURNS * 2 * WEIGHTS)
+    call = functools.partial(chain, x, weights)
+    jax.block_until_ready(call())  # compiles
+    return 1e6 * median_seconds(call, 9) / (TURNS * 2 * WEIGHTS)
 
 
 def main() -> None:

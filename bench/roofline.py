@@ -26,11 +26,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bench.ceilings import Ceilings, measure_ceilings
+from bench.options import parse_tree, positive
 from bench.parts import filled_state, measure_parts
 from bench.shapes import SHAPES, Shape, abstract_pair, random_pair
 from bench.work import Work, cycle_work, plain_work
 from eagle_jax import Eagle3Draft, Llama, TreeConfig
-from eagle_jax.cli.models import parse_tree, positive
 from eagle_jax.measure.machine import describe_setting, setting
 from eagle_jax.models import params
 from eagle_jax.tree.named import describe_tree

@@ -18,7 +18,7 @@ import eagle_jax
 from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
 from eagle_jax.cli import drafts, machine, main, models, places, show
 from eagle_jax.convert import to_official
-from eagle_jax.measure import plot
+from eagle_jax.measure import plot, samples
 from eagle_jax.tree import PUBLISHED_TREES, Acceptance, Tree
 from tests.test_cli import OPTIONS, PROMPT, converted_pair
 from tests.toy import GOLDEN
@@ -120,8 +120,8 @@ def test_a_hub_id_may_have_a_revision(monkeypatch):
 
 
 def test_the_embedded_pair_has_heads_of_its_own():
-    target, _ = convert.from_pretrained(drafts.embedded_pair() / "target", dtype=jnp.float32)
-    loaded = models.Models(target, None, drafts.embedded_pair() / "target")
+    target, _ = convert.from_pretrained(samples.embedded_pair() / "target", dtype=jnp.float32)
+    loaded = models.Models(target, None, samples.embedded_pair() / "target")
     found = drafts.candidates(loaded, drafts.parse_specs("eagle1,eagle2,eagle3"), decoding(), embedded=True)
     assert found[0].draft is found[1].draft  # loaded once
     assert found[0].tree == PUBLISHED_TREES["eagle"] and found[1].tree == TreeConfig()
@@ -375,7 +375,7 @@ def test_what_cannot_be_is_one_line(folder, arguments, message, capsys):
 def test_a_cpu_decodes_in_float32_unless_asked_otherwise_and_says_so(capsys, asked, dtype, line):
     parser = argparse.ArgumentParser()
     models.add_model_arguments(parser)
-    pair = drafts.embedded_pair()
+    pair = samples.embedded_pair()
     arguments = ["--target", str(pair / "target"), "--draft", str(pair / "head_eagle1")]
     args = parser.parse_args(arguments + ([] if asked is None else ["--dtype", asked]))
     args.draft_window = None

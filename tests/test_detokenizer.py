@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import eagle_jax
 from eagle_jax import Detokenizer
-from eagle_jax.cli.drafts import embedded_pair
+from eagle_jax.measure.samples import embedded_pair
 
 TEXT = "x = '日本語 🎉'  # naïve\n\tй"
 WORDS = ["▁", "▁▁", "▁Hello", "▁world", "He", "llo", ",", "\n", "▁a", "é", "本"]

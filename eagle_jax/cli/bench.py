@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; returns 1 if a row ended in NaN or infinite logits."""
     from rich.console import Console
 
-    from eagle_jax.cli import bench_drafts, drafts, models, progress, prompts, reports
-    from eagle_jax.measure import compare, machine
+    from eagle_jax.cli import bench_drafts, models, progress, prompts, reports
+    from eagle_jax.measure import compare, machine, samples
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
     if args.drafts is None and (args.plot or args.draft_tree):
@@ -71,15 +71,16 @@ def run(args: argparse.Namespace) -> int:
     with progress.status(notes, "loading"):
         embedded = args.drafts is not None and args.model is None and args.target is None
         if embedded:
-            args.target, args.raw = str(drafts.embedded_pair() / "target"), True  # it continues code, and knows no chat
+            args.target = str(samples.embedded_pair() / "target")
+            args.raw = True  # it continues code, and knows no chat
         loaded = models.load_models(args)
     if args.drafts is None and loaded.draft is None:
         raise ValueError("there is no draft head here, so there is nothing to compare")
 
-    texts = prompts.CODE_TEXTS if embedded else prompts.DEFAULT_TEXTS
+    texts = samples.CODE_TEXTS if embedded else samples.DEFAULT_TEXTS
     vocab_size = loaded.target.config.vocab_size
     if args.random_prompts:
-        token_lists, source = prompts.random_prompts(vocab_size)
+        token_lists, source = samples.random_prompts(vocab_size)
     else:
         check = functools.partial(models.check_prompt, target=loaded.target)
         token_lists, source = prompts.to_measure(args.prompts, loaded.folder, args.raw, texts, check)

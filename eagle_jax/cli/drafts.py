@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle import EagleDraft, with_window
 from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.drafts.protocol import Draft
+from eagle_jax.measure.samples import embedded_pair
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.tree import PUBLISHED_TREES, TreeConfig, TreePolicy
@@ -76,11 +76,6 @@ SPEC_HELP = (
     "their kind, or NAME=DIR_OR_ID (an id may end in @REVISION); eagle1 is the static tree and eagle2 the "
     "dynamic one of the same head"
 )
-
-
-def embedded_pair() -> Path:
-    """The folder of the embedded pair."""
-    return Path(str(resources.files("eagle_jax") / "pair"))
 
 
 def parse_specs(text: str) -> dict[str, str | None]:

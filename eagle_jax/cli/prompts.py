@@ -8,29 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
-
 from eagle_jax import convert
 from eagle_jax.jsonl import Fault, read_lines, read_values
-
-DEFAULT_TEXTS = (
-    "Write a Python function that merges two sorted lists.",
-    "Explain in three sentences how a bicycle stays upright.",
-    "List five European capitals and the river that each one lies on.",
-    "A train leaves at 9:40 and arrives at 13:05. How long does the journey take? Show the steps.",
-)
-CODE_TEXTS = (  # for the embedded pair, which continues Python code
-    "def __init__(self",
-    "class Error(Exception):",
-    "    for key, value in self.items():",
-    'if __name__ == "__main__":',
-    "import os\nimport sys\n",
-    "    def test_",
-    'def read(self, size=-1):\n    """',
-    "    if not isinstance(",
-)
-RANDOM_PROMPTS, RANDOM_LENGTH = 4, 24  # of `random_prompts`
-
+from eagle_jax.measure.samples import DEFAULT_TEXTS
 
 JSON_FILES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 OBJECT = (  # what an object of a prompt file holds
@@ -252,12 +232,6 @@ def _is_list(value: Any, kind: type) -> TypeGuard[list[Any]]:
 
 def _own(value: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value[name] for name in OWN_IDS if name in value}
-
-
-def random_prompts(vocab_size: int) -> tuple[list[list[int]], str]:
-    """Prompts of random tokens, the same in every run, and what they are."""
-    random = np.random.default_rng(0).integers(vocab_size, size=(RANDOM_PROMPTS, RANDOM_LENGTH))
-    return random.tolist(), f"{RANDOM_PROMPTS} prompts of random tokens"
 
 
 def to_measure(

@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     """Decodes greedily up to the cycle, and shows its tree."""
     from rich.console import Console
 
-    from eagle_jax.cli import drafts, models, places, progress, prompts
-    from eagle_jax.measure import plot
+    from eagle_jax.cli import models, places, progress, prompts
+    from eagle_jax.measure import plot, samples
     from eagle_jax.prompt import pad
 
     if args.out is not None:
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     with progress.status(notes, "loading"):
         embedded = args.model is None and args.target is None
         if embedded:
-            args.target, args.raw = str(drafts.embedded_pair() / "target"), True
+            args.target, args.raw = str(samples.embedded_pair() / "target"), True
             if args.draft is None:
                 args.draft_name = args.draft_name or {"eagle3": None}
         loaded = models.load_models(args)

@@ -15,8 +15,8 @@ import transformers
 
 import eagle_jax
 from eagle_jax import TreeConfig
-from eagle_jax.cli.prompts import CODE_TEXTS
 from eagle_jax.measure.near_tie import ABSOLUTE_MARGIN, differences, near_tie_absolute
+from eagle_jax.measure.samples import CODE_TEXTS
 from tests.gpu.devices import DEVICES
 from tests.toy import GOLDEN, golden_pair, near_ties, rows_of
 
