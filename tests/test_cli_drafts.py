@@ -16,10 +16,11 @@ from safetensors.numpy import save_file
 
 import eagle_jax
 from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
-from eagle_jax.cli import drafts, machine, main, models, places, show
+from eagle_jax.cli import drafts, machine, main, models, places
 from eagle_jax.convert import to_official
 from eagle_jax.measure import plot, samples
-from eagle_jax.tree import PUBLISHED_TREES, Acceptance, Tree
+from eagle_jax.measure.drawn import Drawn, Node, decode_to
+from eagle_jax.tree import PUBLISHED_TREES
 from tests.test_cli import OPTIONS, PROMPT, converted_pair
 from tests.toy import GOLDEN
 
@@ -256,7 +257,7 @@ def test_show_draws_a_cycle(folder, tmp_path, capsys):
         assert repr(character)[1:-1] in line
     assert "<svg" in picture.read_text()
     with pytest.raises(ValueError, match=r"the text ends in cycle [1-8], at 24 tokens, before --cycle 9"):
-        show.decode_to(target, head, TreeConfig(3, 2, 5), tokens, lengths, 9, capacity=24, max_new_tokens=30)
+        decode_to(target, head, TreeConfig(3, 2, 5), tokens, lengths, 9, capacity=24, max_new_tokens=30)
 
 
 def test_show_stops_at_the_end_of_the_text(folder, capsys):
@@ -269,28 +270,6 @@ def test_show_stops_at_the_end_of_the_text(folder, capsys):
     assert "the text ends in cycle 1, at 11 tokens, before --cycle 2" in capsys.readouterr().err
     assert main([*arguments[:-2], "--cycle", "2", "--max-new-tokens", "3"]) == 2
     assert "the text ends in cycle 1, at 12 tokens, before --cycle 2" in capsys.readouterr().err
-
-
-def test_show_leaves_out_nodes_without_a_guess():
-    tree = Tree(
-        tokens=jnp.array([[1, 2, 3, 4]]),
-        parents=jnp.array([[-1, 0, 1, 0]]),
-        depths=jnp.array([[0, 1, 2, 1]]),
-        scores=jnp.array([[0.0, 0.0, -jnp.inf, -jnp.inf]]),
-    )
-    acceptance = Acceptance(jnp.array([[0, 1, -1, -1]]), jnp.array([1]), jnp.array([9]))
-    drawn = show.describe(tree, acceptance, str, gained=2)
-    assert [(node.text, node.probability, node.accepted) for node in drawn.nodes] == [
-        ("1", None, True),
-        ("2", None, True),
-    ]
-    assert (drawn.last_accepted, drawn.bonus, drawn.omitted) == (1, "9", 2)
-    assert show.describe(tree, acceptance, str, gained=1).bonus is None
-    guessed = dataclasses.replace(tree, scores=jnp.log(jnp.array([[1.0, 0.5, 0.25, 0.125]])))
-    drawn = show.describe(guessed, acceptance, str, gained=2)
-    assert [node.probability for node in drawn.nodes] == [None, 0.5, 0.25, 0.125]
-    # A leaf has a column of its own; a parent stands above the middle of its children.
-    assert plot._columns(drawn) == {2: 0.0, 1: 0.0, 3: 1.0, 0: 0.5}
 
 
 def test_places_that_cannot_be_written_are_found(tmp_path):
@@ -336,9 +315,9 @@ def test_a_picture_replaces_only_one_of_ours(tmp_path):
     (tmp_path / "photo.png").write_bytes(b"\x89PNG of my cat")
     with pytest.raises(ValueError, match=r"--plot .*photo.png: exists and was not written by eagle-jax"):
         places.check_picture("--plot", str(tmp_path / "photo.png"))
-    node = show.Node(0, None, 0, "a", None, True)
+    node = Node(0, None, 0, "a", None, True)
     for name in ("x.png", "x.svg", "x.pdf"):
-        plot.save(plot.tree(show.Drawn([node], 0, "b", 0), "a tree"), str(tmp_path / name), places.MARK)
+        plot.save(plot.tree(Drawn([node], 0, "b", 0), "a tree"), str(tmp_path / name), places.MARK)
         places.check_picture("--plot", str(tmp_path / name))
 
 

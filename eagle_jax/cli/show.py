@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.measure.drawn import Drawn, Node
 from eagle_jax.tree import TreeConfig
 
 EXAMPLES = """\
@@ -24,34 +25,6 @@ Tokens with their cumulative draft probability, where the draft has one. Green: 
 token, unless the text ended before it. Without a model: the embedded pair.
 """
 MAX_NEW_TOKENS = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """A node to draw. probability: cumulative, or None where the draft gives none. parent: None for the root."""
-
-    index: int
-    parent: int | None
-    depth: int
-    text: str
-    probability: float | None
-    accepted: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What a cycle did: nodes in the tree's order, the last one accepted, and the target's own token after it.
-
-    bonus: None where the text ended before it.
-    """
-
-    nodes: list[Node]
-    last_accepted: int
-    bonus: str | None
-    omitted: int
-
-    def node(self, index: int) -> Node:
-        return next(node for node in self.nodes if node.index == index)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from eagle_jax.cli import models, places, progress, prompts
-    from eagle_jax.measure import plot, samples
+    from eagle_jax.measure import drawn, plot, samples
     from eagle_jax.prompt import pad
 
     if args.out is not None:
@@ -102,17 +75,17 @@ def run(args: argparse.Namespace) -> int:
         "stop_tokens": models.stop_tokens(loaded, args),
     }
     with progress.status(notes, "decoding"):
-        before, step = decode_to(loaded.target, one.draft, one.tree, tokens, lengths, args.cycle, **options)
+        before, step = drawn.decode_to(loaded.target, one.draft, one.tree, tokens, lengths, args.cycle, **options)
     text = np.asarray(before.tokens[0, : before.lengths[0]]).tolist()
     gained = int(step.state.lengths[0] - before.lengths[0])
-    drawn = describe(step.tree, step.acceptance, functools.partial(_spell, tokenizer), gained)
+    cycle = drawn.describe(step.tree, step.acceptance, functools.partial(_spell, tokenizer), gained)
     title = f"{one.name}, {one.shape}: cycle {args.cycle}"
     console = Console(highlight=False)
     console.print(f"... {tokenizer.decode(text[-40:-1])}", style="dim", markup=False)
-    console.print(terminal_tree(drawn, title))
+    console.print(terminal_tree(cycle, title))
     notes.print(f"the tree: {one.origin}", style="dim", soft_wrap=True)
     if args.out is not None:
-        plot.save(plot.tree(drawn, title), args.out, places.MARK)
+        plot.save(plot.tree(cycle, title), args.out, places.MARK)
         notes.print(f"drawn to {args.out}", markup=False)
     return 0
 
@@ -139,60 +112,7 @@ def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
     return dataclasses.replace(one, tree=models.grown(one.tree, args))
 
 
-def decode_to(target: Any, draft: Any, tree: Any, tokens: Any, lengths: Any, cycle: int, **options: Any) -> Any:
-    """The state before a cycle of the first row's greedy text, and the cycle's `Step`.
-
-    Args:
-      options: max_new_tokens, capacity and stop_tokens, as in `prefill`.
-    Raises:
-      ValueError: if the text ends before.
-    """
-    from eagle_jax import decode
-    from eagle_jax.prompt import prefill
-
-    options["tree"] = tree
-    state = jax.jit(prefill, static_argnames=tuple(options))(target, draft, tokens, lengths, **options)
-    advance = jax.jit(functools.partial(decode.cycle, tree=tree), donate_argnums=2)
-    for number in range(1, cycle + 1):
-        if bool(state.done[0]):
-            raise ValueError(
-                f"the text ends in cycle {number - 1}, at {int(state.lengths[0])} tokens, before --cycle {cycle}"
-            )
-        if number < cycle:
-            state = advance(target, draft, state)
-    return state, jax.jit(functools.partial(decode.step, tree=tree))(target, draft, state)
-
-
-def describe(tree: Any, acceptance: Any, spell: Any, gained: int) -> Drawn:
-    """The first row's tree and what was accepted, for drawing. Nodes that stand for no guess are omitted.
-
-    Args:
-      spell: token id to text.
-      gained: number of new tokens in the text; fewer than were accepted if it ended.
-    """
-    tokens, parents, depths, scores = (
-        np.asarray(field[0]) for field in (tree.tokens, tree.parents, tree.depths, tree.scores)
-    )
-    accepted = [int(i) for i in np.asarray(acceptance.path[0]) if i >= 0]
-    path = accepted[: gained + 1]  # the root was in the text before
-    has_probabilities = not np.isin(scores, (0, -np.inf)).all()
-    kept = [i for i in range(len(tokens)) if scores[i] > -np.inf or i in path]
-    nodes = [
-        Node(
-            index=i,
-            parent=None if i == 0 else int(parents[i]),
-            depth=int(depths[i]),
-            text=spell(int(tokens[i])),
-            probability=float(np.exp(scores[i])) if has_probabilities and i else None,
-            accepted=i in path,
-        )
-        for i in kept
-    ]
-    bonus = spell(int(acceptance.bonus[0])) if gained == len(accepted) else None
-    return Drawn(nodes, path[-1], bonus, len(tokens) - len(kept))
-
-
-def terminal_tree(drawn: Drawn, title: str) -> Any:
+def terminal_tree(cycle: Drawn, title: str) -> Any:
     """The rich tree of a cycle."""
     from rich.text import Text
     from rich.tree import Tree
@@ -207,13 +127,13 @@ def terminal_tree(drawn: Drawn, title: str) -> Any:
 
     whole = Tree(Text(title, style="bold"))
     branches: dict[int, Any] = {}
-    for node in drawn.nodes:
+    for node in cycle.nodes:
         above = whole if node.parent is None else branches[node.parent]
         branches[node.index] = above.add(label(node))
-    end = "the text ends here" if drawn.bonus is None else f"{drawn.bonus}  the target's own"
-    branches[drawn.last_accepted].add(Text(end, style="yellow"))
-    if drawn.omitted:
-        whole.add(Text(f"{drawn.omitted} nodes without a guess are not shown", style="dim"))
+    end = "the text ends here" if cycle.bonus is None else f"{cycle.bonus}  the target's own"
+    branches[cycle.last_accepted].add(Text(end, style="yellow"))
+    if cycle.omitted:
+        whole.add(Text(f"{cycle.omitted} nodes without a guess are not shown", style="dim"))
     return whole
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from eagle_jax.convert.place import new_file
 from eagle_jax.measure.compare import Measured
+from eagle_jax.measure.drawn import Drawn
 
 FORMATS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # and what each calls the program it is from
 ACCEPTED, REJECTED, BONUS = "tab:green", "0.6", "tab:orange"
@@ -80,8 +81,8 @@ def drafts(measured: Sequence[Measured], title: str) -> Any:
     return figure
 
 
-def tree(drawn: Any, title: str) -> Any:
-    """Draws a draft tree from the top down, as `show.Drawn` describes it.
+def tree(drawn: Drawn, title: str) -> Any:
+    """Draws a draft tree from the top down, as `Drawn` describes it.
 
     Returns:
       A matplotlib Figure.
@@ -116,7 +117,7 @@ def _box(axes: Any, x: float, y: float, label: str, colour: str) -> None:
     axes.text(x, y, label, ha="center", va="center", fontsize=8, bbox=style, zorder=2, parse_math=False)
 
 
-def _columns(drawn: Any) -> dict[int, float]:
+def _columns(drawn: Drawn) -> dict[int, float]:
     """The column of every node: a leaf has the next free one, any other node the mean of its children's."""
     children: dict[int, list[int]] = {}
     for node in drawn.nodes:

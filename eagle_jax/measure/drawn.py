@@ -1,0 +1,93 @@
+"""One cycle as it is drawn: its draft tree, what the target accepted, and its own token."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from eagle_jax import decode
+from eagle_jax.prompt import prefill
+from eagle_jax.tree import Acceptance, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A node to draw. probability: cumulative, or None where the draft gives none. parent: None for the root."""
+
+    index: int
+    parent: int | None
+    depth: int
+    text: str
+    probability: float | None
+    accepted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a cycle did: nodes in the tree's order, the last one accepted, and the target's own token after it.
+
+    bonus: None where the text ended before it.
+    """
+
+    nodes: list[Node]
+    last_accepted: int
+    bonus: str | None
+    omitted: int
+
+    def node(self, index: int) -> Node:
+        return next(node for node in self.nodes if node.index == index)
+
+
+def decode_to(target: Any, draft: Any, tree: Any, tokens: Any, lengths: Any, cycle: int, **options: Any) -> Any:
+    """The state before a cycle of the first sequence's greedy text, and the cycle's `Step`.
+
+    Args:
+      options: max_new_tokens, capacity and stop_tokens, as in `prefill`.
+    Raises:
+      ValueError: if the text ends before.
+    """
+    options["tree"] = tree
+    state = jax.jit(prefill, static_argnames=tuple(options))(target, draft, tokens, lengths, **options)
+    advance = jax.jit(functools.partial(decode.cycle, tree=tree), donate_argnums=2)
+    for number in range(1, cycle + 1):
+        if bool(state.done[0]):
+            raise ValueError(
+                f"the text ends in cycle {number - 1}, at {int(state.lengths[0])} tokens, before --cycle {cycle}"
+            )
+        if number < cycle:
+            state = advance(target, draft, state)
+    return state, jax.jit(functools.partial(decode.step, tree=tree))(target, draft, state)
+
+
+def describe(tree: Tree, acceptance: Acceptance, spell: Callable[[int], str], gained: int) -> Drawn:
+    """Describes the first sequence's tree and what was accepted of it. Nodes that stand for no guess are omitted.
+
+    Args:
+      spell: token id to text.
+      gained: number of new tokens in the text; fewer than were accepted if it ended.
+    """
+    tokens, parents, depths, scores = (
+        np.asarray(field[0]) for field in (tree.tokens, tree.parents, tree.depths, tree.scores)
+    )
+    accepted = [int(i) for i in np.asarray(acceptance.path[0]) if i >= 0]
+    path = accepted[: gained + 1]  # the root was in the text before
+    has_probabilities = not np.isin(scores, (0, -np.inf)).all()
+    kept = [i for i in range(len(tokens)) if scores[i] > -np.inf or i in path]
+    nodes = [
+        Node(
+            index=i,
+            parent=None if i == 0 else int(parents[i]),
+            depth=int(depths[i]),
+            text=spell(int(tokens[i])),
+            probability=float(np.exp(scores[i])) if has_probabilities and i else None,
+            accepted=i in path,
+        )
+        for i in kept
+    ]
+    bonus = spell(int(acceptance.bonus[0])) if gained == len(accepted) else None
+    return Drawn(nodes, path[-1], bonus, len(tokens) - len(kept))
