@@ -1,4 +1,4 @@
-"""This machine, and what else a figure depends on."""
+"""What a figure depends on besides the models: device, versions, dtype, date."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from eagle_jax.models.llama import Llama
 
 
 def device_name() -> str:
-    """ "CPU, 2 cores" or "NVIDIA H200"."""
+    """Returns "CPU, 2 cores" or "NVIDIA H200"."""
     device = jax.devices()[0]
     return f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
 
 
 def setting(target: Llama) -> dict[str, Any]:
-    """What a figure depends on beside the models: versions, device, dtype, date."""
+    """Returns what a figure depends on besides the models, as JSON has it."""
     return {
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
@@ -29,5 +29,5 @@ def setting(target: Llama) -> dict[str, Any]:
 
 
 def describe_setting(setting: dict[str, Any]) -> str:
-    """ "CPU, 2 cores, jax 0.10.2, float32; 2026-01-31"."""
+    """Returns "CPU, 2 cores, jax 0.10.2, float32; 2026-01-31"."""
     return f"{setting['device']}, jax {setting['jax']}, {setting['dtype']}; {setting['date']}"

@@ -1,4 +1,4 @@
-"""Which tree is fastest here: what passes cost on this machine, and what of a large tree the target accepts.
+"""Tuning of trees: what passes cost on this machine, and what of a large tree the target accepts.
 
 Letters: B batch, C cycles, N nodes, k top_k.
 
@@ -36,7 +36,7 @@ TEMPERATURES = (1.0, 0.5, 0.33)
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """The trees of C cycles, [C, N] each, as in `Tree`, and which of their nodes were accepted (the root is)."""
+    """The trees of C cycles, [C, N] each, as in `Tree`, and which of their nodes were accepted (the root always)."""
 
     parents: np.ndarray
     depths: np.ndarray
@@ -60,13 +60,13 @@ class Costs:
     rest: float
 
     def cycle(self, tree: TreeConfig) -> float:
-        """Of a tree whose sizes were measured."""
+        """Returns the milliseconds of a cycle with a tree whose sizes were measured."""
         return self.verify[tree.num_nodes] + self.draft + (tree.depth - 1) * self.level[tree.top_k] + self.rest
 
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What to expect of a tree: tokens and milliseconds a cycle."""
+    """Expected tokens and milliseconds a cycle of a tree."""
 
     tree: TreeConfig
     tokens: float
@@ -74,17 +74,17 @@ class Expected:
 
     @property
     def rate(self) -> float:
-        """Tokens a second, of one row."""
+        """Tokens a second of one sequence."""
         return 1000 * self.tokens / self.ms
 
 
 def widths_for(draft: EagleDraft) -> tuple[int, ...]:
-    """The widths that its vocabulary allows."""
+    """Returns the widths that the draft's vocabulary allows."""
     return tuple(width for width in WIDTHS if width <= draft.config.draft_vocab_size)
 
 
 def large_tree(widths: Sequence[int], temperature: float) -> TreeConfig:
-    """A tree with every node that is drafted for it, so that it holds those of smaller ones."""
+    """Returns a tree of every drafted node, which contains the smaller trees of the same draft."""
     tree = TreeConfig(DEPTH, widths[-1], 2, score_temperature=temperature)
     return dataclasses.replace(tree, num_nodes=1 + tree.num_candidates)
 
@@ -92,7 +92,7 @@ def large_tree(widths: Sequence[int], temperature: float) -> TreeConfig:
 def observe(
     target: Llama, draft: Draft, prompts: Sequence[Sequence[int]], cycles: int, tree: TreeConfig, **options: Any
 ) -> Seen:
-    """Decodes the prompts, together, for some cycles with a large tree.
+    """Decodes the prompts in one batch, for some cycles with a large tree.
 
     Args:
       options: sampling, key and stop_tokens, as in `generate`.
@@ -116,20 +116,20 @@ def _cycles(target, draft, state, *, tree, cycles):
 
 
 def expected_tokens(seen: Seen, tree: TreeConfig) -> float:
-    """Tokens a cycle, bonus counted, that a tree no larger than those seen would have brought.
+    """Estimates the tokens a cycle, bonus counted, of a tree no larger than those seen.
 
-    An estimate: it assumes that cycles start at the same positions as with the large tree, and counts nodes missing
-    from the large tree as rejected.
+    It assumes that cycles start at the same positions as with the large tree, and counts nodes missing from the large
+    tree as rejected.
     """
     kept = smaller(seen, tree)
     return 1 + float((kept & seen.accepted).sum(axis=1).mean())
 
 
 def smaller(seen: Seen, tree: TreeConfig) -> np.ndarray:
-    """[C, N] bool: which drafted nodes of the large trees a smaller one, of the same temperature, would have kept.
+    """Returns, as [C, N] bool, which nodes of the large trees a smaller one of the same temperature would have kept.
 
-    Of the nodes that it would have proposed (children of rank below k, of its k best nodes a level, down to its depth)
-    the best num_nodes - 1.
+    It proposes the children of rank below k of its k best nodes a level, down to its depth. Of these it keeps the best
+    num_nodes - 1.
     """
     rank = sibling_rank(seen)
     expanded = seen.depths == 0
@@ -143,7 +143,7 @@ def smaller(seen: Seen, tree: TreeConfig) -> np.ndarray:
 
 
 def best(among: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """[C, N] bool: the `count` highest scores of those among [C, N]; of equals the first."""
+    """Returns, as [C, N] bool, the `count` highest scores of the nodes `among` [C, N]; of equals the first."""
     order = np.argsort(np.where(among, -scores, np.inf), axis=1, kind="stable")
     chosen = np.zeros_like(among)
     np.put_along_axis(chosen, order[:, :count], True, axis=1)
@@ -151,19 +151,19 @@ def best(among: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def sibling_rank(seen: Seen) -> np.ndarray:
-    """[C, N]: how many earlier siblings a node has, which are those of higher probability."""
+    """Counts, as [C, N], the earlier siblings of each node, which are those of higher probability."""
     nodes = np.arange(seen.parents.shape[1])
     return ((seen.parents[:, :, None] == seen.parents[:, None, :]) & (nodes[:, None] > nodes)).sum(axis=2)
 
 
 def by_depth(seen: Seen) -> list[float]:
-    """How often a node of depth 1, 2, ... was accepted, where its parent was."""
+    """Returns how often a node of depth 1, 2, ... was accepted where its parent was."""
     reached = [(seen.accepted & (seen.depths == depth)).sum() for depth in range(seen.depths.max() + 1)]
     return [float(b / a) for a, b in itertools.pairwise(reached) if a]
 
 
 def by_rank(seen: Seen) -> list[float]:
-    """The share of cycles' accepted nodes that were their parent's first, second, ... child."""
+    """Returns the share of accepted nodes that were their parent's first, second, ... child."""
     taken = sibling_rank(seen)[seen.accepted & (seen.depths > 0)]
     return (np.bincount(taken) / max(len(taken), 1)).tolist()
 
@@ -177,9 +177,10 @@ def measure_costs(
     widths: Sequence[int],
     progress: Callable[[], None] = lambda: None,
 ) -> Costs:
-    """Costs of the next cycle of a greedy state, prefilled with the draft and with room for phases.RUNS cycles.
+    """Measures the costs of the next cycle of a greedy state.
 
     Args:
+      state: prefilled with the draft, with room for phases.RUNS cycles.
       progress: called after each of `measurements(nodes, widths)` measurements.
     """
 
@@ -211,12 +212,12 @@ def measure_costs(
 
 
 def measurements(nodes: Sequence[int], widths: Sequence[int] = WIDTHS) -> int:
-    """How many measurements `measure_costs` takes."""
+    """Returns how many measurements `measure_costs` takes."""
     return 4 + len(nodes) + len(widths)
 
 
 def trees(nodes: Sequence[int], widths: Sequence[int]) -> Iterator[TreeConfig]:
-    """Every tree of these sizes whose nodes can reach its depth, and whose depth and width can fill its nodes."""
+    """Yields every tree of these sizes with enough nodes for its depth and enough candidates for its nodes."""
     for depth in range(1, DEPTH + 1):
         for width in widths:
             for count in nodes:
@@ -225,7 +226,7 @@ def trees(nodes: Sequence[int], widths: Sequence[int]) -> Iterator[TreeConfig]:
 
 
 def expectations(seen: dict[float, Seen], costs: Costs) -> list[Expected]:
-    """What to expect of every tree whose costs are known, the fastest first.
+    """Returns what to expect of every tree whose costs are known, the fastest first.
 
     Args:
       seen: by score temperature.
@@ -239,9 +240,10 @@ def expectations(seen: dict[float, Seen], costs: Costs) -> list[Expected]:
 
 
 def of_each_size(expected: Sequence[Expected]) -> list[Expected]:
-    """The first tree of each number of nodes: the ones to try out.
+    """Returns the first tree of each number of nodes: the ones to try out.
 
-    Verifying costs most, by the number of nodes alone; where one measurement of it was off, all trees of that size are.
+    Verifying costs most, and its cost depends on the number of nodes alone. A wrong measurement of it misjudges all
+    trees of that size, so the candidates differ in size.
     """
     first: dict[int, Expected] = {}
     for one in expected:
