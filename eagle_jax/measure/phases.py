@@ -76,7 +76,8 @@ def proposals(target, draft, state, *, tree):
     """Proposes the tree of the next cycle."""
 
     def part(models, state, _):
-        return propose(*models, state, tree), ()
+        target, draft = models
+        return propose(target, draft, state, tree), ()
 
     return repeat(part, RUNS, (target, draft), state, ())[0]
 
@@ -86,8 +87,10 @@ def verifications(target, draft, state, nodes):
     """Runs the target over the tree `nodes`; returns its output and logits."""
 
     def part(models, inputs, _):
-        out = verify(*models, *inputs)
-        return (out, models[0].logits(out.hidden)), ()
+        target, draft = models
+        state, nodes = inputs
+        out = verify(target, draft, state, nodes)
+        return (out, target.logits(out.hidden)), ()
 
     return repeat(part, RUNS, (target, draft), (state, nodes), ())[0]
 

@@ -69,12 +69,14 @@ def repeat(part: Part, runs: Any, fixed: Any, small: Any, kept: Any) -> tuple[An
     """
 
     def body(_, carry):
-        result, kept = carry
+        small, result, kept = carry
         # A false dependency of `small` on the previous result. Without it XLA hoists products of weights and unchanged
-        # inputs out of the loop, and the part seems faster than it is.
-        inputs, _ = jax.lax.optimization_barrier((small, result))
-        return part(fixed, inputs, kept)
+        # inputs out of the loop, and the part seems faster than it is. The loop carries `small`: on a CPU XLA hoists
+        # after it has removed the barrier, too.
+        small, _ = jax.lax.optimization_barrier((small, result))
+        return small, *part(fixed, small, kept)
 
     shapes, _ = jax.eval_shape(part, fixed, small, kept)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.fori_loop(0, runs, body, (nothing, kept))
+    _, result, kept = jax.lax.fori_loop(0, runs, body, (small, nothing, kept))
+    return result, kept
