@@ -36,7 +36,6 @@ ROOM_OF = {
     "choose": "decode",
     "jsonl": "files",
     "prompt": "decode",
-    "repetition": "measure",
     "state": "decode",
 }
 
@@ -54,22 +53,13 @@ KNOWN = {
     "drafts": {"eagle_jax.models.eagle1", "eagle_jax.models.eagle3"},
     "tree": {"eagle_jax.sampling"},
     FACADE: {
-        "eagle_jax.cli",
-        "eagle_jax.cli.bench_drafts",
-        "eagle_jax.cli.demo",
         "eagle_jax.cli.generate",
-        "eagle_jax.cli.measure",
         "eagle_jax.cli.rows",
-        "eagle_jax.cli.show",
-        "eagle_jax.cli.tune",
-        "eagle_jax.cli.tuning",
-        "eagle_jax.train.evaluate",
     },
 }
 
 # Files that import each other in a circle.
 CIRCLES = [
-    {"eagle_jax.cli.bench", "eagle_jax.cli.bench_drafts"},
     {"eagle_jax.drafts.protocol", "eagle_jax.state"},
 ]
 
