@@ -28,15 +28,16 @@ from eagle_jax import (
     convert,
 )
 from eagle_jax.cli import batch, main, models, sampling
-from eagle_jax.cli.answers import Job, Rules, decode
+from eagle_jax.cli.answers import Job, Rules, answer_turns
 from eagle_jax.cli.prompts import Prompt
 from eagle_jax.cli.results import Results, read_finished
-from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, sampling_config
 from eagle_jax.cli.text import Detokenizer, Ends
 from eagle_jax.convert.hub import Hub
+from eagle_jax.serving import Request, RunningBatch, run, serve
 from eagle_jax.train.lock import locked_file
 from tests.pickled import readable
+from tests.scripted import ScriptedBatch
 from tests.test_cli import byte_tokenizer, converted_pair
 from tests.toy import TARGET, near_ties, random_prompts, random_target
 
@@ -107,17 +108,17 @@ def test_the_texts_are_the_library_s_in_any_batch_and_after_a_crash(write, expec
     assert write("--batch", "3") == (0, expected)
     assert "6 texts" in capsys.readouterr().err
 
-    advance = Rows.advance
+    advance = RunningBatch.advance
     calls = []
 
-    def interrupted(rows, cycles):
+    def interrupted(batch, cycles):
         calls.append(cycles)
-        if len(calls) == 6:
+        if len(calls) == 5:
             raise KeyboardInterrupt
-        return advance(rows, cycles)
+        return advance(batch, cycles)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Rows, "advance", interrupted)
+        patch.setattr(RunningBatch, "advance", interrupted)
         code, lines = write("--batch", "1", out="again.jsonl")
     assert code == 130
     assert 0 < len(lines) < 6 and lines == expected[: len(lines)]
@@ -257,49 +258,35 @@ def test_prompts_that_cannot_be_decoded_fail_and_the_others_go_on(write, expecte
     assert write("--batch", "3") == (1, lines)  # nothing is written twice
 
 
-class EchoRows:
-    """Rows without a model, whose every answer is the last letter of the prompt; `broken` by NaN after one token."""
-
-    def __init__(self, batch: int, broken: str = ""):
-        self.state = SimpleNamespace(done=np.ones(batch, bool))
-        self.cycles = np.ones(batch, np.int32)
-        self.broken, self.prompts, self.inserted = broken, [0] * batch, []
-
-    def insert(self, row, prompt, key, max_new_tokens):
-        self.prompts[row] = prompt[-1]
-        self.inserted.append((bytes(prompt).decode(), jax.random.key_data(key).tolist()))
-
-    def advance(self, cycles):
-        failed = np.array([chr(letter) in self.broken for letter in self.prompts])
-        done = np.ones(len(failed), bool)
-        return eagle_jax.Chunk(np.array(self.prompts)[:, None], done.astype(int), done, failed)
+def echo(slots: int, broken: str = "") -> ScriptedBatch:
+    """Every answer is the last letter of the prompt; it breaks with NaN after those that are `broken`."""
+    return ScriptedBatch(lambda prompt, key: ([prompt[-1]], chr(prompt[-1]) in broken), slots)
 
 
-def answered(rows, *found: Prompt, room: int = 100) -> list[Job]:
-    ends = Ends((), (), max_new_tokens=1)
-    rules = Rules(byte_tokenizer_once, False, ends, room)
+def answered(batch: ScriptedBatch, *found: Prompt, room: int = 100) -> list[Job]:
+    rules = Rules(byte_tokenizer_once, False, Ends((), (), max_new_tokens=1), room)
     keys = jax.random.split(jax.random.key(0), len(found))
-    jobs = [Job(index, 0, prompt, keys[index], rules) for index, prompt in enumerate(found)]
-    ended = [job for some in decode(rows, jobs, ends) for job in some]
-    return sorted(ended, key=lambda job: job.index)
+    jobs = [Job(index, 0, prompt, keys[index]) for index, prompt in enumerate(found)]
+    return sorted(run(batch, [answer_turns(job, rules) for job in jobs]), key=lambda job: job.index)
 
 
 def test_turns_are_answered_one_after_the_other():
     """As MT-bench has it: a turn follows the model's own answers before it, and has a key of its own."""
-    rows = EchoRows(batch=2)
+    batch = echo(slots=2)
     found = [
         Prompt("f, line 1", list(b"Hi"), "Hi", ("ab", "c"), 3),
         Prompt("f, line 2", list(b"x"), "x"),
         Prompt("g", [121]),
     ]
-    jobs = answered(rows, *found)
-    assert [[text.detokenizer.text for text in job.texts] for job in jobs] == [["i", "b", "c"], ["x"], ["y"]]
+    jobs = answered(batch, *found)
+    assert [[text.text for text in job.texts] for job in jobs] == [["i", "b", "c"], ["x"], ["y"]]
     assert [[text.said for text in job.texts] for job in jobs] == [["Hi", "ab", "c"], ["x"], [None]]
     assert all(text.finish == "length" and text.cycles == 1 for job in jobs for text in job.texts)
     first = jax.random.split(jax.random.key(0), 3)[0]
     keys = [first, *(jax.random.fold_in(first, np.uint32(2**31 + turn)) for turn in (1, 2))]
     expected = zip(["Hi", "Hiiab", "Hiiabbc"], [jax.random.key_data(key).tolist() for key in keys], strict=True)
-    assert [one for one in rows.inserted if one[0].startswith("Hi")] == list(expected)
+    asked = [(bytes(request.prompt).decode(), jax.random.key_data(request.key).tolist()) for request in batch.requests]
+    assert [one for one in asked if one[0].startswith("Hi")] == list(expected)
 
 
 def test_a_turn_that_fails_ends_its_conversation_alone():
@@ -309,7 +296,7 @@ def test_a_turn_that_fails_ends_its_conversation_alone():
         Prompt("f, line 3", fault="f, line 3: no"),
         Prompt("f, line 4", list(b"z"), "z"),
     ]
-    jobs = answered(EchoRows(batch=1, broken="!"), *prompts, room=12)
+    jobs = answered(echo(slots=1, broken="!"), *prompts, room=12)
     assert [[text.finish for text in job.texts] for job in jobs] == [
         ["length", "failed", "failed"],
         ["failed", "failed"],
@@ -329,7 +316,7 @@ def test_a_turn_that_fails_ends_its_conversation_alone():
 
 
 def test_a_line_a_turn():
-    job = answered(EchoRows(batch=1), Prompt("f", list(b"Hi"), "Hi", ("b",), 1, {"question_id": 81}))[0]
+    job = answered(echo(slots=1), Prompt("f", list(b"Hi"), "Hi", ("b",), 1, {"question_id": 81}))[0]
     args = SimpleNamespace(num_samples=1, log_probs=False)
     assert batch._line(job, 1, args) == {
         **{"index": 0, "turn": 1, "turns": 2, "question_id": 81, "prompt": "b", "text": "b", "tokens": [98]},
@@ -391,29 +378,24 @@ TREE = TreeConfig(2, 2, 4)
 
 @pytest.mark.parametrize("kind", DRAFTS)
 def test_every_kind_of_draft_works_in_a_running_batch(kind):
-    """Both ends of a row's life: a fresh prompt, and one that begins as the row's old text does (as in a chat)."""
+    """Both ends of a slot's life: a fresh prompt, and one that begins as the slot's old text does (as in a chat)."""
     target, (draft, tree) = random_target(0), DRAFTS[kind]()
-    rows = Rows(target, draft, 2, 48, tree=tree, buckets=(48,), reuse=True)
-    rows.compile(2)
+    batch = RunningBatch(target, draft, slots=2, capacity=48, tree=tree, buckets=(48,), reuse=True)
+    batch.compile(2)
     prompts = [row[:length].tolist() for row, length in zip(*map(np.asarray, random_prompts(3, 2, 12)), strict=True)]
-    for row, prompt in enumerate(prompts):
-        assert rows.insert(row, prompt, jax.random.key(row), 12) == 0
-    first = finished(rows)
-    rows.insert(0, first[0] + [5, 6], jax.random.key(0), 12)
-    again = finished(rows)
+    first = [answer for answer in serve(batch, [Request(prompt, max_new_tokens=12) for prompt in prompts], cycles=2)]
+    assert [answer.reused for answer in first] == [0, 0]
+    said = [*prompts[0], *first[[answer.request.prompt for answer in first].index(prompts[0])].tokens]
+    (again,) = serve(batch, [Request([*said, 5, 6], max_new_tokens=12)], cycles=2)
+    assert again.reused == len(said) - 1
+    ours = [[*answer.request.prompt, *answer.tokens] for answer in (*first, again)]
     expected = []
-    for prompt in (*prompts, first[0] + [5, 6]):
-        out = eagle_jax.generate(target, None, *eagle_jax.pad([prompt], (48,)), max_new_tokens=12, capacity=48)
+    for answer in (*first, again):
+        out = eagle_jax.generate(
+            target, None, *eagle_jax.pad([answer.request.prompt], (48,)), max_new_tokens=12, capacity=48
+        )
         expected.append(np.asarray(out.tokens[0, : out.lengths[0]]).tolist())
-    near_ties(target, [*first, again[0]], expected, kind)
-
-
-def finished(rows: Rows) -> list[list[int]]:
-    """The rows' texts, prompts included, once all have ended."""
-    while not rows.advance(2).done.all():
-        pass
-    tokens, lengths = jax.device_get((rows.state.tokens, rows.state.lengths))
-    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    near_ties(target, ours, expected, kind)
 
 
 GENERATION = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": None, "min_p": 0, "eos_token_id": 1}

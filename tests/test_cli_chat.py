@@ -17,7 +17,7 @@ import eagle_jax
 from eagle_jax import TreeConfig, convert
 from eagle_jax.cli import main
 from eagle_jax.cli.chat import Conversation, Session, _lines
-from eagle_jax.cli.rows import Rows
+from eagle_jax.serving import RunningBatch
 from tests.test_cli import byte_tokenizer, converted_pair
 
 CONTEXT = 128
@@ -97,16 +97,16 @@ def test_reset_forgets_the_conversation(chat, continuation):
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chat, continuation, monkeypatch):
-    advance = Rows.advance
+    advance = RunningBatch.advance
     calls = []
 
-    def interrupted(rows, cycles):
+    def interrupted(batch, cycles):
         calls.append(cycles)
-        if len(calls) == 3:  # the first compiles, the others are the first answer's
+        if len(calls) == 2:  # of the first answer
             signal.raise_signal(signal.SIGINT)
-        return advance(rows, cycles)
+        return advance(batch, cycles)
 
-    monkeypatch.setattr(Rows, "advance", interrupted)
+    monkeypatch.setattr(RunningBatch, "advance", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     out, err = chat(FIRST, SECOND)
     assert signal.getsignal(signal.SIGINT) is handler
@@ -145,13 +145,13 @@ def test_a_line_that_is_not_utf_8_is_left_out(folder, continuation, capsys, monk
 
 
 def test_a_failed_answer_says_so(chat, monkeypatch):
-    advance = Rows.advance
+    advance = RunningBatch.advance
 
-    def broken(rows, cycles):
-        chunk = advance(rows, cycles)
+    def broken(batch, cycles):
+        chunk = advance(batch, cycles)
         return eagle_jax.Chunk(chunk.tokens, chunk.counts, chunk.done | True, chunk.failed | True)
 
-    monkeypatch.setattr(Rows, "advance", broken)
+    monkeypatch.setattr(RunningBatch, "advance", broken)
     _, err = chat(FIRST, code=1)
     assert "NaN or infinite" in err
 

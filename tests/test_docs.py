@@ -2,47 +2,82 @@
 
 from __future__ import annotations
 
+import queue
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import eagle_jax
 from eagle_jax import SamplingConfig, TreeConfig
+from eagle_jax.serving import Request
 from tests.toy import random_eagle3, random_target, rows_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_the_service_loop():
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "serving.md").read_text(), flags=re.DOTALL)
+@pytest.fixture(scope="module")
+def serving():
+    """The names that docs/serving.md's code defines, and its batch for a toy pair."""
     names: dict = {}
-    exec(compile(code, "serving.md", "exec"), names)
-    target, draft = random_target(0, scale=6.0), random_eagle3(1, scale=6.0)
-    rng = np.random.default_rng(0)
-    requests = [
-        (rng.integers(0, 97, size).tolist(), jax.random.key(index), SamplingConfig(temperature), new)
-        for index, (size, temperature, new) in enumerate(
-            [(5, 0.0, 9), (33, 0.8, 4), (1, 1.2, 20), (16, 0.0, 1), (60, 1.0, 7), (9, 0.5, 12)]
-        )
-    ]
-    texts = {index: (new, done) for index, new, done in names["serve"](target, draft, requests)}
-    assert sorted(texts) == list(range(len(requests))) and all(done for _, done in texts.values())
-    tokens, lengths = eagle_jax.pad([prompt for prompt, *_ in requests])
-    temperatures = np.array([sampling.temperature for *_, sampling, _ in requests], np.float32)
-    together = eagle_jax.generate(
-        target,
-        draft,
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "serving.md").read_text(), flags=re.DOTALL):
+        exec(compile(code, "serving.md", "exec"), names)
+    return SimpleNamespace(**names), names["start"](*PAIR)
+
+
+PAIR = random_target(0, scale=6.0), random_eagle3(1, scale=6.0)
+PROMPTS = [np.random.default_rng(0).integers(0, 97, size).tolist() for size in (5, 33, 1, 16, 60, 9)]
+
+
+def texts(prompts, keys, temperatures, max_new_tokens: int) -> list[list[int]]:
+    """What `generate` gives, by one program."""
+    fill = len(PROMPTS) - len(prompts)
+    prompts, keys = [*prompts, *[[1]] * fill], [*keys, *keys[:1] * fill]
+    tokens, lengths = eagle_jax.pad(prompts, buckets=(128,))
+    out = eagle_jax.generate(
+        *PAIR,
         tokens,
         lengths,
-        jax.numpy.stack([key for _, key, *_ in requests]),
+        jnp.stack(keys),
         tree=TreeConfig(depth=3, top_k=2, num_nodes=6),
-        sampling=SamplingConfig(temperatures),
+        sampling=SamplingConfig(np.array([*temperatures, *[1.0] * fill], np.float32)),
         max_new_tokens=20,
     )
-    for index, (whole, (prompt, *_, count)) in enumerate(zip(rows_of(together), requests, strict=True)):
-        assert texts[index][0] == whole[len(prompt) : len(prompt) + count]
+    rows = zip(prompts, rows_of(out), strict=True)
+    return [text[: len(prompt) + max_new_tokens] for prompt, text in rows][: len(prompts) - fill]
+
+
+def test_a_service_has_the_texts_of_generate(serving):
+    code, batch = serving
+    answers = code.answer_all(batch, PROMPTS)
+    keys = [jax.random.fold_in(jax.random.key(0), number) for number in range(len(PROMPTS))]
+    expected = texts(PROMPTS, keys, [0.8 * (number % 2) for number in range(len(PROMPTS))], 20)
+    assert [[*prompt, *answers[number]] for number, prompt in enumerate(PROMPTS)] == expected
+
+    waiting, finished, streamed = queue.Queue(), [], {number: [] for number in range(len(PROMPTS))}
+    for number, prompt in enumerate(PROMPTS):
+        send = streamed[number].extend
+        waiting.put(Request(prompt, keys[number], 20, SamplingConfig(0.8 * (number % 2)), on_tokens=send, id=number))
+    waiting.put(None)
+    code.serve_queue(batch, waiting, finished.append)
+    assert {answer.request.id: answer.tokens for answer in finished} == answers == streamed
+
+
+def test_conversations_side_by_side(serving):
+    code, batch = serving
+    turns = [[PROMPTS[0], PROMPTS[2]], [PROMPTS[3]], [PROMPTS[5], PROMPTS[2], PROMPTS[0]]]
+    expected = [[] for _ in turns]
+    for number in range(3):
+        going = [index for index, said in enumerate(turns) if number < len(said)]
+        prompts = [[*expected[index], *turns[index][number]] for index in going]
+        key = jax.random.fold_in(jax.random.key(7), number)
+        for index, text in zip(going, texts(prompts, [key] * len(going), [1.0] * len(going), 8), strict=True):
+            expected[index] = text
+    assert sorted(code.talk(batch, turns)) == sorted(expected)
 
 
 def test_the_toy_draft_is_the_one_that_the_tests_run():

@@ -1,4 +1,4 @@
-"""Prompts put into a running batch, their padding, and draft attention limited to a window."""
+"""Prompts put into a state that runs, their padding, and draft attention limited to a window."""
 
 from __future__ import annotations
 
@@ -23,53 +23,6 @@ def case():
 CAPACITY = 40
 advance = functools.partial(eagle_jax.advance, tree=TREE, cycles=2)
 insert = jax.jit(eagle_jax.insert, donate_argnums=0, static_argnames="reuse")
-
-
-def serve(case, prompts, keys, batch, sampling, speculative=True):
-    """Every prompt's text, `batch` rows at a time, each free row taking the next prompt."""
-    target, draft = case[0], case[1] if speculative else None
-    state = eagle_jax.empty_state(target, draft, batch, CAPACITY, sampling=sampling)
-    texts, running, waiting = {}, {}, list(range(len(prompts)))
-    while waiting or running:
-        for row in range(batch):
-            if row not in running and waiting:
-                running[row] = index = waiting.pop(0)
-                tokens, lengths = eagle_jax.pad([prompts[index]], buckets=(16,))
-                key = None if keys is None else keys[index]
-                state = insert(state, row, tokens[0], lengths[0], key, max_new_tokens=4 + 3 * index)
-        state, chunk = advance(target, draft, state)
-        for row in [row for row in running if chunk.done[row]]:
-            assert not chunk.failed[row]
-            texts[running.pop(row)] = np.asarray(state.tokens[row, : state.lengths[row]]).tolist()
-    return [texts[index] for index in range(len(prompts))], state
-
-
-@pytest.mark.parametrize("kind", ["greedy", "plain", "sampled", "coupled"])
-def test_rows_served_in_turn_have_the_texts_of_generate(case, kind):
-    target, draft, *_ = case
-    rng = np.random.default_rng(1)
-    prompts = [rng.integers(0, 97, n).tolist() for n in (5, 16, 1, 9, 3)]
-    sampling = SamplingConfig() if kind in ("greedy", "plain") else SamplingConfig(0.9, coupled=kind == "coupled")
-    keys = None if sampling.greedy else jax.random.split(jax.random.key(2), len(prompts))
-    texts, state = serve(case, prompts, keys, 2, sampling, speculative=kind != "plain")
-    for index, prompt in enumerate(prompts):
-        tokens, lengths = eagle_jax.pad([prompt], buckets=(16,))
-        alone = eagle_jax.generate(
-            target,
-            None if kind == "plain" else draft,
-            tokens,
-            lengths,
-            None if keys is None else keys[index][None],
-            tree=TREE,
-            sampling=sampling,
-            max_new_tokens=4 + 3 * 4,
-        )
-        (whole,) = rows_of(alone)
-        assert len(texts[index]) == len(prompt) + 4 + 3 * index
-        near_ties(target, [texts[index]], [whole[: len(texts[index])]])
-        if keys is not None:
-            assert texts[index] == whole[: len(texts[index])]
-    assert state.done.all()
 
 
 def test_insert_does_not_touch_the_neighbours(case):

@@ -1,20 +1,18 @@
-"""Answers many prompts by continuous batching: a sequence that ends makes room for the next prompt."""
+"""Answers the prompts of a file, turn by turn: what `eagle-jax generate --prompts` runs in a running batch."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from eagle_jax.cli.prompts import Conversation, Prompt
-from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.text import Detokenizer, Ends, Finish
+from eagle_jax.serving import Request, Task
 
-CYCLES = 4  # in one call: fewer leave a finished row idle for less time, more save round trips to the host
 LATER_TURNS = np.uint32(2**31)  # turn t > 0 has the key fold_in(the first turn's, this + t), above any token's index
 
 
@@ -22,127 +20,105 @@ LATER_TURNS = np.uint32(2**31)  # turn t > 0 has the key fold_in(the first turn'
 class Rules:
     """Holds what all texts share.
 
-    tokenizer: None if prompts are token ids. raw: see `encode`. room: above the length of any prompt.
+    tokenizer: None if prompts are token ids. raw: see `encode`. room: above the length of any prompt. check: of the
+    token ids of a later turn; raises ValueError.
     """
 
     tokenizer: Any
     raw: bool
     ends: Ends
     room: int
+    check: Callable[[Sequence[int]], None] = lambda tokens: None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Text:
-    """Holds the answer to one turn; unfinished while `finish` is None.
+    """Holds the answer to one turn.
 
-    said: what the user says in this turn; None for token ids. prompt: the ids of all that comes before the answer.
+    said: what the user says in this turn; None for token ids. text: None without a tokenizer, or without a token.
     error: why it failed.
     """
 
     said: str | None
-    prompt: Sequence[int]
-    key: jax.Array
-    detokenizer: Detokenizer
-    log_probs: list[float] = dataclasses.field(default_factory=list)
-    cycles: int = 0
-    finish: Finish | None = None
+    finish: Finish
+    tokens: Sequence[int] = ()
+    text: str | None = None
     error: str | None = None
-
-    def add(self, chunk: Any, row: int, ends: Ends) -> None:
-        """Adds the new tokens of one row of a Chunk of NumPy arrays."""
-        count = int(chunk.counts[row])
-        self.detokenizer.collect(chunk.tokens[row, :count].tolist())
-        if chunk.log_probs is not None:
-            self.log_probs += chunk.log_probs[row, :count].tolist()
-        if chunk.done[row]:
-            self.detokenizer.finish()
-        if chunk.done[row] or self.detokenizer.stopped:
-            self.finish = ends.finish(self.detokenizer.ids, self.detokenizer.stopped, bool(chunk.failed[row]))
-        if self.finish == "failed":
-            self.error = "the model's logits became NaN or infinite"
+    cycles: int = 0
+    log_probs: Sequence[float] = ()
 
 
+@dataclasses.dataclass
 class Job:
     """Holds one sample of a prompt: the answers to its turns, in order.
-
-    texts: one for each turn begun; only the last may be unfinished.
 
     Args:
       index: of the prompt in its file. sample: its number among the prompt's samples.
       key: of the first turn.
     """
 
-    def __init__(self, index: int, sample: int, prompt: Prompt, key: jax.Array, rules: Rules):
-        self.index, self.sample, self.prompt, self.key, self.rules = index, sample, prompt, key, rules
-        self.conversation = Conversation(rules.tokenizer, rules.raw)
-        self.texts = [self._text(prompt.text, prompt.tokens, key)]
-        if prompt.fault is not None:
-            self._fail(prompt.fault)
+    index: int
+    sample: int
+    prompt: Prompt
+    key: jax.Array
+    texts: list[Text] = dataclasses.field(default_factory=list)
 
-    @property
-    def done(self) -> bool:
-        """Whether all turns have their answers."""
-        return len(self.texts) == self.prompt.turns and self.texts[-1].finish is not None
 
-    def go_on(self) -> None:
-        """Starts the next turn, if the prompt has one."""
-        last, turn = self.texts[-1], len(self.texts)
-        if turn == self.prompt.turns:
-            return
-        said = self.prompt.later_turns[turn - 1]
-        self.texts.append(self._text(said, [], jax.random.fold_in(self.key, LATER_TURNS + np.uint32(turn))))
+def answer_turns(job: Job, rules: Rules) -> Task[Job]:
+    """Answers the turns of a job, each after the answers before it; after one that fails, all later ones fail."""
+    conversation = Conversation(rules.tokenizer, rules.raw)
+    for turn, said in enumerate((job.prompt.text, *job.prompt.later_turns)):
+        key = job.key if turn == 0 else jax.random.fold_in(job.key, LATER_TURNS + np.uint32(turn))
         try:
-            if last.finish == "failed":
-                raise ValueError("the answer before it failed")
-            assert last.said is not None
-            self.conversation.add(last.said, last.detokenizer.text)
-            tokens = self.texts[-1].prompt = self.conversation.tokens_with(said)
-            if not 1 <= len(tokens) < self.rules.room:
-                room = f"there is room for 1 to {self.rules.room - 1} and an answer"
-                raise ValueError(f"the conversation has {len(tokens)} tokens, and {room}")
+            tokens = _prompt(job, conversation, said, rules)
         except ValueError as error:
-            self._fail(f"{self.prompt.where}, turn {turn + 1}: {error}")
-
-    def _fail(self, error: str) -> None:
-        """Marks the current turn as failed, and so all later ones."""
-        self.texts[-1].finish, self.texts[-1].error = "failed", error
-        self.go_on()
-
-    def _text(self, said: str | None, prompt: Sequence[int], key: jax.Array) -> Text:
-        return Text(said, prompt, key, Detokenizer(self.rules.tokenizer, self.rules.ends.strings))
+            job.texts.append(Text(said, "failed", error=str(error)))
+        else:
+            job.texts.append((yield from _answer(said, tokens, key, rules)))
+    return job
 
 
-def decode(rows: Rows, jobs: Iterable[Job], ends: Ends) -> Iterator[list[Job]]:
-    """Yields, after each chunk, the jobs that it finished (maybe none); waiting jobs take their rows."""
-    waiting, later_turns = iter(jobs), collections.deque[Job]()
-    free = list(range(rows.state.done.shape[0]))
-    running: dict[int, Job] = {}
-    while True:
-        ended = []
-        while free and (job := later_turns.popleft() if later_turns else next(waiting, None)) is not None:
-            if job.done:
-                ended.append(job)
-                continue
-            running[row := free.pop(0)] = job
-            rows.insert(row, job.texts[-1].prompt, job.texts[-1].key, ends.max_new_tokens)
-        if not running:
-            yield ended
-            return
-        chunk = rows.advance(CYCLES)
-        cycles = rows.cycles
-        for row, job in list(running.items()):
-            text = job.texts[-1]
-            text.add(chunk, row, ends)
-            if text.finish is None:
-                continue
-            text.cycles = int(cycles[row])
-            if not chunk.done[row]:
-                rows.free(row)
-            free.append(row)
-            del running[row]
-            job.go_on()
-            if job.done:
-                ended.append(job)
-            else:
-                later_turns.append(job)
-        yield ended
+def _prompt(job: Job, conversation: Conversation, said: str | None, rules: Rules) -> Sequence[int]:
+    """The token ids of all that comes before a turn's answer. Raises ValueError where it cannot be answered."""
+    if not job.texts:
+        if job.prompt.fault is not None:
+            raise ValueError(job.prompt.fault)
+        return job.prompt.tokens
+    last = job.texts[-1]
+    try:
+        if last.finish == "failed":
+            raise ValueError("the answer before it failed")
+        assert said is not None and last.said is not None
+        conversation.add(last.said, last.text or "")
+        tokens = conversation.tokens_with(said)
+        if not 1 <= len(tokens) < rules.room:
+            room = f"there is room for 1 to {rules.room - 1} and an answer"
+            raise ValueError(f"the conversation has {len(tokens)} tokens, and {room}")
+        rules.check(tokens)
+    except ValueError as error:
+        raise ValueError(f"{job.prompt.where}, turn {len(job.texts) + 1}: {error}") from error
+    return tokens
+
+
+def _answer(said: str | None, prompt: Sequence[int], key: jax.Array, rules: Rules) -> Task[Text]:
+    """Asks for one answer, which ends at a stop string, too."""
+    detokenizer = Detokenizer(rules.tokenizer, rules.ends.strings)
+
+    def collect(tokens: Sequence[int]) -> bool:
+        detokenizer.collect(tokens)
+        return detokenizer.stopped
+
+    answer = yield Request(prompt, key, rules.ends.max_new_tokens, on_tokens=collect)
+    detokenizer.finish()
+    ids = detokenizer.ids
+    failed = answer.finish == "failed"
+    finish = rules.ends.finish(ids, detokenizer.stopped, failed)
+    return Text(
+        said=said,
+        finish=finish,
+        tokens=ids,
+        text=detokenizer.text if detokenizer.has_text and ids else None,
+        error="the model's logits became NaN or infinite" if finish == "failed" else None,
+        cycles=answer.cycles,
+        log_probs=(answer.log_probs or [])[: len(ids)],
+    )

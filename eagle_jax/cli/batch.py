@@ -1,4 +1,4 @@
-"""All prompts of a file: `eagle-jax generate --prompts`. Rows are refilled as they end (continuous batching)."""
+"""All prompts of a file: `eagle-jax generate --prompts`, by a running batch whose free slots take the next prompt."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import jax
 
 from eagle_jax.cli import answers, models, progress, prompts, text
 from eagle_jax.cli.results import Results, read_finished
-from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.sampling import model_asks, random_key, with_logit_bias
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
+from eagle_jax.serving import RunningBatch, Task
+from eagle_jax.serving import run as run_tasks
 from eagle_jax.train import fingerprint
 from eagle_jax.train.lock import locked_file
 from eagle_jax.tree import TreePolicy
@@ -43,11 +44,9 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
     draft = models.chosen_draft(loaded, args)
     choice = models.choose_tree_for_many(draft, args, sampling)
     stops = models.stop_tokens(loaded, args)
+    check = functools.partial(models.check_prompt, target=loaded.target)
     found = prompts.read_prompts(
-        args.prompts,
-        lambda prompt: prompts.encode(tokenizer, prompt, args.raw),
-        functools.partial(models.check_prompt, target=loaded.target),
-        keep_faults=True,
+        args.prompts, lambda prompt: prompts.encode(tokenizer, prompt, args.raw), check, keep_faults=True
     )
     _check_buckets(found, max(args.buckets))
     bad = [prompt.fault for prompt in found if prompt.fault is not None]
@@ -62,11 +61,11 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
         notes.print(f"All {len(finished)} texts are in {args.out} already.", soft_wrap=True)
         return 1 if bad else 0
     ends = text.Ends(args.stop, stops, args.max_new_tokens)
-    rows = Rows(
+    running = RunningBatch(
         loaded.target,
         draft,
-        min(args.batch, len(jobs)),
-        min(loaded.target.config.max_position_embeddings, longest + args.max_new_tokens),
+        slots=min(args.batch, len(jobs)),
+        capacity=min(loaded.target.config.max_position_embeddings, longest + args.max_new_tokens),
         tree=choice.tree,
         buckets=args.buckets,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
@@ -76,18 +75,17 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
     for line in filter(None, (choice.words(draft), model_asks(args))):
         notes.print(line, style="dim", soft_wrap=True)
     with progress.status(notes, "compiling"):
-        rows.compile(answers.CYCLES)
+        running.compile()
 
-    def start(job: tuple[int, int]) -> answers.Job:
+    def start(job: tuple[int, int]) -> Task[answers.Job]:
         index, sample = job
         key = jax.random.fold_in(random_key(args), index)
         if args.num_samples > 1:
             key = jax.random.fold_in(key, sample)
-        return answers.Job(index, sample, found[index], key, rules)
+        return answers.answer_turns(answers.Job(index, sample, found[index], key), rules)
 
-    room = min(rows.state.capacity, max(args.buckets) + 1)
-    rules = answers.Rules(tokenizer, args.raw, ends, room)
-    ended = answers.decode(rows, map(start, jobs), ends)
+    rules = answers.Rules(tokenizer, args.raw, ends, min(running.capacity, max(args.buckets) + 1), check)
+    ended = run_tasks(running, map(start, jobs))
     with Results(args.out, settings) as results:
         failed = _write(ended, results, args, notes, len(jobs) + len(finished), len(finished))
     if failed:
@@ -96,7 +94,7 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
 
 
 def _write(
-    ended: Iterator[list[answers.Job]],
+    ended: Iterator[answers.Job],
     results: Results,
     args: argparse.Namespace,
     notes: Any,
@@ -108,14 +106,13 @@ def _write(
     rate = ""
     began = time.perf_counter()
     with progress.bar(notes, "texts", total, before) as advance:
-        for jobs in ended:
-            for job in jobs:
-                results.write(*(_line(job, turn, args) for turn in range(len(job.texts))))
-                tokens += sum(len(text.detokenizer.ids) for text in job.texts)
-                failed += sum(text.finish == "failed" for text in job.texts)
-                count += len(job.texts)
+        for job in ended:
+            results.write(*(_line(job, turn, args) for turn in range(len(job.texts))))
+            tokens += sum(len(text.tokens) for text in job.texts)
+            failed += sum(text.finish == "failed" for text in job.texts)
+            count += len(job.texts)
             rate = f"{tokens / (time.perf_counter() - began):.1f} tok/s"
-            advance(len(jobs), rate)
+            advance(1, rate)
     notes.print(f"{count} texts, {tokens} new tokens, {rate}, in {args.out}", style="dim", soft_wrap=True)
     return failed
 
@@ -130,12 +127,12 @@ def _line(job: answers.Job, turn: int, args: argparse.Namespace) -> dict[str, An
         "turns": turns,
         **job.prompt.own,
         "prompt": one.said,
-        "text": one.detokenizer.text if one.detokenizer.has_text and one.detokenizer.ids else None,
-        "tokens": one.detokenizer.ids,
+        "text": one.text,
+        "tokens": one.tokens,
         "finish": one.finish,
         "error": one.error,
         "cycles": one.cycles,
-        "log_probs": [round(value, 6) for value in one.log_probs[: len(one.detokenizer.ids)]],
+        "log_probs": [round(value, 6) for value in one.log_probs],
     }
     left_out = {
         "sample": args.num_samples == 1,

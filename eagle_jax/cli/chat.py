@@ -17,9 +17,9 @@ import jax
 from eagle_jax.cli import models, progress, text
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
 from eagle_jax.cli.prompts import Conversation, check_text, check_tokenizer
-from eagle_jax.cli.rows import Rows
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
 from eagle_jax.models.llama import Llama
+from eagle_jax.serving import Request, RunningBatch
 
 EXAMPLES = """\
 examples:
@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
     draft = models.chosen_draft(loaded, args)
     stops = models.stop_tokens(loaded, args)
     choice = models.choose_tree(draft, args)
-    rows = Rows(
+    batch = RunningBatch(
         loaded.target,
         draft,
-        1,
-        context,
+        slots=1,
+        capacity=context,
         tree=choice.tree,
         buckets=(context,),
         reuse=True,
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     for line in filter(None, (choice.words(draft), model_asks(args))):
         notes.print(line, style="dim", soft_wrap=True)
     with progress.status(notes, "compiling"):
-        rows.compile(cycles=1)
-    session = Session(rows, conversation, args, text.Ends(args.stop, stops, args.max_new_tokens), console, notes)
+        batch.compile(cycles=1)
+    session = Session(batch, conversation, args, text.Ends(args.stop, stops, args.max_new_tokens), console, notes)
     for line in _lines(notes):
         if line == "/exit":
             break
@@ -139,7 +139,7 @@ class Session:
     turn: answers so far. failed: lines that could not be used, or whose answer broke off with NaN.
     """
 
-    rows: Rows
+    batch: RunningBatch
     conversation: Conversation
     args: argparse.Namespace
     ends: text.Ends
@@ -153,25 +153,24 @@ class Session:
         try:
             said = check_text("this line", said)
             tokens = self.conversation.tokens_with(said)
+            most = self.batch.capacity - 1
+            if not 1 <= len(tokens) <= most:
+                self._leave_out(
+                    f"The conversation would have {len(tokens)} tokens; its context takes 1 to {most} and an answer. "
+                    "This turn is left out; /reset begins a new conversation."
+                )
+                return
+            key = jax.random.fold_in(random_key(self.args), self.turn)
+            request = Request(tokens, key, self.args.max_new_tokens)
+            self.batch.check(request)
         except ValueError as error:
-            self.failed += 1
-            self.notes.print(f"error: {error}. This turn is left out.", style="red", markup=False, soft_wrap=True)
+            self._leave_out(f"error: {error}. This turn is left out.")
             return
-        most = self.rows.state.capacity - 1
-        if not 1 <= len(tokens) <= most:
-            self.failed += 1
-            self.notes.print(
-                f"The conversation would have {len(tokens)} tokens; its context takes 1 to {most} and an answer. This "
-                "turn is left out; /reset begins a new conversation.",
-                style="red",
-                soft_wrap=True,
-            )
-            return
-        key = jax.random.fold_in(random_key(self.args), self.turn)
         self.turn += 1
         with _ctrl_c() as stopped:
-            reused = self.rows.insert(0, tokens, key, self.args.max_new_tokens)
+            slot = self.batch.insert(request)
             result = text.show(self._chunks(stopped), self.conversation.tokenizer, self.console, self.ends)
+            reused = self.batch.take(slot).reused
         if result.failed:
             self.failed += 1
             self.notes.print("The model's logits became NaN or infinite, so the answer ends early.", style="red")
@@ -181,9 +180,13 @@ class Session:
         self.notes.print(summary, style="dim", soft_wrap=True)
         self.conversation.add(said, result.text)
 
+    def _leave_out(self, why: str) -> None:
+        self.failed += 1
+        self.notes.print(why, style="red", markup=False, soft_wrap=True)
+
     def _chunks(self, stopped: threading.Event) -> Iterator[Any]:
         while not stopped.is_set():
-            chunk = self.rows.advance(1)
+            chunk = self.batch.advance(cycles=1)
             yield chunk
             if chunk.done[0]:
                 return

@@ -85,11 +85,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from eagle_jax.cli import models, places, progress
-    from eagle_jax.cli.rows import Rows
-    from eagle_jax.prompt import BUCKETS
+    from eagle_jax.serving import RunningBatch
     from eagle_jax.train import fingerprint
     from eagle_jax.train.progress import check_place
-    from eagle_jax.train.regenerate import CYCLES, Options, Source, check_lines, regenerate
+    from eagle_jax.train.regenerate import Options, Source, check_lines, regenerate
     from eagle_jax.train.rendering import read_template
     from eagle_jax.train.say import log
 
@@ -126,10 +125,12 @@ def run(args: argparse.Namespace) -> int:
     target, draft = loaded.target, loaded.draft
     choice = models.choose_tree_for_many(draft, args, sampling)
     tree = choice.tree
-    rows = Rows(target, draft, args.batch, length, tree=tree, buckets=BUCKETS, sampling=biased, stop_tokens=stops)
+    batch = RunningBatch(
+        target, draft, slots=args.batch, capacity=length, tree=tree, sampling=biased, stop_tokens=stops
+    )
     log(f"compiling; {choice.words(draft)}")
     with progress.status(notes, "compiling"):
-        rows.compile(CYCLES)
+        batch.compile()
     drafted = [models.draft_identity(draft), fingerprint.of_config(tree), args.draft_window]
     settings = {
         "target": fingerprint.of_model(target),
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         "sampling": fingerprint.of_config(sampling),
         "logit_bias": [f"{id}={value:g}" for id, value in args.logit_bias],
     }
-    failed = regenerate(args.data, out, rows, args.batch, source, options, settings, log, args.overwrite, total)
+    failed = regenerate(args.data, out, batch, source, options, settings, log, args.overwrite, total)
     if failed:
         print(f"error: in {failed} texts the model's logits became NaN or infinite", file=sys.stderr)
     return 1 if failed else 0

@@ -29,12 +29,12 @@ import json
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 
-from eagle_jax.api import Chunk
 from eagle_jax.jsonl import DataError, Entry, Fault, read_values
+from eagle_jax.serving import Answer, Request, RunningBatch, Task, run
 from eagle_jax.train import fingerprint
 from eagle_jax.train.messages import is_learned, normal_messages
 from eagle_jax.train.progress import Progress
@@ -52,22 +52,11 @@ from eagle_jax.train.records import (
 from eagle_jax.train.rendering import Rendering, chat_template_of
 from eagle_jax.train.say import Say
 
-CYCLES = 4  # between two looks at the rows
-LINES_A_ROW = 8  # of a window: more leave fewer rows idle at its end, fewer lose less when a run is killed
+LINES_A_SLOT = 8  # of a window: more leave fewer slots idle at its end, fewer lose less when a run is killed
 SAY_EVERY = 10.0  # seconds
 FAILED = "failed"
 UNFINISHED = "\ufffd"  # what a tokenizer decodes part of a character to
 NO_ANSWER = {"role": "assistant", "content": ""}  # where one is to be written
-
-
-class Decoder(Protocol):
-    """B rows that decode prompts; a row's text depends on its prompt and key alone."""
-
-    def insert(self, row: int, prompt: Sequence[int], key: jax.Array, max_new_tokens: int) -> Any:
-        """Gives a row a prompt, which the next `advance` runs."""
-
-    def advance(self, cycles: int) -> Chunk:
-        """The rows' next tokens, as NumPy arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +84,6 @@ class Source:
     stop_tokens: Sequence[int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """New tokens, with the one that ended them. finish: "stop", "length" or "failed"."""
-
-    tokens: list[int]
-    finish: str
-
-
 Encoded: TypeAlias = tuple[list[int], list[int]]  # tokens and mask
 # Yields prompts, is sent their answers, returns the new record; a Fault where there is none.
 Work: TypeAlias = Generator[list[int], Answer, dict[str, Any]]
@@ -110,14 +91,13 @@ Work: TypeAlias = Generator[list[int], Answer, dict[str, Any]]
 
 @dataclasses.dataclass
 class Job:
-    """A line of input in the making: its next prompt and what was decoded of it; at the end a record or an error."""
+    """A line of input in the making: its next prompt; at the end a record or an error. turn: answers so far."""
 
     index: int
     entry: Entry
     work: Work
     prompt: list[int] = dataclasses.field(default_factory=list)
     turn: int = -1
-    new: list[int] = dataclasses.field(default_factory=list)
     record: dict[str, Any] | None = None
     error: DataError | None = None
 
@@ -129,7 +109,7 @@ class Job:
         """To the next prompt, or to the end."""
         try:
             self.prompt = next(self.work) if answer is None else self.work.send(answer)
-            self.turn, self.new = self.turn + 1, []
+            self.turn += 1
         except StopIteration as end:
             self.record = end.value | {"source": self.entry.where}
         except Fault as fault:
@@ -139,23 +119,22 @@ class Job:
 def regenerate(
     files: Sequence[str],
     out: Path,
-    decoder: Decoder,
-    rows: int,
+    batch: RunningBatch,
     source: Source,
     options: Options,
     settings: dict[str, Any],
     say: Say,
     overwrite: bool = False,
     total: int | None = None,
-    lines_a_row: int = LINES_A_ROW,
+    lines_a_slot: int = LINES_A_SLOT,
 ) -> int:
     """Writes `out`, or goes on with what an earlier call left of it. Ctrl-C keeps the lines that are done.
 
     Args:
-      rows: of the decoder.
+      batch: with a capacity of at least the options' max_length, and the source's stop_tokens.
       settings: what else the texts depend on (the models, the sampling), as JSON has it.
       total: what `check_lines` returned, if it was called already.
-      lines_a_row: of a window, after which what is done is written.
+      lines_a_slot: of a window, after which what is done is written.
     Returns:
       Lines whose texts end early or are left out because the target's logits were NaN or infinite.
     Raises:
@@ -173,9 +152,9 @@ def regenerate(
         meter = _Meter(say, total, progress.inputs)
         key = jax.random.key(options.seed)
         waiting = jobs(files, source, options, progress.inputs)
-        while window := list(itertools.islice(waiting, rows * lines_a_row)):
+        while window := list(itertools.islice(waiting, batch.slots * lines_a_slot)):
             try:
-                _decode(decoder, rows, window, source, options, key, meter)
+                _decode(batch, window, options, key, meter)
             except KeyboardInterrupt:
                 _keep(progress, list(itertools.takewhile(lambda job: job.done, window)), say)
                 again = "the same command" + (" without --overwrite" if overwrite else "")
@@ -231,39 +210,22 @@ def jobs(files: Sequence[str], source: Source, options: Options, first: int = 0)
         yield job
 
 
-def _decode(
-    decoder: Decoder,
-    rows: int,
-    window: Sequence[Job],
-    source: Source,
-    options: Options,
-    key: jax.Array,
-    meter: _Meter,
-) -> None:
-    """Brings the jobs of a window to their ends. A row that ends takes the next prompt."""
-    waiting = collections.deque(job for job in window if not job.done)
-    running: dict[int, Job] = {}
-    meter.lines += len(window) - len(waiting)
-    while waiting or running:
-        for row in range(rows):
-            if row not in running and waiting:
-                job = running[row] = waiting.popleft()
-                own = jax.random.fold_in(jax.random.fold_in(key, job.index), job.turn)
-                room = options.max_length - len(job.prompt)
-                decoder.insert(row, job.prompt, own, min(options.max_new_tokens, room))
-        chunk = decoder.advance(CYCLES)
-        for row, job in list(running.items()):
-            count = int(chunk.counts[row])
-            job.new += chunk.tokens[row, :count].tolist()
-            meter.tokens += count
-            if chunk.done[row]:
-                del running[row]
-                stopped = bool(job.new) and job.new[-1] in source.stop_tokens
-                job.go_on(Answer(job.new, "failed" if chunk.failed[row] else "stop" if stopped else "length"))
-                meter.lines += job.done
-                if not job.done:
-                    waiting.appendleft(job)
-        meter.say_sometimes()
+def _decode(batch: RunningBatch, window: Sequence[Job], options: Options, key: jax.Array, meter: _Meter) -> None:
+    """Brings the jobs of a window to their ends."""
+
+    def answers(job: Job) -> Task[None]:
+        while not job.done:
+            room = options.max_length - len(job.prompt)
+            answer = yield Request(
+                job.prompt,
+                jax.random.fold_in(jax.random.fold_in(key, job.index), job.turn),
+                max_new_tokens=min(options.max_new_tokens, room),
+                on_tokens=meter.count,
+            )
+            job.go_on(answer)
+        meter.lines += 1
+
+    collections.deque(run(batch, map(answers, window)), maxlen=0)
 
 
 def _work(value: Any, source: Source, options: Options) -> Work:
@@ -405,7 +367,9 @@ class _Meter:
         self.say, self.total, self.first, self.lines, self.tokens = say, total, lines, lines, 0
         self.began = self.last = time.monotonic()
 
-    def say_sometimes(self) -> None:
+    def count(self, tokens: Sequence[int]) -> None:
+        """Counts new tokens."""
+        self.tokens += len(tokens)
         if time.monotonic() - self.last >= SAY_EVERY:
             self.say_now()
 

@@ -1,4 +1,4 @@
-"""Every kind of draft in a running batch: rows refilled in turn have the texts of plain decoding."""
+"""Every kind of draft in a running batch: slots refilled in turn have the texts of plain decoding."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import pytest
 
 import eagle_jax
 from eagle_jax import Llama, SamplingConfig
-from eagle_jax.prompt import reusable
+from eagle_jax.serving import Request, RunningBatch, serve
 from tests.drafts.kinds import KINDS
 from tests.test_sampled_distribution import tiny_config
 from tests.toy import rows_of, scaled
 
-CAPACITY, WIDTH, NEW = 48, 16, 9
+CAPACITY, NEW = 48, 9
 PROMPTS = [[1, 2, 3, 1, 2], [4] * 16, [5], [3, 1, 4, 1, 5, 9, 2, 6], [7, 8, 7, 8, 7]]
 TEMPERATURES = [0.0, 1.0, 1.0, 0.0, 0.7]
 CONFIG = dataclasses.replace(tiny_config(), num_layers=2)
-insert = jax.jit(eagle_jax.insert, donate_argnums=0, static_argnames="reuse")
 
 
 @functools.cache
@@ -36,40 +35,28 @@ def plain(prompts, temperatures, keys) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", ["eagle1", "eagle3", "medusa", "draft model", "lookahead", "prompt lookup", "toy"])
-def test_rows_have_the_texts_of_plain_decoding(kind):
-    """Prompts of several lengths and temperatures take two rows in turn; then one goes on as a conversation."""
+def test_answers_are_the_texts_of_plain_decoding(kind):
+    """Prompts of several lengths and temperatures take two slots in turn; then one goes on as a conversation."""
     draft, tree = KINDS[kind].build(CONFIG, 1, 8.0), KINDS[kind].tree
-    advance = functools.partial(eagle_jax.advance, target(), draft, tree=tree, cycles=2)
+    sampling = SamplingConfig(1.0, coupled=True)
+    batch = RunningBatch(
+        target(), draft, slots=2, capacity=CAPACITY, tree=tree, sampling=sampling, buckets=(CAPACITY,), reuse=True
+    )
+    assert batch.reuse
     keys = jax.random.split(jax.random.key(2), len(PROMPTS))
-    state = eagle_jax.empty_state(target(), draft, 2, CAPACITY, sampling=SamplingConfig(1.0, coupled=True), tree=tree)
-    assert reusable(target(), draft)
 
-    def put(state, row, prompt, number, reuse=False):
-        tokens, lengths = eagle_jax.pad([prompt], buckets=(CAPACITY,))
-        sampling = SamplingConfig(TEMPERATURES[number], coupled=True)
-        return insert(
-            state, row, tokens[0], lengths[0], keys[number], sampling=sampling, max_new_tokens=NEW, reuse=reuse
-        )
+    def request(prompt, number):
+        return Request(prompt, keys[number], NEW, SamplingConfig(TEMPERATURES[number], coupled=True), id=number)
 
-    def text(state, row):
-        return state.tokens[row, : state.lengths[row]].tolist()
+    def text(answer):
+        assert answer.finish == "length"
+        return [*answer.request.prompt, *answer.tokens]
 
-    texts, running, waiting = {}, {}, list(range(len(PROMPTS)))
-    while waiting or running:
-        for row in range(2):
-            if row not in running and waiting:
-                running[row] = waiting.pop(0)
-                state = put(state, row, PROMPTS[running[row]], running[row])
-        state, chunk = advance(state)
-        assert not chunk.failed.any()
-        for row in [row for row in running if chunk.done[row]]:
-            texts[running.pop(row)] = text(state, row)
+    requests = [request(prompt, number) for number, prompt in enumerate(PROMPTS)]
+    texts = {answer.request.id: text(answer) for answer in serve(batch, requests, cycles=2)}
     assert [texts[number] for number in range(len(PROMPTS))] == plain(PROMPTS, TEMPERATURES, keys)
 
-    said = text(state, 0)
-    state = put(state, 0, [*said, 3, 7], 1, reuse=True)
-    assert state.cache.length[0] == len(said) - 1
-    while not state.done[0]:
-        state, _ = advance(state)
-    (expected,) = plain([[*said, 3, 7]], [TEMPERATURES[1]], keys[1:2])
-    assert text(state, 0) == expected
+    said = texts[len(PROMPTS) - 1]  # the last one is still in its slot
+    (answer,) = serve(batch, [request([*said, 3, 7], 1)], cycles=2)
+    assert answer.reused == len(said) - 1
+    assert [text(answer)] == plain([[*said, 3, 7]], [TEMPERATURES[1]], keys[1:2])

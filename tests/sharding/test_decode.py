@@ -12,9 +12,9 @@ import pytest
 
 import eagle_jax
 from eagle_jax import SamplingConfig, StaticTree, TreeConfig
-from eagle_jax.cli.rows import Rows
 from eagle_jax.convert import from_pretrained
 from eagle_jax.models import params
+from eagle_jax.serving import Request, RunningBatch, serve
 from tests.sharding.meshes import mesh_of, on_mesh
 from tests.toy import GOLDEN, NEW, TREE, golden_pair, near_ties, rows_of, small_case
 
@@ -65,29 +65,22 @@ def case():
     return (target, draft), (on_mesh(target, mesh), on_mesh(draft, mesh))
 
 
-def serve(pair, requests: list[list[int]]) -> list[list[int]]:
-    """Every prompt's text: 4 rows at a time, each free row taking the next prompt."""
-    rows = Rows(*pair, 4, 40, tree=TREE, buckets=(16,))
-    texts, running, waiting = {}, {}, list(range(len(requests)))
-    while waiting or running:
-        for row in set(range(4)) - set(running):
-            if waiting:
-                running[row] = index = waiting.pop(0)
-                rows.insert(row, requests[index], KEY, NEW)
-        chunk = rows.advance(2)
-        for row in [row for row in running if chunk.done[row]]:
-            texts[running.pop(row)] = rows.state.tokens[row, : rows.state.lengths[row]].tolist()
-    for cache in rows.state.cache.k + rows.state.draft.cache.v:
+def texts(pair, prompts: list[list[int]]) -> list[list[int]]:
+    """Every prompt's text: 4 slots, each taking the next prompt as soon as it is free."""
+    batch = RunningBatch(*pair, slots=4, capacity=40, tree=TREE, buckets=(16,))
+    requests = [Request(prompt, max_new_tokens=NEW, id=index) for index, prompt in enumerate(prompts)]
+    found = {answer.request.id: [*answer.request.prompt, *answer.tokens] for answer in serve(batch, requests, cycles=2)}
+    for cache in batch.state.cache.k + batch.state.draft.cache.v:
         assert len(cache.addressable_shards) in (1, 8)
         assert cache.addressable_shards[0].data.shape[:2] == ((4, 2) if len(cache.addressable_shards) == 1 else (1, 1))
-    return [texts[index] for index in range(len(requests))]
+    return [found[index] for index in range(len(prompts))]
 
 
-def test_rows_of_a_running_batch_take_new_prompts(case):
+def test_slots_of_a_running_batch_take_new_prompts(case):
     one, many = case
     rng = np.random.default_rng(1)
-    requests = [rng.integers(0, 97, length).tolist() for length in (5, 15, 1, 9, 3, 7)]
-    assert near_ties(one[0], serve(many, requests), serve(one, requests)) == 0
+    prompts = [rng.integers(0, 97, length).tolist() for length in (5, 15, 1, 9, 3, 7)]
+    assert near_ties(one[0], texts(many, prompts), texts(one, prompts)) == 0
 
 
 def test_chunks_of_a_stream_are_whole_on_every_device(case):

@@ -15,13 +15,13 @@ from transformers import ByT5Tokenizer
 
 import eagle_jax
 from eagle_jax import Eagle3Draft, SamplingConfig
-from eagle_jax.api import Chunk
 from eagle_jax.cli import main
 from eagle_jax.convert import from_pretrained
 from eagle_jax.train import fingerprint
 from eagle_jax.train.records import DataError, read_records
-from eagle_jax.train.regenerate import LINES_A_ROW, Options, Source, regenerate
+from eagle_jax.train.regenerate import LINES_A_SLOT, Options, Source, regenerate
 from eagle_jax.train.save import save_head
+from tests.scripted import ScriptedBatch
 from tests.toy import draft_config, scaled
 from tests.train.chat_templates import CHATML, LLAMA3, MISTRAL, PLAIN, REASONING, STRIPPING, byte_level, chat
 from tests.train.models import VOCAB, write_target
@@ -30,38 +30,24 @@ from tests.train.test_answers import DROPS
 END = "<|im_end|>"
 
 
-class Scripted:
-    """A decoder whose texts are a function of prompt and key."""
+class Scripted(ScriptedBatch):
+    """A running batch whose texts (or token ids, or None for NaN) are a function of prompt and key."""
 
-    def __init__(self, tokenizer: Any, rows: int = 2, script=None, end: str = END, die_at: int | None = None):
-        self.tokenizer, self.rows, self.die_at = tokenizer, rows, die_at
-        self.end = tokenizer.convert_tokens_to_ids(end)
-        self.script = script or (lambda prompt, key: f"new {len(prompt)} {key}")
-        self.prompts: list[str] = []
-        self.left: dict[int, tuple[list[int], bool]] = {}
-        self.steps = 0
+    def __init__(self, tokenizer: Any, slots: int = 2, script=None, end: str = END, die_at: int | None = None):
+        self.tokenizer, self.end = tokenizer, tokenizer.convert_tokens_to_ids(end)
+        script = script or (lambda prompt, key: f"new {len(prompt)} {key}")
 
-    def insert(self, row, prompt, key, max_new_tokens):
-        assert row not in self.left
-        text = self.script(prompt, int(jax.random.bits(key)) % 1000)
-        self.prompts.append(self.tokenizer.decode(prompt))
-        tokens = [] if text is None else [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
-        self.left[row] = tokens[:max_new_tokens], text is None
+        def answer(prompt, key):
+            text = script(prompt, int(jax.random.bits(key)) % 1000)
+            if isinstance(text, str):
+                text = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ([], True) if text is None else ([*text, self.end], False)
 
-    def advance(self, cycles):
-        self.steps += 1
-        if self.steps == self.die_at:
-            raise KeyboardInterrupt
-        tokens, counts = np.zeros((self.rows, cycles), np.int32), np.zeros(self.rows, np.int32)
-        done, failed = np.ones(self.rows, bool), np.zeros(self.rows, bool)
-        for row, (left, broken) in list(self.left.items()):
-            part = left[:cycles]
-            tokens[row, : len(part)], counts[row] = part, len(part)
-            self.left[row] = left[cycles:], broken
-            done[row], failed[row] = not left[cycles:], broken
-            if done[row]:
-                del self.left[row]
-        return Chunk(tokens, counts, done, failed)
+        super().__init__(answer, slots, (self.end,), die_at)
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.tokenizer.decode(request.prompt) for request in self.requests]
 
 
 def made(
@@ -71,7 +57,7 @@ def made(
     overwrite=False,
     say=None,
     settings=None,
-    lines_a_row=LINES_A_ROW,
+    lines_a_slot=LINES_A_SLOT,
     tokenizer=True,
     **options,
 ):
@@ -81,8 +67,8 @@ def made(
     source = Source(decoder.tokenizer if tokenizer else None, VOCAB, (decoder.end,))
     said: list[str] = [] if say is None else say
     options = Options(**{"max_length": 200, "max_new_tokens": 40} | options)
-    args = [str(data)], out, decoder, decoder.rows, source, options, settings or {}, said.append, overwrite
-    result = regenerate(*args, lines_a_row=lines_a_row)
+    args = [str(data)], out, decoder, source, options, settings or {}, said.append, overwrite
+    result = regenerate(*args, lines_a_slot=lines_a_slot)
     return [json.loads(line) for line in out.read_text().splitlines()], result
 
 
@@ -168,9 +154,8 @@ def test_training_learns_exactly_the_tokens_that_were_decoded(tmp_path, template
 def test_tokens_that_differ_from_the_templates_are_learned(tmp_path):
     """A model may write a text in other tokens than a tokenizer does."""
     tokenizer = byte_level(CHATML)
-    decoder = Scripted(tokenizer)
     letters = [token for letter in "Hello" for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
-    decoder.insert = lambda row, prompt, key, room: decoder.left.update({row: ([*letters, decoder.end], False)})
+    decoder = Scripted(tokenizer, script=lambda prompt, key: letters)
     ((line,), _) = made(tmp_path, [{"messages": chat("a", "b", "c", "d")}], decoder)
     assert line["messages"][1]["content"] == "Hello" and tokenizer("Hello")["input_ids"][1:] != letters
     first, second = records(tmp_path / "out.jsonl", tokenizer)
@@ -214,7 +199,7 @@ def test_answers_of_weight_0_stay(tmp_path):
 
 def test_texts_and_tokens_keep_their_beginning_and_exact_ids(tmp_path):
     tokenizer = byte_level(CHATML)
-    decoder = Scripted(tokenizer, rows=3)
+    decoder = Scripted(tokenizer, slots=3)
     text = "The answer is 42, and more."
     lines = [
         {"text": text},
@@ -299,7 +284,7 @@ def many_lines() -> list[dict[str, Any]]:
 
 def test_a_text_does_not_depend_on_the_batch(tmp_path):
     results = [
-        made(tmp_path, many_lines(), Scripted(byte_level(CHATML), rows), overwrite=True)[0] for rows in (1, 3, 64)
+        made(tmp_path, many_lines(), Scripted(byte_level(CHATML), slots), overwrite=True)[0] for slots in (1, 3, 64)
     ]
     assert results[0] == results[1] == results[2]
     seeded = made(tmp_path, many_lines(), Scripted(byte_level(CHATML), 3), overwrite=True, seed=1)[0]
@@ -317,7 +302,7 @@ def test_a_run_that_was_killed_comes_to_the_same_bytes(tmp_path):
     for die_at in (whole.steps // 2, whole.steps // 3, 2):
         decoder = Scripted(byte_level(CHATML), die_at=die_at)
         with pytest.raises(KeyboardInterrupt):
-            made(tmp_path, lines, decoder, lines_a_row=4)
+            made(tmp_path, lines, decoder, lines_a_slot=4)
         assert expected.startswith(partial.read_bytes()) and not out.exists()
         with open(partial, "ab") as file:
             file.write(b'{"messages": [{"role": "us')  # a line that was cut
@@ -353,25 +338,25 @@ def test_ctrl_c_keeps_the_lines_that_are_done_and_says_how_to_go_on(tmp_path):
     lines = [{"tokens": [9 + index]} for index in range(12)]
     told: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path, lines, Scripted(byte_level(CHATML), rows=2, die_at=8), say=told)
+        made(tmp_path, lines, Scripted(byte_level(CHATML), slots=2, die_at=8), say=told)
     kept = [json.loads(line) for line in (tmp_path / "out.jsonl.partial").read_text().splitlines()]
     assert 2 <= len(kept) < 12
     assert told[-1] == f"stopped: {len(kept)} of 12 lines are kept; the same command goes on from there"
-    out, _ = made(tmp_path, lines, Scripted(byte_level(CHATML), rows=2), say=told)
+    out, _ = made(tmp_path, lines, Scripted(byte_level(CHATML), slots=2), say=told)
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path, lines, Scripted(byte_level(CHATML), rows=2, die_at=8), say=told, overwrite=True)
+        made(tmp_path, lines, Scripted(byte_level(CHATML), slots=2, die_at=8), say=told, overwrite=True)
     assert told[-1].endswith("; the same command without --overwrite goes on from there")
     assert out[: len(kept)] == kept and len(out) == 12
     assert f"going on after {len(kept)} of 12 lines" in told
     (tmp_path / "whole").mkdir()
-    whole, _ = made(tmp_path / "whole", lines, Scripted(byte_level(CHATML), rows=2))
+    whole, _ = made(tmp_path / "whole", lines, Scripted(byte_level(CHATML), slots=2))
     assert [line["tokens"] for line in whole] == [line["tokens"] for line in out]
 
 
 @pytest.mark.parametrize("change", ["settings", "data", "options", "template"])
 def test_other_settings_are_refused(tmp_path, change):
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path, many_lines(), Scripted(byte_level(CHATML), die_at=60), settings={"target": "a"}, lines_a_row=4)
+        made(tmp_path, many_lines(), Scripted(byte_level(CHATML), die_at=60), settings={"target": "a"}, lines_a_slot=4)
     assert (tmp_path / "out.jsonl.partial").stat().st_size
     lines = many_lines()[1:] if change == "data" else many_lines()
     other = Scripted(byte_level(STRIPPING if change == "template" else CHATML))
@@ -386,7 +371,7 @@ def test_other_settings_are_refused(tmp_path, change):
 def test_parts_that_are_damaged_or_strange_are_refused(tmp_path):
     decoder = Scripted(byte_level(CHATML), die_at=60)
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path, many_lines(), decoder, lines_a_row=4)
+        made(tmp_path, many_lines(), decoder, lines_a_slot=4)
     partial, note = (tmp_path / f"out.jsonl.{name}" for name in ("partial", "progress.json"))
     content = partial.read_bytes()
     partial.write_bytes(content[:-9])
