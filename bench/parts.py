@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from eagle_jax import Eagle3Draft, Llama, TreeConfig
 from eagle_jax.decode import cycle, gained, propose, verify
 from eagle_jax.measure.timing import seconds_of
-from eagle_jax.models.cache import KVCache, take_rows
+from eagle_jax.models.cache import KVCache, take_tokens
 from eagle_jax.state import DecodeState, empty_state
 from eagle_jax.tree.verify import argmax
 
@@ -87,17 +87,17 @@ def measure_parts(
         return memory.hidden, memory
 
     def commit(fixed, path, cache):
-        rows, length = fixed
-        cache = cache.write(take_rows(rows, path), length)
+        new_kv, length = fixed
+        cache = cache.write(take_tokens(new_kv, path), length)
         return cache.k[-1][0, 0, 0], cache
 
     cache, memory, lengths = state.cache, state.draft, jnp.array(state.cache.length)
     before = dataclasses.replace(state, cache=KVCache([], [], lengths), draft=None)
     del state, fixed, hidden  # these caches are donated from here on
     found["extend"], *_ = seconds_of(
-        learn, (target, draft, before, nodes, path), out._replace(rows=[]), memory, repeats
+        learn, (target, draft, before, nodes, path), out._replace(new_kv=()), memory, repeats
     )
-    found["commit"], *_ = seconds_of(commit, (out.rows, lengths), path, cache, repeats)
+    found["commit"], *_ = seconds_of(commit, (out.new_kv, lengths), path, cache, repeats)
     return found
 
 

@@ -16,6 +16,7 @@ from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.layers import input_first
 from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.prompt import BUCKETS, insert, pad, prefill
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import DecodeState, empty_state
@@ -45,6 +46,8 @@ __all__ = [
     "Proposal",
     "SamplingConfig",
     "StaticTree",
+    "Target",
+    "TargetOutput",
     "Text",
     "Tree",
     "TreeConfig",

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from eagle_jax.choose import choose, shared_noise
 from eagle_jax.drafts.protocol import Draft, Proposal, Text, check_models
-from eagle_jax.models.cache import take_rows
+from eagle_jax.models.cache import take_tokens
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.prompt import run_pending
 from eagle_jax.state import DecodeState, append, at, spread
@@ -89,7 +89,7 @@ def step(
         start += jnp.minimum(chosen.tokens[:, 0], 0)
     state = dataclasses.replace(
         state,
-        cache=state.cache.write(take_rows(out.rows, chosen.path), start),
+        cache=state.cache.write(take_tokens(out.new_kv, chosen.path), start),
         cycles=state.cycles + ~state.done,
         accepted=state.accepted
         + ~state.done[:, None] * jax.nn.one_hot(length, state.accepted.shape[1], dtype=jnp.int32),

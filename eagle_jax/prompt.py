@@ -306,8 +306,8 @@ def _run(
             return attention(q, k, v, causal, old, in_blocks=True), (old.k, old.v)
 
         tokens = tokens_at(positions)
-        out = target.run(tokens, positions, attend, prompt_lengths=state.prompt_lengths, taps=taps)
-        cache = dataclasses.replace(cache, k=[k for k, _ in out.rows], v=[v for _, v in out.rows])
+        out, written = target.run(tokens, positions, attend, prompt_lengths=state.prompt_lengths, taps=taps)
+        cache = dataclasses.replace(cache, k=[k for k, _ in written], v=[v for _, v in written])
         ends_here = (last >= begin) & (last < begin + chunk)
         offset = jnp.clip(last - begin, 0, chunk - 1)
 

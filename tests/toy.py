@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import eagle_jax
-from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig, TreeConfig
+from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig, Target, TreeConfig
 from eagle_jax.convert import from_pretrained
 from eagle_jax.measure.near_tie import differences
 from tests import pickled
@@ -75,7 +75,7 @@ def rows_of(out: eagle_jax.Output) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
-def near_ties(target: Llama, ours: list[list[int]], theirs: list[list[int]], where: str = "") -> int:
+def near_ties(target: Target, ours: list[list[int]], theirs: list[list[int]], where: str = "") -> int:
     """How many texts, prompts included, part. Fails unless each parts at a near-tie."""
     parted = differences(target, [()] * len(ours), theirs, ours, buckets=(256,))
     for difference in parted:

@@ -73,7 +73,7 @@ class DraftModel(Draft):
             in_blocks=text.tree is None and width > 2,
         )
         return ModelMemory(
-            cache=memory.cache.write(out.rows, text.start),
+            cache=memory.cache.write(out.new_kv, text.start),
             hidden=jnp.where((text.count > 0)[:, None], at(out.hidden, text.count), memory.hidden),
         )
 
@@ -113,10 +113,10 @@ class DraftModel(Draft):
                 return attention(q, *rows, step.mask, past.layer(index)), rows
 
             positions = jnp.broadcast_to((state.lengths + step.level)[:, None], step.tokens.shape)
-            out = self.model.run(step.tokens, positions, attend, prompt_lengths=state.prompt_lengths)
+            out, written = self.model.run(step.tokens, positions, attend, prompt_lengths=state.prompt_lengths)
             logits, own = guesses(out.hidden, step.level + 1)
             probs = put(probs, own, (0, 1 + step.level * tree.width, 0))
-            return logits, (out.rows, probs)
+            return logits, (written, probs)
 
         logits, first = guesses(memory.hidden[:, None], 0)
         probs = jnp.zeros((batch, 1 + (tree.depth - 1) * k, first.shape[-1]), jnp.float32).at[:, :1].set(first)

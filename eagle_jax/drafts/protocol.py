@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from eagle_jax.models.llama import Llama, LlamaOutput
+from eagle_jax.models.target import missing_members
 from eagle_jax.tree import Tree, TreePolicy
 
 if TYPE_CHECKING:
@@ -109,14 +110,18 @@ def check_models(target: Any, draft: Any) -> None:
     """Raises ValueError, naming the fix, for what is no target or no draft."""
     if isinstance(target, Draft):
         raise ValueError(f"target is a draft, {shown(target)}; pass the target first, then the draft")
-    if not hasattr(target, "config"):
+    if missing := missing_members(target):
+        lacks = f", which lacks {', '.join(missing)}" if hasattr(target, "config") else ""
         raise ValueError(
-            f"target must be a Llama, such as eagle_jax.load and from_pretrained give; got {shown(target)}"
+            "target must be a Llama, such as eagle_jax.load and from_pretrained give, or another Target; got "
+            f"{shown(target)}{lacks}"
         )
     if draft is None or isinstance(draft, Draft):
         return
-    if isinstance(draft, Llama):
-        raise ValueError("draft is a Llama; to draft with a smaller model, wrap it: eagle_jax.DraftModel(draft)")
+    if not missing_members(draft):
+        raise ValueError(
+            f"draft is {shown(draft)}; to draft with a smaller model, wrap it: eagle_jax.DraftModel(draft)"
+        )
     if isinstance(draft, type) and issubclass(draft, Draft):
         raise ValueError(f"draft is the class {draft.__name__}; pass an instance of it")
     if isinstance(draft, str | os.PathLike):

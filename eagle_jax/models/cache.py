@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,24 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from eagle_jax.models import params
-from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.layers import CacheLayer
 
-Rows = Sequence[tuple[jax.Array, jax.Array]]  # new keys and values, a [B, K, T, H] pair a layer
+NewKV = Sequence[tuple[jax.Array, jax.Array]]  # the keys and values of T new tokens, a [B, K, T, H] pair a layer
+
+
+class CacheShape(Protocol):
+    """The numbers of a model's config that give its cache its shape."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +48,7 @@ class KVCache:
     length: jax.Array
 
     @classmethod
-    def zeros(cls, config: LlamaConfig, batch: int, rows: int, dtype: Any) -> KVCache:
+    def zeros(cls, config: CacheShape, batch: int, rows: int, dtype: Any) -> KVCache:
         """An empty cache of `rows` rows for each of `batch` sequences."""
         shape = (batch, config.num_kv_heads, rows, config.head_dim)
         return cls(
@@ -58,16 +72,16 @@ class KVCache:
         """One layer with new rows, as `write` puts them there."""
         return CacheLayer(_write(self.k[index], k, start), _write(self.v[index], v, start), self.length)
 
-    def write(self, rows: Rows, start: jax.Array) -> KVCache:
-        """The cache with new rows at `start`, one offset [] for the whole batch or one a sequence [B].
+    def write(self, new_kv: NewKV, start: jax.Array) -> KVCache:
+        """The cache with new keys and values at `start`, one offset [] for the whole batch or one a sequence [B].
 
         `length` stays. The caller leaves room: past the last row, `dynamic_update_slice` would clamp and
         overwrite committed rows.
         """
         return dataclasses.replace(
             self,
-            k=[_write(cache, new, start) for cache, (new, _) in zip(self.k, rows, strict=True)],
-            v=[_write(cache, new, start) for cache, (_, new) in zip(self.v, rows, strict=True)],
+            k=[_write(cache, new, start) for cache, (new, _) in zip(self.k, new_kv, strict=True)],
+            v=[_write(cache, new, start) for cache, (_, new) in zip(self.v, new_kv, strict=True)],
         )
 
 
@@ -95,7 +109,7 @@ def put(array: jax.Array, new: jax.Array, start: Sequence[int | jax.Array]) -> j
     return jax.lax.dynamic_update_slice(array, new, place)
 
 
-def take_rows(rows: Rows, index: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """Rows [B, K, T, H] at index [B, R] -> [B, K, R, H], for every layer."""
+def take_tokens(new_kv: NewKV, index: jax.Array) -> NewKV:
+    """The keys and values [B, K, T, H] of the new tokens at index [B, R]: [B, K, R, H], for every layer."""
     gather = jax.vmap(lambda array, i: array[:, i])
-    return [(gather(k, index), gather(v, index)) for k, v in rows]
+    return [(gather(k, index), gather(v, index)) for k, v in new_kv]

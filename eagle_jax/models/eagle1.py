@@ -17,7 +17,8 @@ from flax import nnx
 from eagle_jax.drafts.eagle import EagleDraft
 from eagle_jax.models.config import DraftConfig, require_same
 from eagle_jax.models.layers import Attend, add_bias, linear, normal, rope_angles, zeros
-from eagle_jax.models.llama import DecoderLayer, Llama, LlamaOutput
+from eagle_jax.models.llama import DecoderLayer
+from eagle_jax.models.target import Target, TargetOutput
 
 
 class Eagle1Draft(EagleDraft, nnx.Module):
@@ -40,15 +41,15 @@ class Eagle1Draft(EagleDraft, nnx.Module):
     def dtype(self) -> Any:
         return self.fc.dtype
 
-    def taps(self, target: Llama) -> tuple[int, ...]:
+    def taps(self, target: Target) -> tuple[int, ...]:
         """No layer is tapped: the feature is the final hidden state."""
         return ()
 
-    def features(self, output: LlamaOutput) -> jax.Array:
+    def features(self, output: TargetOutput) -> jax.Array:
         """What this head reads of a target pass: [B, T, D]."""
         return output.hidden
 
-    def check_fits(self, target: Llama) -> None:
+    def check_fits(self, target: Target) -> None:
         """Raises ConfigError, naming both numbers, if the head was not made for a target of this shape."""
         for field in ("vocab_size", "hidden_size"):
             require_same(field, getattr(self.config, field), getattr(target.config, field))
@@ -59,7 +60,7 @@ class Eagle1Draft(EagleDraft, nnx.Module):
 
     def __call__(
         self,
-        target: Llama,
+        target: Target,
         hidden: jax.Array,
         tokens: jax.Array,
         positions: jax.Array,
@@ -82,10 +83,10 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         """hidden [..., D] stands for the target's own, after its final norm."""
         return hidden
 
-    def output_weight(self, target: Llama) -> jax.Array:
+    def output_weight(self, target: Target) -> jax.Array:
         """[V, D]: the target's lm_head."""
         return target.output_weight()
 
-    def logits(self, target: Llama, hidden: jax.Array) -> jax.Array:
+    def logits(self, target: Target, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V], float32, by the target's lm_head."""
         return target.logits(hidden.astype(target.dtype))

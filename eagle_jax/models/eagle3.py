@@ -18,7 +18,7 @@ from flax import nnx
 from eagle_jax.drafts.eagle import EagleDraft
 from eagle_jax.models.config import ConfigError, DraftConfig, require_same, tap_layers
 from eagle_jax.models.layers import MLP, Attend, Attention, input_size, linear, normal, ones, rms_norm, rope_angles
-from eagle_jax.models.llama import Llama, LlamaOutput
+from eagle_jax.models.target import Target, TargetOutput
 
 
 class Eagle3Layer(nnx.Module):
@@ -73,16 +73,16 @@ class Eagle3Draft(EagleDraft, nnx.Module):
     def dtype(self) -> Any:
         return self.fc.dtype
 
-    def taps(self, target: Llama) -> tuple[int, ...]:
+    def taps(self, target: Target) -> tuple[int, ...]:
         """Target layers whose input is this head's feature."""
         return tap_layers(self.config, target.config.num_layers)
 
-    def features(self, output: LlamaOutput) -> jax.Array:
+    def features(self, output: TargetOutput) -> jax.Array:
         """What this head reads of a target pass run with its `taps`: [B, T, F]."""
         assert output.taps is not None
         return output.taps
 
-    def check_fits(self, target: Llama) -> None:
+    def check_fits(self, target: Target) -> None:
         """Raises ConfigError, naming both numbers, if the head was not made for a target of this shape."""
         config, t = self.config, target.config
         taps = self.taps(target)
@@ -106,7 +106,7 @@ class Eagle3Draft(EagleDraft, nnx.Module):
 
     def __call__(
         self,
-        target: Llama,
+        target: Target,
         hidden: jax.Array,
         tokens: jax.Array,
         positions: jax.Array,
@@ -127,11 +127,11 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         """hidden [..., D] -> what `output_weight` is multiplied with, [..., D]."""
         return rms_norm(hidden, self.norm[...], self.config.rms_norm_eps)
 
-    def output_weight(self, target: Llama) -> jax.Array:
+    def output_weight(self, target: Target) -> jax.Array:
         """[Vd, D]: the head's own lm_head, or the target's."""
         return target.output_weight() if self.lm_head is None else self.lm_head[...]
 
-    def logits(self, target: Llama, hidden: jax.Array) -> jax.Array:
+    def logits(self, target: Target, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., Vd] over the draft vocabulary, float32."""
         x = self.before_logits(hidden)
         return target.logits(x.astype(target.dtype)) if self.lm_head is None else linear(x, self.lm_head, jnp.float32)

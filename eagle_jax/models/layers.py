@@ -23,9 +23,12 @@ from eagle_jax.models.config import LlamaConfig, RopeConfig
 
 Model = TypeVar("Model")
 
-# attend(q [B, T, N, H], k [B, K, T, H], v [B, K, T, H]) -> ([B, T, N, H], whatever the caller keeps of k, v).
-# The layer does not know where older keys live; the caller's closure does.
+# attend(q [B, T, N, H], k [B, K, T, H], v [B, K, T, H]) -> (attention's result [B, T, N, H], what the caller keeps).
+# A layer does not know where older keys live; the caller's closure does. What it keeps (k and v, a cache that holds
+# them, or nothing) the layer returns unchanged.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# The same for all layers of a model: attend(layer index, q, k, v).
+AttendLayer = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 # Rows of a cache attended to at a time when going through it in blocks: for a chunk of a prompt, and on a CPU.
 CACHE_BLOCK = 512

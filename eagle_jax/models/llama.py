@@ -6,8 +6,7 @@ Letters: B batch, T new tokens, D hidden size, V vocabulary, F width of the feat
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,21 @@ from flax import nnx
 
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.config import LlamaConfig
-from eagle_jax.models.layers import MLP, Attend, Attention, attention, linear, normal, ones, rms_norm, rope_angles
+from eagle_jax.models.layers import (
+    MLP,
+    Attend,
+    AttendLayer,
+    Attention,
+    attention,
+    linear,
+    normal,
+    ones,
+    rms_norm,
+    rope_angles,
+)
+from eagle_jax.models.target import TargetOutput
 
-
-class LlamaOutput(NamedTuple):
-    """hidden [B, T, D] after the final norm; taps [B, T, len(taps) * D]; rows: new keys and values, a layer each."""
-
-    hidden: jax.Array
-    taps: jax.Array | None
-    rows: list[tuple[jax.Array, jax.Array]]
+LlamaOutput = TargetOutput
 
 
 class DecoderLayer(nnx.Module):
@@ -50,7 +55,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A Llama-architecture language model: a stateless pytree of weights and its config."""
+    """A Llama-architecture language model: a stateless pytree of weights and its config. Methods as in `Target`."""
 
     def __init__(self, config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32):
         """Random weights; `params.load` fills in real ones."""
@@ -81,46 +86,38 @@ class Llama(nnx.Module):
         cache: KVCache | None = None,
         taps: tuple[int, ...] = (),
         in_blocks: bool = False,
-    ) -> LlamaOutput:
-        """One pass over T new tokens: a prompt, a chunk of it, a tree, or a single step.
-
-        Args:
-          tokens, positions: [B, T] int32.
-          mask: [B, T, T] bool, which new tokens each new token attends to (itself included). All rows of
-            `cache` below its length are attended to as well.
-          prompt_lengths: [B], see `rope_angles`.
-          taps: layers whose input is returned; index n is the output of the last layer.
-          in_blocks: see `attention`; for chunks of a prompt.
-        """
+    ) -> TargetOutput:
+        """One pass over T new tokens, which attend to the cache and to each other under `mask`; see `Target`."""
 
         def attend(index, q, k, v):
             old = None if cache is None else cache.layer(index)
             return attention(q, k, v, mask, old, in_blocks=in_blocks), (k, v)
 
-        return self.run(tokens, positions, attend, prompt_lengths=prompt_lengths, taps=taps)
+        out, new_kv = self.run(tokens, positions, attend, prompt_lengths=prompt_lengths, taps=taps)
+        return out._replace(new_kv=new_kv)
 
     def run(
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        attend: Callable[..., tuple[jax.Array, Any]],
+        attend: AttendLayer,
         *,
         prompt_lengths: jax.Array,
         taps: tuple[int, ...] = (),
-    ) -> LlamaOutput:
-        """A pass with attention of the caller's own: attend(layer index, q, k, v), see `Attend`; it keeps the rows."""
+    ) -> tuple[TargetOutput, list[Any]]:
+        """A pass whose attention the caller computes; see `Target`."""
         x = self.embed[tokens]
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
-        stream, rows = [x], []
+        stream, kept = [x], []
         for index, layer in enumerate(self.layers):
-            x, kept = layer(x, rotation, functools.partial(attend, index))
+            x, of_layer = layer(x, rotation, functools.partial(attend, index))
             stream.append(x)
-            rows.append(kept)
+            kept.append(of_layer)
         tapped = jnp.concatenate([stream[tap] for tap in taps], axis=-1) if taps else None
-        return LlamaOutput(rms_norm(x, self.norm[...], self.config.rms_norm_eps), tapped, rows)
+        return TargetOutput(rms_norm(x, self.norm[...], self.config.rms_norm_eps), tapped), kept
 
     def output_weight(self) -> jax.Array:
-        """[V, D]: lm_head, or the embedding where they are tied."""
+        """[V, D]: lm_head, or the embedding if they are tied."""
         return (self.embed if self.lm_head is None else self.lm_head)[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:

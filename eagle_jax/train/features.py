@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from eagle_jax.convert.place import new_file
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.train import fingerprint
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.dataset import Dataset
@@ -98,7 +98,7 @@ class Group:
         return f"{self.title}-{shard:05d}.npy"
 
 
-def contents_of(settings: TrainSettings, head: Any, target: Llama) -> Contents:
+def contents_of(settings: TrainSettings, head: Any, target: Target) -> Contents:
     """What this run's head reads."""
     hidden = target.config.hidden_size
     return Contents(settings.dtype, len(head.taps(target)) * hidden, hidden)
@@ -128,7 +128,7 @@ def pass_rows(settings: TrainSettings, length: int) -> int:
     return settings.rows(length) // settings.accumulation
 
 
-def stored(settings: TrainSettings, head: Any, target: Llama, splits: Mapping[str, tuple[Dataset, Rows]]) -> Features:
+def stored(settings: TrainSettings, head: Any, target: Target, splits: Mapping[str, tuple[Dataset, Rows]]) -> Features:
     """Opens settings.features for a run."""
     contents = contents_of(settings, head, target)
     made, groups = made_from(settings, head, target, splits, contents), groups_of(settings, splits, contents)
@@ -138,7 +138,7 @@ def stored(settings: TrainSettings, head: Any, target: Llama, splits: Mapping[st
 def made_from(
     settings: TrainSettings,
     head: Any,
-    target: Llama,
+    target: Target,
     splits: Mapping[str, tuple[Dataset, Rows]],
     contents: Contents,
 ) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from eagle_jax.models import params
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.train.attention import causal, causal_part, grouped, with_own
 from eagle_jax.train.later_steps import later_steps, with_step
 from eagle_jax.train.layout import Layout, layout
@@ -56,7 +56,7 @@ class Eagle3Sums(NamedTuple):
 
 def examples(
     draft: Eagle3Draft | Eagle1Draft,
-    target: Llama,
+    target: Target,
     tokens: jax.Array,
     lengths: jax.Array,
     loss_mask: jax.Array,
@@ -71,13 +71,13 @@ def examples(
         del index
         return causal(q, k, v, text), None
 
-    out = target.run(tokens, text.positions, attend, prompt_lengths=text.end - text.first, taps=taps)
+    out, _ = target.run(tokens, text.positions, attend, prompt_lengths=text.end - text.first, taps=taps)
     return with_features(draft, target, tokens, loss_mask, text, draft.features(out), out.hidden, chunk)
 
 
 def with_features(
     draft: Eagle3Draft | Eagle1Draft,
-    target: Llama,
+    target: Target,
     tokens: jax.Array,
     loss_mask: jax.Array,
     text: Layout,
@@ -99,7 +99,7 @@ def with_features(
 
 def eagle3_loss(
     draft: Eagle3Draft,
-    target: Llama,
+    target: Target,
     tokens: jax.Array,
     lengths: jax.Array,
     loss_mask: jax.Array,
@@ -167,7 +167,7 @@ def eagle3_weights(made: Examples, steps: int, alignment: Alignment = "corrected
 
 def eagle3_sums(
     draft: Eagle3Draft,
-    target: Llama,
+    target: Target,
     made: Examples,
     weights: jax.Array,
     *,
@@ -248,7 +248,7 @@ def _floats(model: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
 
 def eagle1_loss(
     draft: Eagle1Draft,
-    target: Llama,
+    target: Target,
     tokens: jax.Array,
     lengths: jax.Array,
     loss_mask: jax.Array,
@@ -280,7 +280,7 @@ def eagle1_weights(made: Examples) -> jax.Array:
 
 def eagle1_sums(
     draft: Eagle1Draft,
-    target: Llama,
+    target: Target,
     made: Examples,
     weights: jax.Array,
     key: jax.Array | None = None,

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.train import loss
 from eagle_jax.train.attention import causal
 from eagle_jax.train.layout import layout
@@ -28,14 +28,14 @@ Metrics = dict[str, jax.Array]
 class Objective(Protocol):
     """Three pure functions; `model` is what is trained, `target` a head's target (None for a target's own training)."""
 
-    def prepare(self, model: Any, target: Llama | None, batch: Batch) -> Any:
+    def prepare(self, model: Any, target: Target | None, batch: Batch) -> Any:
         """What is learned from, made without a gradient: a pytree."""
 
     def counts(self, prepared: Any) -> Any:
         """What the positions weigh, to divide by: a pytree of sums."""
 
     def sums(
-        self, model: Any, target: Llama | None, prepared: Any, counts: Any, key: jax.Array
+        self, model: Any, target: Target | None, prepared: Any, counts: Any, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """The loss and metrics of a piece: its sums over positions, divided by the counts of the whole batch."""
 
@@ -126,7 +126,7 @@ class TargetObjective:
         def attend(index, q, k, v):
             return causal(q, k, v, text), None
 
-        out = model.run(tokens, text.positions, attend, prompt_lengths=text.end - text.first)
+        out, _ = model.run(tokens, text.positions, attend, prompt_lengths=text.end - text.first)
         sums = vocabulary_loss(out.hidden, model.output_weight(), Labels(following), weights, self.chunk)
         total = jnp.maximum(counts, 1)
         return sums.loss / total, {"loss": sums.loss / total, "accuracy": sums.match / total}

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eagle_jax.models import params
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.train.config import OptimizerSettings
 from eagle_jax.train.objective import Batch, Metrics, Objective
 
@@ -98,7 +98,7 @@ def train_step(
     state: TrainState,
     model: Any,
     frozen: Arrays,
-    target: Llama | None,
+    target: Target | None,
     batch: Batch,
     *,
     objective: Objective,

@@ -81,7 +81,7 @@ def test_flops_are_those_that_the_compiler_counts():
 
     def run(target, state, tree):
         out = verify(target, None, state, tree)
-        return target.logits(out.hidden), out.rows
+        return target.logits(out.hidden), out.new_kv
 
     counted = jax.jit(run).lower(target, state, tree).cost_analysis()["flops"]
     ours = verify_work(shape.target, nodes, batch, context=state.cache.rows).flops

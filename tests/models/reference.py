@@ -17,7 +17,8 @@ import transformers
 from eagle_jax.models import params
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.config import LlamaConfig
-from eagle_jax.models.llama import Llama, LlamaOutput
+from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import TargetOutput
 
 SMALL = dict(
     vocab_size=61,
@@ -91,7 +92,7 @@ def causal(batch: int, tokens: int) -> jax.Array:
 @jax.jit(static_argnames="taps")
 def prompt_pass(
     model: Llama, tokens: jax.Array, lengths: jax.Array, taps: tuple[int, ...] = ()
-) -> tuple[LlamaOutput, jax.Array]:
+) -> tuple[TargetOutput, jax.Array]:
     """One pass over right-padded prompts [B, T]; also the logits [B, T, V]."""
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
@@ -104,7 +105,7 @@ def one_step(model: Llama, token: jax.Array, cache: KVCache, prompt_lengths: jax
     """Token [B, 1] at the cache's length: its logits [B, V], and the cache with its row committed."""
     mask = jnp.ones((token.shape[0], 1, 1), bool)
     out = model(token, cache.length[:, None], mask, prompt_lengths=prompt_lengths, cache=cache)
-    cache = cache.write(out.rows, cache.length).with_length(cache.length + 1)
+    cache = cache.write(out.new_kv, cache.length).with_length(cache.length + 1)
     return model.logits(out.hidden)[:, 0], cache
 
 
@@ -112,5 +113,5 @@ def prefilled(model: Llama, tokens: jax.Array, lengths: jax.Array, rows: int) ->
     """Logits [B, V] after each prompt, and a cache of `rows` rows that holds it."""
     out, logits = prompt_pass(model, tokens, lengths)
     empty = KVCache.zeros(model.config, tokens.shape[0], rows, model.dtype)
-    cache = empty.write(out.rows, jnp.zeros((), jnp.int32)).with_length(lengths)
+    cache = empty.write(out.new_kv, jnp.zeros((), jnp.int32)).with_length(lengths)
     return jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0], cache

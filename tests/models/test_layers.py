@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.models import layers, params
-from eagle_jax.models.cache import KVCache, take_rows
+from eagle_jax.models.cache import KVCache, take_tokens
 from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.models.layers import (
     CACHE_BLOCK,
@@ -225,10 +225,10 @@ def test_cache_keeps_its_dtype():
     assert {array.dtype for array in (*cache.k, *cache.v)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_take_rows():
+def test_take_tokens():
     rows = rows_of(0, 2, 5)
     index = np.array([[0, 3, 3], [4, 1, 0]])
-    for (k, v), (taken_k, taken_v) in zip(rows, take_rows(rows, jnp.asarray(index)), strict=True):
+    for (k, v), (taken_k, taken_v) in zip(rows, take_tokens(rows, jnp.asarray(index)), strict=True):
         for row in range(2):
             np.testing.assert_array_equal(taken_k[row], k[row][:, index[row]])
             np.testing.assert_array_equal(taken_v[row], v[row][:, index[row]])

@@ -171,7 +171,7 @@ def test_bfloat16_model_computes_in_bfloat16_and_gives_float32_logits():
     tokens, lengths = jnp.asarray(tokens_of(1, 9)), jnp.full(1, 9)
     half = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model)
     out, logits = prompt_pass(half, tokens, lengths, taps=(1,))
-    assert out.hidden.dtype == out.taps.dtype == out.rows[0][0].dtype == jnp.bfloat16
+    assert out.hidden.dtype == out.taps.dtype == out.new_kv[0][0].dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
     exact = prompt_pass(model, tokens, lengths)[1]
     assert 1e-4 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
