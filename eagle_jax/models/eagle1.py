@@ -73,11 +73,14 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         Returns:
           hidden [B, T, D], and what `attend` keeps.
         """
-        embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
-        x = linear(jnp.concatenate([embedding, hidden], axis=-1), self.fc)
-        x = add_bias(x, self.fc_bias)
+        with jax.named_scope("embed"):
+            embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
+        with jax.named_scope("fc"):
+            x = linear(jnp.concatenate([embedding, hidden], axis=-1), self.fc)
+            x = add_bias(x, self.fc_bias)
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
-        return self.layer(x, rotation, attend)
+        with jax.named_scope("layer"):
+            return self.layer(x, rotation, attend)
 
     def before_logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] stands for the target's own, after its final norm."""

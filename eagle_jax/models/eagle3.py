@@ -100,6 +100,7 @@ class Eagle3Draft(EagleDraft, nnx.Module):
                 f"the draft does not fit the target: it taps layer {max(taps)}, the target has {t.num_layers} layers"
             )
 
+    @jax.named_scope("fc")
     def fuse(self, features: jax.Array) -> jax.Array:
         """Target features [B, T, F] -> hidden [B, T, D]. Drafted hidden states skip this."""
         return linear(features.astype(self.dtype), self.fc)
@@ -119,9 +120,11 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         Returns:
           hidden [B, T, D] before the final norm, and what `attend` keeps.
         """
-        embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
+        with jax.named_scope("embed"):
+            embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
-        return self.layer(embedding, hidden, rotation, attend)
+        with jax.named_scope("layer"):
+            return self.layer(embedding, hidden, rotation, attend)
 
     def before_logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> what `output_weight` is multiplied with, [..., D]."""
@@ -134,4 +137,7 @@ class Eagle3Draft(EagleDraft, nnx.Module):
     def logits(self, target: Target, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., Vd] over the draft vocabulary, float32."""
         x = self.before_logits(hidden)
-        return target.logits(x.astype(target.dtype)) if self.lm_head is None else linear(x, self.lm_head, jnp.float32)
+        if self.lm_head is None:
+            return target.logits(x.astype(target.dtype))
+        with jax.named_scope("lm_head"):
+            return linear(x, self.lm_head, jnp.float32)

@@ -140,6 +140,7 @@ def linear(x: jax.Array, weight: jax.Array | nnx.Param, out_dtype: Any = None) -
     return out.reshape(*x.shape[:-1], *stored.shape[:-1])
 
 
+@jax.named_scope("norm")
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """RMSNorm over the last axis, computed in float32, scaled in x's dtype (as the reference does)."""
     x32 = x.astype(jnp.float32)
@@ -165,6 +166,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return ((1 - blend) * frequencies / rope.factor + blend * frequencies).astype(np.float32)
 
 
+@jax.named_scope("rope")
 def rope_angles(
     rope: RopeConfig, head_dim: int, positions: jax.Array, prompt_lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -192,6 +194,7 @@ def rope_angles(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.named_scope("rope")
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotary embedding of x [B, T, heads, H]: the first half of H pairs with the second. In float32.
 
@@ -236,7 +239,8 @@ def attention(
     def part(keys, values, seen):  # seen [B, T or 1, rows]
         return softmax_part(grouped, keys, values, seen, tokens)
 
-    result = part(k, v, mask)
+    with jax.named_scope("new_kv"):
+        result = part(k, v, mask)
     # XLA would merge the two products of the queries into one, with a copy of the cache behind the new rows.
     grouped = jax.lax.optimization_barrier(grouped)
 
@@ -260,12 +264,13 @@ def attention(
 
         return jax.lax.fori_loop(0, -(-jnp.max(cache.length) // rows), add_block, result)
 
-    if cache is not None and in_blocks:
-        result = add_blocks(result, cache, CACHE_BLOCK)
-    elif cache is not None:
-        # A CPU saves the arithmetic on unused rows; accelerators, bound by bytes and launches, want one product.
-        in_cpu_blocks = functools.partial(add_blocks, rows=CPU_CACHE_BLOCK)
-        result = jax.lax.platform_dependent(result, cache, cpu=in_cpu_blocks, default=add_whole)
+    with jax.named_scope("cache"):
+        if cache is not None and in_blocks:
+            result = add_blocks(result, cache, CACHE_BLOCK)
+        elif cache is not None:
+            # A CPU saves the arithmetic on unused rows; accelerators, bound by bytes and launches, want one product.
+            in_cpu_blocks = functools.partial(add_blocks, rows=CPU_CACHE_BLOCK)
+            result = jax.lax.platform_dependent(result, cache, cpu=in_cpu_blocks, default=add_whole)
     total, out = result[1:]
     out = (out / total).reshape(batch, kv_heads, -1, tokens, head_dim)
     return jnp.moveaxis(out, 3, 1).reshape(batch, tokens, heads, head_dim).astype(q.dtype)
@@ -313,19 +318,21 @@ class Attention(nnx.Module):
         self.v_bias = zeros((k, h), dtype) if qkv_bias else None
         self.o_bias = zeros((d,), dtype) if o_bias else None
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         """x [B, T, input_size] -> ([B, T, D], what `attend` keeps). Keys are rotated before `attend` sees them."""
-        q = self._project(x, self.q, self.q_bias)
-        k = self._project(x, self.k, self.k_bias)
-        v = self._project(x, self.v, self.v_bias)
+        q = _project("q", x, self.q, self.q_bias)
+        k = _project("k", x, self.k, self.k_bias)
+        v = _project("v", x, self.v, self.v_bias)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         # What is kept until the commit is k and v themselves, not the larger partial sums they are made of.
         k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
         mixed, kept = attend(q, k, v)
-        out = linear(mixed.reshape(*mixed.shape[:2], -1), self.o)
-        return add_bias(out, self.o_bias), kept
+        return _project("o", mixed.reshape(*mixed.shape[:2], -1), self.o, self.o_bias), kept
 
-    def _project(self, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+
+def _project(name: str, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+    with jax.named_scope(name):
         return add_bias(linear(x, weight), bias)
 
 
@@ -342,10 +349,11 @@ class MLP(nnx.Module):
         self.up_bias = zeros((f,), dtype) if config.mlp_bias else None
         self.down_bias = zeros((d,), dtype) if config.mlp_bias else None
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = add_bias(linear(x, self.gate), self.gate_bias)
-        up = add_bias(linear(x, self.up), self.up_bias)
-        return add_bias(linear(jax.nn.silu(gate) * up, self.down), self.down_bias)
+        gate = _project("gate", x, self.gate, self.gate_bias)
+        up = _project("up", x, self.up, self.up_bias)
+        return _project("down", jax.nn.silu(gate) * up, self.down, self.down_bias)
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

@@ -106,11 +106,13 @@ class Llama(nnx.Module):
         taps: tuple[int, ...] = (),
     ) -> tuple[TargetOutput, list[Any]]:
         """A pass whose attention the caller computes; see `Target`."""
-        x = self.embed[tokens]
+        with jax.named_scope("embed"):
+            x = self.embed[tokens]
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         stream, kept = [x], []
         for index, layer in enumerate(self.layers):
-            x, of_layer = layer(x, rotation, functools.partial(attend, index))
+            with jax.named_scope(f"layers.{index}"):
+                x, of_layer = layer(x, rotation, functools.partial(attend, index))
             stream.append(x)
             kept.append(of_layer)
         tapped = jnp.concatenate([stream[tap] for tap in taps], axis=-1) if taps else None
@@ -120,6 +122,7 @@ class Llama(nnx.Module):
         """[V, D]: lm_head, or the embedding if they are tied."""
         return (self.embed if self.lm_head is None else self.lm_head)[...]
 
+    @jax.named_scope("lm_head")
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] after the final norm -> logits [..., V] in float32."""
         return linear(hidden, self.embed if self.lm_head is None else self.lm_head, jnp.float32)

@@ -16,6 +16,7 @@ from eagle_jax.train.layout import Layout
 BLOCK = 512  # queries whose scores exist at a time
 
 
+@jax.named_scope("causal")
 def causal_part(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple[jax.Array, ...]:
     """Causal attention inside each document: a part of a softmax, to merge with others.
 
@@ -110,6 +111,7 @@ def with_own(part: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, v: jax.Arr
     return finished(part, own_part(q, k, v, count)).astype(q.dtype)
 
 
+@jax.named_scope("own_keys")
 def own_part(q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array) -> tuple[jax.Array, ...]:
     """Attention of every row to its own keys of the first `count` later steps; as `causal_part`.
 

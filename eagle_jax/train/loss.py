@@ -71,7 +71,8 @@ def examples(
         del index
         return causal(q, k, v, text), None
 
-    out, _ = target.run(tokens, text.positions, attend, prompt_lengths=text.end - text.first, taps=taps)
+    with jax.named_scope("target"):
+        out, _ = target.run(tokens, text.positions, attend, prompt_lengths=text.end - text.first, taps=taps)
     return with_features(draft, target, tokens, loss_mask, text, draft.features(out), out.hidden, chunk)
 
 
@@ -165,6 +166,7 @@ def eagle3_weights(made: Examples, steps: int, alignment: Alignment = "corrected
     return jnp.stack(learned), jnp.stack(weights)
 
 
+@jax.named_scope("eagle3_loss")
 def eagle3_sums(
     draft: Eagle3Draft,
     target: Target,
@@ -206,12 +208,14 @@ def eagle3_sums(
         return head(target, hidden, tokens, positions, attend, prompt_lengths=text.end - text.first)
 
     @jax.checkpoint
+    @jax.named_scope("first_step")
     def first(floats, constants):
         def attend(q, k, v):
             return causal(q, k, v, constants["text"]), (k, v)
 
         return one(floats, constants, None, 0, attend)
 
+    @jax.named_scope("later_step")
     def later(floats, constants, hidden, rows, own, step):
         def attend(q, k, v):
             queries = grouped(q, k.shape[1])
@@ -278,6 +282,7 @@ def eagle1_weights(made: Examples) -> jax.Array:
     return made.loss_mask * (jnp.arange(made.tokens.shape[1], dtype=jnp.int32)[None] < made.text.end - 1)
 
 
+@jax.named_scope("eagle1_loss")
 def eagle1_sums(
     draft: Eagle1Draft,
     target: Target,
@@ -308,6 +313,7 @@ def eagle1_sums(
     return (weights * smooth_l1(hidden, answers)).sum(), sums
 
 
+@jax.named_scope("feature_loss")
 def smooth_l1(hidden: jax.Array, answers: jax.Array) -> jax.Array:
     """SmoothL1 between hidden states [..., D]: [...], the mean over their entries, float32."""
     difference = jnp.abs(hidden.astype(jnp.float32) - answers.astype(jnp.float32))

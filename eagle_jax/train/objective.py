@@ -119,6 +119,7 @@ class TargetObjective:
     def counts(self, prepared):
         return prepared[3].sum()
 
+    @jax.named_scope("target_loss")
     def sums(self, model, target, prepared, counts, key):
         tokens, text, following, weights = prepared
         model = loss.in_dtype(model, self.dtype)

@@ -144,8 +144,9 @@ def train_step(
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, first, counts, key))
         result, _ = jax.lax.scan(add, zeros, (prepared, keys))
     gradients, metrics = result
-    updates, optimizer = update.update(gradients, state.optimizer, state.masters)
-    masters = optax.apply_updates(state.masters, updates)
+    with jax.named_scope("optimizer"):
+        updates, optimizer = update.update(gradients, state.optimizer, state.masters)
+        masters = optax.apply_updates(state.masters, updates)
     new = TrainState(state.step + 1, masters, optimizer, state.key)
     return new, metrics | {"grad_norm": optax.tree.norm(gradients)}
 

@@ -56,6 +56,7 @@ def vocabulary_loss(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@jax.named_scope("vocabulary_loss")
 def vocabulary_losses(
     x: jax.Array, weight: jax.Array, teacher: Soft | Labels, importance: jax.Array, chunk: int = CHUNK
 ) -> LossSums:
@@ -85,6 +86,7 @@ def _forward(x, weight, teacher, importance, chunk):
     return vocabulary_losses(x, weight, teacher, importance, chunk), (x, weight, teacher, importance)
 
 
+@jax.named_scope("vocabulary_loss")
 def _backward(chunk, kept, gradient):
     """d loss / d logits = importance * (softmax(logits) - wanted)."""
     x, weight, teacher, importance = kept
@@ -112,6 +114,7 @@ def _backward(chunk, kept, gradient):
 vocabulary_losses.defvjp(_forward, _backward)
 
 
+@jax.named_scope("likeliest_tokens")
 def likeliest_tokens(hidden: jax.Array, weight: jax.Array, chunk: int = CHUNK) -> jax.Array:
     """argmax of hidden weight^T, [B, S]: hidden [B, S, H], weight [V, H]."""
     batch, width = hidden.shape[:2]

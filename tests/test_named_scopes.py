@@ -1,0 +1,68 @@
+"""Profiles can be read: every part of a layer and every loss has its name in the programs."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import eagle_jax
+from eagle_jax.train import eagle1_loss, eagle3_loss
+from eagle_jax.train.objective import TargetObjective
+from tests.toy import TREE, random_eagle1, small_case
+
+TARGET, EAGLE3, TOKENS, LENGTHS = small_case()
+IN_TRAINING = (TOKENS, LENGTHS, jnp.ones(TOKENS.shape, jnp.int32))
+LAYER = ("norm", "attention/rope", *(f"attention/{part}" for part in "qkvo"), "mlp/gate", "mlp/up", "mlp/down")
+
+
+def scopes(function, *args) -> list[str]:
+    """The names of a program's operations, as a profile shows them: "jit(f)/layers.0/attention/q/dot_general"."""
+    text = jax.jit(function).lower(*args).as_text(debug_info=True)
+    return [re.sub(r"\w+\(([\w.]*)\)", r"\1", name) for name in re.findall(r'loc\("([^"]*)"', text)]
+
+
+def target_loss(model):
+    batch = dict(zip(("tokens", "lengths", "loss_mask"), IN_TRAINING, strict=True), documents=None)
+    objective = TargetObjective()
+    prepared = objective.prepare(model, None, batch)
+    return objective.sums(model, None, prepared, objective.counts(prepared), jax.random.key(0))[0]
+
+
+def trained(loss, draft):
+    """The gradient of a loss."""
+    return jax.grad(
+        lambda draft: sum(value.sum() for value in loss(draft, TARGET, *IN_TRAINING)), allow_int=True
+    ), draft
+
+
+DECODING = functools.partial(eagle_jax.generate, tree=TREE, max_new_tokens=4), TARGET, EAGLE3, TOKENS, LENGTHS
+PROGRAMS = {
+    "decoding": (DECODING, ["embed", "lm_head", "fc", "attention/new_kv", "attention/cache"], ["layers.2", "layer"]),
+    "eagle3_loss": (
+        trained(functools.partial(eagle3_loss, steps=2), EAGLE3),
+        ["eagle3_loss/first_step", "later_step", "vocabulary_loss", "likeliest_tokens", "attention/causal", "own_keys"],
+        ["target/layers.2", "layer"],
+    ),
+    "eagle1_loss": (
+        trained(eagle1_loss, random_eagle1(1)),
+        ["eagle1_loss/embed", "feature_loss", "vocabulary_loss"],
+        ["target/layers.2", "eagle1_loss/layer"],
+    ),
+    "target_loss": (
+        (jax.grad(target_loss), TARGET),
+        ["target_loss/embed", "vocabulary_loss"],
+        ["target_loss/layers.2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_name_their_parts(name):
+    program, parts, layers = PROGRAMS[name]
+    found = scopes(*program)
+    wanted = [*parts, *(f"{layer}/{part}" for layer in layers for part in LAYER)]
+    assert [scope for scope in wanted if not any(f"/{scope}/" in f"/{place}/" for place in found)] == []
