@@ -25,6 +25,7 @@ from eagle_jax import (
     SamplingConfig,
     StaticTree,
     TreeConfig,
+    api,
     convert,
 )
 from eagle_jax.cli import batch, main, models, sampling
@@ -342,7 +343,7 @@ def test_more_new_tokens_than_there_is_room_for(folder, capsys, monkeypatch):
         assert max_new_tokens == capacity == 512
         yield eagle_jax.Chunk(np.array([[65]]), np.array([1]), np.array([True]), np.array([False]))
 
-    monkeypatch.setattr(eagle_jax, "stream", stream)
+    monkeypatch.setattr(api, "stream", stream)
     assert main(["generate", "--model", str(folder), "--prompt", "x", "--max-new-tokens", "9" * 20]) == 0
     assert "ended by the context" in capsys.readouterr().err
 
@@ -356,7 +357,7 @@ def test_samples_of_one_prompt_have_the_library_s_keys(folder, capsys, monkeypat
         yield eagle_jax.Chunk(new, np.array([1]), np.array([False]), np.array([False]), np.array([[-0.25]]))
         yield eagle_jax.Chunk(new, np.array([1]), np.array([True]), np.array([len(keys) == 3]), np.array([[-0.75]]))
 
-    monkeypatch.setattr(eagle_jax, "stream", stream)
+    monkeypatch.setattr(api, "stream", stream)
     assert main(["generate", "--model", str(folder), "--prompt", "x", *OPTIONS]) == 1
     captured = capsys.readouterr()
     assert captured.out == "AA\nAA\n"

@@ -52,10 +52,6 @@ KNOWN = {
     },
     "drafts": {"eagle_jax.models.eagle1", "eagle_jax.models.eagle3"},
     "tree": {"eagle_jax.sampling"},
-    FACADE: {
-        "eagle_jax.cli.generate",
-        "eagle_jax.cli.rows",
-    },
 }
 
 # Files that import each other in a circle.
