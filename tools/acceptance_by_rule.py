@@ -21,7 +21,7 @@ TREES = (TreeConfig(8, 10, 60), TreeConfig(6, 4, 16), TreeConfig(5, 1, 6))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     models.add_model_arguments(parser)
     parser.add_argument("--draft-window", type=models.parse_window)
     parser.add_argument("--prompts", help="default: those of `eagle-jax demo`")
@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     loaded = models.load_models(args)
 
-    def encode(text: str) -> list[int]:
+    def encode(text: str | prompts.Chat) -> list[int]:
         return prompts.encode(convert.tokenizer(loaded.folder), text, raw=True)
 
     if args.prompts is None:

@@ -82,7 +82,8 @@ def write_checkpoint(folder: Path, settings: dict, shapes: dict, shards: int, su
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(settings))
     rng = np.random.default_rng(0)
-    stem, weight_map = "model" if suffix == "safetensors" else "pytorch_model", {}
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in list(shapes.items())[shard::shards]}
         arrays = {name: array.astype(dtype) for name, array in arrays.items()}

@@ -11,6 +11,7 @@ import functools
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ VOCABULARY, NEW_TOKENS, REPEATS = 2048, 64, 9
 def models(hidden: int, layers: int, mlp: int) -> tuple[Llama, Eagle3Draft]:
     heads = hidden // 64
     kv_heads = max(heads // 3, 1) if heads % 3 == 0 else max(heads // 4, 1)
-    sizes = dict(hidden_size=hidden, num_heads=heads, num_kv_heads=kv_heads, head_dim=64, vocab_size=VOCABULARY)
+    sizes: dict[str, Any] = dict(
+        hidden_size=hidden, num_heads=heads, num_kv_heads=kv_heads, head_dim=64, vocab_size=VOCABULARY
+    )
     target = LlamaConfig(num_layers=layers, intermediate_size=mlp, tie_word_embeddings=True, **sizes)
     draft = DraftConfig(
         num_layers=1, intermediate_size=mlp, draft_vocab_size=VOCABULARY, target_hidden_size=hidden, **sizes
@@ -42,7 +45,8 @@ def main() -> None:
     for name in sys.argv[1:]:
         pair = models(*map(int, name.split("x")))
         size = sum(leaf.size for leaf in jax.tree.leaves(pair[0])) / 1e6
-        stored = {"as they are": pair, "input first": tuple(map(eagle_jax.input_first, pair))}
+        input_first = eagle_jax.input_first(pair[0]), eagle_jax.input_first(pair[1])
+        stored = {"as they are": pair, "input first": input_first}
         runs = {
             (storage, label): functools.partial(
                 eagle_jax.generate,

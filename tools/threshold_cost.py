@@ -41,7 +41,7 @@ def median_ms(function, *arguments, repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nodes", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
