@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-from bench import programs
+from bench import programs, train_memory
 from tests.accelerators.facts import FEW, MORE, extended, facts, shape
 from tests.aot import gpu_devices
-from tools import train_memory
 
 ROWS, WIDTH = 4, 2048
 

@@ -1,6 +1,6 @@
 """Peak memory of a conversion, against the size of the largest array.
 
-    python tools/convert_memory.py [--format safetensors|bin] [--source-dtype float32] [--folder DIR]
+    python -m bench.convert_memory [--format safetensors|bin] [--source-dtype float32] [--folder DIR]
 
 Writes a synthetic Llama checkpoint of 1.2 billion parameters (the shape of Llama-3.2-1B: hidden 2048, 16 layers,
 32 heads with 8 key-value heads, MLP 8192, vocabulary 128256, tied embeddings) in four shards and an EAGLE-3 head

@@ -1,7 +1,7 @@
 """Memory of a training step of an EAGLE-3 head for Llama-3.1-8B, by the number of steps of the training-time test.
 
-    python tools/train_memory.py                      H200, 8192 tokens
-    python tools/train_memory.py --device v5p --rows 2 --width 4096
+    python -m bench.train_memory                      H200, 8192 tokens
+    python -m bench.train_memory --device v5p --rows 2 --width 4096
 
 The step is compiled by the real compiler of the device, which need not be there (extra `aot`; see
 bench/compilers.py), and what it says of its memory is printed: parameters and optimiser (of which the target is
@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 
