@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from eagle_jax.serving import RunningBatch
     from eagle_jax.train import fingerprint
     from eagle_jax.train.progress import check_place
-    from eagle_jax.train.regenerate import Options, Source, check_lines, regenerate
+    from eagle_jax.train.regenerate import Options, PromptSource, check_lines, regenerate
     from eagle_jax.train.rendering import read_template
     from eagle_jax.train.say import log
 
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     only_config: Any = types.SimpleNamespace(config=config)
     unloaded = models.Models(only_config, None, folder)
     stops = models.stop_tokens(unloaded, args)
-    source = Source(unloaded.tokenizer, config.vocab_size, stops)
+    source = PromptSource(unloaded.tokenizer, config.vocab_size, stops)
     total = check_lines(args.data, source, options)
     log(f"{total:,} lines; loading the models")
     notes = Console(stderr=True, highlight=False)

@@ -147,7 +147,7 @@ class Evaluator:
         frozen: Arrays,
         target: Llama | None,
         held_out: Dataset,
-        origin: setup.Source,
+        origin: setup.DataSource,
         features: Any = None,
     ):
         """model: abstract; frozen: its arrays that are not trained. features: as in `loader.batches`."""

@@ -73,7 +73,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class PromptSource:
     """What the texts are made with: a tokenizer, the vocabulary's size, and the ids that end a text.
 
     tokenizer: None takes lines of token ids only.
@@ -120,7 +120,7 @@ def regenerate(
     files: Sequence[str],
     out: Path,
     batch: RunningBatch,
-    source: Source,
+    source: PromptSource,
     options: Options,
     settings: dict[str, Any],
     say: Say,
@@ -168,7 +168,7 @@ def regenerate(
     return sum(count for what, count in progress.faults.items() if what.endswith(FAILED))
 
 
-def check_lines(files: Sequence[str], source: Source, options: Options) -> int:
+def check_lines(files: Sequence[str], source: PromptSource, options: Options) -> int:
     """Returns how many lines there are to work on.
 
     Raises:
@@ -201,7 +201,7 @@ def _keep(progress: Progress, done: Sequence[Job], say: Say) -> None:
     progress.add([job.record for job in done if job.record is not None], len(done))
 
 
-def jobs(files: Sequence[str], source: Source, options: Options, first: int = 0) -> Iterator[Job]:
+def jobs(files: Sequence[str], source: PromptSource, options: Options, first: int = 0) -> Iterator[Job]:
     """The lines of the files from the `first` on, each with its first prompt or its error."""
     entries = itertools.chain.from_iterable(map(read_values, files))
     for index, entry in enumerate(itertools.islice(entries, first, options.limit), start=first):
@@ -228,7 +228,7 @@ def _decode(batch: RunningBatch, window: Sequence[Job], options: Options, key: j
     collections.deque(run(batch, map(answers, window)), maxlen=0)
 
 
-def _work(value: Any, source: Source, options: Options) -> Work:
+def _work(value: Any, source: PromptSource, options: Options) -> Work:
     """What is to be done for a line."""
     entry = as_object(value)
     kind = _form(entry)
@@ -271,7 +271,7 @@ def _beginning(entry: dict[str, Any], kind: str, tokenizer: Any, count: int) -> 
     return beginning_tokens(tokenizer, entry["prompt"])
 
 
-def _checked(prompt: list[int], source: Source, options: Options) -> list[int]:
+def _checked(prompt: list[int], source: PromptSource, options: Options) -> list[int]:
     """A prompt that can be decoded."""
     if not prompt:
         raise Fault("empty text", "the prompt has no tokens")
@@ -283,7 +283,7 @@ def _checked(prompt: list[int], source: Source, options: Options) -> list[int]:
     return prompt
 
 
-def _conversation(entry: dict[str, Any], source: Source, options: Options) -> Work:
+def _conversation(entry: dict[str, Any], source: PromptSource, options: Options) -> Work:
     """A conversation up to the last answer that could be had; a Fault if that is none."""
     messages, tools = conversation_of(entry)
     chat = normal_messages(messages, answered=False)
@@ -339,7 +339,7 @@ def _add_document(documents: list[Encoded], prompt: list[int], answer: list[int]
     documents.append((prompt + answer, mask))
 
 
-def _text(answer: Answer, source: Source) -> str:
+def _text(answer: Answer, source: PromptSource) -> str:
     """An answer as text, without the token that ended it."""
     if answer.finish == "failed":
         raise Fault(FAILED, "the target's logits are NaN or infinite")

@@ -31,7 +31,7 @@ from eagle_jax.train.vocabulary_loss import CHUNK
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where the target (of heads), or its config and tokenizer (of a target's own training), come from.
 
     predicted: the positions of a document that the run's loss predicts, see `predicted_by`.
@@ -43,18 +43,18 @@ class Source:
     predicted: slice
 
 
-def source(settings: TrainSettings) -> Source:
+def source(settings: TrainSettings) -> DataSource:
     """Opens what settings.target or settings.model name."""
     if settings.kind == "target":
         assert settings.model is not None
         path = Path(settings.model)
         config = LlamaConfig.from_hf(read_json(path), str(path))
-        return Source(path.parent, convert.tokenizer(path.parent), config, predicted_by(settings))
+        return DataSource(path.parent, convert.tokenizer(path.parent), config, predicted_by(settings))
     assert settings.target is not None
     folder = Path(settings.target)
     folder = folder / parts.TARGET if parts.is_conversion(folder) else resolve(settings.target)
     config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    return Source(folder, convert.tokenizer(folder), config, predicted_by(settings))
+    return DataSource(folder, convert.tokenizer(folder), config, predicted_by(settings))
 
 
 def predicted_by(settings: TrainSettings) -> slice:
@@ -69,7 +69,7 @@ def predicted_by(settings: TrainSettings) -> slice:
 
 
 def documents(
-    files: Sequence[str], settings: DataSettings, origin: Source, folder: Path, say: Say, begun: bool = False
+    files: Sequence[str], settings: DataSettings, origin: DataSource, folder: Path, say: Say, begun: bool = False
 ) -> Dataset:
     """The tokenised documents of some files; from `folder` if it holds those of the same files and settings.
 
@@ -127,7 +127,7 @@ def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:
     return convert.from_pretrained(settings.target, dtype=settings.dtype, mesh=mesh)[0]
 
 
-def new_model(settings: TrainSettings, origin: Source, target: Llama | None, train: Dataset, say: Say) -> Any:
+def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None, train: Dataset, say: Say) -> Any:
     """The model to train, float32: that of settings.start, else with random weights.
 
     A new EAGLE-3 head begins with the target's own last norm and output rows, and has only to learn what to put before

@@ -95,7 +95,7 @@ def test_a_run_with_nothing_to_learn_is_refused_with_the_reasons(tmp_path, kind,
     (tmp_path / "run.yaml").write_text(SETTINGS)
     overrides = [f"kind={kind}", *(["model=config.json", "target=null"] if kind == "target" else [])]
     settings = read_settings(tmp_path / "run.yaml", [*overrides, "data.on_error=skip"])
-    origin = setup.Source(tmp_path, byte_level(), SimpleNamespace(vocab_size=50), setup.predicted_by(settings))
+    origin = setup.DataSource(tmp_path, byte_level(), SimpleNamespace(vocab_size=50), setup.predicted_by(settings))
     said: list[str] = []
     with pytest.raises(ValueError, match=f"there is no document to learn from in .*a.jsonl: of 3 lines none.*{says}"):
         setup.documents([str(path)], settings.data, origin, tmp_path / "data", said.append)

@@ -19,7 +19,7 @@ from eagle_jax.cli import main
 from eagle_jax.convert import from_pretrained
 from eagle_jax.train import fingerprint
 from eagle_jax.train.records import DataError, read_records
-from eagle_jax.train.regenerate import LINES_A_SLOT, Options, Source, regenerate
+from eagle_jax.train.regenerate import LINES_A_SLOT, Options, PromptSource, regenerate
 from eagle_jax.train.save import save_head
 from tests.scripted import ScriptedBatch
 from tests.toy import draft_config, scaled
@@ -64,7 +64,7 @@ def made(
     """The records that `regenerate` makes of some lines, and its result."""
     data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
     data.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    source = Source(decoder.tokenizer if tokenizer else None, VOCAB, (decoder.end,))
+    source = PromptSource(decoder.tokenizer if tokenizer else None, VOCAB, (decoder.end,))
     said: list[str] = [] if say is None else say
     options = Options(**{"max_length": 200, "max_new_tokens": 40} | options)
     args = [str(data)], out, decoder, source, options, settings or {}, said.append, overwrite
