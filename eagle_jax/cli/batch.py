@@ -19,7 +19,7 @@ from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.serving import RunningBatch, Task
 from eagle_jax.serving import run as run_tasks
-from eagle_jax.train import fingerprint
+from eagle_jax.train import checksums, fingerprint
 from eagle_jax.train.lock import locked_file
 from eagle_jax.tree import TreePolicy
 
@@ -162,7 +162,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     )
     settings = {name: getattr(args, name) for name in names}
     settings["logit_bias"] = [f"{id}={value:g}" for id, value in args.logit_bias]
-    settings["prompts"] = fingerprint.of_file(args.prompts)
+    settings["prompts"] = checksums.of_file(args.prompts)
     return json.loads(json.dumps(settings))
 
 
@@ -175,6 +175,6 @@ def _settings_of_models(
         "draft_weights": models.draft_identity(draft),
         "tree": fingerprint.of_config(tree) if jax.tree.leaves(draft) else None,
         "stop_tokens": list(stops),
-        "prompt_tokens": fingerprint.of_text(json.dumps([prompt.tokens for prompt in found])),
+        "prompt_tokens": checksums.of_text(json.dumps([prompt.tokens for prompt in found])),
     }
     return json.loads(json.dumps(settings))

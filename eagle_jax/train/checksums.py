@@ -1,24 +1,43 @@
-"""Sizes and SHA-256 of a folder's files, in a file beside them, to detect damaged, truncated or missing files."""
+"""SHA-256 of files, folders and texts; and checksums.json, by which a folder's damaged or missing files are found."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from eagle_jax.convert.place import new_file
-from eagle_jax.train import fingerprint
 
 NAME = "checksums.json"
+
+
+def of_file(path: str | Path) -> str:
+    """Returns the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def of_folder(folder: Path, of_file: Callable[[Path], str] = of_file) -> str:
+    """Returns a SHA-256 of the names and bytes of all files below a folder."""
+    total = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        total.update(f"{file.relative_to(folder).as_posix()} {of_file(file)}\n".encode())
+    return total.hexdigest()
+
+
+def of_text(text: str) -> str:
+    """Returns the SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write(folder: Path, files: Iterable[Path]) -> None:
     """Writes the checksums of files of a folder. Call it once they are complete."""
     sums = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": fingerprint.of_file(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": of_file(path)}
         for path in sorted(files)
     }
-    noted = {"files": sums, "sha256": fingerprint.of_text(json.dumps(sums))}
+    noted = {"files": sums, "sha256": of_text(json.dumps(sums))}
     with new_file(folder / NAME) as partial:
         partial.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
 
@@ -32,7 +51,7 @@ def fault(folder: Path) -> str | None:
     try:
         noted = json.loads((folder / NAME).read_text(encoding="utf-8"))
         files = noted["files"]
-        if noted["sha256"] != fingerprint.of_text(json.dumps(files)):
+        if noted["sha256"] != of_text(json.dumps(files)):
             return f"{NAME} is damaged"
     except (ValueError, KeyError, TypeError):
         return f"{NAME} is damaged"
@@ -43,6 +62,6 @@ def fault(folder: Path) -> str | None:
         if file.stat().st_size != known["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, it was written with {known['bytes']}"
     for name, known in files.items():
-        if fingerprint.of_file(folder / name) != known["sha256"]:
+        if of_file(folder / name) != known["sha256"]:
             return f"{name} is damaged (its checksum differs)"
     return None

@@ -26,7 +26,7 @@ import numpy as np
 
 from eagle_jax.convert.place import new_file
 from eagle_jax.models.target import Target
-from eagle_jax.train import fingerprint
+from eagle_jax.train import checksums, fingerprint
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.say import Say
@@ -205,7 +205,7 @@ def write(
                 np.save(file, array.view(contents.stored))
                 file.flush()
                 os.fsync(file.fileno())
-            known[name] = {"bytes": partial.stat().st_size, "sha256": fingerprint.of_file(partial)}
+            known[name] = {"bytes": partial.stat().st_size, "sha256": checksums.of_file(partial)}
         _write_json(folder / MANIFEST, manifest)
         say(f"written: {folder / name}, rows {group.rows(shard).stop} of {len(group.starts) - 1}")
 
@@ -251,7 +251,7 @@ class Features:
         """A shard, memory-mapped. Not kept open: there may be more than a process can hold."""
         path = self.folder / name
         if name not in self.verified:
-            if fingerprint.of_file(path) != self.known[name].get("sha256"):
+            if checksums.of_file(path) != self.known[name].get("sha256"):
                 raise FeaturesError(f"{path}: this shard of the features is damaged; remove it and {self._fix()}")
             self.verified.add(name)
         return np.load(path, mmap_mode="r")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.models import params
+from eagle_jax.train import checksums
 
 # The fields of the configs when fingerprints of them were first stored. They are always part of the text, so that those
 # fingerprints stay valid; a field that was added since is part of it where it differs from its default.
@@ -64,7 +63,7 @@ def of_model(model: Any) -> str:
             continue  # `input_first` gives a tied model this copy of its embedding
         sums = np.asarray(_checksums(leaf)).tolist()
         parts.append(f"{jax.tree_util.keystr(path)} {leaf.dtype.name} {list(leaf.shape)} {sums}")
-    return of_text("\n".join(parts))
+    return checksums.of_text("\n".join(parts))
 
 
 def of_tokenizer(tokenizer: Any) -> str:
@@ -73,7 +72,7 @@ def of_tokenizer(tokenizer: Any) -> str:
         content = tokenizer.backend_tokenizer.to_str()
     else:  # what a class in Python does with its vocabulary is not known
         content = [type(tokenizer).__name__, of_vocabulary(tokenizer), tokenizer.special_tokens_map]
-    return of_text(json.dumps([content, tokenizer.chat_template]))
+    return checksums.of_text(json.dumps([content, tokenizer.chat_template]))
 
 
 def of_vocabulary(tokenizer: Any) -> str:
@@ -84,18 +83,7 @@ def of_vocabulary(tokenizer: Any) -> str:
 @functools.lru_cache(maxsize=4)
 def _of_vocabulary(tokenizer: Any, size: int) -> str:
     del size  # part of the cache's key: tokens may be added
-    return of_text(json.dumps(sorted(tokenizer.get_vocab().items())))[:16]
-
-
-def of_file(path: str | Path) -> str:
-    """Of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def of_text(text: str) -> str:
-    """Of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return checksums.of_text(json.dumps(sorted(tokenizer.get_vocab().items())))[:16]
 
 
 @jax.jit

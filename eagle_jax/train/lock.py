@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from eagle_jax.train.say import Say
 
 LOCK = ".lock"
 
@@ -19,7 +17,7 @@ class Locked(ValueError):
 
 
 @contextmanager
-def locked_folder(folder: Path, say: Say) -> Iterator[None]:
+def locked_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Locks a folder, which is made if needed. See `locked`."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a folder to write to; choose another")
@@ -29,14 +27,14 @@ def locked_folder(folder: Path, say: Say) -> Iterator[None]:
 
 
 @contextmanager
-def locked_file(out: Path, say: Say) -> Iterator[None]:
+def locked_file(out: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Locks a file that is to be written, by a file beside it. See `locked`."""
     with locked(out, out.with_name(f".{out.name}{LOCK}"), say):
         yield
 
 
 @contextmanager
-def locked(what: Path, lock: Path, say: Say) -> Iterator[None]:
+def locked(what: Path, lock: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Holds `lock` while the block runs; the operating system releases it if the process dies.
 
     Raises:
@@ -52,7 +50,7 @@ def locked(what: Path, lock: Path, say: Say) -> Iterator[None]:
             os.close(file)
 
 
-def _take(what: Path, lock: Path, say: Say) -> int | None:
+def _take(what: Path, lock: Path, say: Callable[[str], None]) -> int | None:
     """The open lock file; None where the file system has no locks."""
     try:
         import fcntl

@@ -7,14 +7,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from eagle_jax.convert.place import new_file
 from eagle_jax.train.lock import locked_file
-from eagle_jax.train.say import log
 
 START_ANEW = "to write it anew, give --overwrite"
 EMPTY = hashlib.sha256().hexdigest()
@@ -27,16 +26,18 @@ class Progress:
     inputs: lines of input that are done. records: lines of output. faults: {what: lines of input},
       for the caller to count.
 
+    Args:
+      say: called if the file system has no locks.
     Raises:
       ValueError: if the file is there already, or was begun with other settings. Locked: if another process writes it.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], overwrite: bool):
+    def __init__(self, out: Path, settings: dict[str, Any], overwrite: bool, say: Callable[[str], None]):
         self.out, self.settings = out, settings
         self.partial, self.note = part_paths(out)
         check_place(out, overwrite)  # before its lock file is made
         with contextlib.ExitStack() as held:
-            held.enter_context(locked_file(out, log))
+            held.enter_context(locked_file(out, say))
             check_place(out, overwrite)  # again: another process may have finished it in the meantime
             self._open(overwrite)
             self.held = held.pop_all()

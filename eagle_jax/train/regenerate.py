@@ -35,7 +35,7 @@ import jax
 
 from eagle_jax.jsonl import DataError, Entry, Fault, read_values
 from eagle_jax.serving import Answer, Request, RunningBatch, Task, run
-from eagle_jax.train import fingerprint
+from eagle_jax.train import checksums, fingerprint
 from eagle_jax.train.messages import is_learned, normal_messages
 from eagle_jax.train.progress import Progress
 from eagle_jax.train.records import (
@@ -142,11 +142,11 @@ def regenerate(
       ValueError: if `out` is there, or was begun with other settings or files, or no line can be used.
     """
     made_from = settings | dataclasses.asdict(options)
-    made_from["files"] = [fingerprint.of_file(path) for path in files]
+    made_from["files"] = [checksums.of_file(path) for path in files]
     made_from["tokenizer"] = None if source.tokenizer is None else fingerprint.of_tokenizer(source.tokenizer)
     made_from["stop_tokens"] = list(source.stop_tokens)
     total = check_lines(files, source, options) if total is None else total
-    with Progress(out, json.loads(json.dumps(made_from)), overwrite) as progress:
+    with Progress(out, json.loads(json.dumps(made_from)), overwrite, say) as progress:
         if progress.inputs:
             say(f"going on after {progress.inputs} of {total} lines")
         meter = _Meter(say, total, progress.inputs)

@@ -20,7 +20,7 @@ from eagle_jax.models.config import DraftConfig, LlamaConfig, RopeConfig
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.llama import Llama
-from eagle_jax.train import dataset, fingerprint
+from eagle_jax.train import checksums, dataset, fingerprint
 from eagle_jax.train.config import DataSettings, TrainSettings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
@@ -81,7 +81,7 @@ def documents(
     """
     template = read_template(settings.chat_template)
     about = {
-        "files": [fingerprint.of_file(name) for name in files],
+        "files": [checksums.of_file(name) for name in files],
         "row_length": settings.row_length,
         "on_error": settings.on_error,
         "too_long": settings.too_long,

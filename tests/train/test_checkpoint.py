@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from eagle_jax.models import params
-from eagle_jax.train import checkpoint, checksums, fingerprint
+from eagle_jax.train import checkpoint, checksums
 from eagle_jax.train.checkpoint import CheckpointError, Checkpoints, DoesNotFit, NotFinite
 from eagle_jax.train.step import TrainState, initial_state
 
@@ -99,14 +99,14 @@ def test_damage_of_any_file_is_named_and_the_checkpoint_before_it_used(two, tmp_
 
 
 def test_a_disk_that_cannot_be_read_is_a_damage_too(folder, monkeypatch):
-    of_file = fingerprint.of_file
+    of_file = checksums.of_file
 
     def fails(path: Path) -> str:
         if "2" in path.parts:
             raise OSError(5, "Input/output error", str(path))
         return of_file(path)
 
-    monkeypatch.setattr(fingerprint, "of_file", fails)
+    monkeypatch.setattr(checksums, "of_file", fails)
     step, (line,) = latest(folder)
     assert step == 1 and line.startswith(f"checkpoint {folder / '2'}: cannot be read: OSError: [Errno 5] Input/output")
 

@@ -17,15 +17,15 @@ RECORDS = [{"text": "one"}, {"text": "twö"}]
 def begun(tmp_path) -> Path:
     """An output of which a part is written."""
     out = tmp_path / "out.jsonl"
-    with Progress(out, {"a": 1}, False) as progress:
+    with Progress(out, {"a": 1}, False, print) as progress:
         progress.add(RECORDS, 3)
         with pytest.raises(Locked, match=r"out\.jsonl: another run"):
-            Progress(out, {"a": 1}, False)
+            Progress(out, {"a": 1}, False, print)
     return out
 
 
 def go_on(out: Path) -> list[dict[str, str]]:
-    with Progress(out, {"a": 1}, False) as progress:
+    with Progress(out, {"a": 1}, False, print) as progress:
         assert progress.inputs == 3 and progress.records == 2
         progress.add([{"text": "three"}], 1)
         progress.finish()
