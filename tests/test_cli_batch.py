@@ -35,8 +35,8 @@ from eagle_jax.cli.results import Results, read_finished
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, sampling_config
 from eagle_jax.cli.text import Detokenizer, Ends
 from eagle_jax.convert.hub import Hub
+from eagle_jax.files.lock import locked_file
 from eagle_jax.serving import Request, RunningBatch, run, serve
-from eagle_jax.train.lock import locked_file
 from tests.pickled import readable
 from tests.scripted import ScriptedBatch
 from tests.test_cli import byte_tokenizer, converted_pair

@@ -34,7 +34,6 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ROOM_OF = {
     "__main__": "cli",
     "choose": "decode",
-    "jsonl": "files",
     "prompt": "decode",
     "state": "decode",
 }

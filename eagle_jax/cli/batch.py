@@ -15,12 +15,13 @@ import jax
 from eagle_jax.cli import answers, models, progress, prompts, text
 from eagle_jax.cli.results import Results, read_finished
 from eagle_jax.cli.sampling import model_asks, random_key, with_logit_bias
+from eagle_jax.files import checksums
+from eagle_jax.files.lock import locked_file
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.serving import RunningBatch, Task
 from eagle_jax.serving import run as run_tasks
-from eagle_jax.train import checksums, fingerprint
-from eagle_jax.train.lock import locked_file
+from eagle_jax.train import fingerprint
 from eagle_jax.tree import TreePolicy
 
 FAULTS_SHOWN = 5  # prompts that cannot be used, of which a message is printed; --out has all of them

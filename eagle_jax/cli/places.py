@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.convert.place import new_file
+from eagle_jax.files.atomic import new_file
 from eagle_jax.measure import plot
 
 MARK = "written by eagle-jax"  # in every report and picture, so that a later run may replace it

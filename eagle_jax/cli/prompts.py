@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from eagle_jax import convert
-from eagle_jax.jsonl import Fault, read_lines, read_values
+from eagle_jax.files.jsonl import Fault, read_lines, read_values
 from eagle_jax.measure.samples import DEFAULT_TEXTS
 
 JSON_FILES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")

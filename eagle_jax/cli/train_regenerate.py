@@ -85,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from eagle_jax.cli import models, places, progress
+    from eagle_jax.files.resumable import check_place
     from eagle_jax.serving import RunningBatch
     from eagle_jax.train import fingerprint
-    from eagle_jax.train.progress import check_place
     from eagle_jax.train.regenerate import Options, PromptSource, check_lines, regenerate
     from eagle_jax.train.rendering import read_template
     from eagle_jax.train.say import log

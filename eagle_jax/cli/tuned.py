@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.convert.place import new_file
+from eagle_jax.files.atomic import new_file
 from eagle_jax.measure import machine
 from eagle_jax.tree import TreeConfig
 

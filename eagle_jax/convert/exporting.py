@@ -17,10 +17,10 @@ from eagle_jax.convert import names
 from eagle_jax.convert.engines import Plan, plan
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.match import finite_values, match_draft, parameter_dtype
-from eagle_jax.convert.place import added_to, new_folder, settle
 from eagle_jax.convert.previous import some
 from eagle_jax.convert.read import Tensor, open_checkpoint
 from eagle_jax.drafts.protocol import Draft
+from eagle_jax.files.atomic import added_to, new_folder, settle
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 

@@ -14,9 +14,9 @@ import numpy as np
 from eagle_jax.convert import parts
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.match import Match
-from eagle_jax.convert.place import added_to, files_below, new_folder
 from eagle_jax.convert.read import read_json
 from eagle_jax.convert.small_files import small_files
+from eagle_jax.files.atomic import added_to, files_below, new_folder
 
 SMALL = "small_files"  # in a manifest: {path below target/: sha256} of the files copied beside the weights
 TUNED = "tuned.json"  # what `eagle-jax tune` leaves in a converted folder

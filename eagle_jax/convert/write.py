@@ -23,9 +23,9 @@ from eagle_jax.convert import parts
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.match import Match, match_pair
-from eagle_jax.convert.place import settle
 from eagle_jax.convert.previous import SMALL, Previous
 from eagle_jax.convert.small_files import copy_small_files
+from eagle_jax.files.atomic import settle
 from eagle_jax.models import params
 from eagle_jax.version import __version__
 

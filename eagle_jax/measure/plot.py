@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.convert.place import new_file
+from eagle_jax.files.atomic import new_file
 from eagle_jax.measure.compare import Measured
 from eagle_jax.measure.drawn import Drawn
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from eagle_jax.jsonl import Fault
+from eagle_jax.files.jsonl import Fault
 from eagle_jax.train.messages import (
     REASONING,
     REASONING_KEYS,

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from eagle_jax.train import checksums, processes
+from eagle_jax.files import checksums
+from eagle_jax.train import processes
 from eagle_jax.train.say import Say
 from eagle_jax.train.step import TrainState, state_shardings
 

@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax.convert.place import new_folder
-from eagle_jax.train import checksums
+from eagle_jax.files import checksums
+from eagle_jax.files.atomic import new_folder
 
 ANEW = "remove this folder: its documents are made anew from the data files"
 OPEN_ROWS = 64  # rows that a document may still go into

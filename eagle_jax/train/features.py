@@ -24,9 +24,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from eagle_jax.convert.place import new_file
+from eagle_jax.files import checksums
+from eagle_jax.files.atomic import new_file
 from eagle_jax.models.target import Target
-from eagle_jax.train import checksums, fingerprint
+from eagle_jax.train import fingerprint
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.say import Say

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eagle_jax.files import checksums
 from eagle_jax.models import params
-from eagle_jax.train import checksums
 
 # The fields of the configs when fingerprints of them were first stored. They are always part of the text, so that those
 # fingerprints stay valid; a field that was added since is part of it where it differs from its default.

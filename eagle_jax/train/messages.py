@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from eagle_jax.jsonl import Fault
+from eagle_jax.files.jsonl import Fault
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),

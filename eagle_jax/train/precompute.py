@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from eagle_jax.files.lock import locked_folder
 from eagle_jax.models import params
 from eagle_jax.train import features, resume, setup
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.features import SHARD_BYTES, Group
 from eagle_jax.train.loader import on_mesh
-from eagle_jax.train.lock import locked_folder
 from eagle_jax.train.say import Say, SignsOfLife, log, signs_of_life
 from eagle_jax.train.setup import objective_of, rows_of
 

@@ -1,7 +1,7 @@
 """Reads training data: files of texts, token ids or conversations, as tokens and the mask of those to learn.
 
-A file is JSON Lines or one JSON array (see `eagle_jax.jsonl`). A record is an object of one of these forms; its other
-keys are ignored:
+A file is JSON Lines or one JSON array (see `eagle_jax.files.jsonl`). A record is an object of one of these forms; its
+other keys are ignored:
 
   {"text": "..."}                               all of it is learned
   {"prompt": "...", "completion": "..."}        the completion is learned
@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from eagle_jax.jsonl import DataError, Entry, Fault, read_values
+from eagle_jax.files.jsonl import DataError, Entry, Fault, read_values
 from eagle_jax.train import fingerprint
 from eagle_jax.train.chat import conversation_documents
 from eagle_jax.train.messages import LET_REGENERATE, parsed_list
@@ -140,7 +140,7 @@ def read_records(
     """Yields the records of files, in their order; read as they are asked for.
 
     Args:
-      files: JSON Lines or JSON arrays; see `eagle_jax.jsonl.read_values`.
+      files: JSON Lines or JSON arrays; see `eagle_jax.files.jsonl.read_values`.
       tokenizer: of transformers; None if all lines are token ids.
       vocab_size: ids are below it.
       max_length: most tokens of a record.

@@ -33,11 +33,12 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 
-from eagle_jax.jsonl import DataError, Entry, Fault, read_values
+from eagle_jax.files import checksums
+from eagle_jax.files.jsonl import DataError, Entry, Fault, read_values
+from eagle_jax.files.resumable import Progress
 from eagle_jax.serving import Answer, Request, RunningBatch, Task, run
-from eagle_jax.train import checksums, fingerprint
+from eagle_jax.train import fingerprint
 from eagle_jax.train.messages import is_learned, normal_messages
-from eagle_jax.train.progress import Progress
 from eagle_jax.train.records import (
     CONVERSATIONS,
     FORMATS,

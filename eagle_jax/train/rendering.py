@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from eagle_jax.jsonl import Fault
+from eagle_jax.files.jsonl import Fault
 from eagle_jax.train.messages import function_of, missing_part, with_calls
 
 Span: TypeAlias = tuple[int, int]  # characters of a text, or tokens: the first, and the one after the last

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from eagle_jax.convert.place import new_file
+from eagle_jax.files.atomic import new_file
 from eagle_jax.train.config import TrainSettings, read_settings
 
 SETTINGS = "settings.yaml"

@@ -26,13 +26,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eagle_jax.convert.engines import check_engine
+from eagle_jax.files.lock import locked_folder
 from eagle_jax.models import params
 from eagle_jax.train import features, loader, metrics, processes, resume, save, setup, step
 from eagle_jax.train.checkpoint import Checkpoints, NotFinite, is_finite
 from eagle_jax.train.config import LIMIT, TrainSettings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.evaluate import Evaluator, NotLossless
-from eagle_jax.train.lock import locked_folder
 from eagle_jax.train.say import Say, SignsOfLife, log, signs_of_life
 from eagle_jax.train.step import Arrays, TrainState
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from eagle_jax.convert import to_official
 from eagle_jax.convert.exporting import CONFIG, SAFETENSORS, export, write_tensors
-from eagle_jax.convert.place import new_folder
 from eagle_jax.convert.read import read_json
 from eagle_jax.convert.small_files import copy_small_files
+from eagle_jax.files.atomic import new_folder
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.train.loss import in_dtype

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 
 import eagle_jax
 from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official, tokenizer, tokenizing
-from eagle_jax.convert.place import files_below
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.medusa import Medusa
+from eagle_jax.files.atomic import files_below
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.train.save import save_target

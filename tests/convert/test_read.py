@@ -20,8 +20,8 @@ from huggingface_hub import errors
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.match import Match, match_target
-from eagle_jax.convert.place import files_below
 from eagle_jax.convert.read import open_checkpoint
+from eagle_jax.files.atomic import files_below
 from tests.convert import folders
 from tests.convert.folders import CONFIG, assert_same, llama_arrays, read_arrays, write_bin, write_safetensors
 

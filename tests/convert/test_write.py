@@ -18,9 +18,9 @@ import pytest
 
 import eagle_jax
 from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, parts, to_official
-from eagle_jax.convert.place import added_to, new_file, new_folder
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
+from eagle_jax.files.atomic import added_to, new_file, new_folder
 from eagle_jax.models.config import ConfigError
 from tests.convert import folders
 from tests.convert.folders import CONFIG, HEAD_CONFIG, assert_same, read_arrays

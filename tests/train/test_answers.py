@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle_jax.jsonl import Fault
+from eagle_jax.files.jsonl import Fault
 from eagle_jax.train.chat import conversation_documents
 from tests.train import chat_templates as templates
 from tests.train.chat_templates import chat

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 import pytest
 
+from eagle_jax.files import checksums
 from eagle_jax.models import params
-from eagle_jax.train import checkpoint, checksums
+from eagle_jax.train import checkpoint
 from eagle_jax.train.checkpoint import CheckpointError, Checkpoints, DoesNotFit, NotFinite
 from eagle_jax.train.step import TrainState, initial_state
 

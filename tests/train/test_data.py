@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle_jax.train import checksums, dataset, loader, setup
+from eagle_jax.files import checksums
+from eagle_jax.train import dataset, loader, setup
 from eagle_jax.train.config import read_settings
 from tests.train.chat_templates import byte_level
 

@@ -19,13 +19,13 @@ from safetensors.numpy import load_file, save_file
 
 from eagle_jax import DraftModel, Eagle3Draft, Llama, SamplingConfig, TreeConfig, input_first
 from eagle_jax.cli import main
+from eagle_jax.files.lock import Locked, locked_folder
 from eagle_jax.models import params
 from eagle_jax.models.config import DraftConfig, RopeConfig
 from eagle_jax.train import features, fingerprint, loader, loss, metrics, setup
 from eagle_jax.train.config import TrainSettings, read_settings
 from eagle_jax.train.dataset import Dataset
 from eagle_jax.train.features import FeaturesError
-from eagle_jax.train.lock import Locked, locked_folder
 from eagle_jax.train.precompute import precompute
 from eagle_jax.train.setup import objective_of, rows_of
 from tests.toy import TARGET

@@ -20,11 +20,11 @@ from safetensors.numpy import load_file
 import eagle_jax
 from eagle_jax.cli import main
 from eagle_jax.convert import from_pretrained
+from eagle_jax.files.lock import Locked, locked_folder
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
 from eagle_jax.train import evaluate, metrics, processes, resume, run
 from eagle_jax.train.config import OptimizerSettings, TrainSettings, read_settings
-from eagle_jax.train.lock import Locked, locked_folder
 from eagle_jax.train.precompute import precompute
 from eagle_jax.train.run import train
 from eagle_jax.train.save import check_range, save_target

@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from eagle_jax.train.lock import LOCK, Locked, locked_file, locked_folder
+from eagle_jax.files.lock import LOCK, Locked, locked_file, locked_folder
 
 
 def test_a_second_run_is_refused_and_told_of_the_first(tmp_path):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from eagle_jax.convert.place import new_file
+from eagle_jax.files.atomic import new_file
 
 NAME = "checksums.json"
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from eagle_jax.jsonl import DataError, Fault, read_lines, read_values
+from eagle_jax.files.jsonl import DataError, Fault, read_lines, read_values
 
 VALUES = [{"prompt": "caf\u00e9 \U0001f600"}, "text", 3]
 LINES = "\n".join(map(json.dumps, VALUES)) + "\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from eagle_jax.convert.place import new_file
-from eagle_jax.train.lock import locked_file
+from eagle_jax.files.atomic import new_file
+from eagle_jax.files.lock import locked_file
 
 START_ANEW = "to write it anew, give --overwrite"
 EMPTY = hashlib.sha256().hexdigest()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eagle_jax.train.lock import Locked
-from eagle_jax.train.progress import Progress
+from eagle_jax.files.lock import Locked
+from eagle_jax.files.resumable import Progress
 
 RECORDS = [{"text": "one"}, {"text": "twö"}]
 
