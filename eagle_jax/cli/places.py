@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.files.atomic import new_file
+from eagle_jax.files import atomic
 from eagle_jax.measure import plot
 
 MARK = "written by eagle-jax"  # in every report and picture, so that a later run may replace it
@@ -49,5 +48,4 @@ def check_picture(option: str, path: str) -> None:
 
 def write_json(path: str, report: dict[str, Any]) -> None:
     """Writes a report atomically."""
-    with new_file(Path(path)) as partial:
-        partial.write_text(json.dumps({"note": MARK, **report}, indent=1) + "\n", encoding="utf-8")
+    atomic.write_json(Path(path), {"note": MARK, **report})

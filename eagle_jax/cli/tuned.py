@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.files.atomic import new_file
+from eagle_jax.files.atomic import write_json
 from eagle_jax.measure import machine
 from eagle_jax.tree import TreeConfig
 
@@ -59,6 +59,5 @@ def find(draft: Any, args: argparse.Namespace, batch: int) -> tuple[TreeConfig, 
 def write(folder: Path, entry: dict[str, Any]) -> Path:
     """Puts an entry beside those of other devices, dtypes and batches, in place of an older one of the same."""
     others = [old for old in read(folder) if any(old[name] != entry[name] for name in KEY)]
-    with new_file(folder / NAME) as partial:
-        partial.write_text(json.dumps([*others, entry], indent=1) + "\n", encoding="utf-8")
+    write_json(folder / NAME, [*others, entry])
     return folder / NAME

@@ -6,7 +6,6 @@ the rest.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ import numpy as np
 
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.read import read_json
+from eagle_jax.files import checksums
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "eagle_jax converted model", 1
@@ -86,17 +86,14 @@ def restore_part(folder: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folder_sha256(folder: Path) -> str:
-    """A checksum of the names, sizes and bytes of all files below a folder."""
-    total = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        total.update(f"{file.relative_to(folder).as_posix()} {file_sha256(file)}\n".encode())
-    return total.hexdigest()
+    """Returns `checksums.of_folder`. Raises CheckpointError for a file that cannot be read."""
+    return checksums.of_folder(folder, of_file=file_sha256)
 
 
 def file_sha256(path: Path) -> str:
+    """Returns `checksums.of_file`. Raises CheckpointError if the file cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return checksums.of_file(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 
 @contextmanager
@@ -101,3 +103,21 @@ def new_file(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8, whole or not at all, to the disk itself."""
+    with new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        sync(file)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON; see `write_text`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def sync(file: IO[Any]) -> None:
+    """Returns when all that was written to an open file would outlast a power failure."""
+    file.flush()
+    os.fsync(file.fileno())

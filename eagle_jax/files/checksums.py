@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from eagle_jax.files.atomic import new_file
+from eagle_jax.files.atomic import write_json
 
 NAME = "checksums.json"
 
@@ -37,9 +37,7 @@ def write(folder: Path, files: Iterable[Path]) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": of_file(path)}
         for path in sorted(files)
     }
-    noted = {"files": sums, "sha256": of_text(json.dumps(sums))}
-    with new_file(folder / NAME) as partial:
-        partial.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / NAME, {"files": sums, "sha256": of_text(json.dumps(sums))})
 
 
 def fault(folder: Path) -> str | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from eagle_jax.files import checksums
-from eagle_jax.files.atomic import new_file
+from eagle_jax.files.atomic import new_file, sync, write_json
 from eagle_jax.models.target import Target
 from eagle_jax.train import fingerprint
 from eagle_jax.train.config import TrainSettings
@@ -204,10 +203,9 @@ def write(
         with new_file(folder / name) as partial:
             with open(partial, "wb") as file:
                 np.save(file, array.view(contents.stored))
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
             known[name] = {"bytes": partial.stat().st_size, "sha256": checksums.of_file(partial)}
-        _write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest)
         say(f"written: {folder / name}, rows {group.rows(shard).stop} of {len(group.starts) - 1}")
 
 
@@ -290,9 +288,3 @@ def _as_written(groups: Sequence[Group], manifest: dict[str, Any]) -> list[Group
 
 def _is_whole(path: Path, known: dict[str, Any] | None) -> bool:
     return isinstance(known, dict) and path.is_file() and path.stat().st_size == known.get("bytes")
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes JSON, whole or not at all."""
-    with new_file(path) as partial:
-        partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

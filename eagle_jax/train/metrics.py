@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax.files.atomic import new_file
+from eagle_jax.files.atomic import new_file, write_text
 
 
 class Metrics:
@@ -28,8 +28,7 @@ class Metrics:
 
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read(self.path) if line["step"] <= step]
-        with new_file(self.path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:

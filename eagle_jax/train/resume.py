@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from eagle_jax.files.atomic import new_file
+from eagle_jax.files.atomic import write_text
 from eagle_jax.train.config import TrainSettings, read_settings
 
 SETTINGS = "settings.yaml"
@@ -78,10 +78,8 @@ def note(output: Path, settings: TrainSettings, changed: dict[str, tuple[Any, An
         path = output / HISTORY
         earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
         line = {"time": datetime.datetime.now().isoformat(timespec="seconds"), "step": step, "changed": changed}
-        with new_file(path) as partial:
-            partial.write_text(earlier + json.dumps(line) + "\n", encoding="utf-8")
-    with new_file(output / SETTINGS) as partial:
-        partial.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        write_text(path, earlier + json.dumps(line) + "\n")
+    write_text(output / SETTINGS, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
 
 
 def in_words(changed: dict[str, tuple[Any, Any]]) -> str:

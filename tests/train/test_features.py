@@ -8,7 +8,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -208,7 +208,7 @@ def test_ctrl_c_keeps_the_shards_that_are_written(place, written, tmp_path, monk
     config, folder = written
     ours, synced = tmp_path / "features", []
 
-    def fsync(file: int) -> None:
+    def sync(file: IO[bytes]) -> None:
         synced.append(file)
         if len(synced) == 3:
             signal.raise_signal(signal.SIGINT)
@@ -218,7 +218,7 @@ def test_ctrl_c_keeps_the_shards_that_are_written(place, written, tmp_path, monk
     with monkeypatch.context() as patch:
         in_small_shards = functools.partial(precompute, shard_bytes=SHARD_BYTES // 2)
         patch.setattr("eagle_jax.train.precompute.precompute", in_small_shards)
-        patch.setattr(features.os, "fsync", fsync)
+        patch.setattr(features, "sync", sync)
         assert main(["train", "--config", str(config), "--precompute", str(ours)]) == 130
     signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
