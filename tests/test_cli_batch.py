@@ -31,11 +31,12 @@ from eagle_jax import (
 from eagle_jax.cli import batch, main, models, sampling
 from eagle_jax.cli.answers import Job, Rules, answer_turns
 from eagle_jax.cli.prompts import Prompt
-from eagle_jax.cli.results import Results, read_finished
+from eagle_jax.cli.results import is_last, read_finished
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, sampling_config
 from eagle_jax.cli.text import Detokenizer, Ends
 from eagle_jax.convert.hub import Hub
 from eagle_jax.files.lock import locked_file
+from eagle_jax.files.resumable import HeadedLines
 from eagle_jax.serving import Request, RunningBatch, run, serve
 from tests.pickled import readable
 from tests.scripted import ScriptedBatch
@@ -204,11 +205,11 @@ def test_a_conversation_torn_between_its_turns_is_written_once(tmp_path):
     whole = '{"settings": {}}\n{"index": 4}\n{"index": 5, "turn": 0, "turns": 2}\n{"index": 5, "turn": 1, "turns": 2}\n'
     torn = '{"index": 6, "turn": 0, "turns": 3}\n{"index": 6, "turn": 1, "turns": 3}\n{"ind'
     path.write_text(whole + torn)
-    with Results(str(path), {}) as results:
-        results.write({"index": 6})
+    with HeadedLines(path, {}, is_last) as results:
+        results.append({"index": 6})
     assert path.read_text() == whole + '{"index": 6}\n'
     path.write_text('{"settings": {}}\n{"index": 6, "turn": 0, "turns": 3}\n')
-    Results(str(path), {"seed": 1}).__exit__(None, None, None)
+    HeadedLines(path, {"seed": 1}, is_last).__exit__(None, None, None)
     assert path.read_text() == '{"settings": {"seed": 1}}\n'
 
 

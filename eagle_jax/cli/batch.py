@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 from eagle_jax.cli import answers, models, progress, prompts, text
-from eagle_jax.cli.results import Results, read_finished
+from eagle_jax.cli.results import is_last, read_finished
 from eagle_jax.cli.sampling import model_asks, random_key, with_logit_bias
 from eagle_jax.files import checksums
 from eagle_jax.files.lock import locked_file
+from eagle_jax.files.resumable import HeadedLines
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.serving import RunningBatch, Task
@@ -87,7 +88,7 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
 
     rules = answers.Rules(tokenizer, args.raw, ends, min(running.capacity, max(args.buckets) + 1), check)
     ended = run_tasks(running, map(start, jobs))
-    with Results(args.out, settings) as results:
+    with HeadedLines(Path(args.out), settings, is_last) as results:
         failed = _write(ended, results, args, notes, len(jobs) + len(finished), len(finished))
     if failed:
         notes.print(f"error: {failed} of the texts failed; {args.out} says why", soft_wrap=True)
@@ -96,7 +97,7 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
 
 def _write(
     ended: Iterator[answers.Job],
-    results: Results,
+    results: HeadedLines,
     args: argparse.Namespace,
     notes: Any,
     total: int,
@@ -108,7 +109,7 @@ def _write(
     began = time.perf_counter()
     with progress.bar(notes, "texts", total, before) as advance:
         for job in ended:
-            results.write(*(_line(job, turn, args) for turn in range(len(job.texts))))
+            results.append(*(_line(job, turn, args) for turn in range(len(job.texts))))
             tokens += sum(len(text.tokens) for text in job.texts)
             failed += sum(text.finish == "failed" for text in job.texts)
             count += len(job.texts)

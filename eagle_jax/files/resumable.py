@@ -1,4 +1,11 @@
-"""A file of JSON lines that is written in parts, each of which outlasts a crash, and appears when it is whole."""
+"""JSON lines that long work adds to: what was added outlasts a crash, and the next run goes on after it.
+
+A file says what its lines were made from, so that no run goes on with other settings. It has one of two forms:
+
+    headed   OUT                 the settings in its first line, then rows that can be read as soon as they are added
+    staged   OUT.partial         lines, which appear as OUT when all of them are there
+             OUT.progress.json   the settings, how much is done, and the checksum of the lines
+"""
 
 from __future__ import annotations
 
@@ -7,29 +14,108 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
-from eagle_jax.files.atomic import new_file
+from eagle_jax.files.atomic import sync, write_json
 from eagle_jax.files.lock import locked_file
 
+HEADER = b'{"settings": {'  # how a headed file begins
 START_ANEW = "to write it anew, give --overwrite"
 EMPTY = hashlib.sha256().hexdigest()
 KINDS = {"settings": dict, "inputs": int, "records": int, "bytes": int, "faults": dict}  # of what is noted
 
 
-class Progress:
-    """OUT.partial, open to add to, and OUT.progress.json.
+class JsonLines:
+    """A file of JSON lines, open to add to.
 
-    inputs: lines of input that are done. records: lines of output. faults: {what: lines of input},
-      for the caller to count.
+    Args:
+      size: the bytes that stay. What follows them, which a crash may have torn, is cut off.
+    """
+
+    def __init__(self, path: Path, size: int):
+        self.file = open(path, "ab")  # noqa: SIM115 (this object is the context manager)
+        self.file.truncate(size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.file.close()
+
+    def append(self, *values: Mapping[str, Any]) -> bytes:
+        """Adds lines, which then outlast a crash; returns their bytes."""
+        # "replace": a text may hold half of a surrogate pair, which UTF-8 cannot write.
+        lines = (json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for value in values)
+        content = b"".join(lines)
+        self.file.write(content)
+        sync(self.file)
+        return content
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns the names of settings that differ, or that one of both lacks."""
+    return [name for name in {**now, **before} if before.get(name) != now.get(name)]
+
+
+class HeadedLines(JsonLines):
+    """Opens a headed file, or begins one; `read_headed` must have approved of it.
+
+    Args:
+      is_last: whether a row is the last one of those that belong together. The rows at the end of the file that lack
+        theirs are cut off.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], is_last: Callable[[Any], bool] = lambda row: True):
+        content = path.read_bytes() if path.exists() else b""
+        size = content.rfind(b"\n") + 1
+        while start := content.rfind(b"\n", 0, max(size - 1, 0)) + 1:  # of the last row
+            if is_last(json.loads(content[start:size])):
+                break
+            size = start
+        else:
+            size = 0  # there is no row, so the settings may have changed
+        super().__init__(path, size)
+        if size == 0:
+            self.append({"settings": settings})
+
+
+def read_headed(path: Path, made_by: str, advice: str) -> tuple[dict[str, Any], list[Any]]:
+    """Reads the settings and the rows of a headed file, without a last line that a crash tore.
+
+    Args:
+      made_by: the command that writes such files. advice: what the user can do about another file. Both for messages.
+    Returns:
+      Empty ones if there is no file, or no row yet.
+    Raises:
+      ValueError: if the file has another form, or a line is no JSON.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    if content[: len(HEADER)] != HEADER[: len(content)]:
+        raise ValueError(f"{path} is there already, and not from {made_by}; {advice}")
+    values = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); {advice}") from error
+    return (values[0]["settings"], values[1:]) if values[1:] else ({}, [])
+
+
+class StagedLines(JsonLines):
+    """OUT.partial, open to add to, and OUT.progress.json; locked while it is open.
+
+    inputs: how many inputs are done. records: how many lines. faults: {what: inputs}, for the caller to count.
 
     Args:
       say: called if the file system has no locks.
     Raises:
-      ValueError: if the file is there already, or was begun with other settings. Locked: if another process writes it.
+      ValueError: if the file is there already, was begun with other settings, or is damaged. Locked: if another process
+        writes it.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], overwrite: bool, say: Callable[[str], None]):
@@ -39,85 +125,57 @@ class Progress:
         with contextlib.ExitStack() as held:
             held.enter_context(locked_file(out, say))
             check_place(out, overwrite)  # again: another process may have finished it in the meantime
-            self._open(overwrite)
+            known = None if overwrite or not self.note.is_file() else _read_note(self.note)
+            if known is None:
+                self.partial.unlink(missing_ok=True)
+                known = {"settings": settings, "inputs": 0, "records": 0, "bytes": 0, "faults": {}, "sha256": EMPTY}
+            if different := changed(known["settings"], settings):
+                raise ValueError(
+                    f"{self.partial} was begun with other settings or data ({', '.join(different)}); go on with those, "
+                    f"or {START_ANEW}"
+                )
+            self.inputs, self.records, self.bytes = known["inputs"], known["records"], known["bytes"]
+            self.faults: collections.Counter[str] = collections.Counter(known["faults"])
+            self.digest = _digest(self.partial, self.bytes)
+            if known.get("sha256", self.sha256) != self.sha256:  # older versions noted none
+                raise ValueError(f"{self.partial} is damaged (its checksum differs); {START_ANEW}")
+            super().__init__(self.partial, self.bytes)
             self.held = held.pop_all()
-
-    def _open(self, overwrite: bool) -> None:
-        """Opens what is there, or begins anew."""
-        settings = self.settings
-        known = None if overwrite or not self.note.is_file() else _read(self.note)
-        if known is None:
-            self.partial.unlink(missing_ok=True)
-            known = {"settings": settings, "inputs": 0, "records": 0, "bytes": 0, "faults": {}, "sha256": EMPTY}
-        theirs = known["settings"]
-        changed = [name for name in {**settings, **theirs} if settings.get(name) != theirs.get(name)]
-        if changed:
-            raise ValueError(
-                f"{self.partial} was begun with other settings or data ({', '.join(changed)}); go on with those, or "
-                f"{START_ANEW}"
-            )
-        self.inputs, self.records, self.bytes = known["inputs"], known["records"], known["bytes"]
-        self.faults: collections.Counter[str] = collections.Counter(known["faults"])
-        self.partial.touch()
-        self.digest = hashlib.sha256()
-        with open(self.partial, "rb") as file:
-            left = self.bytes
-            while part := file.read(min(left, 1 << 20)):
-                self.digest.update(part)
-                left -= len(part)
-        if left:
-            raise ValueError(
-                f"{self.partial} lost some of its {self.bytes} bytes, it has {self.bytes - left}; {START_ANEW}"
-            )
-        if known.get("sha256", self.sha256) != self.sha256:  # older versions noted none
-            raise ValueError(f"{self.partial} is damaged (its checksum differs); {START_ANEW}")
-        self.file = open(self.partial, "ab")  # noqa: SIM115 (this object is the context manager)
-        self.file.truncate(self.bytes)  # what was added after the last note
 
     @property
     def sha256(self) -> str:
         """Of the lines that are done."""
         return self.digest.hexdigest()
 
-    def __enter__(self) -> Progress:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.file.close()
+        super().__exit__(kind, error, traceback)
         self.held.close()
 
-    def add(self, records: Sequence[dict[str, Any]], inputs: int) -> None:
-        """Adds the records of so many lines of input; they stay."""
-        content = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
-        self.file.write(content)
-        self.file.flush()
-        os.fsync(self.file.fileno())
+    def add(self, records: Sequence[Mapping[str, Any]], inputs: int) -> None:
+        """Adds the records of so many more inputs, and notes that these are done."""
+        content = self.append(*records)
         self.digest.update(content)
         self.inputs += inputs
         self.records += len(records)
         self.bytes += len(content)
-        names = ("settings", "inputs", "records", "bytes", "faults", "sha256")
-        with new_file(self.note) as new, open(new, "w", encoding="utf-8") as file:
-            json.dump({name: getattr(self, name) for name in names}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_json(self.note, {name: getattr(self, name) for name in (*KINDS, "sha256")})
 
     def finish(self) -> None:
-        """The file appears under its name."""
+        """Gives the file its name."""
         self.file.close()
         os.replace(self.partial, self.out)
         self.note.unlink(missing_ok=True)
 
 
 def part_paths(out: Path) -> tuple[Path, Path]:
-    """Of the unfinished lines, and of what they were made from."""
+    """Returns the paths of the unfinished lines and of the note on them."""
     return out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.progress.json")
 
 
 def check_place(out: Path, overwrite: bool) -> None:
-    """Refuses a file that is there, unless it is to be overwritten or already being so."""
+    """Raises ValueError if `StagedLines` cannot write a file: one is there that is neither its own nor overwritten."""
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no folder {out.parent} to write it to")
     partial, note = part_paths(out)
@@ -127,7 +185,20 @@ def check_place(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{partial} is there, without {note.name}; {START_ANEW}")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _digest(partial: Path, size: int) -> hashlib._Hash:
+    """Returns the SHA-256 of a file's first bytes, to go on with. Raises ValueError if it is shorter."""
+    digest, left = hashlib.sha256(), size
+    partial.touch()
+    with open(partial, "rb") as file:
+        while part := file.read(min(left, 1 << 20)):
+            digest.update(part)
+            left -= len(part)
+    if left:
+        raise ValueError(f"{partial} lost some of its {size} bytes, it has {size - left}; {START_ANEW}")
+    return digest
+
+
+def _read_note(path: Path) -> dict[str, Any]:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

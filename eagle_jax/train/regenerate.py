@@ -35,7 +35,7 @@ import jax
 
 from eagle_jax.files import checksums
 from eagle_jax.files.jsonl import DataError, Entry, Fault, read_values
-from eagle_jax.files.resumable import Progress
+from eagle_jax.files.resumable import StagedLines
 from eagle_jax.serving import Answer, Request, RunningBatch, Task, run
 from eagle_jax.train import fingerprint
 from eagle_jax.train.messages import is_learned, normal_messages
@@ -147,7 +147,7 @@ def regenerate(
     made_from["tokenizer"] = None if source.tokenizer is None else fingerprint.of_tokenizer(source.tokenizer)
     made_from["stop_tokens"] = list(source.stop_tokens)
     total = check_lines(files, source, options) if total is None else total
-    with Progress(out, json.loads(json.dumps(made_from)), overwrite, say) as progress:
+    with StagedLines(out, json.loads(json.dumps(made_from)), overwrite, say) as progress:
         if progress.inputs:
             say(f"going on after {progress.inputs} of {total} lines")
         meter = _Meter(say, total, progress.inputs)
@@ -191,7 +191,7 @@ def check_lines(files: Sequence[str], source: PromptSource, options: Options) ->
     return total
 
 
-def _keep(progress: Progress, done: Sequence[Job], say: Say) -> None:
+def _keep(progress: StagedLines, done: Sequence[Job], say: Say) -> None:
     """Writes the records of lines that are done, and says what was left out of them."""
     for job in done:
         if job.error is not None:
