@@ -6,10 +6,11 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from eagle_jax import convert
 from eagle_jax.files.jsonl import Fault, read_lines, read_values
+from eagle_jax.files.records import is_list
 from eagle_jax.measure.samples import DEFAULT_TEXTS
 
 JSON_FILES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -208,26 +209,21 @@ def _prompt(value: Any, where: str, encode: Callable[[str | Chat], list[int]]) -
         return Prompt(where, encode(value), value)
     if isinstance(value, dict):
         own = _own(value)
-        if _is_list(tokens := value.get("tokens"), int):
+        if is_list(tokens := value.get("tokens"), int):
             return Prompt(where, tokens, own=own)
         for text in (value.get("prompt"), value.get("text")):
             if isinstance(text, str):
                 return Prompt(where, encode(text), text, own=own)
-        if _is_list(turns := value.get("turns"), str) and turns:
+        if is_list(turns := value.get("turns"), str) and turns:
             later = turns[1:]
             later_tokens = sum(len(encode(turn)) for turn in later)
             return Prompt(where, encode(turns[0]), turns[0], tuple(later), later_tokens, own)
         messages = value.get("messages")
-        if _is_list(messages, dict) and messages and messages[-1].get("role") not in (None, "assistant"):
+        if is_list(messages, dict) and messages and messages[-1].get("role") not in (None, "assistant"):
             said = messages[-1].get("content")
             text = said if isinstance(said, str) else None
             return Prompt(where, encode(Chat(messages, value.get("tools"))), text, own=own)
     raise ValueError(f"neither a string nor an object with {OBJECT}")
-
-
-def _is_list(value: Any, kind: type) -> TypeGuard[list[Any]]:
-    """Whether a value is a list of values of just this type: a bool is no int."""
-    return isinstance(value, list) and all(type(one) is kind for one in value)
 
 
 def _own(value: Mapping[str, Any]) -> dict[str, Any]:

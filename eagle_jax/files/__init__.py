@@ -1,4 +1,4 @@
-"""Files that outlast a crash: atomic writes, checksums, locks, resumable lines, and reading JSON with faults by place.
+"""Files that outlast a crash (atomic, locked, checked, resumable), and those that users bring (JSON, its records).
 
 Imports no other room.
 """

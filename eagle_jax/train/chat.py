@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from eagle_jax.files.jsonl import Fault
+from eagle_jax.files.records import Encoded
 from eagle_jax.train.messages import (
     REASONING,
     REASONING_KEYS,
@@ -52,7 +53,7 @@ Kind: TypeAlias = Literal[
 
 def conversation_tokens(
     tokenizer: Any, messages: Any, *, chat_template: str | None = None, tools: list[Any] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Encoded:
     """Returns the tokens of a conversation, and which of them the assistant wrote: `conversation_documents`' last one.
 
     Where the template changes earlier answers, only the last answer is learned. The Fault of an answer that cannot be
@@ -69,7 +70,7 @@ def conversation_tokens(
 
 def conversation_documents(
     tokenizer: Any, messages: Any, *, chat_template: str | None = None, tools: list[Any] | None = None
-) -> list[tuple[np.ndarray, np.ndarray] | Fault]:
+) -> list[Encoded | Fault]:
     """Returns the tokens of a conversation by the chat template, and which of them the assistant wrote.
 
     An answer is learned whole: its content, its reasoning and its tool calls stand in the learned text, or the
@@ -105,7 +106,7 @@ def conversation_documents(
     except Fault as fault:
         if fault.kind not in ("mask unsure", "answer changed"):
             raise
-    documents: list[tuple[np.ndarray, np.ndarray] | Fault] = []
+    documents: list[Encoded | Fault] = []
     for index in learned:
         try:
             documents.append(_encoded(rendering, *alone(rendering, chat[: index + 1])))
@@ -117,14 +118,14 @@ def conversation_documents(
     return documents
 
 
-def _encoded(rendering: Rendering, text: str, spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:
+def _encoded(rendering: Rendering, text: str, spans: list[Span]) -> Encoded:
     """The tokens of a text and the mask of its spans of characters."""
     tokens, found = _token_spans(rendering.tokenizer, text, spans, straddling=rendering.marked)
     mask = np.zeros(len(tokens), np.uint8)
     for span in found:
         start, end = span if rendering.marked else _without_tail(rendering.tokenizer, tokens, span)
         mask[start:end] = 1
-    return np.asarray(tokens, np.int32), mask
+    return Encoded(np.asarray(tokens, np.int32), mask)
 
 
 def _check_whole(message: dict[str, Any], name: str, text: str, before: str = "") -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from eagle_jax.files.jsonl import Fault
+from eagle_jax.files.records import LET_REGENERATE, parsed_list
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -24,7 +25,6 @@ MAY_FOLLOW = {  # "": at the beginning
     "tool": ("tool", "assistant"),
 }
 NOT_KEPT = ("from", "value", "weight", "function_call")  # of a message's keys
-LET_REGENERATE = "`eagle-jax train regenerate` lets the target answer"
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message: what was thought before its content
 REASONING = {  # how reasoning begins and ends inside a content
     "<think>": "</think>",
@@ -63,16 +63,6 @@ def normal_messages(messages: Any, answered: bool = True) -> list[dict[str, Any]
 def is_learned(message: Mapping[str, Any], chat_message: Mapping[str, Any]) -> bool:
     """Whether a message, as given and in its normal form, is an answer to learn: its weight is not 0."""
     return chat_message["role"] == "assistant" and message.get("weight") != 0
-
-
-def parsed_list(value: Any, name: str) -> list[Any] | None:
-    """A list that may be written as JSON text; None if it is empty. name: for messages."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value) if value.strip() else None
-    if value is not None and not isinstance(value, list):
-        raise Fault("bad message", f"{name} must be a list, or JSON text of one, and is a {type(value).__name__}")
-    return value or None
 
 
 def with_calls(chat: list[dict[str, Any]], objects: bool, empty: str | None) -> list[dict[str, Any]]:

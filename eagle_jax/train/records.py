@@ -21,28 +21,28 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from eagle_jax.files.jsonl import DataError, Entry, Fault, read_values
+from eagle_jax.files.records import (
+    CONVERSATIONS,
+    FORMS,
+    Encoded,
+    as_object,
+    check_texts,
+    conversation_of,
+    form_of,
+    given_tokens,
+)
 from eagle_jax.train import fingerprint
 from eagle_jax.train.chat import conversation_documents
-from eagle_jax.train.messages import LET_REGENERATE, parsed_list
 
 OnError: TypeAlias = Literal["refuse", "skip"]
 TooLong: TypeAlias = Literal["refuse", "skip", "truncate", "split"]
-Encoded: TypeAlias = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]  # tokens, mask: both [T]
 
-FORMATS = {  # the keys that make a record one of a format
-    "text": ("text",),
-    "prompt and completion": ("prompt", "completion"),
-    "tokens": ("tokens",),
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-}
-CONVERSATIONS = ("messages", "conversations")
 MESSAGES_KEPT = 3  # of each kind of fault, in a report
 
 
@@ -205,20 +205,11 @@ def _records(
                     yield record
 
 
-def as_object(value: Any) -> dict[str, Any]:
-    """The JSON object that a record must be."""
-    if isinstance(value, Fault):
-        raise value
-    if not isinstance(value, dict):
-        raise Fault("unknown format", f"a record must be a JSON object, and this one is a {type(value).__name__}")
-    return value
-
-
 def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, add_end: bool) -> list[Encoded | Fault]:
     """The documents of a record: tokens and masks, or a Fault where an answer cannot be learned."""
     if entry.get("vocabulary") is not None and entry.get("tokens") is not None:
         return list(decoded_tokens(entry, tokenizer))
-    kind = format_of(entry)
+    kind = form_of(entry)
     if kind == "tokens":
         return [given_tokens(entry["tokens"], entry.get("loss_mask"))]
     if tokenizer is None:
@@ -226,45 +217,11 @@ def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, ad
     if kind in CONVERSATIONS:
         messages, tools = conversation_of(entry)
         return list(conversation_documents(tokenizer, messages, chat_template=chat_template, tools=tools))
-    check_texts(entry, FORMATS[kind])
+    check_texts(entry, FORMS[kind])
     if kind == "text":
         tokens = _with_end(tokenizer(entry["text"], verbose=False)["input_ids"], tokenizer, add_end)
-        return [(tokens, np.ones(len(tokens), np.uint8))]
+        return [Encoded(tokens, np.ones(len(tokens), np.uint8))]
     return [_prompt_and_completion(tokenizer, entry["prompt"], entry["completion"], add_end)]
-
-
-def format_of(entry: dict[str, Any], formats: Mapping[str, Sequence[str]] = FORMATS) -> str:
-    """The one of `formats` that a record is."""
-    held = [name for name, keys in formats.items() if all(entry.get(key) is not None for key in keys)]
-    if len(held) == 1:
-        return held[0]
-    what = f"holds {' and '.join(map(repr, held))}" if held else f"has the keys {', '.join(map(repr, entry))}"
-    lists = [key for key, value in entry.items() if isinstance(value, list) and any(isinstance(v, dict) for v in value)]
-    if not held and entry.get("prompt") is not None:
-        what += f"; a prompt alone has nothing to learn: {LET_REGENERATE}"
-    elif not held and lists:
-        what += f"; if the records are the list under {lists[0]!r}, write that list alone to a file"
-    raise Fault("unknown format", f"a record must be exactly one of {', '.join(formats)}; this one {what}")
-
-
-def check_texts(entry: dict[str, Any], keys: Sequence[str]) -> None:
-    """Refuses texts that are no strings, or a last one that is empty: nothing to learn."""
-    for key in keys:
-        if not isinstance(entry[key], str):
-            raise Fault("unknown format", f"{key!r} must be a string, and is a {type(entry[key]).__name__}")
-    if not entry[keys[-1]]:
-        raise Fault("empty text", f"{keys[-1]!r} is empty")
-
-
-def conversation_of(entry: dict[str, Any]) -> tuple[Any, list[Any] | None]:
-    """The messages and the tools of a record of messages or conversations."""
-    tools = parsed_list(entry.get("tools"), '"tools"')
-    if entry.get("messages") is not None:
-        return entry["messages"], tools
-    messages, system = entry["conversations"], entry.get("system")
-    if system and isinstance(messages, list):
-        messages = [{"role": "system", "content": system}, *messages]
-    return messages, tools
 
 
 def decoded_tokens(entry: dict[str, Any], tokenizer: Any) -> list[Encoded]:
@@ -285,19 +242,6 @@ def decoded_tokens(entry: dict[str, Any], tokenizer: Any) -> list[Encoded]:
     return list(map(given_tokens, tokens, masks))
 
 
-def given_tokens(tokens: Any, mask: Any) -> Encoded:
-    """The tokens and the mask of a record, checked; without a mask, all are learned."""
-    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-        raise Fault("bad tokens", '"tokens" must be a list of integers')
-    if mask is None:
-        return tokens, np.ones(len(tokens), np.uint8)
-    if not isinstance(mask, list) or not all(type(bit) is int and bit in (0, 1) for bit in mask):
-        raise Fault("bad loss mask", '"loss_mask" must be a list of 0 and 1')
-    if len(mask) != len(tokens):
-        raise Fault("bad loss mask", f'"loss_mask" has {len(mask)} entries for {len(tokens)} tokens')
-    return tokens, mask
-
-
 def _prompt_and_completion(tokenizer: Any, prompt: str, completion: str, add_end: bool) -> Encoded:
     """The tokens of both together, if the prompt's are the first of them; else of each apart, as a decoder has them."""
     before = beginning_tokens(tokenizer, prompt)
@@ -307,7 +251,7 @@ def _prompt_and_completion(tokenizer: Any, prompt: str, completion: str, add_end
     tokens = _with_end(tokens, tokenizer, add_end)
     mask = np.ones(len(tokens), np.uint8)
     mask[: len(before)] = 0
-    return tokens, mask
+    return Encoded(tokens, mask)
 
 
 def beginning_tokens(tokenizer: Any, text: str) -> list[int]:

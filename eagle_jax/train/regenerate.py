@@ -35,21 +35,21 @@ import jax
 
 from eagle_jax.files import checksums
 from eagle_jax.files.jsonl import DataError, Entry, Fault, read_values
+from eagle_jax.files.records import (
+    CONVERSATIONS,
+    FORMS,
+    Encoded,
+    as_object,
+    check_texts,
+    conversation_of,
+    form_of,
+    given_tokens,
+)
 from eagle_jax.files.resumable import StagedLines
 from eagle_jax.serving import Answer, Request, RunningBatch, Task, run
 from eagle_jax.train import fingerprint
 from eagle_jax.train.messages import is_learned, normal_messages
-from eagle_jax.train.records import (
-    CONVERSATIONS,
-    FORMATS,
-    as_object,
-    beginning_tokens,
-    check_texts,
-    conversation_of,
-    decoded_tokens,
-    format_of,
-    given_tokens,
-)
+from eagle_jax.train.records import beginning_tokens, decoded_tokens
 from eagle_jax.train.rendering import Rendering, chat_template_of
 from eagle_jax.train.say import Say
 
@@ -85,7 +85,6 @@ class PromptSource:
     stop_tokens: Sequence[int]
 
 
-Encoded: TypeAlias = tuple[list[int], list[int]]  # tokens and mask
 # Yields prompts, is sent their answers, returns the new record; a Fault where there is none.
 Work: TypeAlias = Generator[list[int], Answer, dict[str, Any]]
 
@@ -253,11 +252,11 @@ def _work(value: Any, source: PromptSource, options: Options) -> Work:
 
 
 def _form(entry: dict[str, Any]) -> str:
-    """The one of the FORMATS that a line is, or "prompt"; a conversation, if it has decoded tokens beside it."""
-    held = {key for keys in FORMATS.values() for key in keys if entry.get(key) is not None}
+    """The one of the FORMS that a line is, or "prompt"; a conversation, if it has decoded tokens beside it."""
+    held = {key for keys in FORMS.values() for key in keys if entry.get(key) is not None}
     if held & {*CONVERSATIONS} and entry.get("vocabulary") is not None:
         entry = {key: value for key, value in entry.items() if key != "tokens"}
-    return "prompt" if held == {"prompt"} else format_of(entry)
+    return "prompt" if held == {"prompt"} else form_of(entry)
 
 
 def _beginning(entry: dict[str, Any], kind: str, tokenizer: Any, count: int) -> list[int]:
@@ -266,7 +265,7 @@ def _beginning(entry: dict[str, Any], kind: str, tokenizer: Any, count: int) -> 
         tokens, mask = given_tokens(entry["tokens"], entry.get("loss_mask"))
         learned = list(mask).index(1) if 1 in mask else len(tokens)
         return list(tokens[: learned or count])
-    check_texts(entry, FORMATS.get(kind, ("prompt",)))
+    check_texts(entry, FORMS.get(kind, ("prompt",)))
     if kind == "text":
         return beginning_tokens(tokenizer, entry["text"])[:count]
     return beginning_tokens(tokenizer, entry["prompt"])
@@ -333,11 +332,10 @@ def _conversation(entry: dict[str, Any], source: PromptSource, options: Options)
 def _add_document(documents: list[Encoded], prompt: list[int], answer: list[int]) -> None:
     """Adds what was decoded: to the last document if the prompt goes on with that, else as another one."""
     mask: list[int] = []
-    if documents and prompt[: len(documents[-1][0])] == documents[-1][0]:
-        _, earlier = documents.pop()
-        mask += earlier
+    if documents and prompt[: len(documents[-1].tokens)] == documents[-1].tokens:
+        mask += documents.pop().mask
     mask += [0] * (len(prompt) - len(mask)) + [1] * len(answer)
-    documents.append((prompt + answer, mask))
+    documents.append(Encoded(prompt + answer, mask))
 
 
 def _text(answer: Answer, source: PromptSource) -> str:
