@@ -58,7 +58,8 @@ class Record:
 class ReadReport:
     """What `read_records` has read so far.
 
-    files, lines: begun, without blank lines. records, tokens, learned: given out; learned counts the mask's ones.
+    files: begun. lines: read, without blank ones; of a JSON array, its entries. entries: how many of them are such, and
+    could be read. records, tokens, learned: given out; learned counts the mask's ones.
     truncated, split: over-long lines that were cut; left_out: parts of split ones without anything to learn.
     unseen: documents that were left out because no loss predicts one of their tokens to learn.
     unrolled: conversations of which every answer makes a document of its own.
@@ -67,6 +68,7 @@ class ReadReport:
 
     files: int = 0
     lines: int = 0
+    entries: int = 0
     records: int = 0
     tokens: int = 0
     learned: int = 0
@@ -93,17 +95,21 @@ class ReadReport:
         self.tokens += len(record.tokens)
         self.learned += int(record.loss_mask.sum())
 
+    def counted(self, number: int) -> str:
+        """Returns a number of lines in words: "3 lines", or "3 entries" if some were read from a JSON array."""
+        return _count(number, "entry" if self.entries else "line")
+
     def summary(self) -> str:
         """Words for a log: a line of counts, then one for each file and each kind of fault, with its first message.
 
         If no record was given out, a kind has all the messages that were kept.
         """
-        line = f"{_count(self.records, 'record')} of {_count(self.lines, 'line')} in {_count(self.files, 'file')}: "
+        line = f"{_count(self.records, 'record')} of {self.counted(self.lines)} in {_count(self.files, 'file')}: "
         line += f"{_count(self.tokens, 'token')}, {self.learned:,} to learn"
         if self.truncated:
-            line += f"; {_count(self.truncated, 'line')} truncated"
+            line += f"; {self.counted(self.truncated)} truncated"
         if self.split:
-            line += f"; {_count(self.split, 'line')} split ({_count(self.left_out, 'part')} without anything to learn)"
+            line += f"; {self.counted(self.split)} split ({_count(self.left_out, 'part')} without anything to learn)"
         if self.unrolled:
             line += (
                 f"; {_count(self.unrolled, 'conversation')} split by answers, as the chat template changes earlier ones"
@@ -114,10 +120,10 @@ class ReadReport:
             )
         if self.faults:
             single = ", or single answers of conversations," if self.unrolled else ""
-            line += f"; {_count(self.faults.total(), 'line')}{single} not used"
+            line += f"; {self.counted(self.faults.total())}{single} not used"
         lines = [line]
         if self.files > 1:
-            lines += [f"  {path}: {_count(count, 'line')} not used" for path, count in self.unused.items()]
+            lines += [f"  {path}: {self.counted(count)} not used" for path, count in self.unused.items()]
         for kind, count in self.faults.most_common():
             lines.append(f"  {count:,} {kind}, first {self.messages[kind][0]}")
             lines += [f"    {message}" for message in self.messages[kind][1:] if not self.records]
@@ -186,6 +192,7 @@ def _records(
         report.files += 1
         for entry in read_values(path):
             report.lines += 1
+            report.entries += entry.number is not None and not isinstance(entry.value, Fault)
             try:
                 documents = encode(as_object(entry.value))
             except Fault as fault:
@@ -298,4 +305,5 @@ def _fit(
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"

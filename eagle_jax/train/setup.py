@@ -115,7 +115,8 @@ def documents(
         say(report.summary())
         counts = ", ".join(f"{count:,} {kind}" for kind, count in report.faults.most_common())
         why = counts or ("no loss sees a token to learn" if report.lines else "the files are empty")
-        raise ValueError(f"{error} in {', '.join(files)}: of {report.lines:,} lines none is used ({why})") from error
+        read = report.counted(report.lines)
+        raise ValueError(f"{error} in {', '.join(files)}: of {read} none is used ({why})") from error
     say(report.summary())
     return made
 

@@ -310,6 +310,8 @@ def test_one_json_array_is_a_file_of_records(tmp_path):
         report = ReadReport()
         records = list(read_records([path], TOKENIZER, **LIMITS, on_error="skip", report=report))
         assert len(records) == 2 and report.lines == 3
+        assert report.summary().startswith("2 records of 3 entries in 1 file: ")
+        assert "; 1 entry not used\n" in report.summary()
         assert report.messages["unknown format"][0].startswith(f"{path}{place}: unknown format: ")
 
 
