@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle_jax.files.atomic import added_to, new_file, new_folder
+from eagle_jax.files.atomic import added_to, new_file, new_folder, write_json
 
 
 def test_interrupted_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -37,3 +37,17 @@ def test_a_new_file_is_not_written_over_a_hidden_one(tmp_path: Path):
         ".report.json": "mine",
         "report.json": "new",
     }
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "report.json"
+    write_json(path, {"a": "é"})
+    assert path.read_text(encoding="utf-8") == '{\n "a": "\\u00e9"\n}\n'
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"b": 1})
+    assert list(tmp_path.iterdir()) == [path] and "u00e9" in path.read_text()
