@@ -10,7 +10,7 @@ from typing import Any
 
 from eagle_jax import convert
 from eagle_jax.files.jsonl import Fault, read_lines, read_values
-from eagle_jax.files.records import is_list
+from eagle_jax.files.records import is_list, text_tokens
 from eagle_jax.measure.samples import DEFAULT_TEXTS
 
 JSON_FILES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -109,7 +109,7 @@ def encode(tokenizer: Any, prompt: str | Chat, raw: bool) -> list[int]:
         return encode_messages(tokenizer, chat.messages, chat.tools)
     if isinstance(prompt, Chat):
         raise ValueError("messages need a chat template, which this model lacks or --raw leaves out")
-    return _ids(tokenizer, prompt)
+    return text_tokens(tokenizer, prompt)
 
 
 def encode_messages(
@@ -127,14 +127,7 @@ def encode_messages(
     except Exception as error:  # a template is a program: it can raise anything
         kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
         raise ValueError(f"the model's chat template refuses this conversation: {kind}{error}") from error
-    return _ids(tokenizer, text, add_special_tokens=False)  # the template wrote them
-
-
-def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    try:
-        return tokenizer(text, verbose=False, **options)["input_ids"]
-    except Exception as error:  # the tokenizer libraries raise bare Exceptions
-        raise ValueError(f"the model's tokenizer refuses this text: {type(error).__name__}: {error}") from error
+    return text_tokens(tokenizer, text, add_special_tokens=False)  # the template wrote them
 
 
 class Conversation:

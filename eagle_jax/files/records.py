@@ -109,6 +109,15 @@ def parsed_list(value: Any, name: str) -> list[Any] | None:
     return value or None
 
 
+def text_tokens(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
+    """Returns the token ids of a text, or those of each of several; a Fault if the tokenizer fails on it."""
+    try:
+        return tokenizer(text, verbose=False, **options)["input_ids"]  # a length above its own limit needs no warning
+    except Exception as error:  # the tokenizer libraries raise bare Exceptions
+        what = f"the model's tokenizer refuses this text: {type(error).__name__}: {error}"
+        raise Fault("tokenizer refuses", what) from error
+
+
 def is_list(value: Any, kind: type) -> TypeGuard[list[Any]]:
     """Returns whether a value is a list of values of just this type: a bool is no int."""
     return isinstance(value, list) and all(type(one) is kind for one in value)

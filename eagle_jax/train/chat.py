@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from eagle_jax.files.jsonl import Fault
-from eagle_jax.files.records import Encoded
+from eagle_jax.files.records import Encoded, text_tokens
 from eagle_jax.train.messages import (
     REASONING,
     REASONING_KEYS,
@@ -44,6 +44,7 @@ Kind: TypeAlias = Literal[
     "mask unsure",
     "answer changed",
     "other tokenizer",
+    "tokenizer refuses",
     "token id out of range",
     "nothing to learn",
     "too long",
@@ -259,19 +260,19 @@ def _token_spans(tokenizer: Any, text: str, spans: list[Span], straddling: bool)
     Args:
       straddling: a token that reaches over the edge of a span belongs to it; else such a span is refused.
     """
-    # The template wrote the special tokens. A length above the tokenizer's own limit is no concern of its warning.
-    encode = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
-    tokens = encode(text)["input_ids"]
+    encode = functools.partial(text_tokens, tokenizer, add_special_tokens=False)  # the template wrote the special ones
+    tokens = encode(text)
     edges = sorted({0, len(text), *(place for span in spans for place in span)})
-    pieces = encode([text[start:end] for start, end in itertools.pairwise(edges)])["input_ids"]
+    pieces = encode([text[start:end] for start, end in itertools.pairwise(edges)])
     if list(itertools.chain.from_iterable(pieces)) == tokens:
         exact = dict(zip(edges, itertools.accumulate(map(len, pieces), initial=0), strict=True))
     else:
-        starts = encode([text[:place] for place in edges])["input_ids"]
+        starts = encode([text[:place] for place in edges])
         exact = {place: len(ids) for place, ids in zip(edges, starts, strict=True) if tokens[: len(ids)] == ids}
     offsets = []
     if straddling and tokenizer.is_fast and len(exact) < len(edges):
-        offsets = encode(text, return_offsets_mapping=True)["offset_mapping"]
+        encoding = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        offsets = encoding["offset_mapping"]
     found = []
     for start, end in spans:
         first, last = exact.get(start), exact.get(end)

@@ -36,6 +36,7 @@ from eagle_jax.files.records import (
     conversation_of,
     form_of,
     given_tokens,
+    text_tokens,
 )
 from eagle_jax.train import fingerprint
 from eagle_jax.train.chat import conversation_documents
@@ -226,7 +227,7 @@ def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, ad
         return list(conversation_documents(tokenizer, messages, chat_template=chat_template, tools=tools))
     check_texts(entry, FORMS[kind])
     if kind == "text":
-        tokens = _with_end(tokenizer(entry["text"], verbose=False)["input_ids"], tokenizer, add_end)
+        tokens = _with_end(text_tokens(tokenizer, entry["text"]), tokenizer, add_end)
         return [Encoded(tokens, np.ones(len(tokens), np.uint8))]
     return [_prompt_and_completion(tokenizer, entry["prompt"], entry["completion"], add_end)]
 
@@ -252,9 +253,9 @@ def decoded_tokens(entry: dict[str, Any], tokenizer: Any) -> list[Encoded]:
 def _prompt_and_completion(tokenizer: Any, prompt: str, completion: str, add_end: bool) -> Encoded:
     """The tokens of both together, if the prompt's are the first of them; else of each apart, as a decoder has them."""
     before = beginning_tokens(tokenizer, prompt)
-    tokens = tokenizer(prompt + completion, verbose=False)["input_ids"]
+    tokens = text_tokens(tokenizer, prompt + completion)
     if tokens[: len(before)] != before:
-        tokens = before + tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = before + text_tokens(tokenizer, completion, add_special_tokens=False)
     tokens = _with_end(tokens, tokenizer, add_end)
     mask = np.ones(len(tokens), np.uint8)
     mask[: len(before)] = 0
@@ -263,7 +264,7 @@ def _prompt_and_completion(tokenizer: Any, prompt: str, completion: str, add_end
 
 def beginning_tokens(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text that goes on."""
-    tokens = tokenizer(text, verbose=False)["input_ids"]
+    tokens = text_tokens(tokenizer, text)
     return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens  # some tokenizers end every text
 
 

@@ -44,6 +44,7 @@ from eagle_jax.files.records import (
     conversation_of,
     form_of,
     given_tokens,
+    text_tokens,
 )
 from eagle_jax.files.resumable import StagedLines
 from eagle_jax.serving import Answer, Request, RunningBatch, Task, run
@@ -308,7 +309,7 @@ def _conversation(entry: dict[str, Any], source: PromptSource, options: Options)
                 written.append(given)
                 continue
             before = rendering.text(history, prompt=True)
-            ids = source.tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]  # specials are in it
+            ids = text_tokens(source.tokenizer, before, add_special_tokens=False)  # the specials are in it
             answer = yield _checked(ids, source, options)
             text = _text(answer, source)
             new = {"role": "assistant", "content": _content(text, rendering, history, before)}

@@ -221,7 +221,7 @@ TEMPLATE = (
 
 
 def test_every_kind_of_fault_is_tried():
-    elsewhere = {"damaged file", "failed"}  # below, and in test_regenerate.py
+    elsewhere = {"damaged file", "tokenizer refuses", "failed"}  # below, and in test_regenerate.py
     assert {kind for _, kind, _ in FAULTS} | elsewhere == set(get_args(Kind))
 
 
@@ -496,3 +496,19 @@ def test_says_nothing_of_the_tokenizers_own_limit(read, caplog):
     read({"text": "Hello world"}, {"messages": chat("Hello", "fine")}, tokenizer=tokenizer)
     read({"prompt": "Hello world", "completion": "Hello world"}, tokenizer=tokenizer)
     assert not caplog.records
+
+
+def test_a_text_that_the_tokenizer_breaks_on_is_a_fault(read):
+    class Broken:
+        eos_token_id = None
+
+        def __call__(self, text, **options):
+            raise Exception("WordPiece error: Missing [UNK] token")
+
+    report = ReadReport()
+    lines = {"text": "a"}, GOOD, {"prompt": "a", "completion": "b"}
+    assert pairs(read(*lines, tokenizer=Broken(), on_error="skip", report=report)) == [([3, 4], [1, 1])]
+    assert report.faults == {"tokenizer refuses": 2}
+    assert "a.jsonl:1: tokenizer refuses: the model's tokenizer refuses this text: Exception: WordPiece" in str(
+        report.messages
+    )
