@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from eagle_jax.convert.match import finite_values, match_draft, parameter_dtype
 from eagle_jax.convert.previous import some
 from eagle_jax.convert.read import Tensor, open_checkpoint
 from eagle_jax.drafts.protocol import Draft
-from eagle_jax.files.atomic import added_to, new_folder, settle
+from eagle_jax.files.atomic import added_to, new_folder, settle, write_json
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 
@@ -89,7 +88,7 @@ def export(
         notes += (f"kept in {out}: {some(kept)}",)
     previous = any((out / name).exists() for name in WRITTEN)
     with added_to(out) if kept and not previous else new_folder(out, keep=_is_users) as folder:
-        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        write_json(folder / CONFIG, config)
         write_tensors(folder / file, tensors)
         verify(folder, planned, config, tensors, leaves)
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())

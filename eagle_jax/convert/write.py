@@ -11,7 +11,6 @@ that was there.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.match import Match, match_pair
 from eagle_jax.convert.previous import SMALL, Previous
 from eagle_jax.convert.small_files import copy_small_files
-from eagle_jax.files.atomic import settle
+from eagle_jax.files.atomic import settle, write_json
 from eagle_jax.models import params
 from eagle_jax.version import __version__
 
@@ -93,7 +92,7 @@ def convert(
             SMALL: {path: parts.file_sha256(partial / parts.TARGET / path) for path in copied},
         }
         # Last: a folder without a manifest does not load.
-        (partial / parts.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        write_json(partial / parts.MANIFEST, manifest)
         remarks = previous.remarks(manifest)
     for sentence in remarks:
         note(sentence)

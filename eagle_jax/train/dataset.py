@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from eagle_jax.files import checksums
-from eagle_jax.files.atomic import new_folder
+from eagle_jax.files.atomic import new_folder, write_json
 
 ANEW = "remove this folder: its documents are made anew from the data files"
 OPEN_ROWS = 64  # rows that a document may still go into
@@ -80,7 +80,7 @@ def write(folder: Path, records: Iterable[Any], about: dict[str, Any]) -> Datase
             np.save(place / f"{name}.npy", np.memmap(place / name, dtype, "r"))
             os.remove(place / name)
         np.save(place / "offsets.npy", np.cumsum(np.array(lengths, np.int64)))
-        (place / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+        write_json(place / "about.json", about)
         checksums.write(place, list(place.iterdir()))
     return read(folder)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from eagle_jax.convert import to_official
 from eagle_jax.convert.exporting import CONFIG, SAFETENSORS, export, write_tensors
 from eagle_jax.convert.read import read_json
 from eagle_jax.convert.small_files import copy_small_files
-from eagle_jax.files.atomic import new_folder
+from eagle_jax.files.atomic import new_folder, write_json
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.train.loss import in_dtype
@@ -24,8 +23,7 @@ def save_target(model: Llama, config: Path, folder: Path, dtype: str) -> None:
     """Writes a language model with its config.json and the tokenizer files that lie beside `config`."""
     with new_folder(folder.resolve()) as place:
         write_tensors(place / SAFETENSORS, to_official(in_dtype(jax.device_get(model), dtype)))
-        text = json.dumps(read_json(config) | {"torch_dtype": dtype}, indent=1)
-        (place / CONFIG).write_text(text + "\n")
+        write_json(place / CONFIG, read_json(config) | {"torch_dtype": dtype})
         copy_small_files(config.parent, place)
 
 
