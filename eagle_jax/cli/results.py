@@ -16,32 +16,32 @@ COMMAND, ADVICE = "`generate --prompts`", "choose another --out"
 
 
 def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> set[tuple[int, int]]:
-    """Returns the (index, sample) of the rows that an earlier run finished; none if there is no file.
+    """Returns the (index, sample) of the records that an earlier run finished; none if there is no file.
 
     Args:
-      settings: all that the rows' texts depend on, as JSON has it.
+      settings: all that the texts depend on, as JSON has it.
       whole: False if these are only some of the settings; the others are then not compared.
     Raises:
       ValueError: if the file is another run's, is no output of this command, or cannot be written.
     """
     check_file("--out", path)
-    before, rows = read_headed(Path(path), COMMAND, ADVICE)
-    if not rows:
+    before, records = read_headed(Path(path), COMMAND, ADVICE)
+    if not records:
         return set()
     if not whole:
         before = {name: before.get(name) for name in settings}
     if different := changed(before, settings):
         told = (f"{name} {_short(before.get(name))}, now {_short(settings.get(name))}" for name in different)
         raise ValueError(f"{path} was written with other settings ({'; '.join(told)}); go on with those, or {ADVICE}")
-    for number, row in enumerate(rows, start=2):
-        if not isinstance(row, dict) or type(row.get("index")) is not int:
+    for number, record in enumerate(records, start=2):
+        if not isinstance(record, dict) or type(record.get("index")) is not int:
             raise ValueError(f"{path}, line {number}: not an output line of {COMMAND}; {ADVICE}")
-    return {(row["index"], row.get("sample", 0)) for row in rows if is_last(row)}
+    return {(record["index"], record.get("sample", 0)) for record in records if is_last(record)}
 
 
-def is_last(row: dict[str, Any]) -> bool:
-    """Returns whether a row has its conversation's last turn, with which that is whole."""
-    return row.get("turn", 0) + 1 == row.get("turns", 1)
+def is_last(record: dict[str, Any]) -> bool:
+    """Returns whether a record has its conversation's last turn, which completes that."""
+    return record.get("turn", 0) + 1 == record.get("turns", 1)
 
 
 def _short(value: Any) -> str:

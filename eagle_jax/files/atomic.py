@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all: written beside their place and renamed into it."""
+"""Writes files and folders atomically: beside their place, and renamed into it when they are complete."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def new_folder(out: Path, keep: Callable[[Path], bool] = lambda path: False) -> 
 def added_to(out: Path) -> Iterator[Path]:
     """Yields an empty folder beside `out`, whose entries move into `out` when the block ends; an error deletes it.
 
-    For a folder of the user's that has nothing of these names. Folders move first, then files, so that a file can say
-    that all is there.
+    Use it for a folder of the user's that holds nothing of these names. Folders move before files, so that a file (a
+    manifest) can mark the whole as complete.
     """
     partial, _ = _beside(out)
     moved: list[str] = []
@@ -60,7 +60,7 @@ def added_to(out: Path) -> Iterator[Path]:
 
 
 def settle(out: Path) -> None:
-    """Undoes what a `new_folder` that failed left beside `out`: its unfinished folder goes, an old one comes back."""
+    """Cleans up after a `new_folder` that was killed: removes its unfinished folder, and puts an old one back."""
     partial, old = _beside(out)
     shutil.rmtree(partial, ignore_errors=True)
     if old.is_dir() and not out.exists():
@@ -68,7 +68,7 @@ def settle(out: Path) -> None:
 
 
 def _beside(out: Path) -> tuple[Path, Path]:
-    """The names of the new and the old folder while one replaces the other: fixed, so that the next run finds them."""
+    """Returns the paths of the new and the old folder during the replacement. Fixed: the next run finds them."""
     return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
 
 
@@ -85,7 +85,7 @@ def _carry_over(old: Path, new: Path, keep: Callable[[Path], bool]) -> None:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The paths of all files below a folder, relative to it, sorted. A link to a folder counts as a file."""
+    """Returns the paths of all files below a folder, relative to it, sorted. A link to a folder counts as a file."""
     found = []
     for root, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
@@ -95,8 +95,8 @@ def files_below(folder: Path) -> list[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which takes its place when the block ends; after an error it goes."""
-    partial = path.with_name(f".partial.{path.name}")  # the end of the name says what format it has
+    """Yields a path beside `path` to write to, which replaces it when the block ends; an error deletes it."""
+    partial = path.with_name(f".partial.{path.name}")  # writers of pictures take the format from the suffix
     try:
         yield partial
         os.replace(partial, path)
@@ -106,7 +106,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all, to the disk itself."""
+    """Writes a text file in UTF-8, atomically, and flushes it to the disk."""
     with new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         sync(file)
@@ -118,6 +118,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync(file: IO[Any]) -> None:
-    """Returns when all that was written to an open file would outlast a power failure."""
+    """Flushes an open file to the disk, so that a power failure loses nothing of it."""
     file.flush()
     os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""SHA-256 of files, folders and texts; and checksums.json, by which a folder's damaged or missing files are found."""
+"""Computes SHA-256 checksums; stores a folder's in checksums.json, to detect damaged, truncated or missing files."""
 
 from __future__ import annotations
 

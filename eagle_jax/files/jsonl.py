@@ -26,7 +26,7 @@ WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Fault(ValueError):
-    """Says what is wrong with one value. kind: a short name, to count by."""
+    """Describes what is wrong with one value. kind: a short name, to count by."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -34,7 +34,7 @@ class Fault(ValueError):
 
 
 class Entry(NamedTuple):
-    """A line or a value of a file.
+    """Holds a line or a value of a file.
 
     line: from 1, where it begins. value: a Fault in place of what cannot be read. number: in a JSON array, from 1.
     """
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 
 class DataError(ValueError):
-    """An entry that cannot be used. The message begins "path:line: kind: "; path, line and kind are attributes."""
+    """Raised for an entry that cannot be used. The message begins "path:line: kind: "; these are attributes, too."""
 
     def __init__(self, entry: Entry, fault: Fault):
         super().__init__(f"{entry.where}: {fault.kind}: {fault}")
@@ -129,12 +129,12 @@ def _wide_lines(content: bytes, encoding: str) -> Iterator[tuple[int, str | Faul
 
 
 def _is_value(line: str) -> bool:
-    """Whether a first line is one of JSON Lines for certain: a value ends in it, and it is no list."""
+    """Returns whether a first line is certainly JSON Lines: a value ends in it, and it is no list."""
     return not line.lstrip().startswith("[") and _value(line, _skip(line, 0))[1] is not None
 
 
 def _whole(first: str, rest: list[str | Fault]) -> Iterator[tuple[int, Any, int | None]] | None:
-    """The values of an array, or of objects over several lines, as (lines before it, value, index in the array).
+    """Returns values of an array, or of objects over several lines, as (lines before it, value, index in the array).
 
     Returns:
       None if the file is JSON Lines after all.
@@ -190,14 +190,14 @@ def _objects(text: str) -> Iterator[tuple[int, Any, int | None]]:
 
 
 def _skip(text: str, place: int) -> int:
-    """The first place from `place` on that is not white space."""
+    """Returns the first place from `place` on that is not white space."""
     found = WHITE_SPACE.match(text, place)
     assert found is not None
     return found.end()
 
 
 def _line_value(line: str) -> Any:
-    """The value of a line that holds nothing else, or a Fault."""
+    """Returns the value of a line that holds nothing else, or a Fault."""
     value, end = _value(line, _skip(line, 0))
     if end is not None and line[_skip(line, end) :]:
         return Fault("invalid JSON", f"more follows the value at column {_skip(line, end) + 1}")
@@ -205,7 +205,7 @@ def _line_value(line: str) -> Any:
 
 
 def _value(text: str, start: int) -> tuple[Any, int | None]:
-    """The JSON value that begins at `start`, or a Fault, and its end; None where that cannot be known."""
+    """Returns the JSON value that begins at `start`, or a Fault, and its end; None where that cannot be known."""
     constants: list[str] = []  # NaN and the infinities, which Python writes and JSON lacks
     try:
         value, end = json.JSONDecoder(parse_constant=constants.append).raw_decode(text, start)
@@ -232,7 +232,7 @@ def _value(text: str, start: int) -> tuple[Any, int | None]:
 
 
 def _unicode_fault(text: str, start: int = 0, end: int | None = None) -> Fault | None:
-    """A Fault for characters of text[start:end] that stand for no text: tokenizers fail on them."""
+    """Returns a Fault for characters of text[start:end] that stand for no text: tokenizers fail on them."""
     part = text[start:end]
     try:
         part.encode("utf-8")
@@ -249,7 +249,7 @@ def _unicode_fault(text: str, start: int = 0, end: int | None = None) -> Fault |
 
 
 def _too_deep(value: Any) -> bool:
-    """Whether lists and objects are nested more than MAX_DEPTH deep."""
+    """Returns whether lists and objects are nested more than MAX_DEPTH deep."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         level = [node for node in level if isinstance(node, dict | list)]

@@ -1,4 +1,4 @@
-"""A lock on an output, so that two runs do not write over each other. It works across processes and ends with them."""
+"""Locks an output, so that two runs do not overwrite each other. The lock holds across processes and ends with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Locked(ValueError):
 
 @contextmanager
 def locked_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Locks a folder, which is made if needed. See `locked`."""
+    """Locks a folder, which is created if needed. See `locked`."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a folder to write to; choose another")
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,17 +28,19 @@ def locked_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def locked_file(out: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Locks a file that is to be written, by a file beside it. See `locked`."""
+    """Locks a file that is to be written, by a lock file beside it. See `locked`."""
     with locked(out, out.with_name(f".{out.name}{LOCK}"), say):
         yield
 
 
 @contextmanager
 def locked(what: Path, lock: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds `lock` while the block runs; the operating system releases it if the process dies.
+    """Holds the lock file `lock` while the block runs; the operating system releases it if the process dies.
 
+    Args:
+      what: the output, for messages. say: called if there are no locks on this system or file system.
     Raises:
-      Locked: if another process holds it, naming `what` and, where known, that process.
+      Locked: if another process holds the lock; names `what` and, where known, that process.
     """
     file = _take(what, lock, say)
     try:
@@ -51,7 +53,7 @@ def locked(what: Path, lock: Path, say: Callable[[str], None]) -> Iterator[None]
 
 
 def _take(what: Path, lock: Path, say: Callable[[str], None]) -> int | None:
-    """The open lock file; None where the file system has no locks."""
+    """Returns the open lock file; None where the file system has no locks."""
     try:
         import fcntl
     except ImportError:  # not a POSIX system

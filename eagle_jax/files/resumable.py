@@ -1,9 +1,9 @@
-"""JSON lines that long work adds to: what was added outlasts a crash, and the next run goes on after it.
+"""Writes JSON lines that survive a crash, and resumes after those that an earlier run wrote.
 
-A file says what its lines were made from, so that no run goes on with other settings. It has one of two forms:
+A file holds the settings that its lines were made with, and a run with other settings is refused. There are two forms:
 
-    headed   OUT                 the settings in its first line, then rows that can be read as soon as they are added
-    staged   OUT.partial         lines, which appear as OUT when all of them are there
+    headed   OUT                 the settings in its first line, then records, to be read as soon as they are added
+    staged   OUT.partial         the lines so far; renamed to OUT when it is complete
              OUT.progress.json   the settings, how much is done, and the checksum of the lines
 """
 
@@ -29,10 +29,10 @@ KINDS = {"settings": dict, "inputs": int, "records": int, "bytes": int, "faults"
 
 
 class JsonLines:
-    """A file of JSON lines, open to add to.
+    """Appends JSON lines to a file.
 
     Args:
-      size: the bytes that stay. What follows them, which a crash may have torn, is cut off.
+      size: the bytes to keep. What follows them, which a crash may have torn, is cut off.
     """
 
     def __init__(self, path: Path, size: int):
@@ -48,7 +48,7 @@ class JsonLines:
         self.file.close()
 
     def append(self, *values: Mapping[str, Any]) -> bytes:
-        """Adds lines, which then outlast a crash; returns their bytes."""
+        """Adds lines and flushes them to the disk; returns their bytes."""
         # "replace": a text may hold half of a surrogate pair, which UTF-8 cannot write.
         lines = (json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for value in values)
         content = b"".join(lines)
@@ -63,34 +63,33 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 class HeadedLines(JsonLines):
-    """Opens a headed file, or begins one; `read_headed` must have approved of it.
+    """Opens a headed file, or begins one. Hold `locked_file`, and check the file by `read_headed` before.
 
     Args:
-      is_last: whether a row is the last one of those that belong together. The rows at the end of the file that lack
-        theirs are cut off.
+      is_last: whether a record completes a group of records. An incomplete group at the end of the file is cut off.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], is_last: Callable[[Any], bool] = lambda row: True):
+    def __init__(self, path: Path, settings: Mapping[str, Any], is_last: Callable[[Any], bool] = lambda record: True):
         content = path.read_bytes() if path.exists() else b""
         size = content.rfind(b"\n") + 1
-        while start := content.rfind(b"\n", 0, max(size - 1, 0)) + 1:  # of the last row
+        while start := content.rfind(b"\n", 0, max(size - 1, 0)) + 1:  # where the last record begins
             if is_last(json.loads(content[start:size])):
                 break
             size = start
         else:
-            size = 0  # there is no row, so the settings may have changed
+            size = 0  # there is no record, so the settings may have changed
         super().__init__(path, size)
         if size == 0:
             self.append({"settings": settings})
 
 
 def read_headed(path: Path, made_by: str, advice: str) -> tuple[dict[str, Any], list[Any]]:
-    """Reads the settings and the rows of a headed file, without a last line that a crash tore.
+    """Reads the settings and the records of a headed file, without a last line that a crash tore.
 
     Args:
       made_by: the command that writes such files. advice: what the user can do about another file. Both for messages.
     Returns:
-      Empty ones if there is no file, or no row yet.
+      Empty ones if there is no file, or no record yet.
     Raises:
       ValueError: if the file has another form, or a line is no JSON.
     """
@@ -107,7 +106,7 @@ def read_headed(path: Path, made_by: str, advice: str) -> tuple[dict[str, Any], 
 
 
 class StagedLines(JsonLines):
-    """OUT.partial, open to add to, and OUT.progress.json; locked while it is open.
+    """Opens or begins OUT.partial with OUT.progress.json, locked while it is open.
 
     inputs: how many inputs are done. records: how many lines. faults: {what: inputs}, for the caller to count.
 
