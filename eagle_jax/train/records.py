@@ -100,6 +100,10 @@ class ReadReport:
         """Returns a number of lines in words: "3 lines", or "3 entries" if some were read from a JSON array."""
         return _count(number, "entry" if self.entries else "line")
 
+    def reasons(self) -> list[str]:
+        """Returns how many lines were not used for each kind of fault, with its first message; the commonest first."""
+        return [f"{count:,} {kind}, first {self.messages[kind][0]}" for kind, count in self.faults.most_common()]
+
     def summary(self) -> str:
         """Words for a log: a line of counts, then one for each file and each kind of fault, with its first message.
 
@@ -125,8 +129,8 @@ class ReadReport:
         lines = [line]
         if self.files > 1:
             lines += [f"  {path}: {self.counted(count)} not used" for path, count in self.unused.items()]
-        for kind, count in self.faults.most_common():
-            lines.append(f"  {count:,} {kind}, first {self.messages[kind][0]}")
+        for (kind, _), reason in zip(self.faults.most_common(), self.reasons(), strict=True):
+            lines.append(f"  {reason}")
             lines += [f"    {message}" for message in self.messages[kind][1:] if not self.records]
         return "\n".join(lines)
 

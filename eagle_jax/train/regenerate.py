@@ -50,7 +50,7 @@ from eagle_jax.files.resumable import StagedLines
 from eagle_jax.serving import Answer, Request, RunningBatch, Task, run
 from eagle_jax.train import fingerprint
 from eagle_jax.train.messages import is_learned, normal_messages
-from eagle_jax.train.records import beginning_tokens, decoded_tokens
+from eagle_jax.train.records import ReadReport, beginning_tokens, decoded_tokens
 from eagle_jax.train.rendering import Rendering, chat_template_of
 from eagle_jax.train.say import Say
 
@@ -176,17 +176,16 @@ def check_lines(files: Sequence[str], source: PromptSource, options: Options) ->
       DataError: at the first line that cannot be used, if that is refused.
       ValueError: if no line can be used; with the reasons.
     """
-    total, faults, examples = 0, collections.Counter[str](), dict[str, str]()
+    total, report = 0, ReadReport()
     for job in jobs(files, source, options):
         total += 1
         if job.error is not None:
             if options.on_error == "refuse":
                 raise job.error
-            faults[job.error.kind] += 1
-            examples.setdefault(job.error.kind, str(job.error))
-    if faults.total() == total:
-        why = "; ".join(f"{count:,} {kind}, first {examples[kind]}" for kind, count in faults.most_common())
-        what = f"none of {total:,} lines can be used: {why}" if total else "there is no line to work on"
+            report.add_fault(job.error)
+    if report.faults.total() == total:
+        why = f"none of {total:,} lines can be used: {'; '.join(report.reasons())}"
+        what = why if total else "there is no line to work on"
         raise ValueError(f"{', '.join(files)}: {what}")
     return total
 
