@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from eagle_jax.api import trained_capacity
 from eagle_jax.cli import prompts
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import resolve
+from eagle_jax.files.atomic import write_json
 from eagle_jax.measure.machine import describe_setting, setting
 from eagle_jax.measure.near_tie import first_difference
 from eagle_jax.measure.samples import CODE_TEXTS, DEFAULT_TEXTS, embedded_pair
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         equal = f"{row['equal_texts']} of {len(rows)} | {row['equal_tokens']:.1%}"
         print(f"| {name} | {row['tokens']} | {row['tokens_per_second']:.4g} | {row['ratio']:.2f} | {equal} |")
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(args.json), report)
 
 
 def transformers_decoder(folder: Path, dtype: str, max_new_tokens: int) -> Decode:

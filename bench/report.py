@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bench import compilers
+from eagle_jax.files.atomic import write_json
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 
@@ -47,7 +47,7 @@ def table(rows: Iterable[dict[str, Any]], path: str | None = None) -> list[dict[
         print("| " + " | ".join(_cell(value) for value in row.values()) + " |", flush=True)
         done.append(row)
         if path is not None:
-            Path(path).write_text(json.dumps({"date": date, "versions": packages, "rows": done}, indent=1) + "\n")
+            write_json(Path(path), {"date": date, "versions": packages, "rows": done})
     return done
 
 

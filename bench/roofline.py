@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from bench.parts import filled_state, measure_parts
 from bench.shapes import SHAPES, Shape, abstract_pair, random_pair
 from bench.work import Work, cycle_work, plain_work
 from eagle_jax import Eagle3Draft, Llama, TreeConfig
+from eagle_jax.files.atomic import write_json
 from eagle_jax.measure.machine import describe_setting, setting
 from eagle_jax.models import params
 from eagle_jax.tree.named import describe_tree
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
                 report["rows"].append(found)
                 print("\n".join(part_lines(found)), flush=True)
             if args.json is not None:
-                Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                write_json(Path(args.json), report)
     print("\n" + "\n".join(rate_lines(report["rows"], args.tree.depth)))
 
 
