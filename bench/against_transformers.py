@@ -27,13 +27,12 @@ import numpy as np
 import eagle_jax
 from bench.options import parse_tree, positive
 from eagle_jax.api import trained_capacity
-from eagle_jax.cli import prompts
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import resolve
 from eagle_jax.files.atomic import write_json
 from eagle_jax.measure.machine import describe_setting, setting
 from eagle_jax.measure.near_tie import first_difference
-from eagle_jax.measure.samples import CODE_TEXTS, DEFAULT_TEXTS, embedded_pair
+from eagle_jax.measure.samples import CODE_TEXTS, DEFAULT_TEXTS, embedded_pair, to_measure
 from eagle_jax.measure.timing import median_seconds
 from eagle_jax.models.params import for_this_machine
 from eagle_jax.tree.named import describe_tree
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     target, draft = map(for_this_machine, pair)
     folder = resolve(args.target)
     texts = CODE_TEXTS if embedded else DEFAULT_TEXTS
-    rows, _ = prompts.to_measure(args.prompts, folder, embedded, texts)
+    rows, _ = to_measure(args.prompts, folder, embedded, texts)
     decoders = {"transformers": transformers_decoder(folder, np.dtype(target.dtype).name, args.max_new_tokens)}
     for name, head in [("plain", None)] + ([("speculative", draft)] if draft is not None else []):
         decoders[name] = our_decoder(target, head, args.tree, args.max_new_tokens)

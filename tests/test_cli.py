@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerFast
 
 import eagle_jax
 from eagle_jax import TreeConfig, convert
-from eagle_jax.cli import demo, generate, main, models, progress, prompts, reports
+from eagle_jax.cli import demo, generate, main, models, progress, reports
 from eagle_jax.cli.text import Detokenizer
-from eagle_jax.measure import compare
+from eagle_jax.files import prompts
+from eagle_jax.measure import compare, samples
 from eagle_jax.measure.compare import Comparison, Result
 from tests.pickled import readable
 
@@ -449,11 +450,11 @@ def test_a_tokenizer_that_breaks_is_named():
 
 def test_without_a_tokenizer_prompts_are_token_ids(golden, tmp_path):
     folder, path = golden / "weights/t1_target", str(golden / "parity_prompts.jsonl")
-    tokens, source = prompts.to_measure(path, folder, raw=False)
+    tokens, source = samples.to_measure(path, folder, raw=False)
     assert tokens[0] == [102, 32, 97, 32, 99] and source == path
     (tmp_path / "p.txt").write_text("text")
     with pytest.raises(ValueError, match=r"line 1: this model has no tokenizer .* so prompts must be token ids"):
-        prompts.to_measure(str(tmp_path / "p.txt"), folder, raw=False)
+        samples.to_measure(str(tmp_path / "p.txt"), folder, raw=False)
 
 
 def test_the_table_of_acceptance_by_position():

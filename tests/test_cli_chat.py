@@ -17,6 +17,7 @@ import eagle_jax
 from eagle_jax import TreeConfig, convert
 from eagle_jax.cli import main
 from eagle_jax.cli.chat import Conversation, Session, _lines
+from eagle_jax.convert import tokenizing
 from eagle_jax.serving import RunningBatch
 from tests.test_cli import byte_tokenizer, converted_pair
 
@@ -81,7 +82,7 @@ def test_turns_continue_the_text_and_reuse_the_cache(chat, continuation):
 def test_the_template_s_conversation(chat, continuation, monkeypatch):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    monkeypatch.setattr(convert, "tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(tokenizing, "tokenizer", lambda folder: tokenizer)
     before = "system: be brief\nuser: hi\nassistant: "
     first = continuation(before)
     second = continuation(f"{before}{first}\nuser: more\nassistant: ")

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax.cli.prompts import Conversation, Prompt
+from eagle_jax.cli.conversation import Conversation
 from eagle_jax.cli.text import Detokenizer, Ends, Finish
+from eagle_jax.files.prompts import Prompt
 from eagle_jax.serving import Request, Task
 
 LATER_TURNS = np.uint32(2**31)  # turn t > 0 has the key fold_in(the first turn's, this + t), above any token's index

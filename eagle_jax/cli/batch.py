@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from eagle_jax.cli import answers, models, progress, prompts, text
+from eagle_jax.cli import answers, models, progress, text
 from eagle_jax.cli.results import is_last, read_finished
 from eagle_jax.cli.sampling import model_asks, random_key, with_logit_bias
-from eagle_jax.files import checksums
+from eagle_jax.files import checksums, prompts
 from eagle_jax.files.lock import locked_file
 from eagle_jax.files.resumable import HeadedLines
 from eagle_jax.models.llama import Llama

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; returns 1 if a row ended in NaN or infinite logits."""
     from rich.console import Console
 
-    from eagle_jax.cli import bench_drafts, models, progress, prompts, reports
+    from eagle_jax.cli import bench_drafts, models, progress, reports
     from eagle_jax.measure import compare, machine, samples
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         token_lists, source = samples.random_prompts(vocab_size)
     else:
         check = functools.partial(models.check_prompt, target=loaded.target)
-        token_lists, source = prompts.to_measure(args.prompts, loaded.folder, args.raw, texts, check)
+        token_lists, source = samples.to_measure(args.prompts, loaded.folder, args.raw, texts, check)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "stop_tokens": models.stop_tokens(loaded, args),

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 
 from eagle_jax.cli import models, progress, text
+from eagle_jax.cli.conversation import Conversation
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
-from eagle_jax.cli.prompts import Conversation, check_text, check_tokenizer
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
+from eagle_jax.files.prompts import check_text, check_tokenizer
 from eagle_jax.models.llama import Llama
 from eagle_jax.serving import Request, RunningBatch
 

@@ -55,7 +55,8 @@ def _demo(out: Path, overwrite: bool) -> int:
 
     from eagle_jax import convert
     from eagle_jax.api import stream
-    from eagle_jax.cli import models, progress, prompts, reports, text
+    from eagle_jax.cli import models, progress, reports, text
+    from eagle_jax.files import prompts
     from eagle_jax.measure import compare, machine, near_tie
     from eagle_jax.prompt import pad
 

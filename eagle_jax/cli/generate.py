@@ -9,8 +9,8 @@ import sys
 
 from eagle_jax.cli import progress, text
 from eagle_jax.cli.models import BATCH, add_decoding_arguments, add_model_arguments, parse_buckets, positive
-from eagle_jax.cli.prompts import OBJECT, check_text
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
+from eagle_jax.files.prompts import OBJECT, check_text
 from eagle_jax.prompt import BUCKETS, pad
 from eagle_jax.sampling import SamplingConfig
 
@@ -85,7 +85,8 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     from rich.console import Console
 
     from eagle_jax.api import stream
-    from eagle_jax.cli import models, prompts
+    from eagle_jax.cli import models
+    from eagle_jax.files import prompts
 
     text.lenient(sys.stdout)
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)

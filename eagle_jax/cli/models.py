@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.api import trained_capacity as capacity  # noqa: F401 - the commands take it from here
-from eagle_jax.cli import prompts, tuned
+from eagle_jax.cli import tuned
 from eagle_jax.convert import CheckpointError, eos, from_pretrained, load, parts
 from eagle_jax.convert.error import NotConvertedError
 from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.match import PARAMETER_DTYPES
+from eagle_jax.convert.tokenizing import tokenizer_of
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle import EagleDraft, with_window
 from eagle_jax.drafts.lookahead import Lookahead
@@ -55,7 +56,7 @@ class Models:
     @functools.cached_property
     def tokenizer(self) -> Any | None:
         """The target's tokenizer; None if its folder has no tokenizer files. CheckpointError: for unusable ones."""
-        return prompts.tokenizer_of(self.folder)
+        return tokenizer_of(self.folder)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Decodes greedily up to the cycle, and shows its tree."""
     from rich.console import Console
 
-    from eagle_jax.cli import models, places, progress, prompts
+    from eagle_jax.cli import models, places, progress
+    from eagle_jax.files import prompts
     from eagle_jax.measure import drawn, plot, samples
     from eagle_jax.prompt import pad
 

@@ -13,7 +13,7 @@ import jax
 
 from eagle_jax import detokenizer
 from eagle_jax.api import Chunk
-from eagle_jax.cli.prompts import check_text
+from eagle_jax.files.prompts import check_text
 
 DRAFTED = "green"  # the colour of text that the draft proposed
 

@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     """Tunes, prints what it expected and measured, and saves the fastest tree."""
     from rich.console import Console
 
-    from eagle_jax.cli import models, progress, prompts, tuned
+    from eagle_jax.cli import models, progress, tuned
     from eagle_jax.drafts.eagle import EagleDraft
-    from eagle_jax.measure import machine, tuning
+    from eagle_jax.measure import machine, samples, tuning
 
     sampling = sampling_config(args)
     notes, console = Console(stderr=True, highlight=False), Console(highlight=False)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(loaded.draft, EagleDraft):
         raise ValueError(NO_HEAD)
     check = functools.partial(models.check_prompt, target=loaded.target)
-    token_lists, source = prompts.to_measure(args.prompts, loaded.folder, args.raw, check=check)
+    token_lists, source = samples.to_measure(args.prompts, loaded.folder, args.raw, check=check)
     options: dict[str, Any] = {"sampling": sampling, "key": random_key(args), "stop_tokens": models.eos_tokens(loaded)}
 
     setting = machine.setting(loaded.target)

@@ -16,6 +16,7 @@ from eagle_jax.convert.small_files import small_files
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 FIRST_BYTE = b"\n"  # of its format; a tiktoken file has the same name and begins with a letter
 NEEDED = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model")  # with one of them, a folder has a tokenizer, usable or not
 
 
 def tokenizer(
@@ -42,6 +43,12 @@ def tokenizer(
                 f"{' and '.join(missing)}: pip install 'eagle-jax[sentencepiece]'"
             ) from error
         raise CheckpointError(f"{folder}: no usable tokenizer files (tokenizer.json, ...): {error}") from error
+
+
+def tokenizer_of(folder: Path) -> Any | None:
+    """Loads a folder's tokenizer; None if it has no tokenizer files. Raises CheckpointError for unusable ones."""
+    there = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+    return tokenizer(folder) if there else None
 
 
 def _class(folder: Path) -> Any:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
+
+from eagle_jax.convert.tokenizing import tokenizer_of
+from eagle_jax.files.prompts import Chat, encode, read_prompts
 
 DEFAULT_TEXTS = (
     "Write a Python function that merges two sorted lists.",
@@ -30,6 +35,35 @@ def random_prompts(vocab_size: int) -> tuple[list[list[int]], str]:
     """Returns prompts of random tokens, the same in every run, and what they are."""
     random = np.random.default_rng(0).integers(vocab_size, size=(RANDOM_PROMPTS, RANDOM_LENGTH))
     return random.tolist(), f"{RANDOM_PROMPTS} prompts of random tokens"
+
+
+def to_measure(
+    path: str | None,
+    folder: Path,
+    raw: bool,
+    texts: Sequence[str] = DEFAULT_TEXTS,
+    check: Callable[[list[int]], None] = lambda tokens: None,
+) -> tuple[list[list[int]], str]:
+    """The prompts of a measurement, and what they are: those of a file, or a few texts.
+
+    Args:
+      folder: of the tokenizer, which a file of token ids does without. raw: see `encode`. check: see `read_prompts`.
+    Raises:
+      ValueError: if there is no tokenizer for texts; CheckpointError: for an unusable one.
+    """
+    tokenizer = functools.cache(lambda: tokenizer_of(folder))
+
+    def to_tokens(prompt: str | Chat) -> list[int]:
+        return encode(tokenizer(), prompt, raw)
+
+    if path is not None:
+        return [prompt.tokens for prompt in read_prompts(path, to_tokens, check)], path
+    if tokenizer() is None:
+        raise ValueError(
+            "this model has no tokenizer (tokenizer.json, ... beside its config.json): name a --prompts file of token "
+            'ids, with lines such as {"tokens": [1, 2]}; `eagle-jax bench` takes --random-prompts, too'
+        )
+    return [to_tokens(text) for text in texts], f"{len(texts)} built-in prompts"
 
 
 def embedded_pair() -> Path:

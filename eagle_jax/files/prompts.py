@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from eagle_jax import convert
 from eagle_jax.files.jsonl import Fault, read_lines, read_values
 from eagle_jax.files.records import is_list, text_tokens
-from eagle_jax.measure.samples import DEFAULT_TEXTS
 
 JSON_FILES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 OBJECT = (  # what an object of a prompt file holds
@@ -19,7 +15,6 @@ OBJECT = (  # what an object of a prompt file holds
     'in MT-bench) or "messages" (objects with role and content, the last one not the assistant\'s)'
 )
 OWN_IDS = ("id", "question_id")  # of the user's, kept in the output
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model")  # with one of them, a folder has a tokenizer, usable or not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +50,6 @@ class Prompt:
     def longest(self, max_new_tokens: int) -> int:
         """Estimates from above the tokens of all its turns, and of all answers but the last."""
         return len(self.tokens) + self.later_tokens + max_new_tokens * len(self.later_turns)
-
-
-def tokenizer_of(folder: Path) -> Any | None:
-    """Loads a folder's tokenizer; None if it has no tokenizer files. Raises CheckpointError for unusable ones."""
-    there = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
-    return convert.tokenizer(folder) if there else None
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -130,33 +119,6 @@ def encode_messages(
     return text_tokens(tokenizer, text, add_special_tokens=False)  # the template wrote them
 
 
-class Conversation:
-    """What was said: messages for the chat template, or without one a plain text."""
-
-    def __init__(self, tokenizer: Any, raw: bool, system: str | None = None):
-        self.tokenizer, self.raw = tokenizer, raw
-        self.template = has_template(tokenizer, raw)
-        if system is not None and not self.template:
-            raise ValueError("--system needs a chat template, which this model lacks or --raw leaves out")
-        self.system = [] if system is None else [{"role": "system", "content": system}]
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets all but the system message."""
-        self.messages = list(self.system)
-        self.text = ""
-
-    def tokens_with(self, said: str) -> list[int]:
-        """The token ids of the conversation, up to the answer to this."""
-        chat = Chat([*self.messages, {"role": "user", "content": said}])
-        return encode(self.tokenizer, chat if self.template else self.text + said, self.raw)
-
-    def add(self, said: str, answer: str) -> None:
-        """Adds a turn."""
-        self.messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-        self.text += said + answer
-
-
 def read_prompts(
     path: str,
     encode: Callable[[str | Chat], list[int]],
@@ -221,32 +183,3 @@ def _prompt(value: Any, where: str, encode: Callable[[str | Chat], list[int]]) -
 
 def _own(value: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value[name] for name in OWN_IDS if name in value}
-
-
-def to_measure(
-    path: str | None,
-    folder: Path,
-    raw: bool,
-    texts: Sequence[str] = DEFAULT_TEXTS,
-    check: Callable[[list[int]], None] = lambda tokens: None,
-) -> tuple[list[list[int]], str]:
-    """The prompts of a measurement, and what they are: those of a file, or a few texts.
-
-    Args:
-      folder: of the tokenizer, which a file of token ids does without. raw: see `encode`. check: see `read_prompts`.
-    Raises:
-      ValueError: if there is no tokenizer for texts; CheckpointError: for an unusable one.
-    """
-    tokenizer = functools.cache(lambda: tokenizer_of(folder))
-
-    def to_tokens(prompt: str | Chat) -> list[int]:
-        return encode(tokenizer(), prompt, raw)
-
-    if path is not None:
-        return [prompt.tokens for prompt in read_prompts(path, to_tokens, check)], path
-    if tokenizer() is None:
-        raise ValueError(
-            "this model has no tokenizer (tokenizer.json, ... beside its config.json): name a --prompts file of token "
-            'ids, with lines such as {"tokens": [1, 2]}; `eagle-jax bench` takes --random-prompts, too'
-        )
-    return [to_tokens(text) for text in texts], f"{len(texts)} built-in prompts"
