@@ -2,8 +2,7 @@
 
     python -m bench.acceptance_by_rule --target DIR --draft DIR [--prompts FILE.jsonl]
 
-Takes the options of `eagle-jax bench` that name models and prompts. Both rules see the same prompts and keys; the
-error is the standard error over texts.
+Both rules see the same prompts and keys; the error is the standard error over texts.
 """
 
 from __future__ import annotations
@@ -14,30 +13,28 @@ import jax
 import numpy as np
 
 import eagle_jax
-from eagle_jax import SamplingConfig, TreeConfig, convert
-from eagle_jax.cli import demo, models, prompts
+from eagle_jax import SamplingConfig, TreeConfig
+from eagle_jax.convert.hub import resolve
+from eagle_jax.convert.match import PARAMETER_DTYPES
+from eagle_jax.measure.samples import CODE_TEXTS, to_measure
+from eagle_jax.models.params import for_this_machine
 
 TREES = (TreeConfig(8, 10, 60), TreeConfig(6, 4, 16), TreeConfig(5, 1, 6))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    models.add_model_arguments(parser)
-    parser.add_argument("--draft-window", type=models.parse_window)
+    parser.add_argument("--target", required=True, help="Hugging Face folder or hub id")
+    parser.add_argument("--draft", required=True, help="its EAGLE head")
+    parser.add_argument("--dtype", choices=PARAMETER_DTYPES, help="of both (default: their own)")
     parser.add_argument("--prompts", help="default: those of `eagle-jax demo`")
     parser.add_argument("--samples", type=int, default=16, help="texts a prompt (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.6])
     args = parser.parse_args()
-    loaded = models.load_models(args)
-
-    def encode(text: str | prompts.Chat) -> list[int]:
-        return prompts.encode(convert.tokenizer(loaded.folder), text, raw=True)
-
-    if args.prompts is None:
-        found = [encode(text) for text in demo.PROMPTS]
-    else:
-        found = [prompt.tokens for prompt in prompts.read_prompts(args.prompts, encode)]
+    pair = eagle_jax.from_pretrained(args.target, args.draft, dtype=args.dtype)
+    target, draft = map(for_this_machine, pair)
+    found, _ = to_measure(args.prompts, resolve(args.target), raw=True, texts=CODE_TEXTS[:4])
     tokens, lengths = eagle_jax.pad(found)
     before = np.repeat(np.asarray(lengths), args.samples)
     print(f"{len(found)} prompts, {args.samples} texts each, {args.max_new_tokens} new tokens; {jax.devices()[0]}")
@@ -46,8 +43,8 @@ def main() -> None:
             rates = {}
             for coupled in (False, True):
                 out = eagle_jax.generate(
-                    loaded.target,
-                    loaded.draft,
+                    target,
+                    draft,
                     tokens,
                     lengths,
                     jax.random.key(0),

@@ -10,13 +10,13 @@ cannot be known from random weights.
 import functools
 import statistics
 import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import eagle_jax
+from eagle_jax.measure.timing import timed
 from eagle_jax.models.config import DraftConfig, LlamaConfig
 from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.llama import Llama
@@ -63,10 +63,9 @@ def main() -> None:
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
         for repeat in range(1 + REPEATS):
             for key, run in runs.items():
-                start = time.perf_counter()
-                out = jax.block_until_ready(run())
+                took, out = timed(run)
                 if repeat:  # the first one compiles
-                    seconds[key].append((time.perf_counter() - start) / int(out.cycles[0]))
+                    seconds[key].append(took / int(out.cycles[0]))
         for storage in stored:
             plain, *cycles = (statistics.median(seconds[storage, label]) for label in TREES)
             cells = " | ".join(f"{cycle / plain:.2f}" for cycle in cycles)

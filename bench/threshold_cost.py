@@ -8,13 +8,12 @@ A row is one distribution: a cycle needs one for every node of its tree. Prints 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 
 from eagle_jax import SamplingConfig
+from eagle_jax.measure.timing import median_seconds
 from eagle_jax.sampling import process
 
 
@@ -31,13 +30,8 @@ def by_sorting(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
 
 
 def median_ms(function, *arguments, repeats: int) -> float:
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+    jax.block_until_ready(function(*arguments))  # compiles
+    return 1000 * median_seconds(lambda: function(*arguments), repeats)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Which part of the package may import which, read from the syntax trees: nothing is imported here.
 
 A room is a folder or a file directly under eagle_jax/, or bench/. An import goes down a floor, or sideways in its own
-room; one in a function, or for types alone, is an import, too. What broke the rules when they were written down is
-listed. The lists may only shrink: an entry that no longer breaks a rule fails as well.
+room; one in a function, or for types alone, is an import, too. Nobody imports the commands. What broke the rules when
+they were written down is listed. The lists may only shrink: an entry that no longer breaks a rule fails as well.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_imports_go_down():
     for file, imported in imports().items():
         for other in {room(name) for name in imported} - {room(file)}:
             facade = other == FACADE and room(file) != "bench"
-            if facade or (other != FACADE and FLOOR[other] >= FLOOR[room(file)]):
+            if facade or (other != FACADE and (other == "cli" or FLOOR[other] >= FLOOR[room(file)])):
                 found[other].add(file)
     only_shrinks(_pairs(found), _pairs(KNOWN))
 

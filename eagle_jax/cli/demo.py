@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from eagle_jax.measure.samples import CODE_TEXTS
 from eagle_jax.tree import TreeConfig
 
 EXAMPLES = """\
@@ -20,13 +21,7 @@ examples:
   eagle-jax demo --out pair/        keeps the converted folder, for: eagle-jax generate --model pair/ --prompt "import "
 """
 
-# The pair was trained on the source of Python's standard library: it continues code, and knows no chat.
-PROMPTS = (
-    "def __init__(self",
-    "class Error(Exception):",
-    "    for key, value in self.items():",
-    'if __name__ == "__main__":',
-)
+PROMPTS = CODE_TEXTS[:4]
 TREE = TreeConfig(depth=3, top_k=1, num_nodes=4)  # what `eagle-jax tune` found on two cores: a chain
 MAX_NEW_TOKENS = 96
 REPEATS = 3
