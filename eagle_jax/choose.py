@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from eagle_jax.keys import token_keys
 from eagle_jax.sampling import process
-from eagle_jax.state import DecodeState, token_keys
+from eagle_jax.state import DecodeState
 from eagle_jax.tree import (
     Acceptance,
     AcceptFn,
@@ -59,14 +60,16 @@ def choose(
         vocab = logits.shape[-1]
         kept = process(logits, state.sampling, functools.partial(seen_tokens, state, nodes, vocab))
     if accept_fn is not None:
-        keys = None if state.keys is None else token_keys(state, 1)[:, 0]
+        keys = None if state.keys is None else token_keys(state.keys, state.lengths, 1)[:, 0]
         acceptance = jax.tree.map(lambda x: x.astype(jnp.int32), accept_fn(nodes, kept, keys))
     elif state.sampling is None:
         acceptance = accept_greedy(nodes, kept)
     elif state.sampling.coupled:
         acceptance = accept_coupled(nodes, kept, shared_noise(state, 0, logits.shape[-1]) if noise is None else noise)
     else:
-        acceptance = accept_sampled(nodes, kept, token_keys(state, 1)[:, 0], draft_probs)
+        assert state.keys is not None
+        keys = token_keys(state.keys, state.lengths, 1)[:, 0]
+        acceptance = accept_sampled(nodes, kept, keys, draft_probs)
 
     path = jnp.maximum(acceptance.path[:, : depth + 1], 0)  # padded with the root: a valid row, masked by length
     drafted = jnp.take_along_axis(nodes.tokens, path, axis=1)[:, 1:]
@@ -89,7 +92,8 @@ def choose(
 
 def shared_noise(state: DecodeState, depth: int, vocab_size: int) -> jax.Array:
     """Gumbel noise [B, depth + 1, V] for each row's next tokens, for draft and target to share."""
-    return choice_noise(token_keys(state, depth + 1), vocab_size)
+    assert state.keys is not None
+    return choice_noise(token_keys(state.keys, state.lengths, depth + 1), vocab_size)
 
 
 def seen_tokens(state: DecodeState, nodes: Tree, vocab_size: int) -> jax.Array:

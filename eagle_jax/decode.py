@@ -21,8 +21,9 @@ from eagle_jax.choose import choose, shared_noise
 from eagle_jax.drafts.protocol import Draft, Proposal, Text, check_models
 from eagle_jax.models.cache import take_tokens
 from eagle_jax.models.llama import Llama, LlamaOutput
+from eagle_jax.ops.arrays import take_one
 from eagle_jax.prompt import run_pending
-from eagle_jax.state import DecodeState, append, at, spread
+from eagle_jax.state import DecodeState, append, spread
 from eagle_jax.tree import Acceptance, AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -106,7 +107,7 @@ def propose(
 ) -> Proposal:
     """The draft's tree under each row's last token; for plain decoding that token alone."""
     if draft is None:
-        return Proposal(Tree.root(at(state.tokens, jnp.maximum(state.lengths - 1, 0))))
+        return Proposal(Tree.root(take_one(state.tokens, jnp.maximum(state.lengths - 1, 0))))
     if state.draft is None:
         raise ValueError("the state was prefilled without a draft; pass the draft to prefill too")
     proposal = draft.propose(target, state, tree, noise)

@@ -15,18 +15,18 @@ import numpy as np
 
 from eagle_jax.choose import choose
 from eagle_jax.drafts.protocol import Draft, Text, check_models
+from eagle_jax.keys import row_keys
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama, LlamaOutput
+from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import (
     DecodeState,
     append,
-    at,
     check_capacity,
     empty_state,
     map_rows,
     put_row,
-    row_keys,
     spread,
     take_row,
 )
@@ -312,7 +312,7 @@ def _run(
         offset = jnp.clip(last - begin, 0, chunk - 1)
 
         def keep(old, new):  # the last position's vector, from the chunk that holds it
-            return jnp.where(ends_here[:, None], at(new, offset), old)
+            return jnp.where(ends_here[:, None], take_one(new, offset), old)
 
         at_last = jax.tree.map(keep, at_last, (out.hidden, out.taps))
         if draft is not None:
@@ -344,7 +344,7 @@ def _begin(
     """Chooses each row's first new token, and tells the draft."""
     hidden, taps = at_last
     before = state.lengths
-    last = at(state.tokens, jnp.maximum(before - 1, 0))
+    last = take_one(state.tokens, jnp.maximum(before - 1, 0))
     chosen = choose(state, Tree.root(last), target.logits(hidden[:, None]))
     state = append(state, chosen.tokens, jnp.ones_like(before), chosen.sound, chosen.log_probs)
     if draft is None:

@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from eagle_jax.drafts.protocol import check_models
+from eagle_jax.keys import row_keys
 from eagle_jax.models import params
-from eagle_jax.models.cache import KVCache
+from eagle_jax.models.cache import ROW_TILE, KVCache
 from eagle_jax.models.llama import Llama
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreeConfig, TreePolicy
@@ -33,9 +34,6 @@ MIN_SCRATCH = 32
 
 # The most tokens of a row: positions are int32, with room for a tree and a tile beyond them.
 MOST_TOKENS = 2**31 - 2**12
-
-# Cache rows come in whole tiles of the accelerators' matrix products; else XLA pads, that is copies, the cache.
-ROW_TILE = 128
 
 
 @jax.tree_util.register_dataclass
@@ -179,47 +177,6 @@ def spread(values: Values, like: Any) -> Values:
     return jax.tree_util.tree_map_with_path(place, values)
 
 
-def row_keys(key: jax.Array | None, batch: int, samples: int = 1) -> jax.Array:
-    """The keys [B * samples] of the rows: fold_in(key, i) of one key, or [B] keys as they are.
-
-    Of several samples, sample j of row i has fold_in(key of row i, j).
-    """
-    if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,)):
-        got = "None" if key is None else f"{key.dtype}{list(key.shape)}"
-        hint = "" if key is not None else " (greedy under a jit of your own: leave sampling out, or make it static)"
-        raise ValueError(
-            f"sampling needs key: one typed key, jax.random.key(seed), or [{batch}] of them, one a row; got {got}{hint}"
-        )
-    fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    keys = fold_in(key, jnp.arange(batch, dtype=jnp.int32)) if key.ndim == 0 else key
-    if samples > 1:
-        keys = jax.vmap(fold_in, in_axes=(0, None))(keys, jnp.arange(samples, dtype=jnp.int32)).reshape(-1)
-    return keys
-
-
-def token_keys(state: DecodeState, count: int) -> jax.Array:
-    """Keys [B, count] of each row's next tokens: that of the token at index n of a row is fold_in(row's key, n).
-
-    So a draw depends on the row's own key and place alone: not on neighbours, on chunks, or on how many cycles the
-    text before took.
-    """
-    assert state.keys is not None
-    index = state.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
-    return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(state.keys, index)
-
-
-def draft_keys(state: DecodeState, count: int) -> jax.Array:
-    """Keys [B, count] for a draft's own draws in this cycle, independent of every key that chooses tokens."""
-    assert state.keys is not None
-    fold_in = jax.random.fold_in
-
-    def of_row(key, length):
-        own = fold_in(fold_in(key, jnp.uint32(2**32 - 1)), length)  # no token has this index
-        return jax.vmap(fold_in, in_axes=(None, 0))(own, jnp.arange(count, dtype=jnp.int32))
-
-    return jax.vmap(of_row)(state.keys, state.lengths)
-
-
 def append(
     state: DecodeState,
     new: jax.Array,
@@ -281,8 +238,3 @@ def take_row(state: DecodeState, row: int | jax.Array) -> DecodeState:
 def put_row(state: DecodeState, row: int | jax.Array, one: DecodeState) -> DecodeState:
     """The state with a batch of 1 in place of a row."""
     return map_rows(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=0), state, one)
-
-
-def at(values: jax.Array, index: jax.Array) -> jax.Array:
-    """values [B, T, ...] at index [B] -> [B, ...]."""
-    return jax.vmap(lambda row, i: row[i])(values, index)

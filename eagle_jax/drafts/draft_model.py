@@ -14,12 +14,14 @@ import numpy as np
 
 from eagle_jax.drafts.noise import perturbed
 from eagle_jax.drafts.protocol import Draft, Proposal, Text
-from eagle_jax.models.cache import KVCache, put
+from eagle_jax.keys import draft_keys
+from eagle_jax.models.cache import ROW_TILE, KVCache, put
 from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
+from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import warp
-from eagle_jax.state import ROW_TILE, DecodeState, at, draft_keys
+from eagle_jax.state import DecodeState
 from eagle_jax.tree import DraftStep, Tree, TreePolicy, choice_noise
 from eagle_jax.tree.policy import NEVER
 
@@ -74,13 +76,13 @@ class DraftModel(Draft):
         )
         return ModelMemory(
             cache=memory.cache.write(out.new_kv, text.start),
-            hidden=jnp.where((text.count > 0)[:, None], at(out.hidden, text.count), memory.hidden),
+            hidden=jnp.where((text.count > 0)[:, None], take_one(out.hidden, text.count), memory.hidden),
         )
 
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         memory: ModelMemory = state.draft
         past = memory.cache.with_length(state.lengths)
-        root = at(state.tokens, jnp.maximum(state.lengths - 1, 0))
+        root = take_one(state.tokens, jnp.maximum(state.lengths - 1, 0))
         batch, k, config = root.shape[0], tree.width, self.model.config
         shape = (batch, config.num_kv_heads, (tree.depth - 1) * k, config.head_dim)
         scratch = [(jnp.zeros(shape, self.model.dtype),) * 2 for _ in range(config.num_layers)]
@@ -88,7 +90,8 @@ class DraftModel(Draft):
         scored_at = None if state.sampling is None or noise is not None else _scored_at(tree)
         if scored_at is not None:
             # The k largest of logits + Gumbel noise are k draws without putting back.
-            noise = choice_noise(draft_keys(state, tree.depth), config.vocab_size)
+            assert state.keys is not None
+            noise = choice_noise(draft_keys(state.keys, state.lengths, tree.depth), config.vocab_size)
 
         def guesses(hidden, depth):
             """Logits with their noise [B, T, V], and q: zeros in greedy rows, [B, T, 0] where nothing is drawn."""

@@ -22,7 +22,8 @@ from eagle_jax.models.cache import KVCache, put
 from eagle_jax.models.config import ConfigError, DraftConfig
 from eagle_jax.models.layers import Attend, Window, attention
 from eagle_jax.models.llama import Llama, LlamaOutput
-from eagle_jax.state import DecodeState, at
+from eagle_jax.ops.arrays import take_one
+from eagle_jax.state import DecodeState
 from eagle_jax.tree import DraftStep, TreePolicy
 
 
@@ -100,7 +101,7 @@ class EagleDraft(Draft):
 
         fused = self.fuse(self.features(text.output))
         hidden, cache = self(target, fused, text.next_tokens, positions, attend, prompt_lengths=text.prompt_lengths)
-        last = at(hidden, jnp.maximum(text.count - 1, 0))
+        last = take_one(hidden, jnp.maximum(text.count - 1, 0))
         return EagleMemory(
             cache=cache.with_length(text.start + text.count),
             hidden=jnp.where((text.count > 0)[:, None], last, memory.hidden),
@@ -110,7 +111,7 @@ class EagleDraft(Draft):
         """Grows a tree from the head's last output, a step of the head each level (arXiv 2401.15077, section 4.1)."""
         memory: EagleMemory = state.draft
         past = memory.cache
-        root = at(state.tokens, jnp.maximum(state.lengths - 1, 0))
+        root = take_one(state.tokens, jnp.maximum(state.lengths - 1, 0))
         batch, k = root.shape[0], tree.width
         scratch_shape = (batch, self.config.num_kv_heads, (tree.depth - 1) * k, self.config.head_dim)
         scratch = jnp.zeros(scratch_shape, self.dtype)

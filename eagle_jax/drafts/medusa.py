@@ -20,7 +20,8 @@ from eagle_jax.drafts.protocol import Draft, Proposal, Text
 from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import linear, normal, zeros
 from eagle_jax.models.llama import Llama
-from eagle_jax.state import DecodeState, at
+from eagle_jax.ops.arrays import take_one
+from eagle_jax.state import DecodeState
 from eagle_jax.tree import DraftStep, TreePolicy
 
 
@@ -86,7 +87,7 @@ class Medusa(Draft, nnx.Module):
         return jnp.zeros((batch, target.config.hidden_size), target.dtype)
 
     def update(self, target: Llama, memory: jax.Array, text: Text) -> jax.Array:
-        last = at(text.output.hidden, jnp.maximum(text.count - 1, 0))
+        last = take_one(text.output.hidden, jnp.maximum(text.count - 1, 0))
         return jnp.where((text.count > 0)[:, None], last, memory)
 
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
@@ -111,6 +112,6 @@ class Medusa(Draft, nnx.Module):
             own = after(step.level + 1)
             return jnp.broadcast_to(own, (*step.tokens.shape, own.shape[-1])), carry
 
-        root = at(state.tokens, jnp.maximum(state.lengths - 1, 0))
+        root = take_one(state.tokens, jnp.maximum(state.lengths - 1, 0))
         grown, _ = tree.grow(root, after(0)[:, 0], (), draft_fn)
         return Proposal(grown)

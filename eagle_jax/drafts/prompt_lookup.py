@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from eagle_jax.drafts.protocol import Draft, Proposal
 from eagle_jax.models.llama import Llama
-from eagle_jax.state import DecodeState, at
+from eagle_jax.ops.arrays import take_one
+from eagle_jax.state import DecodeState
 from eagle_jax.tree import TreePolicy, merge_chains
 
 # Matches looked at for each branch wanted: several places may go on in the same way.
@@ -51,7 +52,7 @@ class PromptLookup(Draft):
         # matched[b, j]: how many tokens up to j equal as many tokens up to the last one.
         matched, going_on = jnp.zeros_like(tokens), jnp.ones(tokens.shape, bool)
         for back in range(self.ngram):
-            wanted = at(tokens, jnp.maximum(last - back, 0))[:, None]
+            wanted = take_one(tokens, jnp.maximum(last - back, 0))[:, None]
             going_on &= (jnp.roll(tokens, back, axis=1) == wanted) & (places >= back)
             matched += going_on
         matched = jnp.where(places < last[:, None], matched, 0)
@@ -64,7 +65,7 @@ class PromptLookup(Draft):
         offsets = jnp.arange(self.length, dtype=jnp.int32)[None, None] % period[:, :, None]
         copies = jnp.take_along_axis(tokens[:, None], jnp.minimum(found[:, :, None] + 1 + offsets, width - 1), axis=2)
         copies, valid = _distinct(copies, valid, self.branches)
-        root, valid = at(tokens, last), jnp.broadcast_to(valid[:, :, None], copies.shape)
+        root, valid = take_one(tokens, last), jnp.broadcast_to(valid[:, :, None], copies.shape)
         # Where nothing matched, something that depends on the row alone.
         return Proposal(merge_chains(root, jnp.where(valid, copies, root[:, None, None]), valid))
 

@@ -20,6 +20,9 @@ from jax.sharding import PartitionSpec as P
 from eagle_jax.models import params
 from eagle_jax.models.layers import CacheLayer
 
+# Cache rows come in whole tiles of the accelerators' matrix products; else XLA pads, that is copies, the cache.
+ROW_TILE = 128
+
 NewKV = Sequence[tuple[jax.Array, jax.Array]]  # the keys and values of T new tokens, a [B, K, T, H] pair a layer
 
 

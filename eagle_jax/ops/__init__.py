@@ -1,0 +1,1 @@
+"""Functions of arrays alone, and what depends on the platform. Imports no other room of the package."""
