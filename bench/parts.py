@@ -31,10 +31,10 @@ def filled_state(target: Llama, draft: Eagle3Draft, *, batch: int, context: int,
         limits=jnp.full(batch, state.capacity, jnp.int32),
         prompt_lengths=jnp.full(batch, context, jnp.int32),
         cache=_filled(state.cache, keys[1]),
-        draft=dataclasses.replace(
-            state.draft,
-            cache=_filled(state.draft.cache, keys[2]),
-            hidden=jax.random.normal(keys[3], state.draft.hidden.shape, draft.dtype),
+        memory=dataclasses.replace(
+            state.memory,
+            cache=_filled(state.memory.cache, keys[2]),
+            hidden=jax.random.normal(keys[3], state.memory.hidden.shape, draft.dtype),
         ),
     )
     return _rewound(state, context)
@@ -60,12 +60,12 @@ def measure_parts(
 
     def grow(tree, fixed, hidden, kept):
         target, draft, state = fixed
-        state = dataclasses.replace(state, draft=dataclasses.replace(state.draft, hidden=hidden))
+        state = dataclasses.replace(state, memory=dataclasses.replace(state.memory, hidden=hidden))
         return propose(target, draft, state, tree).tree, kept
 
     fixed = target, draft, state
     first = TreeConfig(depth=1, top_k=tree.top_k, num_nodes=min(tree.num_nodes, tree.top_k + 1))
-    hidden = state.draft.hidden
+    hidden = state.memory.hidden
     found["propose"], nodes, _ = seconds_of(functools.partial(grow, tree), fixed, hidden, (), repeats)
     without_steps, *_ = seconds_of(functools.partial(grow, first), fixed, hidden, (), repeats)
     found["step"] = (found["propose"] - without_steps) / (tree.depth - 1)
@@ -91,8 +91,8 @@ def measure_parts(
         cache = cache.write(take_tokens(new_kv, path), length)
         return cache.k[-1][0, 0, 0], cache
 
-    cache, memory, lengths = state.cache, state.draft, jnp.array(state.cache.length)
-    before = dataclasses.replace(state, cache=KVCache([], [], lengths), draft=None)
+    cache, memory, lengths = state.cache, state.memory, jnp.array(state.cache.length)
+    before = dataclasses.replace(state, cache=KVCache([], [], lengths), memory=None)
     del state, fixed, hidden  # these caches are donated from here on
     found["extend"], *_ = seconds_of(
         learn, (target, draft, before, nodes, path), out._replace(new_kv=()), memory, repeats
@@ -115,12 +115,12 @@ def _filled(cache: KVCache, key: jax.Array) -> KVCache:
 def _rewound(state: DecodeState, context: int) -> DecodeState:
     """The state with every row back at `context` positions and one token that waits."""
     length = jnp.full_like(state.lengths, context)
-    memory: Any = dataclasses.replace(state.draft, cache=state.draft.cache.with_length(length))
+    memory: Any = dataclasses.replace(state.memory, cache=state.memory.cache.with_length(length))
     return dataclasses.replace(
         state,
         lengths=length + 1,
         done=jnp.zeros_like(state.done),
         failed=jnp.zeros_like(state.failed),
         cache=state.cache.with_length(length),
-        draft=memory,
+        memory=memory,
     )

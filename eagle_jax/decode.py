@@ -21,7 +21,6 @@ from eagle_jax.choose import choose, shared_noise
 from eagle_jax.drafts.protocol import Draft, Proposal, Text, check_models
 from eagle_jax.models.cache import take_tokens
 from eagle_jax.models.llama import Llama, LlamaOutput
-from eagle_jax.ops.arrays import take_one
 from eagle_jax.prompt import run_pending
 from eagle_jax.state import DecodeState, append, spread
 from eagle_jax.tree import Acceptance, AcceptFn, Tree, TreeConfig, TreePolicy
@@ -98,7 +97,7 @@ def step(
     state = append(state, chosen.tokens, length + 1, chosen.sound, chosen.log_probs)
     if draft is not None:
         text = gained(before, nodes, out, logits, chosen.path, chosen.tokens, state.lengths - before.lengths)
-        state = dataclasses.replace(state, draft=draft.update(target, state.draft, text))
+        state = dataclasses.replace(state, memory=draft.update(target, state.memory, text))
     return Step(spread(state, target), nodes, chosen.acceptance)
 
 
@@ -107,8 +106,8 @@ def propose(
 ) -> Proposal:
     """The draft's tree under each row's last token; for plain decoding that token alone."""
     if draft is None:
-        return Proposal(Tree.root(take_one(state.tokens, jnp.maximum(state.lengths - 1, 0))))
-    if state.draft is None:
+        return Proposal(Tree.root(state.root))
+    if state.memory is None:
         raise ValueError("the state was prefilled without a draft; pass the draft to prefill too")
     proposal = draft.propose(target, state, tree, noise)
     # A user's draft or policy may have made them 64 bits wide, where those are on.
@@ -120,7 +119,7 @@ def verify(target: Llama, draft: Draft | None, state: DecodeState, nodes: Tree) 
     """The target's pass over the nodes of a tree."""
     return target(
         nodes.tokens,
-        jnp.maximum(state.lengths - 1, 0)[:, None] + nodes.depths,
+        state.root_position[:, None] + nodes.depths,
         nodes.ancestors(),
         prompt_lengths=state.prompt_lengths,
         cache=state.cache,
@@ -151,7 +150,7 @@ def gained(
     return Text(
         tokens=jnp.take_along_axis(nodes.tokens, path, axis=1),
         next_tokens=tokens,
-        start=jnp.maximum(before.lengths - 1, 0),
+        start=before.root_position,
         count=count,
         output=LlamaOutput(on_path(out.hidden), None if out.taps is None else on_path(out.taps), []),
         prompt_lengths=before.prompt_lengths,

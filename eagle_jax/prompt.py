@@ -270,7 +270,7 @@ def _with_fresh_memory(target: Llama, draft: Draft | None, state: DecodeState) -
     def choose_memory(old, new):
         return jnp.where(reused.reshape(1, *[1] * (old.ndim - 1)), old, new)
 
-    return dataclasses.replace(state, draft=jax.tree.map(choose_memory, state.draft, fresh))
+    return dataclasses.replace(state, memory=jax.tree.map(choose_memory, state.memory, fresh))
 
 
 def _run(
@@ -333,9 +333,9 @@ def _run(
         jnp.zeros((batch, target.config.hidden_size), target.dtype),
         jnp.zeros((batch, len(taps) * target.config.hidden_size), target.dtype) if taps else None,
     )
-    carry = (state.cache, state.draft, at_last)
+    carry = (state.cache, state.memory, at_last)
     cache, memory, at_last = jax.lax.fori_loop(0, chunks, run_chunk, carry)
-    return dataclasses.replace(state, cache=cache.with_length(state.lengths), draft=memory), at_last
+    return dataclasses.replace(state, cache=cache.with_length(state.lengths), memory=memory), at_last
 
 
 def _begin(
@@ -344,7 +344,7 @@ def _begin(
     """Chooses each row's first new token, and tells the draft."""
     hidden, taps = at_last
     before = state.lengths
-    last = take_one(state.tokens, jnp.maximum(before - 1, 0))
+    last, position = state.root, state.root_position
     chosen = choose(state, Tree.root(last), target.logits(hidden[:, None]))
     state = append(state, chosen.tokens, jnp.ones_like(before), chosen.sound, chosen.log_probs)
     if draft is None:
@@ -352,9 +352,9 @@ def _begin(
     text = Text(
         tokens=last[:, None],
         next_tokens=chosen.tokens,
-        start=jnp.maximum(before - 1, 0),
+        start=position,
         count=state.lengths - before,
         output=LlamaOutput(hidden[:, None], None if taps is None else taps[:, None], []),
         prompt_lengths=state.prompt_lengths,
     )
-    return dataclasses.replace(state, draft=draft.update(target, state.draft, text))
+    return dataclasses.replace(state, memory=draft.update(target, state.memory, text))

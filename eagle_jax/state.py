@@ -23,6 +23,7 @@ from eagle_jax.keys import row_keys
 from eagle_jax.models import params
 from eagle_jax.models.cache import ROW_TILE, KVCache
 from eagle_jax.models.llama import Llama
+from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreeConfig, TreePolicy
 
@@ -45,7 +46,7 @@ class DecodeState:
     does; done, failed [B] bool; cycles [B]; accepted [B, scratch]: cycles that accepted 0, 1, ... draft tokens;
     drafted [B, W] bool: the tokens that were accepted draft tokens; log_probs [B, W] of new tokens, or None;
     stop_tokens [any number]; prompt_lengths [B]; keys [B] and sampling (fields [B]), None in the greedy program;
-    cache: the target's; draft: the draft's memory, None in plain decoding; pending [B] bool: rows whose prompt
+    cache: the target's; memory: the draft's, None in plain decoding; pending [B] bool: rows whose prompt
     `insert` left for the next cycle to run, None before the first insert.
     """
 
@@ -63,7 +64,7 @@ class DecodeState:
     keys: jax.Array | None
     sampling: SamplingConfig | None
     cache: KVCache
-    draft: Any
+    memory: Any
     pending: jax.Array | None
     capacity: int = dataclasses.field(metadata={"static": True})
 
@@ -71,6 +72,21 @@ class DecodeState:
     def max_depth(self) -> int:
         """The deepest tree that the rows beyond the capacity have room for."""
         return self.accepted.shape[1] - 1
+
+    @property
+    def root_position(self) -> jax.Array:
+        """[B] int32, where the root will be run: 0 in a sequence without tokens, which is done."""
+        return jnp.maximum(self.lengths - 1, 0)
+
+    @property
+    def root(self) -> jax.Array:
+        """[B] int32, the last token of each sequence: chosen by the target, but not yet run."""
+        return take_one(self.tokens, self.root_position)
+
+    @property
+    def draft(self) -> Any:
+        """Another name of `memory`."""
+        return self.memory
 
 
 def empty_state(
@@ -118,7 +134,7 @@ def empty_state(
         keys=None if sampling.greedy else row_keys(jax.random.key(0), batch),
         sampling=None if sampling.greedy else sampling.rows(batch),
         cache=cache,
-        draft=None if draft is None else draft.start(target, batch, rows),
+        memory=None if draft is None else draft.start(target, batch, rows),
         pending=None,
         capacity=capacity,
     )
@@ -170,7 +186,7 @@ def spread(values: Values, like: Any) -> Values:
         axes: tuple[params.Axis, ...] = (None,) * x.ndim
         if "cache.k" in name or "cache.v" in name:
             axes = params.CACHE_RULE
-        elif name.startswith("draft."):
+        elif name.startswith("memory."):
             axes = (params.BATCH, *axes[1:])
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, params.fitting(axes, x.shape, mesh)))
 

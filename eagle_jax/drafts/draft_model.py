@@ -80,9 +80,9 @@ class DraftModel(Draft):
         )
 
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
-        memory: ModelMemory = state.draft
+        memory: ModelMemory = state.memory
         past = memory.cache.with_length(state.lengths)
-        root = take_one(state.tokens, jnp.maximum(state.lengths - 1, 0))
+        root = state.root
         batch, k, config = root.shape[0], tree.width, self.model.config
         shape = (batch, config.num_kv_heads, (tree.depth - 1) * k, config.head_dim)
         scratch = [(jnp.zeros(shape, self.model.dtype),) * 2 for _ in range(config.num_layers)]

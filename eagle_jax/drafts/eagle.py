@@ -109,9 +109,9 @@ class EagleDraft(Draft):
 
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         """Grows a tree from the head's last output, a step of the head each level (arXiv 2401.15077, section 4.1)."""
-        memory: EagleMemory = state.draft
+        memory: EagleMemory = state.memory
         past = memory.cache
-        root = take_one(state.tokens, jnp.maximum(state.lengths - 1, 0))
+        root = state.root
         batch, k = root.shape[0], tree.width
         scratch_shape = (batch, self.config.num_kv_heads, (tree.depth - 1) * k, self.config.head_dim)
         scratch = jnp.zeros(scratch_shape, self.dtype)

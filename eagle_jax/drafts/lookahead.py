@@ -26,7 +26,6 @@ import jax.numpy as jnp
 
 from eagle_jax.drafts.protocol import Draft, Proposal, Text
 from eagle_jax.models.llama import Llama
-from eagle_jax.ops.arrays import take_one
 from eagle_jax.state import DecodeState
 from eagle_jax.tree import Tree, TreePolicy, merge_chains
 from eagle_jax.tree.verify import argmax
@@ -82,9 +81,9 @@ class Lookahead(Draft):
         )
 
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
-        memory: LookaheadMemory = state.draft
+        memory: LookaheadMemory = state.memory
         batch, width = state.tokens.shape
-        root = take_one(state.tokens, jnp.maximum(state.lengths - 1, 0))
+        root = state.root
         guesses, found = self._guesses(memory, root)
         merged = merge_chains(root, guesses, found)
 

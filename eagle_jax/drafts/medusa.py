@@ -101,7 +101,7 @@ class Medusa(Draft, nnx.Module):
                 f"a tree of depth {tree.depth} needs as many Medusa heads, there are {self.config.num_heads}; choose "
                 'another tree, such as PUBLISHED_TREES["medusa-mc-sim-7b-63"]'
             )
-        hidden = state.draft.astype(self.dtype)
+        hidden = state.memory.astype(self.dtype)
         logits = jnp.stack([head(hidden) for head in list(self.heads)[: tree.depth]], axis=1)  # [B, D, V]
 
         def after(depth):  # -> [B, 1, V], for the tokens after nodes of a depth
@@ -112,6 +112,6 @@ class Medusa(Draft, nnx.Module):
             own = after(step.level + 1)
             return jnp.broadcast_to(own, (*step.tokens.shape, own.shape[-1])), carry
 
-        root = take_one(state.tokens, jnp.maximum(state.lengths - 1, 0))
+        root = state.root
         grown, _ = tree.grow(root, after(0)[:, 0], (), draft_fn)
         return Proposal(grown)

@@ -46,7 +46,7 @@ class PromptLookup(Draft):
         return self.length
 
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
-        tokens, last = state.tokens, jnp.maximum(state.lengths - 1, 0)
+        tokens, last = state.tokens, state.root_position
         width = tokens.shape[1]
         places = jnp.arange(width, dtype=jnp.int32)[None]
         # matched[b, j]: how many tokens up to j equal as many tokens up to the last one.
@@ -65,7 +65,7 @@ class PromptLookup(Draft):
         offsets = jnp.arange(self.length, dtype=jnp.int32)[None, None] % period[:, :, None]
         copies = jnp.take_along_axis(tokens[:, None], jnp.minimum(found[:, :, None] + 1 + offsets, width - 1), axis=2)
         copies, valid = _distinct(copies, valid, self.branches)
-        root, valid = take_one(tokens, last), jnp.broadcast_to(valid[:, :, None], copies.shape)
+        root, valid = state.root, jnp.broadcast_to(valid[:, :, None], copies.shape)
         # Where nothing matched, something that depends on the row alone.
         return Proposal(merge_chains(root, jnp.where(valid, copies, root[:, None, None]), valid))
 

@@ -97,7 +97,7 @@ class Draft:
         return memory
 
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
-        """A tree of guesses whose root is each row's last token, from `state.draft` (the memory) and the text itself.
+        """A tree of guesses whose root is each row's last token, from `state.memory` and the text itself.
 
         Args:
           noise: [B, D + 1, V] Gumbel noise by which the target will choose the token after each depth, if it is shared
