@@ -19,6 +19,7 @@ import numpy as np
 from eagle_jax.decode import cycle
 from eagle_jax.decode import propose as propose_tree
 from eagle_jax.drafts.eagle import EagleDraft
+from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft, check_models, shown
 from eagle_jax.models.config import tap_layers
 from eagle_jax.models.layers import attention
@@ -118,11 +119,11 @@ def generate(
     )
     return _generate(
         target,
-        draft,
+        as_draft(target, draft),
         tokens,
         lengths,
         **_program(sampling, key),
-        tree=None if draft is None else tree,
+        tree=None if draft is None else tree,  # one program, whatever tree plain decoding is given
         max_new_tokens=max_new_tokens,
         stop_tokens=jnp.array(stop_tokens, jnp.int32),
         capacity=capacity,
@@ -148,7 +149,7 @@ def _generate(target, draft, tokens, lengths, *, tree, accept_fn, **options) -> 
         lambda state: cycle(target, draft, state, tree=tree, accept_fn=accept_fn),
         state,
     )
-    depth = 0 if draft is None else draft.depth(tree)
+    depth = draft.depth(tree)
     out = Output(
         tokens=state.tokens,
         lengths=state.lengths,
@@ -227,6 +228,7 @@ def advance(
 
     With draft=None, plain decoding steps; `tree` is then ignored.
     """
+    draft = as_draft(target, draft)
     before, pending = state.lengths, state.pending
     if pending is not None:
         state, pending = run_pending(target, draft, state), jnp.zeros_like(pending)
@@ -235,7 +237,7 @@ def advance(
         lambda carry: (carry[0] + 1, cycle(target, draft, carry[1], tree=tree, accept_fn=accept_fn)),
         (jnp.int32(0), dataclasses.replace(state, pending=None)),
     )
-    width = cycles * (1 if draft is None else draft.depth(tree) + 1) + (pending is not None)
+    width = cycles * (draft.depth(tree) + 1) + (pending is not None)
     chunk = spread(_chunk(state, before, width), target)
     return spread(dataclasses.replace(state, pending=pending), target), chunk
 

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.choose import choose, shared_noise
-from eagle_jax.drafts.protocol import Draft, Proposal, Text, check_models
+from eagle_jax.drafts.none import NoDraft, as_draft
+from eagle_jax.drafts.protocol import Draft, Proposal, Text
 from eagle_jax.models.cache import take_tokens
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.prompt import run_pending
@@ -64,8 +65,8 @@ def step(
     accept_fn: AcceptFn | None = None,
 ) -> Step:
     """`cycle`, and what happened in it."""
-    check_models(target, draft)
-    depth = 0 if draft is None else draft.depth(tree)
+    draft = as_draft(target, draft)
+    depth = draft.depth(tree)
     if depth > state.max_depth:
         raise ValueError(
             f"tree.depth = {depth} exceeds the {state.max_depth} this state has room for; pass tree= to prefill"
@@ -83,9 +84,9 @@ def step(
     chosen = choose(state, nodes, logits, accept_fn, noise, depth, proposal.probs)
     before, length = state, chosen.acceptance.length
     start = state.cache.length
-    if draft is None:
-        # Plain decoding could commit before it has read the cache, and a compiler would keep a copy to read. So this
-        # waits for the new token, whose id is never negative.
+    if nodes.num_nodes == 1:
+        # Adds 0, but makes the write depend on the new token. What a tree of one node commits is known early: XLA would
+        # write before attention has read, and copy the cache.
         start += jnp.minimum(chosen.tokens[:, 0], 0)
     state = dataclasses.replace(
         state,
@@ -95,9 +96,8 @@ def step(
         + ~state.done[:, None] * jax.nn.one_hot(length, state.accepted.shape[1], dtype=jnp.int32),
     )
     state = append(state, chosen.tokens, length + 1, chosen.sound, chosen.log_probs)
-    if draft is not None:
-        text = gained(before, nodes, out, logits, chosen.path, chosen.tokens, state.lengths - before.lengths)
-        state = dataclasses.replace(state, memory=draft.update(target, state.memory, text))
+    text = gained(before, nodes, out, logits, chosen.path, chosen.tokens, state.lengths - before.lengths)
+    state = dataclasses.replace(state, memory=draft.update(target, state.memory, text))
     return Step(spread(state, target), nodes, chosen.acceptance)
 
 
@@ -105,9 +105,8 @@ def propose(
     target: Llama, draft: Draft | None, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None
 ) -> Proposal:
     """The draft's tree under each row's last token; for plain decoding that token alone."""
-    if draft is None:
-        return Proposal(Tree.root(state.root))
-    if state.memory is None:
+    draft = as_draft(target, draft)
+    if state.memory is None and not isinstance(draft, NoDraft):
         raise ValueError("the state was prefilled without a draft; pass the draft to prefill too")
     proposal = draft.propose(target, state, tree, noise)
     # A user's draft or policy may have made them 64 bits wide, where those are on.
@@ -123,7 +122,7 @@ def verify(target: Llama, draft: Draft | None, state: DecodeState, nodes: Tree) 
         nodes.ancestors(),
         prompt_lengths=state.prompt_lengths,
         cache=state.cache,
-        taps=() if draft is None else draft.taps(target),
+        taps=as_draft(target, draft).taps(target),
     )
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.choose import choose
-from eagle_jax.drafts.protocol import Draft, Text, check_models
+from eagle_jax.drafts.none import as_draft
+from eagle_jax.drafts.protocol import Draft, Text
 from eagle_jax.keys import row_keys
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama, LlamaOutput
@@ -98,7 +99,7 @@ def prefill(
     batch, width = tokens.shape
     lengths = jnp.array(lengths, jnp.int32)  # a copy, so that donating the state spares the caller's
     capacity = width + max_new_tokens if capacity is None else capacity
-    check_models(target, draft)
+    draft = as_draft(target, draft)
     check_capacity(target, batch * num_samples, capacity)
     max_new_tokens = min(max_new_tokens, capacity)  # no row takes more
     sampling.check(batch, target.config.vocab_size)
@@ -214,7 +215,7 @@ def reusable(target: Llama, draft: Draft | None) -> bool:
 
     With dynamic RoPE, cached keys depend on the length of the prompt that they were computed for.
     """
-    return target.config.rope.kind != "dynamic" and (draft is None or draft.reusable)
+    return target.config.rope.kind != "dynamic" and as_draft(target, draft).reusable
 
 
 def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> None:
@@ -242,7 +243,7 @@ def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> 
         sampling.check(1, vocab)
 
 
-def run_pending(target: Llama, draft: Draft | None, state: DecodeState) -> DecodeState:
+def run_pending(target: Llama, draft: Draft, state: DecodeState) -> DecodeState:
     """Runs the prompts that `insert` left, a row at a time, and chooses each one's first new token."""
     if state.pending is None:
         return state
@@ -261,11 +262,11 @@ def run_pending(target: Llama, draft: Draft | None, state: DecodeState) -> Decod
     return dataclasses.replace(state, pending=pending)
 
 
-def _with_fresh_memory(target: Llama, draft: Draft | None, state: DecodeState) -> DecodeState:
+def _with_fresh_memory(target: Llama, draft: Draft, state: DecodeState) -> DecodeState:
     """A row's state with the draft's memory as before any text, unless part of the old text is reused."""
-    if draft is None:
-        return state
     reused, fresh = state.cache.length > 0, draft.start(target, 1, state.cache.rows)
+    if not jax.tree.leaves(fresh):  # plain decoding: the memory may be another draft's, which it leaves alone
+        return state
 
     def choose_memory(old, new):
         return jnp.where(reused.reshape(1, *[1] * (old.ndim - 1)), old, new)
@@ -274,7 +275,7 @@ def _with_fresh_memory(target: Llama, draft: Draft | None, state: DecodeState) -
 
 
 def _run(
-    target: Llama, draft: Draft | None, state: DecodeState, chunk: int
+    target: Llama, draft: Draft, state: DecodeState, chunk: int
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array | None]]:
     """Runs every row's tokens from its cache's length on, `chunk` of them a pass.
 
@@ -287,7 +288,7 @@ def _run(
     if not reusable(target, draft):
         start = jnp.zeros_like(start)
     causal = jnp.broadcast_to(jnp.tri(chunk, dtype=bool), (batch, chunk, chunk))
-    taps = () if draft is None else draft.taps(target)
+    taps = draft.taps(target)
 
     def run_chunk(index, carry):
         cache, memory, at_last = carry
@@ -315,18 +316,16 @@ def _run(
             return jnp.where(ends_here[:, None], take_one(new, offset), old)
 
         at_last = jax.tree.map(keep, at_last, (out.hidden, out.taps))
-        if draft is not None:
-            # The last position waits for its next token, the first root.
-            text = Text(
-                tokens=tokens,
-                next_tokens=tokens_at(positions + 1),
-                start=begin,
-                count=jnp.clip(last - begin, 0, chunk),
-                output=out,
-                prompt_lengths=state.prompt_lengths,
-            )
-            memory = draft.update(target, memory, text)
-        return cache, memory, at_last
+        # The last position waits for its next token, the first root.
+        text = Text(
+            tokens=tokens,
+            next_tokens=tokens_at(positions + 1),
+            start=begin,
+            count=jnp.clip(last - begin, 0, chunk),
+            output=out,
+            prompt_lengths=state.prompt_lengths,
+        )
+        return cache, draft.update(target, memory, text), at_last
 
     chunks = jnp.max(-(-(state.lengths - start) // chunk))
     at_last = (
@@ -338,17 +337,13 @@ def _run(
     return dataclasses.replace(state, cache=cache.with_length(state.lengths), memory=memory), at_last
 
 
-def _begin(
-    target: Llama, draft: Draft | None, state: DecodeState, at_last: tuple[jax.Array, jax.Array | None]
-) -> DecodeState:
+def _begin(target: Llama, draft: Draft, state: DecodeState, at_last: tuple[jax.Array, jax.Array | None]) -> DecodeState:
     """Chooses each row's first new token, and tells the draft."""
     hidden, taps = at_last
     before = state.lengths
     last, position = state.root, state.root_position
     chosen = choose(state, Tree.root(last), target.logits(hidden[:, None]))
     state = append(state, chosen.tokens, jnp.ones_like(before), chosen.sound, chosen.log_probs)
-    if draft is None:
-        return state
     text = Text(
         tokens=last[:, None],
         next_tokens=chosen.tokens,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from eagle_jax.drafts.protocol import check_models
+from eagle_jax.drafts.none import as_draft
 from eagle_jax.keys import row_keys
 from eagle_jax.models import params
 from eagle_jax.models.cache import ROW_TILE, KVCache
@@ -112,10 +112,10 @@ def empty_state(
     Raises:
       ValueError: for a capacity that cannot be, or whose cache is larger than the memory.
     """
-    check_models(target, draft)
+    draft = as_draft(target, draft)
     check_capacity(target, batch, capacity)
     width = capacity if width is None else width
-    depth = 0 if draft is None else draft.depth(TreeConfig() if tree is None else tree)
+    depth = draft.depth(TreeConfig() if tree is None else tree)
     scratch = max(MIN_SCRATCH, depth + 1)
     rows = -(-(capacity + scratch) // ROW_TILE) * ROW_TILE
     cache = KVCache.zeros(target.config, batch, rows, target.dtype)
@@ -134,7 +134,7 @@ def empty_state(
         keys=None if sampling.greedy else row_keys(jax.random.key(0), batch),
         sampling=None if sampling.greedy else sampling.rows(batch),
         cache=cache,
-        memory=None if draft is None else draft.start(target, batch, rows),
+        memory=draft.start(target, batch, rows),
         pending=None,
         capacity=capacity,
     )

@@ -1,0 +1,40 @@
+"""NoDraft: plain decoding as a draft of depth 0. Its tree is the root alone; a cycle brings one token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from eagle_jax.drafts.protocol import Draft, Proposal, check_models
+from eagle_jax.models.llama import Llama
+from eagle_jax.tree import Tree, TreePolicy
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class NoDraft(Draft):
+    """Proposes nothing. Public functions take None in its place: see `as_draft`.
+
+    Its memory is None, and `update` leaves any other draft's as it is.
+    """
+
+    def depth(self, tree: TreePolicy | None) -> int:
+        return 0
+
+    def start(self, target: Llama, batch: int, rows: int) -> None:
+        return None
+
+    def propose(self, target: Llama, state: Any, tree: TreePolicy | None, noise: jax.Array | None = None) -> Proposal:
+        return Proposal(Tree.root(state.root))
+
+
+def as_draft(target: Any, draft: Draft | None) -> Draft:
+    """Returns the draft that a public function was given, and `NoDraft` for None.
+
+    Raises:
+      ValueError: naming the fix, for a target or a draft that is none.
+    """
+    check_models(target, draft)
+    return NoDraft() if draft is None else draft
