@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax import Eagle3Draft, Llama, TreeConfig
-from eagle_jax.decode import cycle, gained, propose, verify
+from eagle_jax.commit import newly_committed
+from eagle_jax.decode import cycle, propose, verify
 from eagle_jax.measure.timing import seconds_of
 from eagle_jax.models.cache import KVCache, take_tokens
 from eagle_jax.state import DecodeState, empty_state
@@ -82,8 +83,9 @@ def measure_parts(
     def learn(fixed, out, memory):
         target, draft, before, nodes, path = fixed
         new, count = jnp.take_along_axis(nodes.tokens, path, axis=1), jnp.full(path.shape[0], path.shape[1], jnp.int32)
-        text = gained(before, nodes, out, out.hidden, path, new, count)  # hidden as logits: a head reads none
-        memory = draft.update(target, memory, text)
+        # The hidden states stand for the logits, which a head does not read.
+        committed = newly_committed(before, nodes, out, out.hidden, path, new, count)
+        memory = draft.update(target, memory, committed)
         return memory.hidden, memory
 
     def commit(fixed, path, cache):

@@ -28,14 +28,14 @@ from eagle_jax.tree import (
 class Chosen(NamedTuple):
     """acceptance: its bonus is the last token. path [B, D + 1]: the accepted nodes, padded with the root.
 
-    tokens [B, D + 1]: accepted tokens, then the bonus. sound [B]: how many of these come from sound logits.
+    tokens [B, D + 1]: accepted tokens, then the bonus. finite [B]: how many of these come from finite logits.
     log_probs [B, D + 1]: of the tokens, under the target's own distribution, if the state keeps them.
     """
 
     acceptance: Acceptance
     path: jax.Array
     tokens: jax.Array
-    sound: jax.Array
+    finite: jax.Array
     log_probs: jax.Array | None
 
 
@@ -78,16 +78,16 @@ def choose(
     is_bonus = jnp.arange(depth + 1, dtype=jnp.int32)[None] == acceptance.length[:, None]
     tokens = jnp.where(is_bonus, acceptance.bonus[:, None], tokens)
 
-    # A token is only as good as the logits it was chosen from: finite, and not all forbidden by the bias.
-    sound = jnp.isfinite(logits).all(axis=-1)
+    # A token is valid if its logits are finite and at least one token is not masked by the bias.
+    finite = jnp.isfinite(logits).all(axis=-1)
     if state.sampling is not None:
-        sound &= jnp.isfinite(kept.max(axis=-1))
-    sound = jnp.take_along_axis(sound, path, axis=1)
+        finite &= jnp.isfinite(kept.max(axis=-1))
+    finite = jnp.take_along_axis(finite, path, axis=1)
     log_probs = None
     if state.log_probs is not None:
         own = jax.nn.log_softmax(jnp.take_along_axis(logits, path[:, :, None], axis=1), axis=-1)
         log_probs = jnp.take_along_axis(own, tokens[:, :, None], axis=2)[:, :, 0]
-    return Chosen(acceptance, path, tokens, _leading(sound), log_probs)
+    return Chosen(acceptance, path, tokens, _leading(finite), log_probs)
 
 
 def shared_noise(state: DecodeState, depth: int, vocab_size: int) -> jax.Array:

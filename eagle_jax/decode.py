@@ -11,19 +11,18 @@ Letters: B batch, D tree depth, N nodes, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from eagle_jax.choose import choose, shared_noise
+from eagle_jax.commit import commit, newly_committed, update
 from eagle_jax.drafts.none import NoDraft, as_draft
-from eagle_jax.drafts.protocol import Draft, Proposal, Text
-from eagle_jax.models.cache import take_tokens
+from eagle_jax.drafts.protocol import Draft, Proposal
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.prompt import run_pending
-from eagle_jax.state import DecodeState, append, spread
+from eagle_jax.state import DecodeState, spread
 from eagle_jax.tree import Acceptance, AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -82,23 +81,11 @@ def step(
     out = verify(target, draft, state, nodes)
     logits = target.logits(out.hidden)
     chosen = choose(state, nodes, logits, accept_fn, noise, depth, proposal.probs)
-    before, length = state, chosen.acceptance.length
-    start = state.cache.length
-    if nodes.num_nodes == 1:
-        # Adds 0, but makes the write depend on the new token. What a tree of one node commits is known early: XLA would
-        # write before attention has read, and copy the cache.
-        start += jnp.minimum(chosen.tokens[:, 0], 0)
-    state = dataclasses.replace(
-        state,
-        cache=state.cache.write(take_tokens(out.new_kv, chosen.path), start),
-        cycles=state.cycles + ~state.done,
-        accepted=state.accepted
-        + ~state.done[:, None] * jax.nn.one_hot(length, state.accepted.shape[1], dtype=jnp.int32),
-    )
-    state = append(state, chosen.tokens, length + 1, chosen.sound, chosen.log_probs)
-    text = gained(before, nodes, out, logits, chosen.path, chosen.tokens, state.lengths - before.lengths)
-    state = dataclasses.replace(state, memory=draft.update(target, state.memory, text))
-    return Step(spread(state, target), nodes, chosen.acceptance)
+    after = commit(state, chosen, out)
+    gained = after.lengths - state.lengths
+    committed = newly_committed(state, nodes, out, logits, chosen.path, chosen.tokens, gained)
+    after = update(target, draft, after, committed)
+    return Step(spread(after, target), nodes, chosen.acceptance)
 
 
 def propose(
@@ -123,36 +110,4 @@ def verify(target: Llama, draft: Draft | None, state: DecodeState, nodes: Tree) 
         prompt_lengths=state.prompt_lengths,
         cache=state.cache,
         taps=as_draft(target, draft).taps(target),
-    )
-
-
-def gained(
-    before: DecodeState,
-    nodes: Tree,
-    out: LlamaOutput,
-    logits: jax.Array,
-    path: jax.Array,
-    tokens: jax.Array,
-    count: jax.Array,
-) -> Text:
-    """What the draft is told of a verified tree.
-
-    Args:
-      before: the state that the tree grew from.
-      out, logits: the target's, at every node.
-      path: [B, D + 1] the accepted nodes. tokens: [B, D + 1] those accepted, then the bonus; count [B] of them are new.
-    """
-
-    def on_path(values):
-        return jnp.take_along_axis(values, path[:, :, None], axis=1)
-
-    return Text(
-        tokens=jnp.take_along_axis(nodes.tokens, path, axis=1),
-        next_tokens=tokens,
-        start=before.root_position,
-        count=count,
-        output=LlamaOutput(on_path(out.hidden), None if out.taps is None else on_path(out.taps), []),
-        prompt_lengths=before.prompt_lengths,
-        tree=nodes,
-        logits=logits,
     )

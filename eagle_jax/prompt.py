@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.choose import choose
+from eagle_jax.commit import commit, newly_committed, update
 from eagle_jax.drafts.none import as_draft
-from eagle_jax.drafts.protocol import Draft, Text
+from eagle_jax.drafts.protocol import Committed, Draft
 from eagle_jax.keys import row_keys
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama, LlamaOutput
@@ -23,7 +24,6 @@ from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import (
     DecodeState,
-    append,
     check_capacity,
     empty_state,
     map_rows,
@@ -317,7 +317,7 @@ def _run(
 
         at_last = jax.tree.map(keep, at_last, (out.hidden, out.taps))
         # The last position waits for its next token, the first root.
-        text = Text(
+        committed = Committed(
             tokens=tokens,
             next_tokens=tokens_at(positions + 1),
             start=begin,
@@ -325,7 +325,7 @@ def _run(
             output=out,
             prompt_lengths=state.prompt_lengths,
         )
-        return cache, draft.update(target, memory, text), at_last
+        return cache, draft.update(target, memory, committed), at_last
 
     chunks = jnp.max(-(-(state.lengths - start) // chunk))
     at_last = (
@@ -338,18 +338,12 @@ def _run(
 
 
 def _begin(target: Llama, draft: Draft, state: DecodeState, at_last: tuple[jax.Array, jax.Array | None]) -> DecodeState:
-    """Chooses each row's first new token, and tells the draft."""
+    """Commits each row's first new token, as a cycle commits those of its tree."""
     hidden, taps = at_last
-    before = state.lengths
-    last, position = state.root, state.root_position
-    chosen = choose(state, Tree.root(last), target.logits(hidden[:, None]))
-    state = append(state, chosen.tokens, jnp.ones_like(before), chosen.sound, chosen.log_probs)
-    text = Text(
-        tokens=last[:, None],
-        next_tokens=chosen.tokens,
-        start=position,
-        count=state.lengths - before,
-        output=LlamaOutput(hidden[:, None], None if taps is None else taps[:, None], []),
-        prompt_lengths=state.prompt_lengths,
-    )
-    return dataclasses.replace(state, memory=draft.update(target, state.memory, text))
+    nodes = Tree.root(state.root)
+    chosen = choose(state, nodes, target.logits(hidden[:, None]))
+    after = commit(state, chosen)
+    output = LlamaOutput(hidden[:, None], None if taps is None else taps[:, None], [])
+    gained = after.lengths - state.lengths
+    committed = newly_committed(state, nodes, output, None, chosen.path, chosen.tokens, gained)
+    return update(target, draft, after, committed)

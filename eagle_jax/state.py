@@ -193,49 +193,6 @@ def spread(values: Values, like: Any) -> Values:
     return jax.tree_util.tree_map_with_path(place, values)
 
 
-def append(
-    state: DecodeState,
-    new: jax.Array,
-    count: jax.Array,
-    sound: jax.Array,
-    log_probs: jax.Array | None,
-) -> DecodeState:
-    """Appends the first `count` [B] of the tokens new [B, T], up to a stop token, the limit, or broken logits.
-
-    Args:
-      count: all but the last of them are accepted draft tokens.
-      sound: [B] how many of the new tokens come from sound logits.
-      log_probs: [B, T] of the new tokens, if the state keeps them.
-    """
-    index = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
-    stops = jnp.any(new[:, :, None] == state.stop_tokens[None, None], axis=-1)
-    first_stop = jax.lax.argmax(stops, 1, jnp.int32)
-    until_stop = jnp.where(stops.any(1), first_stop + 1, new.shape[1])
-    wanted = jnp.minimum(jnp.minimum(count, until_stop), state.limits - state.lengths)
-    taken = jnp.where(state.done, 0, jnp.minimum(wanted, sound))
-    lengths = state.lengths + taken
-    stopped = jnp.any(stops & (index < taken[:, None]), axis=1)
-    failed = ~state.done & (sound < wanted)
-
-    # values[b, lengths[b] + i] = new[b, i] for i < taken[b], as one elementwise pass.
-    offset = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)[None] - state.lengths[:, None]
-
-    def place(values, new):
-        placed = jnp.take_along_axis(new, jnp.clip(offset, 0, new.shape[1] - 1), axis=1)
-        return jnp.where((offset >= 0) & (offset < taken[:, None]), placed, values)
-
-    return dataclasses.replace(
-        state,
-        tokens=place(state.tokens, new),
-        drafted=place(state.drafted, index < count[:, None] - 1),
-        log_probs=None if log_probs is None or state.log_probs is None else place(state.log_probs, log_probs),
-        lengths=lengths,
-        cache=state.cache.with_length(jnp.maximum(lengths - 1, 0)),
-        done=state.done | stopped | failed | (lengths >= state.limits),
-        failed=state.failed | failed,
-    )
-
-
 def map_rows(fn: Callable[..., jax.Array], state: DecodeState, *others: DecodeState) -> DecodeState:
     """`fn` of every array that has a row for each sequence: all but stop_tokens."""
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.drafts.noise import perturbed
-from eagle_jax.drafts.protocol import Draft, Proposal, Text
+from eagle_jax.drafts.protocol import Committed, Draft, Proposal
 from eagle_jax.keys import draft_keys
 from eagle_jax.models.cache import ROW_TILE, KVCache, put
 from eagle_jax.models.config import require_same
@@ -61,22 +61,25 @@ class DraftModel(Draft):
         cache = KVCache.zeros(config, batch, rows + ROW_TILE, dtype)
         return ModelMemory(cache, jnp.zeros((batch, config.hidden_size), dtype))
 
-    def update(self, target: Llama, memory: ModelMemory, text: Text) -> ModelMemory:
-        """Runs the small model up to the root. The token at `start` runs again, which spares a case for the first."""
-        tokens = jnp.concatenate([text.tokens[:, :1], text.next_tokens], axis=1)
+    def update(self, target: Llama, memory: ModelMemory, committed: Committed) -> ModelMemory:
+        """Runs the small model up to the root.
+
+        Re-runs the token at `start`, so that the first update needs no special case.
+        """
+        tokens = jnp.concatenate([committed.tokens[:, :1], committed.next_tokens], axis=1)
         batch, width = tokens.shape
         mask = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
         out = self.model(
             tokens,
-            text.start[:, None] + jnp.arange(width, dtype=jnp.int32)[None],
+            committed.start[:, None] + jnp.arange(width, dtype=jnp.int32)[None],
             mask,
-            prompt_lengths=text.prompt_lengths,
-            cache=memory.cache.with_length(text.start),
-            in_blocks=text.tree is None and width > 2,
+            prompt_lengths=committed.prompt_lengths,
+            cache=memory.cache.with_length(committed.start),
+            in_blocks=committed.tree is None and width > 2,
         )
         return ModelMemory(
-            cache=memory.cache.write(out.new_kv, text.start),
-            hidden=jnp.where((text.count > 0)[:, None], take_one(out.hidden, text.count), memory.hidden),
+            cache=memory.cache.write(out.new_kv, committed.start),
+            hidden=jnp.where((committed.count > 0)[:, None], take_one(out.hidden, committed.count), memory.hidden),
         )
 
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:

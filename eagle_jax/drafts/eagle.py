@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.drafts.noise import coupled
-from eagle_jax.drafts.protocol import Draft, Proposal, Text
+from eagle_jax.drafts.protocol import Committed, Draft, Proposal
 from eagle_jax.models.cache import KVCache, put
 from eagle_jax.models.config import ConfigError, DraftConfig
 from eagle_jax.models.layers import Attend, Window, attention
@@ -83,11 +83,11 @@ class EagleDraft(Draft):
         cache = KVCache.zeros(self.config, batch, rows, self.dtype)
         return EagleMemory(cache, jnp.zeros((batch, self.config.hidden_size), self.dtype))
 
-    def update(self, target: Llama, memory: EagleMemory, text: Text) -> EagleMemory:
+    def update(self, target: Llama, memory: EagleMemory, committed: Committed) -> EagleMemory:
         """Runs the head over the new pairs, with the target's own features in place of drafted ones."""
-        batch, width = text.tokens.shape
-        past = memory.cache.with_length(text.start)
-        positions = text.start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+        batch, width = committed.tokens.shape
+        past = memory.cache.with_length(committed.start)
+        positions = committed.start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
         mask = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
         visible = self._window(positions)
         if visible is not None:
@@ -95,16 +95,16 @@ class EagleDraft(Draft):
 
         def attend(q, k, v):
             # Written, then read up to `start`: there is one cache then, with nothing to be copied from another.
-            cache = past.write([(k, v)], text.start)
-            in_blocks = text.tree is None and width > 1
+            cache = past.write([(k, v)], committed.start)
+            in_blocks = committed.tree is None and width > 1
             return attention(q, k, v, mask, cache.layer(0), window=visible, in_blocks=in_blocks), cache
 
-        fused = self.fuse(self.features(text.output))
-        hidden, cache = self(target, fused, text.next_tokens, positions, attend, prompt_lengths=text.prompt_lengths)
-        last = take_one(hidden, jnp.maximum(text.count - 1, 0))
+        fused, lengths = self.fuse(self.features(committed.output)), committed.prompt_lengths
+        hidden, cache = self(target, fused, committed.next_tokens, positions, attend, prompt_lengths=lengths)
+        last = take_one(hidden, jnp.maximum(committed.count - 1, 0))
         return EagleMemory(
-            cache=cache.with_length(text.start + text.count),
-            hidden=jnp.where((text.count > 0)[:, None], last, memory.hidden),
+            cache=cache.with_length(committed.start + committed.count),
+            hidden=jnp.where((committed.count > 0)[:, None], last, memory.hidden),
         )
 
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:

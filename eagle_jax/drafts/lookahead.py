@@ -24,7 +24,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.drafts.protocol import Draft, Proposal, Text
+from eagle_jax.drafts.protocol import Committed, Draft, Proposal
 from eagle_jax.models.llama import Llama
 from eagle_jax.state import DecodeState
 from eagle_jax.tree import Tree, TreePolicy, merge_chains
@@ -106,19 +106,20 @@ class Lookahead(Draft):
             )
         )
 
-    def update(self, target: Llama, memory: LookaheadMemory, text: Text) -> LookaheadMemory:
-        if text.tree is None or text.logits is None:  # a prompt: it gives the window its first tokens, in `propose`
+    def update(self, target: Llama, memory: LookaheadMemory, committed: Committed) -> LookaheadMemory:
+        nodes, logits = committed.tree, committed.logits
+        if nodes is None or logits is None:  # a prompt: it gives the window its first tokens, in `propose`
             return memory
-        batch, nodes = text.tree.tokens.shape
-        first = nodes - self.window * (self.ngram - 1)  # so that the window's nodes, the root's first, are from here on
-        window = text.tree.tokens[:, first:].at[:, 0].set(text.tree.tokens[:, 0])
+        batch, count = nodes.tokens.shape
+        first = count - self.window * (self.ngram - 1)  # so that the window's nodes, the root's first, are from here on
+        window = nodes.tokens[:, first:].at[:, 0].set(nodes.tokens[:, 0])
         window = window.reshape(batch, self.ngram - 1, self.window)
-        top = argmax(text.logits[:, -self.window :])
+        top = argmax(logits[:, -self.window :])
         if self.ngram == 2:  # the root, in column 0, is the highest level's first node
-            top = top.at[:, 0].set(argmax(text.logits[:, 0]))
+            top = top.at[:, 0].set(argmax(logits[:, 0]))
         ngrams = jnp.concatenate([window, top[:, None]], axis=1).swapaxes(1, 2)  # [B, W, N]
         pool = self._remember(memory, ngrams)
-        alive = text.count > 0
+        alive = committed.count > 0
         higher = jnp.concatenate([window[:, 1:], top[:, None]], axis=1)
         return LookaheadMemory(
             window=jnp.where(alive[:, None, None], higher, memory.window),

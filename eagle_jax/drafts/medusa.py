@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from eagle_jax.drafts.noise import coupled
-from eagle_jax.drafts.protocol import Draft, Proposal, Text
+from eagle_jax.drafts.protocol import Committed, Draft, Proposal
 from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import linear, normal, zeros
 from eagle_jax.models.llama import Llama
@@ -86,9 +86,9 @@ class Medusa(Draft, nnx.Module):
     def start(self, target: Llama, batch: int, rows: int) -> jax.Array:
         return jnp.zeros((batch, target.config.hidden_size), target.dtype)
 
-    def update(self, target: Llama, memory: jax.Array, text: Text) -> jax.Array:
-        last = take_one(text.output.hidden, jnp.maximum(text.count - 1, 0))
-        return jnp.where((text.count > 0)[:, None], last, memory)
+    def update(self, target: Llama, memory: jax.Array, committed: Committed) -> jax.Array:
+        last = take_one(committed.output.hidden, jnp.maximum(committed.count - 1, 0))
+        return jnp.where((committed.count > 0)[:, None], last, memory)
 
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         """Grows a tree whose nodes of one depth all have the same guesses for children.

@@ -39,16 +39,18 @@ class Proposal(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """What a row's text gained: T positions that the target has run, from `start` on, of which `count` are real.
+class Committed:
+    """Newly committed positions: T positions from `start` that the target has run, the first `count` of them valid.
 
-    tokens, next_tokens: [B, T], the token at each position and the one after it. After the last real one comes the
-      root, the token that the target chose and has not run yet.
-    start, count: [B]; count may be 0. Positions past the count hold anything.
+    Positions past the count hold anything.
+
+    tokens, next_tokens: [B, T] int32, the token at each position and the one after it. After the last valid one comes
+      the root, the token that the target chose and has not run yet.
+    start, count: [B] int32; a count may be 0.
     output: the target's pass there: hidden [B, T, H], and taps [B, T, F] if the draft asked for them.
-    prompt_lengths: [B].
-    tree, logits: the tree that the target checked, and its logits [B, N, V] after every node, accepted or not; None for
-      a prompt, where T is up to a chunk's length.
+    prompt_lengths: [B] int32.
+    tree, logits: the verified tree, and the target's logits [B, N, V] after every node, accepted or not. None for a
+      prompt, where T is up to a chunk's length.
     """
 
     tokens: jax.Array
@@ -59,6 +61,9 @@ class Text:
     prompt_lengths: jax.Array
     tree: Tree | None = None
     logits: jax.Array | None = None
+
+
+Text = Committed  # the name by which drafts of users import it
 
 
 class Draft:
@@ -92,8 +97,11 @@ class Draft:
         """
         return ()
 
-    def update(self, target: Llama, memory: Any, text: Text) -> Any:
-        """The memory after the text grew. Rows whose count is 0 keep what they had, but for what no one reads."""
+    def update(self, target: Llama, memory: Any, committed: Committed) -> Any:
+        """Updates the memory with newly committed positions.
+
+        Sequences whose count is 0 must stay unchanged up to their length; anything beyond it may be overwritten.
+        """
         return memory
 
     def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:

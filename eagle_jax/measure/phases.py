@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.decode import cycle, gained, propose, verify
+from eagle_jax.commit import newly_committed
+from eagle_jax.decode import cycle, propose, verify
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure.timing import median_seconds, repeat
 from eagle_jax.models.llama import Llama
@@ -104,7 +105,7 @@ def updates(target, draft, state, nodes, out, logits, *, tree):
         target, draft = models
         state, nodes, out, logits = inputs
         new = jnp.take_along_axis(nodes.tokens, path, axis=1)
-        text = gained(state, nodes, out, logits, path, new, jnp.ones_like(state.lengths))
-        return draft.update(target, state.draft, text), ()
+        committed = newly_committed(state, nodes, out, logits, path, new, jnp.ones_like(state.lengths))
+        return draft.update(target, state.memory, committed), ()
 
     return repeat(part, RUNS, (target, draft), (state, nodes, out, logits), ())[0]
