@@ -17,7 +17,7 @@ from eagle_jax.commit import newly_committed
 from eagle_jax.decode import cycle, propose, verify
 from eagle_jax.measure.timing import seconds_of
 from eagle_jax.models.cache import KVCache, take_tokens
-from eagle_jax.state import DecodeState, empty_state
+from eagle_jax.state import DecodeState, context_of, empty_state
 from eagle_jax.tree.verify import argmax
 
 
@@ -62,7 +62,7 @@ def measure_parts(
     def grow(tree, fixed, hidden, kept):
         target, draft, state = fixed
         state = dataclasses.replace(state, memory=dataclasses.replace(state.memory, hidden=hidden))
-        return propose(target, draft, state, tree).tree, kept
+        return propose(target, draft, context_of(state, target.config.vocab_size), tree).tree, kept
 
     fixed = target, draft, state
     first = TreeConfig(depth=1, top_k=tree.top_k, num_nodes=min(tree.num_nodes, tree.top_k + 1))

@@ -10,7 +10,7 @@ from eagle_jax.drafts.eagle import with_window
 from eagle_jax.drafts.lookahead import Lookahead
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.drafts.prompt_lookup import PromptLookup
-from eagle_jax.drafts.protocol import Committed, Draft, Proposal, Text
+from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal, Text
 from eagle_jax.models.config import ConfigError, DraftConfig, LlamaConfig
 from eagle_jax.models.eagle1 import Eagle1Draft
 from eagle_jax.models.eagle3 import Eagle3Draft
@@ -30,6 +30,7 @@ __all__ = [
     "Chunk",
     "Committed",
     "ConfigError",
+    "Context",
     "DecodeState",
     "Detokenizer",
     "Draft",

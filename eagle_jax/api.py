@@ -26,7 +26,7 @@ from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
 from eagle_jax.prompt import prefill, run_pending
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.state import DecodeState, check_capacity, spread
+from eagle_jax.state import DecodeState, check_capacity, context_of, spread
 from eagle_jax.tree import AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -266,8 +266,9 @@ def propose(
     Returns:
       Tree of [B, N] fields; N = tree.num_nodes, unless the draft has a shape of its own.
     """
+    draft = as_draft(target, draft)
     state = prefill(target, draft, tokens, lengths, max_new_tokens=1, tree=tree)
-    return propose_tree(target, draft, state, tree).tree
+    return propose_tree(target, draft, context_of(state, target.config.vocab_size), tree).tree
 
 
 @jax.jit

@@ -62,7 +62,7 @@ def newly_committed(
     """
 
     def on_path(values):
-        if path.shape[1] == nodes.num_nodes == 1:
+        if nodes.num_nodes == 1:
             return values
         return jnp.take_along_axis(values, path.reshape(*path.shape, *[1] * (values.ndim - 2)), axis=1)
 

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.choose import choose, shared_noise
+from eagle_jax.choose import accept
 from eagle_jax.commit import commit, newly_committed, update
 from eagle_jax.drafts.none import NoDraft, as_draft
-from eagle_jax.drafts.protocol import Draft, Proposal
+from eagle_jax.drafts.protocol import Context, Draft, Proposal
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.prompt import run_pending
-from eagle_jax.state import DecodeState, spread
+from eagle_jax.state import DecodeState, context_of, spread
 from eagle_jax.tree import Acceptance, AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -66,36 +66,36 @@ def step(
     """`cycle`, and what happened in it."""
     draft = as_draft(target, draft)
     depth = draft.depth(tree)
-    if depth > state.max_depth:
-        raise ValueError(
-            f"tree.depth = {depth} exceeds the {state.max_depth} this state has room for; pass tree= to prefill"
-        )
+    check_state(draft, state, depth, accept_fn)
     state = run_pending(target, draft, state)
-    noise = None
-    if state.sampling is not None and state.sampling.coupled:
-        if accept_fn is not None:
-            raise ValueError("coupled sampling drafts for its own acceptance rule; with another, leave coupled=False")
-        noise = shared_noise(state, depth, target.config.vocab_size)
-    proposal = propose(target, draft, state, tree, noise)
+    context = context_of(state, target.config.vocab_size, depth)
+    proposal = propose(target, draft, context, tree)
     nodes = proposal.tree
-    out = verify(target, draft, state, nodes)
-    logits = target.logits(out.hidden)
-    chosen = choose(state, nodes, logits, accept_fn, noise, depth, proposal.probs)
-    after = commit(state, chosen, out)
+    output = verify(target, draft, state, nodes)
+    logits = target.logits(output.hidden)
+    chosen = accept(context, proposal, logits, accept_fn, depth=depth, log_probs=state.log_probs is not None)
+    after = commit(state, chosen, output)
     gained = after.lengths - state.lengths
-    committed = newly_committed(state, nodes, out, logits, chosen.path, chosen.tokens, gained)
+    committed = newly_committed(state, nodes, output, logits, chosen.path, chosen.tokens, gained)
     after = update(target, draft, after, committed)
     return Step(spread(after, target), nodes, chosen.acceptance)
 
 
-def propose(
-    target: Llama, draft: Draft | None, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None
-) -> Proposal:
-    """The draft's tree under each row's last token; for plain decoding that token alone."""
-    draft = as_draft(target, draft)
+def check_state(draft: Draft, state: DecodeState, depth: int, accept_fn: AcceptFn | None = None) -> None:
+    """Raises ValueError, naming the fix, if the state was not made for this draft, depth or acceptance rule."""
+    if depth > state.max_depth:
+        raise ValueError(
+            f"tree.depth = {depth} exceeds the {state.max_depth} this state has room for; pass tree= to prefill"
+        )
+    if accept_fn is not None and state.sampling is not None and state.sampling.coupled:
+        raise ValueError("coupled sampling drafts for its own acceptance rule; with another, leave coupled=False")
     if state.memory is None and not isinstance(draft, NoDraft):
         raise ValueError("the state was prefilled without a draft; pass the draft to prefill too")
-    proposal = draft.propose(target, state, tree, noise)
+
+
+def propose(target: Llama, draft: Draft, context: Context, tree: TreePolicy) -> Proposal:
+    """The draft's tree under each sequence's last token; for plain decoding that token alone."""
+    proposal = draft.propose(target, context, tree, context.noise)
     # A user's draft or policy may have made them 64 bits wide, where those are on.
     narrow = Tree(tokens=jnp.int32, parents=jnp.int32, depths=jnp.int32, scores=jnp.float32)
     return proposal._replace(tree=jax.tree.map(lambda x, dtype: x.astype(dtype), proposal.tree, narrow))

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax.choose import choose
+from eagle_jax.choose import accept
 from eagle_jax.commit import commit, newly_committed, update
 from eagle_jax.drafts.none import as_draft
-from eagle_jax.drafts.protocol import Committed, Draft
+from eagle_jax.drafts.protocol import Committed, Draft, Proposal
 from eagle_jax.keys import row_keys
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama, LlamaOutput
@@ -25,6 +25,7 @@ from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import (
     DecodeState,
     check_capacity,
+    context_of,
     empty_state,
     map_rows,
     put_row,
@@ -340,10 +341,12 @@ def _run(
 def _begin(target: Llama, draft: Draft, state: DecodeState, at_last: tuple[jax.Array, jax.Array | None]) -> DecodeState:
     """Commits each row's first new token, as a cycle commits those of its tree."""
     hidden, taps = at_last
-    nodes = Tree.root(state.root)
-    chosen = choose(state, nodes, target.logits(hidden[:, None]))
+    context = context_of(state, target.config.vocab_size)
+    root = Tree.root(context.root)
+    logits = target.logits(hidden[:, None])
+    chosen = accept(context, Proposal(root), logits, log_probs=state.log_probs is not None)
     after = commit(state, chosen)
     output = LlamaOutput(hidden[:, None], None if taps is None else taps[:, None], [])
     gained = after.lengths - state.lengths
-    committed = newly_committed(state, nodes, output, None, chosen.path, chosen.tokens, gained)
+    committed = newly_committed(state, root, output, None, chosen.path, chosen.tokens, gained)
     return update(target, draft, after, committed)

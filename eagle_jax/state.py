@@ -19,13 +19,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from eagle_jax.drafts.none import as_draft
-from eagle_jax.keys import row_keys
+from eagle_jax.drafts.protocol import Context
+from eagle_jax.keys import row_keys, token_keys
 from eagle_jax.models import params
 from eagle_jax.models.cache import ROW_TILE, KVCache
 from eagle_jax.models.llama import Llama
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.tree import TreeConfig, TreePolicy
+from eagle_jax.tree import TreeConfig, TreePolicy, choice_noise
 
 Values = TypeVar("Values")
 
@@ -191,6 +192,25 @@ def spread(values: Values, like: Any) -> Values:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, params.fitting(axes, x.shape, mesh)))
 
     return jax.tree_util.tree_map_with_path(place, values)
+
+
+def context_of(state: DecodeState, vocab_size: int, depth: int = 0) -> Context:
+    """Returns what a draft may read of the state before a tree of this depth."""
+    noise = None
+    if state.sampling is not None and state.sampling.coupled:
+        assert state.keys is not None
+        noise = choice_noise(token_keys(state.keys, state.lengths, depth + 1), vocab_size)
+    return Context(
+        tokens=state.tokens,
+        lengths=state.lengths,
+        prompt_lengths=state.prompt_lengths,
+        root=state.root,
+        root_position=state.root_position,
+        memory=state.memory,
+        keys=state.keys,
+        sampling=state.sampling,
+        noise=noise,
+    )
 
 
 def map_rows(fn: Callable[..., jax.Array], state: DecodeState, *others: DecodeState) -> DecodeState:

@@ -18,6 +18,7 @@ from eagle_jax import TreeConfig
 from eagle_jax.decode import propose
 from eagle_jax.measure.near_tie import near_tie_absolute
 from eagle_jax.models import params
+from eagle_jax.state import context_of
 from tests.toy import GOLDEN, golden_pair, rows_of
 from tests.tree import oracle
 
@@ -30,7 +31,8 @@ _prefill = jax.jit(functools.partial(eagle_jax.prefill, max_new_tokens=NEW))
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=2)
 def tree_and_cycle(target, draft, state, config):
-    return propose(target, draft, state, config).tree, eagle_jax.cycle(target, draft, state, tree=config)
+    context = context_of(state, target.config.vocab_size)
+    return propose(target, draft, context, config).tree, eagle_jax.cycle(target, draft, state, tree=config)
 
 
 def tree_config(setting: str) -> TreeConfig:

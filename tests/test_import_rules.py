@@ -34,6 +34,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ROOM_OF = {
     "__main__": "cli",
     "choose": "decode",
+    "commit": "decode",
     "prompt": "decode",
     "state": "decode",
 }
@@ -41,22 +42,12 @@ ROOM_OF = {
 # room -> files that import it and may not. The facade is eagle_jax itself: public names, for users.
 KNOWN = {
     "cli": {"eagle_jax.convert.__main__"},
-    "decode": {
-        "eagle_jax.drafts.draft_model",
-        "eagle_jax.drafts.eagle",
-        "eagle_jax.drafts.lookahead",
-        "eagle_jax.drafts.medusa",
-        "eagle_jax.drafts.prompt_lookup",
-        "eagle_jax.drafts.protocol",
-    },
     "drafts": {"eagle_jax.models.eagle1", "eagle_jax.models.eagle3"},
     "tree": {"eagle_jax.sampling"},
 }
 
 # Files that import each other in a circle.
-CIRCLES = [
-    {"eagle_jax.drafts.protocol", "eagle_jax.state"},
-]
+CIRCLES: list[set[str]] = []
 
 # Packages that take long to import, and the rooms that need them as a whole; other rooms import them in functions.
 HEAVY = {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.drafts.noise import perturbed
-from eagle_jax.drafts.protocol import Committed, Draft, Proposal
+from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.keys import draft_keys
 from eagle_jax.models.cache import ROW_TILE, KVCache, put
 from eagle_jax.models.config import require_same
@@ -21,7 +21,6 @@ from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import warp
-from eagle_jax.state import DecodeState
 from eagle_jax.tree import DraftStep, Tree, TreePolicy, choice_noise
 from eagle_jax.tree.policy import NEVER
 
@@ -82,31 +81,31 @@ class DraftModel(Draft):
             hidden=jnp.where((committed.count > 0)[:, None], take_one(out.hidden, committed.count), memory.hidden),
         )
 
-    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
-        memory: ModelMemory = state.memory
-        past = memory.cache.with_length(state.lengths)
-        root = state.root
+    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+        memory: ModelMemory = context.memory
+        past = memory.cache.with_length(context.lengths)
+        root = context.root
         batch, k, config = root.shape[0], tree.width, self.model.config
         shape = (batch, config.num_kv_heads, (tree.depth - 1) * k, config.head_dim)
         scratch = [(jnp.zeros(shape, self.model.dtype),) * 2 for _ in range(config.num_layers)]
 
-        scored_at = None if state.sampling is None or noise is not None else _scored_at(tree)
+        scored_at = None if context.sampling is None or noise is not None else _scored_at(tree)
         if scored_at is not None:
             # The k largest of logits + Gumbel noise are k draws without putting back.
-            assert state.keys is not None
-            noise = choice_noise(draft_keys(state.keys, state.lengths, tree.depth), config.vocab_size)
+            assert context.keys is not None
+            noise = choice_noise(draft_keys(context.keys, context.lengths, tree.depth), config.vocab_size)
 
         def guesses(hidden, depth):
             """Logits with their noise [B, T, V], and q: zeros in greedy rows, [B, T, 0] where nothing is drawn."""
             logits = self.model.logits(hidden)
             nothing = jnp.zeros((*logits.shape[:2], 0), jnp.float32)
-            if noise is None or state.sampling is None:
+            if noise is None or context.sampling is None:
                 return logits, nothing
-            warped = warp(logits, state.sampling)
-            noisy = perturbed(logits, warped, state.sampling, noise, depth)
+            warped = warp(logits, context.sampling)
+            noisy = perturbed(logits, warped, context.sampling, noise, depth)
             if scored_at is None:
                 return noisy, nothing
-            sampled = (state.sampling.temperature > 0).reshape(-1, 1, 1)
+            sampled = (context.sampling.temperature > 0).reshape(-1, 1, 1)
             return noisy, jnp.where(sampled, jax.nn.softmax(warped, axis=-1), 0)
 
         def draft_fn(carry, step: DraftStep):
@@ -118,8 +117,8 @@ class DraftModel(Draft):
                 rows = put(old_k, k, place), put(old_v, v, place)
                 return attention(q, *rows, step.mask, past.layer(index)), rows
 
-            positions = jnp.broadcast_to((state.lengths + step.level)[:, None], step.tokens.shape)
-            out, written = self.model.run(step.tokens, positions, attend, prompt_lengths=state.prompt_lengths)
+            positions = jnp.broadcast_to((context.lengths + step.level)[:, None], step.tokens.shape)
+            out, written = self.model.run(step.tokens, positions, attend, prompt_lengths=context.prompt_lengths)
             logits, own = guesses(out.hidden, step.level + 1)
             probs = put(probs, own, (0, 1 + step.level * tree.width, 0))
             return logits, (written, probs)

@@ -17,13 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.drafts.noise import coupled
-from eagle_jax.drafts.protocol import Committed, Draft, Proposal
+from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.cache import KVCache, put
 from eagle_jax.models.config import ConfigError, DraftConfig
 from eagle_jax.models.layers import Attend, Window, attention
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.ops.arrays import take_one
-from eagle_jax.state import DecodeState
 from eagle_jax.tree import DraftStep, TreePolicy
 
 
@@ -107,18 +106,18 @@ class EagleDraft(Draft):
             hidden=jnp.where((committed.count > 0)[:, None], last, memory.hidden),
         )
 
-    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         """Grows a tree from the head's last output, a step of the head each level (arXiv 2401.15077, section 4.1)."""
-        memory: EagleMemory = state.memory
+        memory: EagleMemory = context.memory
         past = memory.cache
-        root = state.root
+        root = context.root
         batch, k = root.shape[0], tree.width
         scratch_shape = (batch, self.config.num_kv_heads, (tree.depth - 1) * k, self.config.head_dim)
         scratch = jnp.zeros(scratch_shape, self.dtype)
         ids = None if self.target_ids is None else self.target_ids[...]
 
         def logits_of(hidden, depth):  # [B, T, D] -> [B, T, Vd], for the tokens after nodes of a depth
-            return coupled(self.logits(target, hidden), state.sampling, noise, depth, ids)
+            return coupled(self.logits(target, hidden), context.sampling, noise, depth, ids)
 
         def draft_fn(carry, step: DraftStep):
             hidden, scratch_k, scratch_v = carry  # hidden [B, k, D]: outputs of the previous step's nodes
@@ -130,7 +129,7 @@ class EagleDraft(Draft):
                 return attention(q, *rows, step.mask, past.layer(0), window=self._window(positions)), rows
 
             hidden = jnp.take_along_axis(hidden, step.parents[:, :, None], axis=1)
-            hidden, rows = self(target, hidden, step.tokens, positions, attend, prompt_lengths=state.prompt_lengths)
+            hidden, rows = self(target, hidden, step.tokens, positions, attend, prompt_lengths=context.prompt_lengths)
             return logits_of(hidden, step.level + 1), (hidden, *rows)
 
         first = jnp.broadcast_to(memory.hidden[:, None], (batch, k, memory.hidden.shape[-1]))

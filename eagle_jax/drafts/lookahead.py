@@ -24,9 +24,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.drafts.protocol import Committed, Draft, Proposal
+from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.llama import Llama
-from eagle_jax.state import DecodeState
 from eagle_jax.tree import Tree, TreePolicy, merge_chains
 from eagle_jax.tree.verify import argmax
 
@@ -80,17 +79,17 @@ class Lookahead(Draft):
             cycles=jnp.zeros(batch, jnp.int32),
         )
 
-    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
-        memory: LookaheadMemory = state.memory
-        batch, width = state.tokens.shape
-        root = state.root
+    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+        memory: LookaheadMemory = context.memory
+        batch, width = context.tokens.shape
+        root = context.root
         guesses, found = self._guesses(memory, root)
         merged = merge_chains(root, guesses, found)
 
         places = (
-            jnp.arange((self.ngram - 1) * self.window, dtype=jnp.int32)[None] % jnp.maximum(state.lengths, 1)[:, None]
+            jnp.arange((self.ngram - 1) * self.window, dtype=jnp.int32)[None] % jnp.maximum(context.lengths, 1)[:, None]
         )
-        beginning = jnp.take_along_axis(state.tokens, jnp.minimum(places, width - 1), axis=1)
+        beginning = jnp.take_along_axis(context.tokens, jnp.minimum(places, width - 1), axis=1)
         window = jnp.where(memory.window == NONE, beginning.reshape(memory.window.shape), memory.window)
         parents, depths = self._window_shape(merged.num_nodes)
 

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from eagle_jax.drafts.noise import coupled
-from eagle_jax.drafts.protocol import Committed, Draft, Proposal
+from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import linear, normal, zeros
 from eagle_jax.models.llama import Llama
 from eagle_jax.ops.arrays import take_one
-from eagle_jax.state import DecodeState
 from eagle_jax.tree import DraftStep, TreePolicy
 
 
@@ -90,7 +89,7 @@ class Medusa(Draft, nnx.Module):
         last = take_one(committed.output.hidden, jnp.maximum(committed.count - 1, 0))
         return jnp.where((committed.count > 0)[:, None], last, memory)
 
-    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         """Grows a tree whose nodes of one depth all have the same guesses for children.
 
         Raises:
@@ -101,17 +100,17 @@ class Medusa(Draft, nnx.Module):
                 f"a tree of depth {tree.depth} needs as many Medusa heads, there are {self.config.num_heads}; choose "
                 'another tree, such as PUBLISHED_TREES["medusa-mc-sim-7b-63"]'
             )
-        hidden = state.memory.astype(self.dtype)
+        hidden = context.memory.astype(self.dtype)
         logits = jnp.stack([head(hidden) for head in list(self.heads)[: tree.depth]], axis=1)  # [B, D, V]
 
         def after(depth):  # -> [B, 1, V], for the tokens after nodes of a depth
             own = jax.lax.dynamic_index_in_dim(logits, depth, axis=1)
-            return coupled(own, state.sampling, noise, depth)
+            return coupled(own, context.sampling, noise, depth)
 
         def draft_fn(carry, step: DraftStep):
             own = after(step.level + 1)
             return jnp.broadcast_to(own, (*step.tokens.shape, own.shape[-1])), carry
 
-        root = state.root
+        root = context.root
         grown, _ = tree.grow(root, after(0)[:, 0], (), draft_fn)
         return Proposal(grown)

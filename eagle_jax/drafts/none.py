@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from eagle_jax.drafts.protocol import Draft, Proposal, check_models
+from eagle_jax.drafts.protocol import Context, Draft, Proposal, check_models
 from eagle_jax.models.llama import Llama
 from eagle_jax.tree import Tree, TreePolicy
 
@@ -26,8 +26,8 @@ class NoDraft(Draft):
     def start(self, target: Llama, batch: int, rows: int) -> None:
         return None
 
-    def propose(self, target: Llama, state: Any, tree: TreePolicy | None, noise: jax.Array | None = None) -> Proposal:
-        return Proposal(Tree.root(state.root))
+    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+        return Proposal(Tree.root(context.root))
 
 
 def as_draft(target: Any, draft: Draft | None) -> Draft:

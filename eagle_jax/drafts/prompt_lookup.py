@@ -10,10 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.drafts.protocol import Draft, Proposal
+from eagle_jax.drafts.protocol import Context, Draft, Proposal
 from eagle_jax.models.llama import Llama
 from eagle_jax.ops.arrays import take_one
-from eagle_jax.state import DecodeState
 from eagle_jax.tree import TreePolicy, merge_chains
 
 # Matches looked at for each branch wanted: several places may go on in the same way.
@@ -45,8 +44,8 @@ class PromptLookup(Draft):
     def depth(self, tree: TreePolicy) -> int:
         return self.length
 
-    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
-        tokens, last = state.tokens, state.root_position
+    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+        tokens, last = context.tokens, context.root_position
         width = tokens.shape[1]
         places = jnp.arange(width, dtype=jnp.int32)[None]
         # matched[b, j]: how many tokens up to j equal as many tokens up to the last one.
@@ -65,7 +64,7 @@ class PromptLookup(Draft):
         offsets = jnp.arange(self.length, dtype=jnp.int32)[None, None] % period[:, :, None]
         copies = jnp.take_along_axis(tokens[:, None], jnp.minimum(found[:, :, None] + 1 + offsets, width - 1), axis=2)
         copies, valid = _distinct(copies, valid, self.branches)
-        root, valid = state.root, jnp.broadcast_to(valid[:, :, None], copies.shape)
+        root, valid = context.root, jnp.broadcast_to(valid[:, :, None], copies.shape)
         # Where nothing matched, something that depends on the row alone.
         return Proposal(merge_chains(root, jnp.where(valid, copies, root[:, None, None]), valid))
 

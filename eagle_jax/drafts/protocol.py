@@ -13,17 +13,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import reprlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.models.target import missing_members
+from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import Tree, TreePolicy
-
-if TYPE_CHECKING:
-    from eagle_jax.state import DecodeState
 
 
 class Proposal(NamedTuple):
@@ -36,6 +34,39 @@ class Proposal(NamedTuple):
 
     tree: Tree
     probs: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a draft may read when it proposes: the text so far, its own memory, and how tokens will be sampled.
+
+    tokens: [B, W] int32, each prompt and its new tokens, then zeros.
+    lengths: [B] int32, prompt and new tokens so far.
+    prompt_lengths: [B] int32.
+    root: [B] int32, the last token of each text, chosen by the target but not yet run: the root of the tree.
+    root_position: [B] int32, its index in the text.
+    memory: what `start` or the latest `update` returned.
+    keys: [B] typed keys of the sequences; None in the greedy program. See `keys.draft_keys` for a draft's own draws.
+    sampling: of each sequence, fields [B]; None in the greedy program.
+    noise: [B, D + 1, V] float32, the Gumbel noise by which the target will choose the token after each depth; None
+      unless sampling is coupled.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    prompt_lengths: jax.Array
+    root: jax.Array
+    root_position: jax.Array
+    memory: Any
+    keys: jax.Array | None
+    sampling: SamplingConfig | None
+    noise: jax.Array | None
+
+    @property
+    def draft(self) -> Any:
+        """Another name of `memory`."""
+        return self.memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +135,12 @@ class Draft:
         """
         return memory
 
-    def propose(self, target: Llama, state: DecodeState, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
-        """A tree of guesses whose root is each row's last token, from `state.memory` and the text itself.
+    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+        """Returns a tree of guesses under `context.root`.
 
         Args:
-          noise: [B, D + 1, V] Gumbel noise by which the target will choose the token after each depth, if it is shared
-            (see `accept_coupled`). A draft may ignore it.
+          noise: `context.noise`, shared with the target if sampling is coupled (see `accept_coupled`). A draft may
+            ignore it.
         """
         raise NotImplementedError(f"{type(self).__name__} is no draft: it lacks propose")
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from eagle_jax.commit import newly_committed
 from eagle_jax.decode import cycle, propose, verify
+from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure.timing import median_seconds, repeat
 from eagle_jax.models.llama import Llama
-from eagle_jax.state import DecodeState
+from eagle_jax.state import DecodeState, context_of
 from eagle_jax.tree import TreePolicy
 
 RUNS = 10  # of a part in one program: starting it then counts little
@@ -78,9 +79,10 @@ def proposals(target, draft, state, *, tree):
 
     def part(models, state, _):
         target, draft = models
-        return propose(target, draft, state, tree), ()
+        context = context_of(state, target.config.vocab_size, draft.depth(tree))
+        return propose(target, draft, context, tree), ()
 
-    return repeat(part, RUNS, (target, draft), state, ())[0]
+    return repeat(part, RUNS, (target, as_draft(target, draft)), state, ())[0]
 
 
 @jax.jit

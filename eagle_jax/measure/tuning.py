@@ -25,7 +25,7 @@ from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure import phases
 from eagle_jax.models.llama import Llama
 from eagle_jax.prompt import pad, prefill
-from eagle_jax.state import DecodeState
+from eagle_jax.state import DecodeState, context_of
 from eagle_jax.tree import Tree, TreeConfig
 
 NODES = (2, 4, 6, 8, 12, 16, 32, 64)
@@ -201,7 +201,7 @@ def measure_costs(
         deep, _ = ms(phases.proposals, target, draft, state, tree=TreeConfig(6, width, width + 1))
         level[width] = max(deep - first, 0) / 5
     middle = TreeConfig(4, 2, 8)
-    proposal = propose(target, draft, state, middle)
+    proposal = propose(target, draft, context_of(state, target.config.vocab_size), middle)
     _, verified = phases.milliseconds(phases.verifications, 1, target, draft, state, proposal.tree)
     update, _ = ms(phases.updates, target, draft, state, proposal.tree, *verified, tree=middle)
     whole, _ = ms(phases.cycles, target, draft, state, tree=middle)

@@ -22,17 +22,16 @@ class Successors(Draft):
     def start(self, target, batch, rows):
         return jnp.zeros((batch, target.config.vocab_size), jnp.int32)
 
-    def update(self, target, memory, text):
-        real = jnp.arange(text.tokens.shape[1])[None] < text.count[:, None]
-        tokens = jnp.where(real, text.tokens, memory.shape[1])  # what is not real falls out of the table
+    def update(self, target, memory, committed):
+        valid = jnp.arange(committed.tokens.shape[1])[None] < committed.count[:, None]
+        tokens = jnp.where(valid, committed.tokens, memory.shape[1])  # the others fall out of the table
         return jax.vmap(lambda row, token, following: row.at[token].set(following, mode="drop"))(
-            memory, tokens, text.next_tokens
+            memory, tokens, committed.next_tokens
         )
 
-    def propose(self, target, state, tree, noise=None):
-        root = jnp.take_along_axis(state.tokens, jnp.maximum(state.lengths - 1, 0)[:, None], axis=1)
-        chain = [root]
+    def propose(self, target, context, tree, noise=None):
+        chain = [context.root[:, None]]
         for _ in range(self.length):
-            chain.append(jnp.take_along_axis(state.draft, chain[-1], axis=1))
+            chain.append(jnp.take_along_axis(context.memory, chain[-1], axis=1))
         chains = jnp.stack(chain[1:], axis=2)  # [B, 1, length]
-        return Proposal(merge_chains(root[:, 0], chains, jnp.ones(chains.shape, bool)))
+        return Proposal(merge_chains(context.root, chains, jnp.ones(chains.shape, bool)))

@@ -13,6 +13,7 @@ import pytest
 import eagle_jax
 from eagle_jax import Llama, SamplingConfig, StaticTree
 from eagle_jax.decode import propose
+from eagle_jax.state import context_of
 from eagle_jax.tree import NEVER, DraftStep, Tree
 from eagle_jax.tree.policy import step_mask
 from tests.drafts.kinds import model
@@ -79,7 +80,7 @@ def proposal(tree, **options):
         sampling = SamplingConfig(np.array([0.8, 0.0], np.float32), top_k=7, **options)
         tokens, lengths = jnp.array([[1, 2, 3], [4, 5, 0]]), jnp.array([3, 2])
         state = eagle_jax.prefill(target, draft, tokens, lengths, jax.random.key(0), sampling=sampling, tree=tree)
-        return propose(target, draft, state, tree)
+        return propose(target, draft, context_of(state, target.config.vocab_size), tree)
 
     return run()
 

@@ -13,6 +13,7 @@ from eagle_jax import TreeConfig
 from eagle_jax.decode import propose
 from eagle_jax.measure import phases
 from eagle_jax.measure.phases import Phases
+from eagle_jax.state import context_of
 from tests.toy import golden_pair
 
 
@@ -28,7 +29,8 @@ def test_a_part_of_a_cycle_multiplies_in_its_loop_alone():
     shaped = jax.eval_shape
     prompt = jax.ShapeDtypeStruct((1, 3), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     state = shaped(functools.partial(eagle_jax.prefill, max_new_tokens=99, tree=tree), target, draft, *prompt)
-    nodes = shaped(functools.partial(propose, tree=tree), target, draft, state).tree
+    context = shaped(functools.partial(context_of, vocab_size=target.config.vocab_size), state)
+    nodes = shaped(functools.partial(propose, tree=tree), target, draft, context).tree
     verified = shaped(phases.verifications, target, draft, state, nodes)
     for lowered in (
         phases.verifications.lower(target, draft, state, nodes),
