@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from eagle_jax import Eagle3Draft, Llama, TreeConfig
 from eagle_jax.commit import newly_committed
-from eagle_jax.decode import cycle, propose, verify
+from eagle_jax.decode import propose, step, verify
 from eagle_jax.measure.timing import seconds_of
 from eagle_jax.models.cache import KVCache, take_tokens
 from eagle_jax.state import DecodeState, context_of, empty_state
@@ -53,7 +53,7 @@ def measure_parts(
 
     def advance(draft, fixed, small, state):
         target, head = fixed
-        return (), _rewound(cycle(target, head if draft else None, state, tree=tree), context)
+        return (), _rewound(step(target, head if draft else None, state, tree=tree).state, context)
 
     pair = target, draft
     for name, drafts in (("plain", False), ("cycle", True)):

@@ -18,6 +18,7 @@ import eagle_jax
 from bench import hlo
 from bench.compilers import compile_lowered, lower_for, text
 from bench.shapes import Shape, abstract_pair
+from eagle_jax import decode
 from eagle_jax.models import params
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.train import step
@@ -121,12 +122,15 @@ def cycle(
     sampling: SamplingConfig = SamplingConfig(),
     tree: TreeConfig | None = TreeConfig(),
 ) -> Program:
-    """One cycle with the state donated; `tree` None: a step of plain decoding."""
+    """One cycle with the state donated and no prompt pending; `tree` None: a step of plain decoding."""
     target, draft = abstract_pair(shape)
     head = None if tree is None else draft
     start = functools.partial(eagle_jax.prefill, max_new_tokens=capacity - 1, sampling=sampling)
     state = jax.eval_shape(start, target, head, *_prompts(batch, 1), _key(sampling))
-    fn = functools.partial(eagle_jax.cycle, tree=tree or TreeConfig())
+
+    def fn(target, draft, state):
+        return decode.step(target, draft, state, tree=tree or TreeConfig()).state
+
     return Program(fn, (target, head, state), (by_path, by_path, by_sequence), donated=(2,))
 
 

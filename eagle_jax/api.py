@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax.decode import cycle
 from eagle_jax.decode import propose as propose_tree
+from eagle_jax.decode import step
 from eagle_jax.drafts.eagle import EagleDraft
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft, check_models, shown
@@ -146,7 +146,7 @@ def _generate(target, draft, tokens, lengths, *, tree, accept_fn, **options) -> 
     state = prefill(target, draft, tokens, lengths, tree=tree, **options)
     state = jax.lax.while_loop(
         lambda state: ~state.done.all(),
-        lambda state: cycle(target, draft, state, tree=tree, accept_fn=accept_fn),
+        lambda state: step(target, draft, state, tree=tree, accept_fn=accept_fn).state,
         state,
     )
     depth = draft.depth(tree)
@@ -204,7 +204,7 @@ def stream(
     )
     yield chunk
     while not jax.device_get(chunk.done).all():
-        state, chunk = advance(target, draft, state, tree=config, cycles=cycles_per_chunk, accept_fn=accept_fn)
+        state, chunk = _continue(target, draft, state, tree=config, cycles=cycles_per_chunk, accept_fn=accept_fn)
         yield chunk
 
 
@@ -214,7 +214,10 @@ def _start(target, draft, tokens, lengths, *, num_samples, **options) -> tuple[D
     return state, spread(_chunk(state, jnp.repeat(lengths, num_samples), 1), target)
 
 
-@functools.partial(jax.jit, static_argnames=("tree", "cycles", "accept_fn"), donate_argnames="state")
+_advancing = functools.partial(jax.jit, static_argnames=("tree", "cycles", "accept_fn"), donate_argnames="state")
+
+
+@_advancing
 def advance(
     target: Llama,
     draft: Draft | None,
@@ -226,20 +229,28 @@ def advance(
 ) -> tuple[DecodeState, Chunk]:
     """Runs up to `cycles` cycles, fewer if every row is done before, and what they brought. The state is donated.
 
-    With draft=None, plain decoding steps; `tree` is then ignored.
+    Prompts that `insert` left are run first. With draft=None, plain decoding steps; `tree` is then ignored.
     """
     draft = as_draft(target, draft)
-    before, pending = state.lengths, state.pending
-    if pending is not None:
-        state, pending = run_pending(target, draft, state), jnp.zeros_like(pending)
+    running = run_pending(target, draft, state)
+    return _run_cycles(target, draft, running, state.lengths, 1, tree, cycles, accept_fn)
+
+
+@_advancing
+def _continue(target, draft, state, *, tree, cycles, accept_fn) -> tuple[DecodeState, Chunk]:
+    """`advance` of a state in which no prompt is pending, without the program that would run one."""
+    return _run_cycles(target, as_draft(target, draft), state, state.lengths, 0, tree, cycles, accept_fn)
+
+
+def _run_cycles(target, draft, state, before, first, tree, cycles, accept_fn) -> tuple[DecodeState, Chunk]:
+    """Runs up to `cycles` cycles. The chunk holds what follows `before` [B] tokens, `first` of it from before them."""
     _, state = jax.lax.while_loop(
         lambda carry: (carry[0] < cycles) & ~carry[1].done.all(),
-        lambda carry: (carry[0] + 1, cycle(target, draft, carry[1], tree=tree, accept_fn=accept_fn)),
-        (jnp.int32(0), dataclasses.replace(state, pending=None)),
+        lambda carry: (carry[0] + 1, step(target, draft, carry[1], tree=tree, accept_fn=accept_fn).state),
+        (jnp.int32(0), state),
     )
-    width = cycles * (draft.depth(tree) + 1) + (pending is not None)
-    chunk = spread(_chunk(state, before, width), target)
-    return spread(dataclasses.replace(state, pending=pending), target), chunk
+    width = cycles * (draft.depth(tree) + 1) + first
+    return spread(state, target), spread(_chunk(state, before, width), target)
 
 
 def _chunk(state: DecodeState, before: jax.Array, width: int) -> Chunk:

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 
 from eagle_jax.choose import accept
 from eagle_jax.commit import commit, newly_committed, update
-from eagle_jax.drafts.none import NoDraft, as_draft
+from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Context, Draft, Proposal
 from eagle_jax.models.llama import Llama, LlamaOutput
 from eagle_jax.prompt import run_pending
-from eagle_jax.state import DecodeState, context_of, spread
+from eagle_jax.state import DecodeState, check_memory, context_of, spread
 from eagle_jax.tree import Acceptance, AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -52,6 +52,8 @@ def cycle(
       accept_fn: the acceptance rule (see tree/verify.py for its contract); default the rule that the state's
         sampling asks for.
     """
+    draft = as_draft(target, draft)
+    state = run_pending(target, draft, state)
     return step(target, draft, state, tree=tree, accept_fn=accept_fn).state
 
 
@@ -63,11 +65,19 @@ def step(
     tree: TreePolicy = TreeConfig(),
     accept_fn: AcceptFn | None = None,
 ) -> Step:
-    """`cycle`, and what happened in it."""
+    """A cycle of a state in which no prompt is pending, and what happened in it.
+
+    `cycle` runs pending prompts first, so its program holds a whole prefill; this one does not.
+    """
     draft = as_draft(target, draft)
     depth = draft.depth(tree)
-    check_state(draft, state, depth, accept_fn)
-    state = run_pending(target, draft, state)
+    check_memory(state, draft)
+    if depth > state.max_depth:
+        raise ValueError(
+            f"tree.depth = {depth} exceeds the {state.max_depth} this state has room for; pass tree= to prefill"
+        )
+    if accept_fn is not None and state.sampling is not None and state.sampling.coupled:
+        raise ValueError("coupled sampling drafts for its own acceptance rule; with another, leave coupled=False")
     context = context_of(state, target.config.vocab_size, depth)
     proposal = propose(target, draft, context, tree)
     nodes = proposal.tree
@@ -79,18 +89,6 @@ def step(
     committed = newly_committed(state, nodes, output, logits, chosen.path, chosen.tokens, gained)
     after = update(target, draft, after, committed)
     return Step(spread(after, target), nodes, chosen.acceptance)
-
-
-def check_state(draft: Draft, state: DecodeState, depth: int, accept_fn: AcceptFn | None = None) -> None:
-    """Raises ValueError, naming the fix, if the state was not made for this draft, depth or acceptance rule."""
-    if depth > state.max_depth:
-        raise ValueError(
-            f"tree.depth = {depth} exceeds the {state.max_depth} this state has room for; pass tree= to prefill"
-        )
-    if accept_fn is not None and state.sampling is not None and state.sampling.coupled:
-        raise ValueError("coupled sampling drafts for its own acceptance rule; with another, leave coupled=False")
-    if state.memory is None and not isinstance(draft, NoDraft):
-        raise ValueError("the state was prefilled without a draft; pass the draft to prefill too")
 
 
 def propose(target: Llama, draft: Draft, context: Context, tree: TreePolicy) -> Proposal:

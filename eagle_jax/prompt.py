@@ -25,6 +25,7 @@ from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import (
     DecodeState,
     check_capacity,
+    check_memory,
     context_of,
     empty_state,
     map_rows,
@@ -166,7 +167,7 @@ def insert(
       ValueError: for values outside their range, where they are known. In a trace, a prompt of impossible length
         comes back as `failed`.
     """
-    batch, width = state.tokens.shape
+    width = state.tokens.shape[1]
     tokens = jnp.asarray(tokens)
     _check_insert(state, row, tokens, length, key, sampling, max_new_tokens)
     length = jnp.asarray(length, jnp.int32)
@@ -207,8 +208,7 @@ def insert(
         sampling=old.sampling if sampling is None or old.sampling is None else sampling.rows(1),
         pending=valid[None],
     )
-    before = state if state.pending is not None else dataclasses.replace(state, pending=jnp.zeros(batch, bool))
-    return spread(put_row(before, jnp.asarray(row, jnp.int32), new), state.cache)
+    return spread(put_row(state, jnp.asarray(row, jnp.int32), new), state.cache)
 
 
 def reusable(target: Llama, draft: Draft | None) -> bool:
@@ -246,21 +246,21 @@ def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> 
 
 def run_pending(target: Llama, draft: Draft, state: DecodeState) -> DecodeState:
     """Runs the prompts that `insert` left, a row at a time, and chooses each one's first new token."""
-    if state.pending is None:
-        return state
+    check_memory(state, draft)
 
     def run_in(chunk):
         return functools.partial(_run, target, draft, chunk=min(chunk, state.cache.rows))
 
-    def run_one(state, pending):
-        row = jax.lax.argmax(pending, 0, jnp.int32)
-        one = _with_fresh_memory(target, draft, take_row(state, row))
-        one, last = jax.lax.platform_dependent(one, cpu=run_in(CPU_PENDING_CHUNK), default=run_in(PREFILL_CHUNK))
-        return put_row(state, row, _begin(target, draft, one, last)), pending.at[row].set(False)
+    alone = state.tokens.shape[0] == 1  # then the state is the row's: no cache is copied
 
-    pending, state = state.pending, dataclasses.replace(state, pending=None)
-    state, pending = jax.lax.while_loop(lambda carry: carry[1].any(), lambda carry: run_one(*carry), (state, pending))
-    return dataclasses.replace(state, pending=pending)
+    def run_one(state):
+        row = jax.lax.argmax(state.pending, 0, jnp.int32)
+        one = _with_fresh_memory(target, draft, state if alone else take_row(state, row))
+        one, last = jax.lax.platform_dependent(one, cpu=run_in(CPU_PENDING_CHUNK), default=run_in(PREFILL_CHUNK))
+        one = dataclasses.replace(_begin(target, draft, one, last), pending=jnp.zeros(1, bool))
+        return one if alone else put_row(state, row, one)
+
+    return jax.lax.while_loop(lambda state: state.pending.any(), run_one, state)
 
 
 def _with_fresh_memory(target: Llama, draft: Draft, state: DecodeState) -> DecodeState:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from eagle_jax.drafts.none import as_draft
-from eagle_jax.drafts.protocol import Context
+from eagle_jax.drafts.none import NoDraft, as_draft
+from eagle_jax.drafts.protocol import Context, Draft
 from eagle_jax.keys import row_keys, token_keys
 from eagle_jax.models import params
 from eagle_jax.models.cache import ROW_TILE, KVCache
@@ -48,7 +48,9 @@ class DecodeState:
     drafted [B, W] bool: the tokens that were accepted draft tokens; log_probs [B, W] of new tokens, or None;
     stop_tokens [any number]; prompt_lengths [B]; keys [B] and sampling (fields [B]), None in the greedy program;
     cache: the target's; memory: the draft's, None in plain decoding; pending [B] bool: rows whose prompt
-    `insert` left for the next cycle to run, None before the first insert.
+    `insert` left for the next cycle to run.
+
+    Every function returns a state of the structure that it was given, so a service compiles each program once.
     """
 
     tokens: jax.Array
@@ -66,7 +68,7 @@ class DecodeState:
     sampling: SamplingConfig | None
     cache: KVCache
     memory: Any
-    pending: jax.Array | None
+    pending: jax.Array
     capacity: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -136,7 +138,7 @@ def empty_state(
         sampling=None if sampling.greedy else sampling.rows(batch),
         cache=cache,
         memory=draft.start(target, batch, rows),
-        pending=None,
+        pending=jnp.zeros(batch, bool),
         capacity=capacity,
     )
     return spread(state, target)
@@ -211,6 +213,12 @@ def context_of(state: DecodeState, vocab_size: int, depth: int = 0) -> Context:
         sampling=state.sampling,
         noise=noise,
     )
+
+
+def check_memory(state: DecodeState, draft: Draft) -> None:
+    """Raises ValueError if the state was made without a draft, and so has no memory for this one."""
+    if state.memory is None and not isinstance(draft, NoDraft):
+        raise ValueError("the state was prefilled without a draft; pass the draft to prefill too")
 
 
 def map_rows(fn: Callable[..., jax.Array], state: DecodeState, *others: DecodeState) -> DecodeState:

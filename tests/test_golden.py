@@ -15,7 +15,7 @@ import pytest
 
 import eagle_jax
 from eagle_jax import TreeConfig
-from eagle_jax.decode import propose
+from eagle_jax.decode import propose, step
 from eagle_jax.measure.near_tie import near_tie_absolute
 from eagle_jax.models import params
 from eagle_jax.state import context_of
@@ -32,7 +32,7 @@ _prefill = jax.jit(functools.partial(eagle_jax.prefill, max_new_tokens=NEW))
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=2)
 def tree_and_cycle(target, draft, state, config):
     context = context_of(state, target.config.vocab_size)
-    return propose(target, draft, context, config).tree, eagle_jax.cycle(target, draft, state, tree=config)
+    return propose(target, draft, context, config).tree, step(target, draft, state, tree=config).state
 
 
 def tree_config(setting: str) -> TreeConfig:

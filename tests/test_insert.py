@@ -38,6 +38,56 @@ def test_insert_does_not_touch_the_neighbours(case):
     assert other.lengths[1] > lengths[0] and other.cycles[1] == 1
 
 
+OPTIONS = {
+    "greedy": dict(log_probs=True),
+    "sampled": dict(sampling=SamplingConfig(0.9)),
+    "coupled": dict(sampling=SamplingConfig(0.9, coupled=True)),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("speculative", [True, False])
+def test_a_state_keeps_its_structure(case, speculative, kind):
+    """Whatever made it and whatever it goes through, so that one program takes them all."""
+    target, head, tokens, lengths = case
+    draft, options = head if speculative else None, OPTIONS[kind]
+    key = jax.random.key(0) if "sampling" in options else None
+
+    def states(key):
+        prefilled = eagle_jax.prefill(
+            target, draft, tokens, lengths, key, max_new_tokens=CAPACITY - 10, capacity=CAPACITY, **options
+        )
+        yield prefilled
+        state = eagle_jax.empty_state(target, draft, 3, CAPACITY, **options)
+        yield state
+        yield (state := eagle_jax.insert(state, 0, tokens[0], lengths[0], key))
+        yield (state := eagle_jax.cycle(target, draft, state, tree=TREE))
+        yield eagle_jax.advance(target, draft, state, tree=TREE)[0]
+        yield eagle_jax.insert(prefilled, 1, tokens[0], lengths[0], key, reuse=True)
+
+    seen = jax.make_jaxpr(lambda key: list(states(key)), return_shape=True)(key)
+    arrays, shapes = seen[0].out_avals, seen[1]
+    count = len(arrays) // len(shapes)
+    assert {jax.tree.structure(state) for state in shapes} == {jax.tree.structure(shapes[0])}
+    for index in range(count):  # weak types, too: they would compile anew
+        assert {str(array) for array in arrays[index::count]} == {str(arrays[index])}
+
+
+def test_a_service_compiles_one_cycle(case):
+    target, draft, tokens, lengths = case
+    cycle = jax.jit(functools.partial(eagle_jax.cycle, tree=TREE), donate_argnums=2)
+    insert = jax.jit(functools.partial(eagle_jax.insert), static_argnames="reuse", donate_argnums=0)  # its own programs
+    state = eagle_jax.empty_state(target, draft, 3, CAPACITY)
+    for reuse in (False, True):
+        state = insert(state, 0, tokens[0], lengths[0], reuse=reuse)
+        state = cycle(target, draft, state)
+    start = jax.jit(functools.partial(eagle_jax.prefill, max_new_tokens=CAPACITY - 10, capacity=CAPACITY))
+    state = cycle(target, draft, start(target, draft, tokens, lengths))
+    state = cycle(target, draft, insert(state, 1, tokens[2], lengths[2], reuse=False))
+    assert (cycle._cache_size(), insert._cache_size()) == (1, 2)
+    assert state.lengths.tolist()[1] > lengths[2] and state.cycles.tolist() == [2, 1, 2]
+
+
 def test_a_next_turn_reuses_what_the_row_holds(case):
     target, draft, *_ = case
     state = eagle_jax.empty_state(target, draft, 1, CAPACITY)

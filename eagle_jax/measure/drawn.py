@@ -53,15 +53,15 @@ def decode_to(target: Any, draft: Any, tree: Any, tokens: Any, lengths: Any, cyc
     """
     options["tree"] = tree
     state = jax.jit(prefill, static_argnames=tuple(options))(target, draft, tokens, lengths, **options)
-    advance = jax.jit(functools.partial(decode.cycle, tree=tree), donate_argnums=2)
+    step = jax.jit(functools.partial(decode.step, tree=tree))
     for number in range(1, cycle + 1):
         if bool(state.done[0]):
             raise ValueError(
                 f"the text ends in cycle {number - 1}, at {int(state.lengths[0])} tokens, before --cycle {cycle}"
             )
         if number < cycle:
-            state = advance(target, draft, state)
-    return state, jax.jit(functools.partial(decode.step, tree=tree))(target, draft, state)
+            state = step(target, draft, state).state
+    return state, step(target, draft, state)
 
 
 def describe(tree: Tree, acceptance: Acceptance, spell: Callable[[int], str], gained: int) -> Drawn:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.commit import newly_committed
-from eagle_jax.decode import cycle, propose, verify
+from eagle_jax.decode import propose, step, verify
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure.timing import median_seconds, repeat
@@ -70,7 +70,7 @@ def milliseconds(program: Any, repeats: int, *args: Any, **options: Any) -> tupl
 @functools.partial(jax.jit, static_argnames="tree")
 def cycles(target, draft, state, *, tree):
     """Runs RUNS cycles; returns the state after them."""
-    return jax.lax.fori_loop(0, RUNS, lambda _, state: cycle(target, draft, state, tree=tree), state)
+    return jax.lax.fori_loop(0, RUNS, lambda _, state: step(target, draft, state, tree=tree).state, state)
 
 
 @functools.partial(jax.jit, static_argnames="tree")

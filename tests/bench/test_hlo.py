@@ -1,6 +1,5 @@
 """bench/hlo.py: on programs written by hand, and on what XLA makes of a decoder for this machine's CPU."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 import eagle_jax
 from bench import hlo, programs
 from bench.shapes import SHAPES, abstract_pair
+from eagle_jax.decode import step
 
 # A loop of 7 turns, each a fusion that is a transpose, one that computes, a copy, a prefetch and a product by a
 # library; before it a condition, after it a copy of the result and one too small to count.
@@ -143,16 +143,18 @@ def test_a_cpu_copies_no_weight_and_no_cache_in_any_loop_of_generate():
     assert program.copies(jax.jit(program.fn).lower(*program.args).compile(), jax.devices()[0], at_least=2048) == []
 
 
-@pytest.mark.parametrize("pending", [False, True], ids=["running", "a prompt waits"])
+@pytest.mark.parametrize("pending", [False, True], ids=["no prompt pending", "prompts may be pending"])
 @pytest.mark.parametrize("drafts", [False, True], ids=["plain", "speculative"])
 def test_a_cpu_copies_no_cache_in_a_cycle(drafts, pending):
     target, draft = abstract_pair(SHAPES["tiny"], jnp.float32)
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 32), (4,)))
     head = draft if drafts else None
     state = jax.eval_shape(functools.partial(eagle_jax.prefill, max_new_tokens=300), target, head, tokens, lengths)
-    if pending:
-        state = dataclasses.replace(state, pending=jax.ShapeDtypeStruct((4,), jnp.bool))
-    cycle = functools.partial(eagle_jax.cycle, tree=eagle_jax.TreeConfig(3, 2, 6))
+
+    def cycle(target, head, state):
+        run = eagle_jax.cycle if pending else lambda *args, **options: step(*args, **options).state
+        return run(target, head, state, tree=eagle_jax.TreeConfig(3, 2, 6))
+
     assert hlo.large_copies(compiled(cycle, target, head, state, donate_argnums=2), state.cache.k[0].size) == []
 
 
@@ -160,6 +162,9 @@ def test_a_cpu_copies_no_weight_that_is_stored_input_first():
     target, draft = jax.eval_shape(eagle_jax.input_first, abstract_pair(SHAPES["tiny"], jnp.float32))
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 32), (1,)))
     state = jax.eval_shape(functools.partial(eagle_jax.prefill, max_new_tokens=300), target, draft, tokens, lengths)
-    cycle = functools.partial(eagle_jax.cycle, tree=eagle_jax.TreeConfig(3, 2, 6))
+
+    def cycle(target, draft, state):
+        return step(target, draft, state, tree=eagle_jax.TreeConfig(3, 2, 6)).state
+
     smallest = min(leaf.size for leaf in jax.tree.leaves(target) if leaf.ndim > 1)
     assert hlo.large_copies(compiled(cycle, target, draft, state, donate_argnums=2), smallest) == []
