@@ -25,10 +25,13 @@ from eagle_jax.tree import (
 
 
 class Chosen(NamedTuple):
-    """acceptance: its bonus is the last token. path [B, D + 1]: the accepted nodes, padded with the root.
+    """What a cycle chose.
 
-    tokens [B, D + 1]: accepted tokens, then the bonus. finite [B]: how many of these come from finite logits.
-    log_probs [B, D + 1]: of the tokens, under the target's own distribution, if the state keeps them.
+    acceptance: the rule's decision; its bonus is the last token.
+    path: [B, D + 1] int32, the accepted nodes, padded with the root.
+    tokens: [B, D + 1] int32, the accepted tokens, then the bonus.
+    finite: [B] int32, how many of these come from finite logits.
+    log_probs: [B, D + 1] float32 of the tokens, under the target's own distribution; None if they are not kept.
     """
 
     acceptance: Acceptance
@@ -38,6 +41,7 @@ class Chosen(NamedTuple):
     log_probs: jax.Array | None
 
 
+@jax.named_scope("accept")
 def accept(
     context: Context,
     proposal: Proposal,

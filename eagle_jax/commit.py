@@ -18,6 +18,7 @@ from eagle_jax.state import DecodeState
 from eagle_jax.tree import Tree
 
 
+@jax.named_scope("commit")
 def commit(state: DecodeState, chosen: Chosen, output: LlamaOutput | None = None) -> DecodeState:
     """Commits the chosen tokens: their keys and values, the tokens themselves, the lengths and the counters.
 
@@ -78,6 +79,7 @@ def newly_committed(
     )
 
 
+@jax.named_scope("update")
 def update(target: Llama, draft: Draft, state: DecodeState, committed: Committed) -> DecodeState:
     """Returns the state with the draft's memory after newly committed positions."""
     return dataclasses.replace(state, memory=draft.update(target, state.memory, committed))

@@ -71,18 +71,11 @@ def step(
     """
     draft = as_draft(target, draft)
     depth = draft.depth(tree)
-    check_memory(state, draft)
-    if depth > state.max_depth:
-        raise ValueError(
-            f"tree.depth = {depth} exceeds the {state.max_depth} this state has room for; pass tree= to prefill"
-        )
-    if accept_fn is not None and state.sampling is not None and state.sampling.coupled:
-        raise ValueError("coupled sampling drafts for its own acceptance rule; with another, leave coupled=False")
+    check_state(state, draft, depth, accept_fn)
     context = context_of(state, target.config.vocab_size, depth)
     proposal = propose(target, draft, context, tree)
     nodes = proposal.tree
-    output = verify(target, draft, state, nodes)
-    logits = target.logits(output.hidden)
+    output, logits = verify(target, draft, state, nodes)
     chosen = accept(context, proposal, logits, accept_fn, depth=depth, log_probs=state.log_probs is not None)
     after = commit(state, chosen, output)
     gained = after.lengths - state.lengths
@@ -91,6 +84,7 @@ def step(
     return Step(spread(after, target), nodes, chosen.acceptance)
 
 
+@jax.named_scope("propose")
 def propose(target: Llama, draft: Draft, context: Context, tree: TreePolicy) -> Proposal:
     """The draft's tree under each sequence's last token; for plain decoding that token alone."""
     proposal = draft.propose(target, context, tree, context.noise)
@@ -99,9 +93,10 @@ def propose(target: Llama, draft: Draft, context: Context, tree: TreePolicy) -> 
     return proposal._replace(tree=jax.tree.map(lambda x, dtype: x.astype(dtype), proposal.tree, narrow))
 
 
-def verify(target: Llama, draft: Draft | None, state: DecodeState, nodes: Tree) -> LlamaOutput:
-    """The target's pass over the nodes of a tree."""
-    return target(
+@jax.named_scope("verify")
+def verify(target: Llama, draft: Draft | None, state: DecodeState, nodes: Tree) -> tuple[LlamaOutput, jax.Array]:
+    """The target's pass over the nodes of a tree, and its logits [B, N, V] after each."""
+    output = target(
         nodes.tokens,
         state.root_position[:, None] + nodes.depths,
         nodes.ancestors(),
@@ -109,3 +104,15 @@ def verify(target: Llama, draft: Draft | None, state: DecodeState, nodes: Tree) 
         cache=state.cache,
         taps=as_draft(target, draft).taps(target),
     )
+    return output, target.logits(output.hidden)
+
+
+def check_state(state: DecodeState, draft: Draft, depth: int, accept_fn: AcceptFn | None) -> None:
+    """Raises ValueError, naming the fix, if the state was not made for this draft, depth or acceptance rule."""
+    check_memory(state, draft)
+    if depth > state.max_depth:
+        raise ValueError(
+            f"tree.depth = {depth} exceeds the {state.max_depth} this state has room for; pass tree= to prefill"
+        )
+    if accept_fn is not None and state.sampling is not None and state.sampling.coupled:
+        raise ValueError("coupled sampling drafts for its own acceptance rule; with another, leave coupled=False")

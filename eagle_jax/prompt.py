@@ -275,6 +275,7 @@ def _with_fresh_memory(target: Llama, draft: Draft, state: DecodeState) -> Decod
     return dataclasses.replace(state, memory=jax.tree.map(choose_memory, state.memory, fresh))
 
 
+@jax.named_scope("prefill")
 def _run(
     target: Llama, draft: Draft, state: DecodeState, chunk: int
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array | None]]:

@@ -43,14 +43,25 @@ MOST_TOKENS = 2**31 - 2**12
 class DecodeState:
     """Everything that a cycle needs and returns. Donate it.
 
-    tokens [B, W]; lengths [B]: prompt and new tokens so far; limits [B]: where a row ends; capacity: where every row
-    does; done, failed [B] bool; cycles [B]; accepted [B, scratch]: cycles that accepted 0, 1, ... draft tokens;
-    drafted [B, W] bool: the tokens that were accepted draft tokens; log_probs [B, W] of new tokens, or None;
-    stop_tokens [any number]; prompt_lengths [B]; keys [B] and sampling (fields [B]), None in the greedy program;
-    cache: the target's; memory: the draft's, None in plain decoding; pending [B] bool: rows whose prompt
-    `insert` left for the next cycle to run.
-
     Every function returns a state of the structure that it was given, so a service compiles each program once.
+
+    tokens: [B, W] int32, each prompt, its new tokens, then zeros.
+    lengths: [B] int32, prompt and new tokens so far.
+    limits: [B] int32, the length at which a sequence ends.
+    done: [B] bool, whether it has ended.
+    failed: [B] bool, whether broken logits or an impossible prompt ended it.
+    cycles: [B] int32, target passes after the prefill.
+    accepted: [B, scratch] int32, how many cycles accepted 0, 1, ... draft tokens.
+    drafted: [B, W] bool, which tokens were accepted draft tokens.
+    log_probs: [B, W] float32 of the new tokens; None if they are not kept.
+    stop_tokens: [any number] int32.
+    prompt_lengths: [B] int32.
+    keys: [B] typed keys; None in the greedy program.
+    sampling: fields [B]; None in the greedy program.
+    cache: the target's.
+    memory: the draft's; None in plain decoding.
+    pending: [B] bool, whether the prompt that `insert` left has yet to be run, by the next cycle.
+    capacity: the most tokens of a sequence.
     """
 
     tokens: jax.Array
