@@ -229,3 +229,18 @@ def test_a_tree_deeper_than_the_scratch_is_refused(batch):
     prefill = functools.partial(eagle_jax.prefill, max_new_tokens=NEW, tree=deep)
     state = jax.eval_shape(prefill, target, draft, tokens, lengths)
     jax.eval_shape(functools.partial(eagle_jax.cycle, tree=deep), target, draft, state)
+
+
+def test_a_profile_names_the_phases(batch):
+    target, draft, tokens, lengths, tree, *_ = batch
+    generate = functools.partial(eagle_jax.generate, tree=tree, max_new_tokens=NEW)
+    text = jax.jit(generate).lower(target, draft, tokens, lengths).as_text(debug_info=True)
+    for phase in ("prefill", "propose", "verify", "accept", "commit", "update"):
+        assert f"/{phase}/" in text
+
+
+def test_generate_runs_prompts_in_one_place(batch):
+    """Once before its loop over cycles: pending prompts are for `cycle` and `advance`."""
+    target, _, tokens, lengths, *_ = batch
+    program = jax.make_jaxpr(functools.partial(eagle_jax.generate, target, None, max_new_tokens=NEW))(tokens, lengths)
+    assert str(program).count("while[") == 2  # over chunks of the prompts, over cycles
