@@ -148,7 +148,7 @@ def insert(
     sampling: SamplingConfig | None = None,
     reuse: bool = False,
 ) -> DecodeState:
-    """Gives a row of a running state a new prompt, whatever it held before; its neighbours do not notice.
+    """Starts a new prompt in one sequence of a running state. The other sequences are unaffected.
 
     The next `cycle` runs the prompt. Cheap in itself; jit and donate it, with `row` and `length` as data. The row's
     text is that of `generate` with the same prompt and key, alone or in any batch.
@@ -304,7 +304,8 @@ def _run(
         past = cache.with_length(begin)
 
         def attend(index, q, k, v):
-            # Written, then read up to `begin`: there is one cache then, with nothing to be copied from another.
+            # Write the new rows first, then attend below `begin`. Reading first lets XLA schedule the write early and
+            # copy the cache.
             old = past.write_layer(index, k, v, begin)
             return attention(q, k, v, causal, old, in_blocks=True), (old.k, old.v)
 

@@ -30,8 +30,8 @@ from eagle_jax.tree import TreeConfig, TreePolicy, choice_noise
 
 Values = TypeVar("Values")
 
-# Rows beyond the capacity: a commit writes D + 1 of them, of which only the accepted count. A deeper tree needs
-# `prefill(tree=...)` to know of it.
+# Rows beyond the capacity: a commit writes D + 1 of them, of which only the accepted count. Pass deeper trees to
+# `prefill(tree=...)`, which sizes the scratch rows.
 MIN_SCRATCH = 32
 
 # The most tokens of a row: positions are int32, with room for a tree and a tile beyond them.
@@ -119,7 +119,7 @@ def empty_state(
 
     Args:
       capacity: the most tokens (prompt + new) a row may hold, 2 or more.
-      sampling: of rows that `insert` gives none of their own. Only a state that is not greedy can mix.
+      sampling: default for sequences inserted without their own. A greedy state cannot hold sampled sequences.
       tree: the deepest tree that `cycle` will be given; needed only beyond a depth of MIN_SCRATCH - 1.
       log_probs: whether to keep the log-probabilities of new tokens.
       width: columns of `tokens`; default the capacity.
@@ -186,7 +186,7 @@ def _memory(devices: Collection[jax.Device]) -> int:
 
 
 def spread(values: Values, like: Any) -> Values:
-    """A state, or what was made of one, on the mesh that `like` lies on (a model or another state).
+    """Constrains a state, or any pytree derived from one, to the mesh of `like` (a model or another state).
 
     Caches are split by sequence and head, the rest of the draft's memory by sequence. All else lies whole on every
     device, where every process can read it.
@@ -243,7 +243,7 @@ def map_rows(fn: Callable[..., jax.Array], state: DecodeState, *others: DecodeSt
 
 def take_row(state: DecodeState, row: int | jax.Array) -> DecodeState:
     """The state of one row, as a batch of 1."""
-    # A gather: of an array that lies in parts, dynamic_slice would bring all rows together first.
+    # A gather: on a sharded array dynamic_slice would all-gather the batch axis first.
     return map_rows(lambda x: jnp.take(x, jnp.asarray(row, jnp.int32)[None], axis=0, mode="clip"), state)
 
 

@@ -93,7 +93,8 @@ class EagleDraft(Draft):
             mask &= visible.sees(positions)
 
         def attend(q, k, v):
-            # Written, then read up to `start`: there is one cache then, with nothing to be copied from another.
+            # Write the new rows first, then attend below `start`. Reading first lets XLA schedule the write early and
+            # copy the cache.
             cache = past.write([(k, v)], committed.start)
             in_blocks = committed.tree is None and width > 1
             return attention(q, k, v, mask, cache.layer(0), window=visible, in_blocks=in_blocks), cache

@@ -2,8 +2,8 @@
 
 Letters: B batch, N nodes, T positions, D tree depth, V vocabulary, H width of the target's hidden state.
 
-A cycle asks the draft to `propose` a tree, lets the target check it, and tells the draft with `update` what the text
-gained. In between the draft keeps a `memory` of its own. A prompt comes by `update`, too, in chunks.
+A cycle asks the draft to `propose` a tree from a `Context`, lets the target verify it, and calls `update` with the
+newly committed positions. Between cycles the draft keeps a `memory`. A prompt comes through `update`, too, in chunks.
 
 Any tree is safe: what a draft proposes changes how many tokens a cycle brings, never which.
 """
@@ -25,11 +25,12 @@ from eagle_jax.tree import Tree, TreePolicy
 
 
 class Proposal(NamedTuple):
-    """A tree, and how it was drawn.
+    """A tree, and the distribution that it was sampled from.
 
-    probs: [B, N, V] float32 where the children of every node were drawn at random, one after the other without
-      putting back, from these probabilities (a row of zeros for a node without children), with the tree's shape fixed
-      beforehand; None where the draft chose them. A rule that knows how accepts more: see `accept_drawn`.
+    tree: tokens, parents, depths and scores, each [B, N].
+    probs: [B, N, V] float32, the draft distribution q at every node, if children were sampled from it without
+      replacement into a tree of fixed shape (zeros for a node without children). None if they were selected
+      deterministically. `accept_drawn` uses q to accept more.
     """
 
     tree: Tree
@@ -106,7 +107,10 @@ class Draft:
 
     @property
     def reusable(self) -> bool:
-        """Whether what was kept of a text's beginning holds for another text that begins with it."""
+        """Whether the memory of a shared prefix can be reused under a different continuation.
+
+        False where RoPE depends on the prompt's length.
+        """
         return True
 
     def check_fits(self, target: Llama) -> None:
