@@ -141,7 +141,7 @@ class RunningBatch:
         # Under jit each device allocates its own shard; the models are arguments only for their mesh.
         @functools.partial(jax.jit, keep_unused=True)
         def start(target, draft):
-            state = empty_state(
+            return empty_state(
                 target,
                 draft,
                 slots,
@@ -151,8 +151,6 @@ class RunningBatch:
                 stop_tokens=self.stop_tokens,
                 log_probs=log_probs,
             )
-            # As `insert` will leave it: else its first call and the later ones would be different programs.
-            return dataclasses.replace(state, pending=jnp.zeros(slots, bool))
 
         self.state = start(target, draft)
         self._growing: dict[int, _Growing] = {}  # by slot

@@ -1,4 +1,4 @@
-"""Profiles can be read: every part of a layer and every loss has its name in the programs."""
+"""Profiles can be read: every phase, every part of a layer and every loss has its name in the programs."""
 
 from __future__ import annotations
 
@@ -40,8 +40,13 @@ def trained(loss, draft):
 
 
 DECODING = functools.partial(eagle_jax.generate, tree=TREE, max_new_tokens=4), TARGET, EAGLE3, TOKENS, LENGTHS
+PHASES = ("prefill", "propose", "verify", "accept", "commit", "update")
 PROGRAMS = {
-    "decoding": (DECODING, ["embed", "lm_head", "fc", "attention/new_kv", "attention/cache"], ["layers.2", "layer"]),
+    "decoding": (
+        DECODING,
+        [*PHASES, "embed", "lm_head", "fc", "attention/new_kv", "attention/cache"],
+        ["layers.2", "layer"],
+    ),
     "eagle3_loss": (
         trained(functools.partial(eagle3_loss, steps=2), EAGLE3),
         ["eagle3_loss/first_step", "later_step", "vocabulary_loss", "likeliest_tokens", "attention/causal", "own_keys"],
