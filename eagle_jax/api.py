@@ -23,7 +23,7 @@ from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft, check_models, shown
 from eagle_jax.models.config import tap_layers
 from eagle_jax.models.layers import attention
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.prompt import prefill, run_pending
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import DecodeState, check_capacity, context_of, spread
@@ -72,7 +72,7 @@ class Chunk:
 
 
 def generate(
-    target: Llama,
+    target: Target,
     draft: Draft | None,
     tokens: jax.Array,
     lengths: jax.Array,
@@ -163,7 +163,7 @@ def _generate(target, draft, tokens, lengths, *, tree, accept_fn, **options) -> 
 
 
 def stream(
-    target: Llama,
+    target: Target,
     draft: Draft | None,
     tokens: jax.Array,
     lengths: jax.Array,
@@ -219,7 +219,7 @@ _advancing = functools.partial(jax.jit, static_argnames=("tree", "cycles", "acce
 
 @_advancing
 def advance(
-    target: Llama,
+    target: Target,
     draft: Draft | None,
     state: DecodeState,
     *,
@@ -268,7 +268,7 @@ def _chunk(state: DecodeState, before: jax.Array, width: int) -> Chunk:
 
 @functools.partial(jax.jit, static_argnames="tree")
 def propose(
-    target: Llama, draft: Draft, tokens: jax.Array, lengths: jax.Array, *, tree: TreePolicy = TreeConfig()
+    target: Target, draft: Draft, tokens: jax.Array, lengths: jax.Array, *, tree: TreePolicy = TreeConfig()
 ) -> Tree:
     """The first draft tree after each prompt; its root is the target's own next token.
 
@@ -284,7 +284,7 @@ def propose(
 
 @jax.jit
 def forward(
-    target: Llama, tokens: jax.Array, lengths: jax.Array, draft: EagleDraft | None = None
+    target: Target, tokens: jax.Array, lengths: jax.Array, draft: EagleDraft | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """One causal pass of the target over whole prompts.
 
@@ -305,7 +305,7 @@ def forward(
 
 @jax.jit
 def draft_forward(
-    draft: EagleDraft, target: Llama, features: jax.Array, tokens: jax.Array, lengths: jax.Array
+    draft: EagleDraft, target: Target, features: jax.Array, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One causal pass of the draft over pairs: features [B, P, F] with the tokens [B, P] that follow them.
 
@@ -337,7 +337,7 @@ def _causal(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     return positions, jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
 
 
-def trained_capacity(target: Llama, longest: int, width: int, max_new_tokens: int) -> int | None:
+def trained_capacity(target: Target, longest: int, width: int, max_new_tokens: int) -> int | None:
     """The `capacity` for prompts of at most `longest` tokens, padded to `width`: what the target was trained for.
 
     Raises:
@@ -353,7 +353,7 @@ def trained_capacity(target: Llama, longest: int, width: int, max_new_tokens: in
 
 
 def check_arguments(
-    target: Llama,
+    target: Target,
     draft: Draft | None,
     tokens: Any,
     lengths: Any,

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from eagle_jax.choose import Chosen
 from eagle_jax.drafts.protocol import Committed, Draft
 from eagle_jax.models.cache import take_tokens
-from eagle_jax.models.llama import Llama, LlamaOutput
+from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.state import DecodeState
 from eagle_jax.tree import Tree
 
 
 @jax.named_scope("commit")
-def commit(state: DecodeState, chosen: Chosen, output: LlamaOutput | None = None) -> DecodeState:
+def commit(state: DecodeState, chosen: Chosen, output: TargetOutput | None = None) -> DecodeState:
     """Commits the chosen tokens: their keys and values, the tokens themselves, the lengths and the counters.
 
     Args:
@@ -46,7 +46,7 @@ def commit(state: DecodeState, chosen: Chosen, output: LlamaOutput | None = None
 def newly_committed(
     before: DecodeState,
     nodes: Tree,
-    output: LlamaOutput,
+    output: TargetOutput,
     logits: jax.Array | None,
     path: jax.Array,
     tokens: jax.Array,
@@ -72,7 +72,7 @@ def newly_committed(
         next_tokens=tokens,
         start=before.root_position,
         count=count,
-        output=LlamaOutput(on_path(output.hidden), None if output.taps is None else on_path(output.taps), []),
+        output=TargetOutput(on_path(output.hidden), None if output.taps is None else on_path(output.taps)),
         prompt_lengths=before.prompt_lengths,
         tree=None if logits is None else nodes,
         logits=logits,
@@ -80,7 +80,7 @@ def newly_committed(
 
 
 @jax.named_scope("update")
-def update(target: Llama, draft: Draft, state: DecodeState, committed: Committed) -> DecodeState:
+def update(target: Target, draft: Draft, state: DecodeState, committed: Committed) -> DecodeState:
     """Returns the state with the draft's memory after newly committed positions."""
     return dataclasses.replace(state, memory=draft.update(target, state.memory, committed))
 

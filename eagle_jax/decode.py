@@ -20,7 +20,7 @@ from eagle_jax.choose import accept
 from eagle_jax.commit import commit, newly_committed, update
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Context, Draft, Proposal
-from eagle_jax.models.llama import Llama, LlamaOutput
+from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.prompt import run_pending
 from eagle_jax.state import DecodeState, check_memory, context_of, spread
 from eagle_jax.tree import Acceptance, AcceptFn, Tree, TreeConfig, TreePolicy
@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 
 def cycle(
-    target: Llama,
+    target: Target,
     draft: Draft | None,
     state: DecodeState,
     *,
@@ -58,7 +58,7 @@ def cycle(
 
 
 def step(
-    target: Llama,
+    target: Target,
     draft: Draft | None,
     state: DecodeState,
     *,
@@ -85,7 +85,7 @@ def step(
 
 
 @jax.named_scope("propose")
-def propose(target: Llama, draft: Draft, context: Context, tree: TreePolicy) -> Proposal:
+def propose(target: Target, draft: Draft, context: Context, tree: TreePolicy) -> Proposal:
     """The draft's tree under each sequence's last token; for plain decoding that token alone."""
     proposal = draft.propose(target, context, tree, context.noise)
     # A user's draft or policy may have made them 64 bits wide, where those are on.
@@ -94,7 +94,7 @@ def propose(target: Llama, draft: Draft, context: Context, tree: TreePolicy) -> 
 
 
 @jax.named_scope("verify")
-def verify(target: Llama, draft: Draft | None, state: DecodeState, nodes: Tree) -> tuple[LlamaOutput, jax.Array]:
+def verify(target: Target, draft: Draft | None, state: DecodeState, nodes: Tree) -> tuple[TargetOutput, jax.Array]:
     """The target's pass over the nodes of a tree, and its logits [B, N, V] after each."""
     output = target(
         nodes.tokens,

@@ -19,7 +19,7 @@ from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Committed, Draft, Proposal
 from eagle_jax.keys import row_keys
 from eagle_jax.models.layers import attention
-from eagle_jax.models.llama import Llama, LlamaOutput
+from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import (
@@ -66,7 +66,7 @@ def pad(prompts: Sequence[Sequence[int]], buckets: Sequence[int] = BUCKETS) -> t
 
 
 def prefill(
-    target: Llama,
+    target: Target,
     draft: Draft | None,
     tokens: jax.Array,
     lengths: jax.Array,
@@ -211,7 +211,7 @@ def insert(
     return spread(put_row(state, jnp.asarray(row, jnp.int32), new), state.cache)
 
 
-def reusable(target: Llama, draft: Draft | None) -> bool:
+def reusable(target: Target, draft: Draft | None) -> bool:
     """Returns whether `insert(reuse=True)` may reuse the cached keys of a shared prefix, or must run the whole prompt.
 
     With dynamic RoPE, cached keys depend on the length of the prompt that they were computed for.
@@ -244,7 +244,7 @@ def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> 
         sampling.check(1, vocab)
 
 
-def run_pending(target: Llama, draft: Draft, state: DecodeState) -> DecodeState:
+def run_pending(target: Target, draft: Draft, state: DecodeState) -> DecodeState:
     """Runs the prompts that `insert` left, a row at a time, and chooses each one's first new token."""
     check_memory(state, draft)
 
@@ -263,7 +263,7 @@ def run_pending(target: Llama, draft: Draft, state: DecodeState) -> DecodeState:
     return jax.lax.while_loop(lambda state: state.pending.any(), run_one, state)
 
 
-def _with_fresh_memory(target: Llama, draft: Draft, state: DecodeState) -> DecodeState:
+def _with_fresh_memory(target: Target, draft: Draft, state: DecodeState) -> DecodeState:
     """A row's state with the draft's memory as before any text, unless part of the old text is reused."""
     reused, fresh = state.cache.length > 0, draft.start(target, 1, state.cache.rows)
     if not jax.tree.leaves(fresh):  # plain decoding: the memory may be another draft's, which it leaves alone
@@ -277,7 +277,7 @@ def _with_fresh_memory(target: Llama, draft: Draft, state: DecodeState) -> Decod
 
 @jax.named_scope("prefill")
 def _run(
-    target: Llama, draft: Draft, state: DecodeState, chunk: int
+    target: Target, draft: Draft, state: DecodeState, chunk: int
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array | None]]:
     """Runs every row's tokens from its cache's length on, `chunk` of them a pass.
 
@@ -340,7 +340,9 @@ def _run(
     return dataclasses.replace(state, cache=cache.with_length(state.lengths), memory=memory), at_last
 
 
-def _begin(target: Llama, draft: Draft, state: DecodeState, at_last: tuple[jax.Array, jax.Array | None]) -> DecodeState:
+def _begin(
+    target: Target, draft: Draft, state: DecodeState, at_last: tuple[jax.Array, jax.Array | None]
+) -> DecodeState:
     """Commits each row's first new token, as a cycle commits those of its tree."""
     hidden, taps = at_last
     context = context_of(state, target.config.vocab_size)
@@ -348,7 +350,7 @@ def _begin(target: Llama, draft: Draft, state: DecodeState, at_last: tuple[jax.A
     logits = target.logits(hidden[:, None])
     chosen = accept(context, Proposal(root), logits, log_probs=state.log_probs is not None)
     after = commit(state, chosen)
-    output = LlamaOutput(hidden[:, None], None if taps is None else taps[:, None], [])
+    output = TargetOutput(hidden[:, None], None if taps is None else taps[:, None])
     gained = after.lengths - state.lengths
     committed = newly_committed(state, root, output, None, chosen.path, chosen.tokens, gained)
     return update(target, draft, after, committed)

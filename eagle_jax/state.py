@@ -23,7 +23,7 @@ from eagle_jax.drafts.protocol import Context, Draft
 from eagle_jax.keys import row_keys, token_keys
 from eagle_jax.models import params
 from eagle_jax.models.cache import ROW_TILE, KVCache
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreeConfig, TreePolicy, choice_noise
@@ -104,7 +104,7 @@ class DecodeState:
 
 
 def empty_state(
-    target: Llama,
+    target: Target,
     draft: Any | None,
     batch: int,
     capacity: int,
@@ -155,7 +155,7 @@ def empty_state(
     return spread(state, target)
 
 
-def check_capacity(target: Llama, rows: int, capacity: int) -> None:
+def check_capacity(target: Target, rows: int, capacity: int) -> None:
     """Raises ValueError if int32 positions cannot count the capacity, or its cache exceeds the devices' memory."""
     if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer) or capacity < 2:
         got = f"a {type(capacity).__name__}" if not isinstance(capacity, int | np.integer) else capacity

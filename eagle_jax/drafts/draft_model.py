@@ -19,6 +19,7 @@ from eagle_jax.models.cache import ROW_TILE, KVCache, put
 from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import warp
 from eagle_jax.tree import DraftStep, Tree, TreePolicy, choice_noise
@@ -51,16 +52,16 @@ class DraftModel(Draft):
     def reusable(self) -> bool:
         return self.model.config.rope.kind != "dynamic"
 
-    def check_fits(self, target: Llama) -> None:
+    def check_fits(self, target: Target) -> None:
         require_same("vocab_size", self.model.config.vocab_size, target.config.vocab_size)
 
-    def start(self, target: Llama, batch: int, rows: int) -> ModelMemory:
+    def start(self, target: Target, batch: int, rows: int) -> ModelMemory:
         config, dtype = self.model.config, self.model.dtype
         # A tile more: `update` writes one row more than the target's pass has.
         cache = KVCache.zeros(config, batch, rows + ROW_TILE, dtype)
         return ModelMemory(cache, jnp.zeros((batch, config.hidden_size), dtype))
 
-    def update(self, target: Llama, memory: ModelMemory, committed: Committed) -> ModelMemory:
+    def update(self, target: Target, memory: ModelMemory, committed: Committed) -> ModelMemory:
         """Runs the small model up to the root.
 
         Re-runs the token at `start`, so that the first update needs no special case.
@@ -81,7 +82,7 @@ class DraftModel(Draft):
             hidden=jnp.where((committed.count > 0)[:, None], take_one(out.hidden, committed.count), memory.hidden),
         )
 
-    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         memory: ModelMemory = context.memory
         past = memory.cache.with_length(context.lengths)
         root = context.root

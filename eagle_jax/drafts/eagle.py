@@ -21,7 +21,7 @@ from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.cache import KVCache, put
 from eagle_jax.models.config import ConfigError, DraftConfig
 from eagle_jax.models.layers import Attend, Window, attention
-from eagle_jax.models.llama import Llama, LlamaOutput
+from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.tree import DraftStep, TreePolicy
 
@@ -45,7 +45,7 @@ class EagleDraft(Draft):
     def dtype(self) -> Any:
         raise NotImplementedError
 
-    def features(self, output: LlamaOutput) -> jax.Array:
+    def features(self, output: TargetOutput) -> jax.Array:
         """What the head reads of a target pass run with its `taps`: [B, T, F]."""
         raise NotImplementedError
 
@@ -55,7 +55,7 @@ class EagleDraft(Draft):
 
     def __call__(
         self,
-        target: Llama,
+        target: Target,
         hidden: jax.Array,
         tokens: jax.Array,
         positions: jax.Array,
@@ -70,7 +70,7 @@ class EagleDraft(Draft):
         """
         raise NotImplementedError
 
-    def logits(self, target: Llama, hidden: jax.Array) -> jax.Array:
+    def logits(self, target: Target, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., Vd], float32."""
         raise NotImplementedError
 
@@ -78,11 +78,11 @@ class EagleDraft(Draft):
     def reusable(self) -> bool:
         return self.config.rope.kind != "dynamic"  # there the rotation depends on the prompt's length
 
-    def start(self, target: Llama, batch: int, rows: int) -> EagleMemory:
+    def start(self, target: Target, batch: int, rows: int) -> EagleMemory:
         cache = KVCache.zeros(self.config, batch, rows, self.dtype)
         return EagleMemory(cache, jnp.zeros((batch, self.config.hidden_size), self.dtype))
 
-    def update(self, target: Llama, memory: EagleMemory, committed: Committed) -> EagleMemory:
+    def update(self, target: Target, memory: EagleMemory, committed: Committed) -> EagleMemory:
         """Runs the head over the new pairs, with the target's own features in place of drafted ones."""
         batch, width = committed.tokens.shape
         past = memory.cache.with_length(committed.start)
@@ -107,7 +107,7 @@ class EagleDraft(Draft):
             hidden=jnp.where((committed.count > 0)[:, None], last, memory.hidden),
         )
 
-    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         """Grows a tree from the head's last output, a step of the head each level (arXiv 2401.15077, section 4.1)."""
         memory: EagleMemory = context.memory
         past = memory.cache

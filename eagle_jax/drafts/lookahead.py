@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.tree import Tree, TreePolicy, merge_chains
 from eagle_jax.tree.verify import argmax
 
@@ -72,14 +72,14 @@ class Lookahead(Draft):
     def depth(self, tree: TreePolicy) -> int:
         return max(self.ngram - 1, self.window + self.ngram - 3)
 
-    def start(self, target: Llama, batch: int, rows: int) -> LookaheadMemory:
+    def start(self, target: Target, batch: int, rows: int) -> LookaheadMemory:
         return LookaheadMemory(
             window=jnp.full((batch, self.ngram - 1, self.window), NONE, jnp.int32),
             pool=jnp.full((batch, self.remembered, self.window, self.ngram), NONE, jnp.int32),
             cycles=jnp.zeros(batch, jnp.int32),
         )
 
-    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         memory: LookaheadMemory = context.memory
         batch, width = context.tokens.shape
         root = context.root
@@ -105,7 +105,7 @@ class Lookahead(Draft):
             )
         )
 
-    def update(self, target: Llama, memory: LookaheadMemory, committed: Committed) -> LookaheadMemory:
+    def update(self, target: Target, memory: LookaheadMemory, committed: Committed) -> LookaheadMemory:
         nodes, logits = committed.tree, committed.logits
         if nodes is None or logits is None:  # a prompt: it gives the window its first tokens, in `propose`
             return memory

@@ -19,7 +19,7 @@ from eagle_jax.drafts.noise import coupled
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import linear, normal, zeros
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.tree import DraftStep, TreePolicy
 
@@ -78,18 +78,18 @@ class Medusa(Draft, nnx.Module):
     def dtype(self) -> Any:
         return self.heads[0].lm_head.dtype
 
-    def check_fits(self, target: Llama) -> None:
+    def check_fits(self, target: Target) -> None:
         for field in ("vocab_size", "hidden_size"):
             require_same(field, getattr(self.config, field), getattr(target.config, field))
 
-    def start(self, target: Llama, batch: int, rows: int) -> jax.Array:
+    def start(self, target: Target, batch: int, rows: int) -> jax.Array:
         return jnp.zeros((batch, target.config.hidden_size), target.dtype)
 
-    def update(self, target: Llama, memory: jax.Array, committed: Committed) -> jax.Array:
+    def update(self, target: Target, memory: jax.Array, committed: Committed) -> jax.Array:
         last = take_one(committed.output.hidden, jnp.maximum(committed.count - 1, 0))
         return jnp.where((committed.count > 0)[:, None], last, memory)
 
-    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         """Grows a tree whose nodes of one depth all have the same guesses for children.
 
         Raises:

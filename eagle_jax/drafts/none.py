@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from eagle_jax.drafts.protocol import Context, Draft, Proposal, check_models
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.tree import Tree, TreePolicy
 
 
@@ -23,10 +23,10 @@ class NoDraft(Draft):
     def depth(self, tree: TreePolicy | None) -> int:
         return 0
 
-    def start(self, target: Llama, batch: int, rows: int) -> None:
+    def start(self, target: Target, batch: int, rows: int) -> None:
         return None
 
-    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         return Proposal(Tree.root(context.root))
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.drafts.protocol import Context, Draft, Proposal
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.tree import TreePolicy, merge_chains
 
@@ -44,7 +44,7 @@ class PromptLookup(Draft):
     def depth(self, tree: TreePolicy) -> int:
         return self.length
 
-    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         tokens, last = context.tokens, context.root_position
         width = tokens.shape[1]
         places = jnp.arange(width, dtype=jnp.int32)[None]

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from eagle_jax.models.llama import Llama, LlamaOutput
-from eagle_jax.models.target import missing_members
+from eagle_jax.models.target import Target, TargetOutput, missing_members
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import Tree, TreePolicy
 
@@ -89,7 +88,7 @@ class Committed:
     next_tokens: jax.Array
     start: jax.Array
     count: jax.Array
-    output: LlamaOutput
+    output: TargetOutput
     prompt_lengths: jax.Array
     tree: Tree | None = None
     logits: jax.Array | None = None
@@ -113,18 +112,18 @@ class Draft:
         """
         return True
 
-    def check_fits(self, target: Llama) -> None:
+    def check_fits(self, target: Target) -> None:
         """Raises ConfigError, naming both numbers, if the draft was not made for a target of this shape."""
 
     def depth(self, tree: TreePolicy) -> int:
         """D, the most tokens that a proposal can get accepted. Drafts with a shape of their own ignore `tree`."""
         return tree.depth
 
-    def taps(self, target: Llama) -> tuple[int, ...]:
+    def taps(self, target: Target) -> tuple[int, ...]:
         """The target's layers whose input `update` reads (n: the last one's output)."""
         return ()
 
-    def start(self, target: Llama, batch: int, rows: int) -> Any:
+    def start(self, target: Target, batch: int, rows: int) -> Any:
         """The memory before any text: a pytree of arrays, each with the batch as its first axis.
 
         Args:
@@ -132,14 +131,14 @@ class Draft:
         """
         return ()
 
-    def update(self, target: Llama, memory: Any, committed: Committed) -> Any:
+    def update(self, target: Target, memory: Any, committed: Committed) -> Any:
         """Updates the memory with newly committed positions.
 
         Sequences whose count is 0 must stay unchanged up to their length; anything beyond it may be overwritten.
         """
         return memory
 
-    def propose(self, target: Llama, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
         """Returns a tree of guesses under `context.root`.
 
         Args:
