@@ -18,7 +18,7 @@ import numpy as np
 
 from eagle_jax.decode import propose as propose_tree
 from eagle_jax.decode import step
-from eagle_jax.drafts.eagle import EagleDraft
+from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft, check_models, shown
 from eagle_jax.models.config import tap_layers

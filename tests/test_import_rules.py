@@ -42,7 +42,6 @@ ROOM_OF = {
 # room -> files that import it and may not. The facade is eagle_jax itself: public names, for users.
 KNOWN = {
     "cli": {"eagle_jax.convert.__main__"},
-    "drafts": {"eagle_jax.models.eagle1", "eagle_jax.models.eagle3"},
     "tree": {"eagle_jax.sampling"},
 }
 

@@ -20,12 +20,12 @@ from eagle_jax.cli.models import (
 )
 from eagle_jax.convert import load_draft
 from eagle_jax.drafts.draft_model import DraftModel
-from eagle_jax.drafts.eagle import EagleDraft, with_window
+from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
+from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
+from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure.samples import embedded_pair
-from eagle_jax.models.eagle1 import Eagle1Draft
-from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.tree import PUBLISHED_TREES, TreeConfig, TreePolicy
 
 

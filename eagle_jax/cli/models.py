@@ -22,7 +22,7 @@ from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.tokenizing import tokenizer_of
 from eagle_jax.drafts.draft_model import DraftModel
-from eagle_jax.drafts.eagle import EagleDraft, with_window
+from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
 from eagle_jax.drafts.lookahead import Lookahead
 from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.drafts.prompt_lookup import PromptLookup

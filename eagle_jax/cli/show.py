@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
     """The draft and tree to show, as a `Candidate`. Raises ValueError if there is none, or not with these options."""
     from eagle_jax.cli import drafts, models
-    from eagle_jax.drafts.eagle import EagleDraft
+    from eagle_jax.drafts.eagle.drafting import EagleDraft
 
     if args.draft_name is not None:
         (one,) = drafts.candidates(loaded, args.draft_name, args, embedded)

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from eagle_jax.cli import models, progress, tuned
-    from eagle_jax.drafts.eagle import EagleDraft
+    from eagle_jax.drafts.eagle.drafting import EagleDraft
     from eagle_jax.measure import machine, samples, tuning
 
     sampling = sampling_config(args)

@@ -29,9 +29,9 @@ from eagle_jax.convert.match import (
     parameter_dtype,
 )
 from eagle_jax.convert.read import open_checkpoint, read_json
+from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
-from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.layers import InputFirst
 from eagle_jax.models.llama import Llama
 

@@ -10,11 +10,11 @@ import numpy as np
 from eagle_jax.convert import names
 from eagle_jax.convert.vocabulary import official_tables
 from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
+from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
-from eagle_jax.models.eagle1 import Eagle1Draft
-from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.llama import Llama
 
 TABLES: dict[type, dict[str, str]] = {Llama: names.LLAMA, Eagle3Draft: names.EAGLE3, Eagle1Draft: names.EAGLE1}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.decode import propose, step
-from eagle_jax.drafts.eagle import EagleDraft
+from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure import phases
 from eagle_jax.models.llama import Llama

@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
+from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models import params
-from eagle_jax.models.eagle1 import Eagle1Draft
-from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.target import Target
 from eagle_jax.train.attention import causal, causal_part, grouped, with_own
 from eagle_jax.train.later_steps import later_steps, with_step

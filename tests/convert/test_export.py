@@ -18,7 +18,7 @@ from eagle_jax import Eagle1Draft, Eagle3Draft, Llama
 from eagle_jax.cli import main
 from eagle_jax.convert import convert, export, from_pretrained, to_official
 from eagle_jax.convert.loading import load_head
-from eagle_jax.drafts.eagle import with_window
+from eagle_jax.drafts.eagle.drafting import with_window
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError, RopeConfig
 from tests.convert import folders

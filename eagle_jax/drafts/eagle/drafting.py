@@ -1,4 +1,4 @@
-"""EAGLE heads as drafts: what EAGLE-1, 2 and 3 share. The networks are in models/eagle1.py and models/eagle3.py.
+"""EAGLE heads as drafts: what EAGLE-1, 2 and 3 share. The networks are in eagle1.py and eagle3.py.
 
 Letters: B batch, T new pairs, F feature width, D width of the head, k nodes drafted at a time, V target vocabulary,
 Vd draft vocabulary.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from eagle_jax.drafts.eagle import EagleDraft
+from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.models.config import ConfigError, DraftConfig, require_same, tap_layers
 from eagle_jax.models.layers import MLP, Attend, Attention, input_size, linear, normal, ones, rms_norm, rope_angles
 from eagle_jax.models.target import Target, TargetOutput
@@ -49,7 +49,7 @@ class Eagle3Layer(nnx.Module):
 
 
 class Eagle3Draft(EagleDraft, nnx.Module):
-    """The head's weights and its functions; how it drafts is in drafts/eagle.py."""
+    """The head's weights and its functions; how it drafts is in drafting.py."""
 
     def __init__(self, config: DraftConfig, num_taps: int, key: jax.Array, dtype: Any = jnp.float32):
         """Random weights. `num_taps` target layers feed `fc` (3 in every official head)."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from eagle_jax.drafts.eagle import EagleDraft
+from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.models.config import DraftConfig, require_same
 from eagle_jax.models.layers import Attend, add_bias, linear, normal, rope_angles, zeros
 from eagle_jax.models.llama import DecoderLayer
@@ -22,7 +22,7 @@ from eagle_jax.models.target import Target, TargetOutput
 
 
 class Eagle1Draft(EagleDraft, nnx.Module):
-    """The head's weights and its functions; how it drafts is in drafts/eagle.py."""
+    """The head's weights and its functions; how it drafts is in drafting.py."""
 
     def __init__(self, config: DraftConfig, key: jax.Array, dtype: Any = jnp.float32):
         """Random weights."""
