@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 import eagle_jax
+from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.measure.timing import timed
-from eagle_jax.models.config import DraftConfig, LlamaConfig
+from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.llama import Llama
 
 TREES = {"plain": None, "chain 3": (3, 1, 4), "chain 5": (5, 1, 6), "4,2,8": (4, 2, 8), "5,4,16": (5, 4, 16)}

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax import DraftConfig, Eagle3Draft, Llama, LlamaConfig
+from eagle_jax.drafts.eagle.config import tap_layers
 from eagle_jax.models import params
-from eagle_jax.models.config import tap_layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from eagle_jax.models.config import DraftConfig, LlamaConfig, tap_layers
+from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
+from eagle_jax.models.config import LlamaConfig
 from eagle_jax.tree import TreePolicy
 
 

@@ -6,6 +6,7 @@ from eagle_jax.convert import CheckpointError, from_pretrained, load, load_draft
 from eagle_jax.decode import cycle
 from eagle_jax.detokenizer import Detokenizer
 from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.drafting import with_window
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
@@ -13,7 +14,7 @@ from eagle_jax.drafts.lookahead import Lookahead
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.drafts.prompt_lookup import PromptLookup
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal, Text
-from eagle_jax.models.config import ConfigError, DraftConfig, LlamaConfig
+from eagle_jax.models.config import ConfigError, LlamaConfig
 from eagle_jax.models.layers import input_first
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.target import Target, TargetOutput

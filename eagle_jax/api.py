@@ -18,10 +18,10 @@ import numpy as np
 
 from eagle_jax.decode import propose as propose_tree
 from eagle_jax.decode import step
+from eagle_jax.drafts.eagle.config import tap_layers
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft, check_models, shown
-from eagle_jax.models.config import tap_layers
 from eagle_jax.models.layers import attention
 from eagle_jax.models.target import Target
 from eagle_jax.prompt import prefill, run_pending

@@ -15,12 +15,13 @@ import numpy as np
 
 from eagle_jax.convert import names
 from eagle_jax.convert.official import to_official
+from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
+from eagle_jax.drafts.eagle.flat_config import TAPS
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
-from eagle_jax.models.config import ConfigError, DraftConfig, tap_layers
-from eagle_jax.models.head_config import TAPS
+from eagle_jax.models.config import ConfigError
 from eagle_jax.models.llama import Llama
 
 KINDS: dict[type, str] = {Eagle3Draft: "eagle3", Eagle1Draft: "eagle1"}

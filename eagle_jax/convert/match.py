@@ -16,13 +16,14 @@ from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.read import Checkpoint, Tensor, open_checkpoint
 from eagle_jax.convert.vocabulary import target_ids_of
 from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.eagle.config import OFFICIAL_TAPS, DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
+from eagle_jax.drafts.eagle.flat_config import is_vllm_eagle1
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
-from eagle_jax.models.config import OFFICIAL_TAPS, DraftConfig, LlamaConfig
-from eagle_jax.models.head_config import is_vllm_eagle1
+from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.llama import Llama
 
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16")

@@ -1,1 +1,1 @@
-"""Models: Llama, the EAGLE heads, their configs, caches and parameters. Imports jax and flax only."""
+"""Models: what a target is, Llama, its config, its cache and its parameters. Imports ops and nothing else of ours."""

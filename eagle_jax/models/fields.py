@@ -59,62 +59,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "norm_type": ("rmsnorm", "rms_norm"),
     "lm_head_bias": (False,),
 }
-# The same for heads of every kind.
-NEUTRAL_HEAD_VALUES: dict[str, tuple[Any, ...]] = {
-    # Norms around fc, and of what a step hands to the next one (EAGLE-3.1).
-    "norm_before_fc": (False,),
-    "fc_norm": (False,),
-    "norm_output": (False,),
-    "use_aux_norm": (False,),
-    "return_hidden_post_norm": (False,),
-    "use_mtp_layernorm": (False,),
-    "layernorms": (False,),
-    "add_para_norm": (False,),
-    "use_input_norm": (False,),
-    # Another layer, or none.
-    "mlp_only": (False,),
-    "eh_proj_before_attn": (False,),
-    "eh_proj_bias": (False,),
-    "use_rope": (True,),
-    "eagle_decoder_type": ("llama",),
-    # Several tokens in one pass (P-EAGLE, DFlash and its relatives).
-    "parallel_drafting": (False,),
-    "parallel_draft_step": (0, 1),
-    "mask_token_id": (),
-    "pard_token": (),
-    "ptd_token_id": (),
-    "num_depths": (0, 1),
-    "block_size": (0, 1),
-    "use_swa": (False,),
-    "dflash_config": (),
-    "dspark_config": (),
-    "jetspec_config": (),
-    "markov_rank": (0,),
-    "selector_rank": (0,),
-    "enable_confidence_head": (False,),
-    # Layers whose hidden states are read, by names that do not say whether before or after the layer.
-    "aux_hidden_state_layer_ids": (),
-    "aux_layer_indices": (),
-    "layers_to_capture": (),
-}
-# The same for one kind: what an EAGLE-3 head always has, an EAGLE-1 head never has.
-NEUTRAL_VALUES_OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
-    "eagle3": {
-        "use_aux_hidden_state": (True,),
-        "use_input_layernorm_in_first_layer": (True,),
-        "use_last_layernorm": (True,),
-        "skip_prenorm": (False,),
-        "skip_output_norm": (False,),
-    },
-    "eagle1": {
-        "use_aux_hidden_state": (False,),
-        "use_input_layernorm_in_first_layer": (False,),
-        "use_last_layernorm": (False,),
-        "skip_prenorm": (True,),
-        "skip_output_norm": (True,),
-        "norm_before_residual": (False,),
-    },
-}
 
 
 class ConfigError(ValueError):

@@ -28,8 +28,6 @@ from eagle_jax.models.layers import (
 )
 from eagle_jax.models.target import TargetOutput
 
-LlamaOutput = TargetOutput
-
 
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each with its residual. The layer of an EAGLE-1 head has no input norm."""

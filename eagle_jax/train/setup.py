@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from eagle_jax import convert
 from eagle_jax.convert import parts
 from eagle_jax.convert.read import read_json, resolve
+from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.files import checksums
 from eagle_jax.models import params
-from eagle_jax.models.config import DraftConfig, LlamaConfig, RopeConfig
+from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.models.llama import Llama
 from eagle_jax.train import dataset, fingerprint
 from eagle_jax.train.config import DataSettings, TrainSettings

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
-from eagle_jax.models.config import ConfigError, DraftConfig, LlamaConfig
+from eagle_jax.models.config import ConfigError, LlamaConfig
 from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
 from tests import pickled

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from eagle_jax.models.config import ConfigError, DraftConfig, LlamaConfig, RopeConfig, tap_layers
+from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
+from eagle_jax.models.config import ConfigError, LlamaConfig, RopeConfig
 
 PLAIN = dict(
     model_type="llama",

@@ -11,7 +11,8 @@ import pytest
 import transformers
 from safetensors.numpy import load_file
 
-from eagle_jax.models.config import LlamaConfig, tap_layers
+from eagle_jax.drafts.eagle.config import tap_layers
+from eagle_jax.models.config import LlamaConfig
 from tests.models.reference import SMALL, load_target, one_step, our_model, prefilled, prompt_pass, random_model
 
 TOLERANCE = 1e-4

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models import params
-from eagle_jax.models.config import DraftConfig, LlamaConfig
+from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.llama import Llama
 from tests.models.reference import SMALL
 

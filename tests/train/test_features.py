@@ -19,9 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 from eagle_jax import DraftModel, Eagle3Draft, Llama, SamplingConfig, TreeConfig, input_first
 from eagle_jax.cli import main
+from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.files.lock import Locked, locked_folder
 from eagle_jax.models import params
-from eagle_jax.models.config import DraftConfig, RopeConfig
+from eagle_jax.models.config import RopeConfig
 from eagle_jax.train import features, fingerprint, loader, loss, metrics, setup
 from eagle_jax.train.config import TrainSettings, read_settings
 from eagle_jax.train.dataset import Dataset

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.noise import coupled
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.cache import KVCache, put
-from eagle_jax.models.config import ConfigError, DraftConfig
+from eagle_jax.models.config import ConfigError
 from eagle_jax.models.layers import Attend, Window, attention
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.arrays import take_one

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.drafting import EagleDraft
-from eagle_jax.models.config import DraftConfig, require_same
+from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import Attend, add_bias, linear, normal, rope_angles, zeros
 from eagle_jax.models.llama import DecoderLayer
 from eagle_jax.models.target import Target, TargetOutput

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
 from eagle_jax.drafts.eagle.drafting import EagleDraft
-from eagle_jax.models.config import ConfigError, DraftConfig, require_same, tap_layers
+from eagle_jax.models.config import ConfigError, require_same
 from eagle_jax.models.layers import MLP, Attend, Attention, input_size, linear, normal, ones, rms_norm, rope_angles
 from eagle_jax.models.target import Target, TargetOutput
 

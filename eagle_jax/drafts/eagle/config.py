@@ -1,0 +1,103 @@
+"""DraftConfig: the shape of an EAGLE head, read from its `config.json` (see flat_config.py for its spellings)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from eagle_jax.drafts.eagle.flat_config import TAPS, flat_config
+from eagle_jax.models.config import LlamaConfig, llama_fields
+from eagle_jax.models.fields import ConfigError, flag, size
+
+OFFICIAL_TAPS = 3  # target layers that an EAGLE-3 head reads, unless its config names them
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig(LlamaConfig):
+    """The shape of an EAGLE head: one decoder layer and what feeds it.
+
+    draft_vocab_size: Vd, the entries of the head's own `lm_head` (EAGLE-3).
+    target_hidden_size: hidden size of the target whose features it reads; differs from `hidden_size` for the
+      head of the 70B target.
+    taps: target layers whose *input* is read; None means layers 2, n // 2 and n - 3 of an n-layer target.
+    norm_before_residual: the layer's residual is the normalised hidden state (some speculators heads).
+    own_embedding: the checkpoint holds the head's embedding; else the target's is used.
+    own_lm_head: the checkpoint holds an EAGLE-3 head's lm_head; else the target's is used, over the whole vocabulary.
+    fc_bias, qkv_bias: EAGLE-1 only.
+    window: the draft attends to the text's first window[0] and its latest window[1] positions; None: to all of it.
+      No checkpoint says so; see `with_window`.
+    """
+
+    draft_vocab_size: int = 0
+    target_hidden_size: int = 0
+    taps: tuple[int, ...] | None = None
+    norm_before_residual: bool = False
+    own_embedding: bool = False
+    fc_bias: bool = False
+    qkv_bias: bool = False
+    window: tuple[int, int] | None = None
+    own_lm_head: bool = True
+
+    @classmethod
+    def from_hf(
+        cls,
+        hf: Mapping[str, Any],
+        where: str = "config.json",
+        own_embedding: bool = False,
+        *,
+        kind: str = "eagle3",
+        own_lm_head: bool = True,
+        fc_bias: bool = True,
+    ) -> DraftConfig:
+        """Reads a head's config dictionary in any of the forms that `flat_config` knows.
+
+        Args:
+          kind: "eagle3" or "eagle1", from the checkpoint's tensor names, as `own_embedding` and `own_lm_head` are.
+            A draft vocabulary of its own needs an lm_head of its own.
+          fc_bias: whether an EAGLE-1 head's fc has a bias, where the config does not say.
+        Raises:
+          ConfigError: as LlamaConfig.from_hf, and fields that contradict each other.
+        """
+        hf = flat_config(hf, where, kind)
+        fields = llama_fields({"num_hidden_layers": 1} | hf, where)
+        if fields["num_layers"] != 1:
+            raise ConfigError(f"{where}: a head has one layer, num_hidden_layers is {fields['num_layers']}")
+
+        def optional_size(name: str, default: int) -> int:
+            return size(name, hf.get(name, default), where)
+
+        taps = hf.get(TAPS)
+        if taps is not None and kind == "eagle1":
+            raise ConfigError(f"{where}: {TAPS} names layers, an EAGLE-1 head reads none; the weights are not its own")
+        num_taps = len(taps) if taps else OFFICIAL_TAPS
+        if kind == "eagle3" and optional_size("num_aux_hidden_states", num_taps) != num_taps:
+            named = f"{TAPS} names {num_taps}" if taps else f"{TAPS} names none, which means {num_taps}"
+            raise ConfigError(f"{where}: num_aux_hidden_states is {hf['num_aux_hidden_states']}, {named}")
+        vocab_size = fields["vocab_size"]
+        if optional_size("truncated_vocab_size", vocab_size) != vocab_size:
+            raise ConfigError(
+                f"{where}: truncated_vocab_size {hf['truncated_vocab_size']} for vocab_size {vocab_size} is not "
+                "implemented: an EAGLE-1 head drafts from the whole vocabulary"
+            )
+        return cls(
+            **fields,
+            draft_vocab_size=optional_size("draft_vocab_size", vocab_size),
+            target_hidden_size=optional_size("target_hidden_size", fields["hidden_size"]),
+            taps=taps,
+            norm_before_residual=flag(hf, "norm_before_residual", where),
+            own_embedding=own_embedding,
+            fc_bias=flag(hf, "bias", where, default=fc_bias),
+            qkv_bias=flag(hf, "qkv_bias", where),
+            own_lm_head=own_lm_head or hf.get("draft_vocab_size", vocab_size) != vocab_size,
+        )
+
+
+def tap_layers(config: DraftConfig | None, num_layers: int) -> tuple[int, ...]:
+    """The target layers whose input an EAGLE-3 head reads, ascending (official code: 2, n // 2, n - 3).
+
+    Index n is the residual stream after the last layer. Indices that coincide are repeated.
+    """
+    if config is not None and config.taps is not None:
+        return config.taps
+    return tuple(sorted(min(max(tap, 0), num_layers) for tap in (2, num_layers // 2, num_layers - 3)))
