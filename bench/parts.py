@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eagle_jax import Eagle3Draft, Llama, TreeConfig
+from eagle_jax import Eagle3Draft, Target, TreeConfig
 from eagle_jax.commit import newly_committed
 from eagle_jax.decode import propose, step, verify
 from eagle_jax.measure.timing import seconds_of
@@ -22,7 +22,7 @@ from eagle_jax.tree.verify import argmax
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "context", "tree"))
-def filled_state(target: Llama, draft: Eagle3Draft, *, batch: int, context: int, tree: TreeConfig) -> DecodeState:
+def filled_state(target: Target, draft: Eagle3Draft, *, batch: int, context: int, tree: TreeConfig) -> DecodeState:
     """A greedy state whose rows have `context` positions in both caches, and room for one cycle."""
     state = empty_state(target, draft, batch, context + 1 + tree.depth + 1, tree=tree)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -42,7 +42,7 @@ def filled_state(target: Llama, draft: Eagle3Draft, *, batch: int, context: int,
 
 
 def measure_parts(
-    target: Llama, draft: Eagle3Draft, state: DecodeState, context: int, tree: TreeConfig, repeats: int
+    target: Target, draft: Eagle3Draft, state: DecodeState, context: int, tree: TreeConfig, repeats: int
 ) -> dict[str, float]:
     """Seconds of a plain step, of a cycle, and of its parts; the names are those of bench/work.py.
 

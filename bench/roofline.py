@@ -29,7 +29,7 @@ from bench.options import parse_tree, positive
 from bench.parts import filled_state, measure_parts
 from bench.shapes import SHAPES, Shape, abstract_pair, random_pair
 from bench.work import Work, cycle_work, plain_work
-from eagle_jax import Eagle3Draft, Llama, TreeConfig
+from eagle_jax import Eagle3Draft, Llama, Target, TreeConfig
 from eagle_jax.files.atomic import write_json
 from eagle_jax.measure.machine import describe_setting, setting
 from eagle_jax.models import params
@@ -138,7 +138,7 @@ def rate_lines(rows: list[dict[str, Any]], depth: int) -> Iterator[str]:
 
 def _measured(
     shape: Shape,
-    target: Llama,
+    target: Target,
     draft: Eagle3Draft,
     batch: int,
     context: int,

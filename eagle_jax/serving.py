@@ -22,7 +22,7 @@ import numpy as np
 from eagle_jax.api import Chunk
 from eagle_jax.api import advance as advance_state
 from eagle_jax.drafts.protocol import Draft, check_models
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.prompt import BUCKETS, insert, reusable
 from eagle_jax.sampling import RANGES, SamplingConfig
 from eagle_jax.state import empty_state
@@ -114,7 +114,7 @@ class RunningBatch:
 
     def __init__(
         self,
-        target: Llama,
+        target: Target,
         draft: Draft | None,
         *,
         slots: int,

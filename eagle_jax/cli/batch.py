@@ -18,7 +18,7 @@ from eagle_jax.cli.sampling import model_asks, random_key, with_logit_bias
 from eagle_jax.files import checksums, prompts
 from eagle_jax.files.lock import locked_file
 from eagle_jax.files.resumable import HeadedLines
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.serving import RunningBatch, Task
 from eagle_jax.serving import run as run_tasks
@@ -169,7 +169,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _settings_of_models(
-    target: Llama, draft: Any, tree: TreePolicy, stops: Sequence[int], found: Sequence[prompts.Prompt]
+    target: Target, draft: Any, tree: TreePolicy, stops: Sequence[int], found: Sequence[prompts.Prompt]
 ) -> dict[str, Any]:
     """Returns what else a text depends on: fingerprints of weights, tree and token ids, which no path changes."""
     settings = {

@@ -19,7 +19,7 @@ from eagle_jax.cli.conversation import Conversation
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
 from eagle_jax.files.prompts import check_text, check_tokenizer
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.serving import Request, RunningBatch
 
 EXAMPLES = """\
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if session.failed else 0
 
 
-def _context(asked: int | None, target: Llama) -> int:
+def _context(asked: int | None, target: Target) -> int:
     trained = target.config.max_position_embeddings
     if asked is None:
         return min(trained, DEFAULT_CONTEXT)

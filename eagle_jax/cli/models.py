@@ -30,6 +30,7 @@ from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.params import DATA, TENSOR, for_this_machine
+from eagle_jax.models.target import Target
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
 from eagle_jax.tree.named import describe_tree, tree_named
@@ -395,7 +396,7 @@ def eos_tokens(models: Models) -> tuple[int, ...]:
     return eos.eos_tokens(models.folder, models.target.config.vocab_size, models.tokenizer)
 
 
-def check_prompt(tokens: Sequence[int], target: Llama) -> None:
+def check_prompt(tokens: Sequence[int], target: Target) -> None:
     """Raises ValueError for the token ids of a prompt that cannot be decoded."""
     limit, vocab, length = target.config.max_position_embeddings, target.config.vocab_size, len(tokens)
     if length == 0:

@@ -16,11 +16,12 @@ from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 
 TABLES: dict[type, dict[str, str]] = {Llama: names.LLAMA, Eagle3Draft: names.EAGLE3, Eagle1Draft: names.EAGLE1}
 
 
-def to_official(model: Llama | Draft) -> dict[str, np.ndarray]:
+def to_official(model: Target | Draft) -> dict[str, np.ndarray]:
     """{official tensor name: array} with official shapes, in the model's dtypes.
 
     Args:

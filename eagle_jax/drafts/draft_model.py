@@ -18,7 +18,6 @@ from eagle_jax.keys import draft_keys
 from eagle_jax.models.cache import ROW_TILE, KVCache, put
 from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import attention
-from eagle_jax.models.llama import Llama
 from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import warp
@@ -46,7 +45,7 @@ class DraftModel(Draft):
     greedy rows, hold top-k tokens. Those are not samples from that distribution, so `accept_sampling` applies.
     """
 
-    model: Llama
+    model: Target
 
     @property
     def reusable(self) -> bool:

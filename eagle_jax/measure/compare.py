@@ -17,7 +17,7 @@ from eagle_jax.measure.near_tie import Difference, differences
 from eagle_jax.measure.phases import RUNS, Phases, measure_phases
 from eagle_jax.measure.statistics import Range, accepted_shares, by_position, distinct_ngrams, tokens_a_cycle
 from eagle_jax.measure.timing import timed
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.prompt import pad, prefill
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreePolicy
@@ -119,7 +119,7 @@ class Measured:
 
 
 def compare(
-    target: Llama,
+    target: Target,
     draft: Any,
     token_lists: Sequence[Sequence[int]],
     *,
@@ -136,7 +136,7 @@ def compare(
 
 
 def compare_several(
-    target: Llama,
+    target: Target,
     methods: Methods,
     token_lists: Sequence[Sequence[int]],
     *,
@@ -169,7 +169,7 @@ def compare_several(
 
 
 def _phases(
-    target: Llama, draft: Draft | None, tree: TreePolicy, prompts: Sequence[Sequence[int]], repeats: int
+    target: Target, draft: Draft | None, tree: TreePolicy, prompts: Sequence[Sequence[int]], repeats: int
 ) -> Phases:
     depth = 0 if draft is None else draft.depth(tree)
     room = (RUNS + 1) * (depth + 1)
@@ -179,7 +179,7 @@ def _phases(
 
 
 def decode_in_turn(
-    target: Llama,
+    target: Target,
     methods: Methods,
     token_lists: Sequence[Sequence[int]],
     *,

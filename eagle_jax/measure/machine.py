@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 
 
 def device_name() -> str:
@@ -18,7 +18,7 @@ def device_name() -> str:
     return f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
 
 
-def setting(target: Llama) -> dict[str, Any]:
+def setting(target: Target) -> dict[str, Any]:
     """Returns what a figure depends on besides the models, as JSON has it."""
     return {
         "date": datetime.date.today().isoformat(),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from eagle_jax.api import forward
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.prompt import BUCKETS, pad
 from eagle_jax.sampling import SamplingConfig
 
@@ -78,7 +78,7 @@ class Difference:
 
 
 def differences(
-    target: Llama,
+    target: Target,
     prompts: Sequence[Sequence[int]],
     plain: Sequence[Sequence[int]],
     speculative: Sequence[Sequence[int]],
@@ -110,7 +110,7 @@ def differences(
     return found
 
 
-def _next_logits(target: Llama, tokens: Sequence[int], buckets: Sequence[int]) -> np.ndarray:
+def _next_logits(target: Target, tokens: Sequence[int], buckets: Sequence[int]) -> np.ndarray:
     """Returns the target's logits [V] for the token after `tokens`."""
     logits, _ = forward(target, *pad([tokens], buckets))
     return np.asarray(logits[0, len(tokens) - 1])

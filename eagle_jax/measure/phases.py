@@ -17,7 +17,7 @@ from eagle_jax.decode import propose, step, verify
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure.timing import median_seconds, repeat
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.state import DecodeState, context_of
 from eagle_jax.tree import TreePolicy
 
@@ -42,7 +42,7 @@ class Phases:
 
 
 def measure_phases(
-    target: Llama, draft: Draft | None, tree: TreePolicy, state: DecodeState, repeats: int = 3
+    target: Target, draft: Draft | None, tree: TreePolicy, state: DecodeState, repeats: int = 3
 ) -> Phases:
     """Times the parts of the next cycle of a greedy state; medians of `repeats` runs, without compilation.
 

@@ -23,7 +23,7 @@ from eagle_jax.decode import propose, step
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure import phases
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.prompt import pad, prefill
 from eagle_jax.state import DecodeState, context_of
 from eagle_jax.tree import Tree, TreeConfig
@@ -90,7 +90,7 @@ def large_tree(widths: Sequence[int], temperature: float) -> TreeConfig:
 
 
 def observe(
-    target: Llama, draft: Draft, prompts: Sequence[Sequence[int]], cycles: int, tree: TreeConfig, **options: Any
+    target: Target, draft: Draft, prompts: Sequence[Sequence[int]], cycles: int, tree: TreeConfig, **options: Any
 ) -> Seen:
     """Decodes the prompts in one batch, for some cycles with a large tree.
 
@@ -169,7 +169,7 @@ def by_rank(seen: Seen) -> list[float]:
 
 
 def measure_costs(
-    target: Llama,
+    target: Target,
     draft: Draft,
     state: DecodeState,
     repeats: int,

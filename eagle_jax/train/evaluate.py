@@ -19,7 +19,7 @@ from eagle_jax.convert.eos import eos_tokens
 from eagle_jax.measure.near_tie import first_difference, near_tie_relative, relative_gap
 from eagle_jax.measure.statistics import accepted_shares, distinct_ngrams, tokens_a_cycle
 from eagle_jax.models import params
-from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.prompt import pad
 from eagle_jax.state import spread
 from eagle_jax.train import loader, setup
@@ -70,7 +70,7 @@ def prompts_of(held_out: Dataset, count: int, prompt_tokens: int) -> list[np.nda
     return [found[i] for i in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
 
 
-def plain_text(target: Llama, prompts: list[np.ndarray], new_tokens: int, stop_tokens: tuple[int, ...]) -> Prompts:
+def plain_text(target: Target, prompts: list[np.ndarray], new_tokens: int, stop_tokens: tuple[int, ...]) -> Prompts:
     """The prompts with the target's own greedy continuation."""
     tokens, lengths = pad([prompt.tolist() for prompt in prompts])
     out = generate(target, None, tokens, lengths, max_new_tokens=new_tokens, stop_tokens=stop_tokens)
@@ -78,7 +78,7 @@ def plain_text(target: Llama, prompts: list[np.ndarray], new_tokens: int, stop_t
 
 
 def accepted_length(
-    target: Llama,
+    target: Target,
     draft: Any,
     prompts: Prompts,
     tree: TreePolicy,
@@ -99,7 +99,7 @@ def accepted_length(
     return {"tokens_a_cycle": length, "reached": accepted_shares(accepted), "near_ties": parted}
 
 
-def check_equal(target: Llama, prompts: Prompts, tokens: np.ndarray, ends: np.ndarray) -> int:
+def check_equal(target: Target, prompts: Prompts, tokens: np.ndarray, ends: np.ndarray) -> int:
     """How many rows part from the plain text, each at a near-tie.
 
     Raises:
@@ -126,7 +126,7 @@ def _row_logits(target, tokens, lengths):
     return spread(forward(target, tokens, lengths)[0], target)
 
 
-def _logits_at(target: Llama, tokens: np.ndarray, place: int) -> np.ndarray:
+def _logits_at(target: Target, tokens: np.ndarray, place: int) -> np.ndarray:
     """The target's logits for the token at `place` of a row."""
     logits = _row_logits(target, tokens[None], np.array([place]))
     return np.asarray(logits[0, place - 1])
@@ -145,7 +145,7 @@ class Evaluator:
         objective: Objective,
         model: Any,
         frozen: Arrays,
-        target: Llama | None,
+        target: Target | None,
         held_out: Dataset,
         origin: setup.DataSource,
         features: Any = None,
