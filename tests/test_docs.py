@@ -15,6 +15,7 @@ import pytest
 import eagle_jax
 from eagle_jax import SamplingConfig, TreeConfig
 from eagle_jax.serving import Request
+from tests.drafts.successors import Successors
 from tests.toy import random_eagle3, random_target, rows_of
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -83,6 +84,7 @@ def test_conversations_side_by_side(serving):
 def test_the_toy_draft_is_the_one_that_the_tests_run():
     text = (DOCS / "drafts.md").read_text()
     toy = (Path(__file__).parent / "drafts" / "successors.py").read_text()
-    _, code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    _, code, check = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert code == toy.split('"""\n\n', 1)[1]
     assert len(toy.splitlines()) <= 40
+    exec(compile(check, "drafts.md", "exec"), {"Successors": Successors})
