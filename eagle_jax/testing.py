@@ -27,6 +27,7 @@ from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models.config import DraftConfig, LlamaConfig
 from eagle_jax.models.eagle3 import Eagle3Draft
 from eagle_jax.models.llama import Llama
+from eagle_jax.models.target import Target
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import AcceptFn, TreeConfig, TreePolicy
 
@@ -82,7 +83,7 @@ def _scaled(model: Any) -> Any:
 def assert_lossless(
     candidate: Draft | AcceptFn,
     *,
-    target: Llama | None = None,
+    target: Target | None = None,
     tree: TreePolicy = TreeConfig(depth=3, top_k=2, num_nodes=6),
     sampling: SamplingConfig | None = SamplingConfig(temperature=1.0),
     draws: int = 3000,
@@ -116,12 +117,12 @@ def assert_lossless(
             f"the target has {target.config.vocab_size} tokens, so {texts} texts of {ENUMERATED} tokens; "
             f"at most {MOST_TEXTS} are enumerated: use a smaller one, such as toy_target()"
         )
-    is_draft = isinstance(candidate, Draft)
-    draft, accept_fn = (candidate, None) if is_draft else (toy_draft(target), candidate)
+    accept_fn = None if isinstance(candidate, Draft) else candidate
+    draft = candidate if isinstance(candidate, Draft) else toy_draft(target)
     run = functools.partial(generate, tree=tree, accept_fn=accept_fn)
     # The greedy program has no keys, which a sampling rule may need; in a batch that samples, temperature 0 is greedy.
     cold = None
-    if not is_draft and sampling is not None:
+    if accept_fn is not None and sampling is not None:
         cold = dataclasses.replace(sampling, temperature=0.0).rows(len(PROMPTS))
     accepted = _check_greedy(run, target, draft, cold, seed)
     if sampling is None:
@@ -132,17 +133,17 @@ def assert_lossless(
     return Report(accepted, p_value)
 
 
-def _check_greedy(run: Callable, target: Llama, draft: Draft, sampling: SamplingConfig | None, seed: int) -> float:
+def _check_greedy(run: Callable, target: Target, draft: Draft, sampling: SamplingConfig | None, seed: int) -> float:
     """Raises AssertionError where the greedy text parts from plain decoding; returns draft tokens accepted a cycle."""
     sampled = {} if sampling is None else {"key": jax.random.key(seed), "sampling": sampling}
     out = run(target, draft, PROMPTS, LENGTHS, max_new_tokens=NEW_TOKENS, **sampled)
-    plain = generate(target, None, PROMPTS, LENGTHS, max_new_tokens=NEW_TOKENS)
+    plain = generate(target, None, jnp.asarray(PROMPTS), jnp.asarray(LENGTHS), max_new_tokens=NEW_TOKENS)
     _check_same(out, plain, "the greedy text", "plain decoding")
     counts = np.asarray(out.accepted).sum(axis=0)
     return float((counts * np.arange(len(counts))).sum() / counts.sum())
 
 
-def _check_independence(run: Callable, target: Llama, draft: Draft, sampling: SamplingConfig, seed: int) -> None:
+def _check_independence(run: Callable, target: Target, draft: Draft, sampling: SamplingConfig, seed: int) -> None:
     """Raises AssertionError where a sequence's sampled text depends on its place or neighbours in the batch."""
     keys = jax.random.split(jax.random.key(seed), len(PROMPTS))
     rows = sampling.rows(len(PROMPTS))
@@ -169,7 +170,7 @@ def _texts(out: Any) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
-def _draw(run: Callable, target: Llama, draft: Draft, sampling: SamplingConfig, draws: int, seed: int) -> np.ndarray:
+def _draw(run: Callable, target: Target, draft: Draft, sampling: SamplingConfig, draws: int, seed: int) -> np.ndarray:
     """Returns the first new tokens [draws, ENUMERATED] after the first prompt, a key each."""
     prompt, length = PROMPTS[:1], LENGTHS[:1]
 
@@ -184,7 +185,7 @@ def _draw(run: Callable, target: Llama, draft: Draft, sampling: SamplingConfig, 
     return np.asarray(tokens)
 
 
-def text_probabilities(target: Llama, sampling: SamplingConfig) -> np.ndarray:
+def text_probabilities(target: Target, sampling: SamplingConfig) -> np.ndarray:
     """Returns the probability of every text of three tokens after the first prompt, [V, V, V], by plain sampling."""
     vocab, prompt = target.config.vocab_size, PROMPTS[0].tolist()
     tails = itertools.product(range(vocab), repeat=ENUMERATED - 1)
