@@ -38,6 +38,13 @@ NEW_TOKENS = 16  # of each greedy text
 ENUMERATED = 3  # new tokens of each sampled text; the prefill chooses the first, cycles the others
 MOST_TEXTS = 20_000  # that are enumerated: V ** ENUMERATED may not be larger
 FEWEST_EXPECTED = 5  # draws of a text, below which Pearson's chi-square pools it with others
+SIZES: dict[str, Any] = {
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
 
 
 class Report(NamedTuple):
@@ -56,23 +63,16 @@ def toy_target(seed: int = 0, vocab_size: int = 7) -> Llama:
 
     They are scaled so that its distributions are neither flat nor sharp, and its largest logits rarely tie.
     """
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_position_embeddings=256,
-    )
+    config = LlamaConfig(vocab_size=vocab_size, hidden_size=16, num_layers=2, **SIZES)
     return _scaled(Llama(config, jax.random.key(seed)))
 
 
-def toy_draft(target: Llama, seed: int = 1) -> Eagle3Draft:
+def toy_draft(target: Target, seed: int = 1) -> Eagle3Draft:
     """Returns an EAGLE-3 head with random weights for a target: often wrong, sometimes right."""
-    sizes = {"num_layers": 1, "draft_vocab_size": target.config.vocab_size, "fc_bias": True}
-    config = DraftConfig(**target.config.__dict__ | sizes | {"target_hidden_size": target.config.hidden_size})
+    vocab, width = target.config.vocab_size, target.config.hidden_size
+    config = DraftConfig(
+        vocab_size=vocab, draft_vocab_size=vocab, hidden_size=width, target_hidden_size=width, num_layers=1, **SIZES
+    )
     return _scaled(Eagle3Draft(config, 3, jax.random.key(seed)))
 
 
