@@ -23,9 +23,10 @@ import numpy as np
 
 from eagle_jax import sampling as processing
 from eagle_jax.api import forward, generate
+from eagle_jax.drafts.eagle.config import DraftConfig
+from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.protocol import Draft
-from eagle_jax.models.config import DraftConfig, LlamaConfig
-from eagle_jax.models.eagle3 import Eagle3Draft
+from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.target import Target
 from eagle_jax.sampling import SamplingConfig
