@@ -26,7 +26,6 @@ import numpy as np
 
 import eagle_jax
 from bench.options import parse_tree, positive
-from eagle_jax.api import trained_capacity
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import resolve
 from eagle_jax.files.atomic import write_json
@@ -35,6 +34,7 @@ from eagle_jax.measure.near_tie import first_difference
 from eagle_jax.measure.samples import CODE_TEXTS, DEFAULT_TEXTS, embedded_pair, to_measure
 from eagle_jax.measure.timing import median_seconds
 from eagle_jax.models.params import for_this_machine
+from eagle_jax.plan import plan
 from eagle_jax.tree.named import describe_tree
 
 TREE = eagle_jax.TreeConfig(depth=8, top_k=10, num_nodes=60)
@@ -123,9 +123,10 @@ def our_decoder(target: Any, draft: Any, tree: Any, max_new_tokens: int) -> Deco
 
     def decode(prompt: Sequence[int]) -> list[int]:
         tokens, lengths = eagle_jax.pad([prompt])
-        room = trained_capacity(target, len(prompt), tokens.shape[1], max_new_tokens)
+        trained = target.config.max_position_embeddings
+        sizes = plan(tokens.shape[1], max_new_tokens, trained=trained, longest=len(prompt))
         out = eagle_jax.generate(
-            target, draft, tokens, lengths, tree=tree, max_new_tokens=max_new_tokens, capacity=room
+            target, draft, tokens, lengths, tree=tree, max_new_tokens=max_new_tokens, capacity=sizes.capacity
         )
         return np.asarray(out.tokens[0, len(prompt) : int(out.lengths[0])]).tolist()
 

@@ -24,6 +24,7 @@ from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft, check_models, shown
 from eagle_jax.models.layers import attention
 from eagle_jax.models.target import Target
+from eagle_jax.plan import plan
 from eagle_jax.prompt import prefill, run_pending
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import DecodeState, check_capacity, context_of, spread
@@ -337,21 +338,6 @@ def _causal(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     return positions, jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
 
 
-def trained_capacity(target: Target, longest: int, width: int, max_new_tokens: int) -> int | None:
-    """The `capacity` for prompts of at most `longest` tokens, padded to `width`: what the target was trained for.
-
-    Raises:
-      ValueError: if a prompt leaves no place for a new token.
-    """
-    limit = target.config.max_position_embeddings
-    if longest >= limit:
-        raise ValueError(
-            f"a prompt has {longest} tokens, this model takes at most {limit - 1} and one new token "
-            f"(max_position_embeddings is {limit})"
-        )
-    return limit if width + max_new_tokens > limit else None
-
-
 def check_arguments(
     target: Target,
     draft: Draft | None,
@@ -394,13 +380,10 @@ def check_arguments(
     if tokens.ndim != 2 or 0 in tokens.shape or lengths.shape != tokens.shape[:1]:
         raise ValueError(f"tokens must be [B, P] and lengths [B], got {tokens.shape} and {lengths.shape}")
     sampling.check(tokens.shape[0], vocab)
-    check_capacity(
-        target,
-        tokens.shape[0] * num_samples,
-        tokens.shape[1] + max_new_tokens if capacity is None else capacity,
-    )
-    reached = tokens.shape[1] if isinstance(lengths, jax.core.Tracer) else int(jax.device_get(lengths).max())
-    reached = reached + max_new_tokens if capacity is None else min(reached + max_new_tokens, capacity)
+    sizes = plan(tokens.shape[1], max_new_tokens, capacity=capacity)
+    check_capacity(target, tokens.shape[0] * num_samples, sizes.capacity)
+    longest = tokens.shape[1] if isinstance(lengths, jax.core.Tracer) else int(jax.device_get(lengths).max())
+    reached = min(longest + max_new_tokens, sizes.capacity)
     trained = target.config.max_position_embeddings
     if reached > trained:
         warnings.warn(
@@ -409,11 +392,10 @@ def check_arguments(
             stacklevel=3,
         )
     if not isinstance(lengths, jax.core.Tracer):
-        longest = tokens.shape[1] if capacity is None else min(tokens.shape[1], capacity - 1)
         for row, length in enumerate(jax.device_get(lengths)):
-            if not 1 <= length <= longest:
+            if not 1 <= length <= sizes.longest_prompt:
                 limits = f"tokens have {tokens.shape[1]} columns, capacity is {capacity}"
-                raise ValueError(f"lengths[{row}] = {length} is outside 1 to {longest} ({limits})")
+                raise ValueError(f"lengths[{row}] = {length} is outside 1 to {sizes.longest_prompt} ({limits})")
         if not isinstance(tokens, jax.core.Tracer):
             values, counts = jax.device_get((tokens, lengths))
             used = np.arange(tokens.shape[1]) < counts[:, None]

@@ -21,6 +21,7 @@ from eagle_jax.keys import row_keys
 from eagle_jax.models.layers import attention
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.arrays import take_one
+from eagle_jax.plan import padded_width
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import (
     DecodeState,
@@ -56,10 +57,7 @@ def pad(prompts: Sequence[Sequence[int]], buckets: Sequence[int] = BUCKETS) -> t
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
         raise ValueError("a prompt is empty: it needs at least one token")
-    width = min((bucket for bucket in buckets if bucket >= max(lengths)), default=None)
-    if width is None:
-        raise ValueError(f"a prompt has {max(lengths)} tokens, the widest bucket holds {max(buckets)}")
-    tokens = np.zeros((len(prompts), width), np.int32)
+    tokens = np.zeros((len(prompts), padded_width(max(lengths), buckets)), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     return jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32)

@@ -23,6 +23,7 @@ from eagle_jax.api import Chunk
 from eagle_jax.api import advance as advance_state
 from eagle_jax.drafts.protocol import Draft, check_models
 from eagle_jax.models.target import Target
+from eagle_jax.plan import padded_width
 from eagle_jax.prompt import BUCKETS, insert, reusable
 from eagle_jax.sampling import RANGES, SamplingConfig
 from eagle_jax.state import empty_state
@@ -96,7 +97,8 @@ class RunningBatch:
 
     A service compiles one program for `advance` (for each number of cycles) and one for each width of padded prompts.
 
-    slots: sequences at a time. state: the `DecodeState`, which every call donates and replaces.
+    slots: sequences at a time. longest_prompt: that a request may have. state: the `DecodeState`, which every call
+    donates and replaces.
 
     Args:
       target, draft, tree: as in `generate`; draft=None is plain decoding. On a mesh if they are.
@@ -135,6 +137,7 @@ class RunningBatch:
             draft.check_fits(target)
         self.target, self.draft, self.tree = target, draft, None if draft is None else tree
         self.slots, self.capacity, self.buckets = slots, capacity, tuple(buckets)
+        self.longest_prompt = min(capacity - 1, max(buckets))
         self.sampling, self.stop_tokens = sampling, tuple(stop_tokens)
         self.reuse = reuse and reusable(target, draft)
 
@@ -181,7 +184,7 @@ class RunningBatch:
 
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that this batch cannot take; it names the field and what is allowed."""
-        vocab, most = self.target.config.vocab_size, min(self.capacity - 1, max(self.buckets))
+        vocab, most = self.target.config.vocab_size, self.longest_prompt
         if not 1 <= len(request.prompt) <= most:
             raise ValueError(f"the prompt has {len(request.prompt)} tokens; this batch takes 1 to {most}")
         _check_ids("prompt", request.prompt, vocab)
@@ -285,7 +288,7 @@ class RunningBatch:
         samples = self.state.sampling is not None
         new = self.capacity if request.max_new_tokens is None else request.max_new_tokens
         length = len(request.prompt)
-        tokens = np.zeros(min(width for width in self.buckets if width >= length), np.int32)
+        tokens = np.zeros(padded_width(length, self.buckets), np.int32)
         tokens[:length] = request.prompt
         self.state = _insert(
             self.state,

@@ -356,14 +356,6 @@ def test_a_draft_window_reaches_the_draft(folder):
     assert models.load_models(window).draft.config.window == (4, 16)
 
 
-def test_capacity_is_the_target_s_own_where_it_binds():
-    target = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
-    assert models.capacity(target, 20, 32, 32) is None
-    assert models.capacity(target, 20, 32, 33) == 64
-    with pytest.raises(ValueError, match="takes at most 63"):
-        models.capacity(target, 64, 64, 1)
-
-
 def test_prompt_files(tmp_path):
     lines = ['"a"', '{"prompt": "b", "id": "x-1"}', '{"text": "c"}', '{"turns": ["d", "e"], "question_id": 81}', ""]
     lines += ['{"tokens": [1, 2]}', '{"messages": [{"role": "user", "content": "f"}], "tools": [{}]}']

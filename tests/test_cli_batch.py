@@ -265,8 +265,8 @@ def echo(slots: int, broken: str = "") -> ScriptedBatch:
     return ScriptedBatch(lambda prompt, key: ([prompt[-1]], chr(prompt[-1]) in broken), slots)
 
 
-def answered(batch: ScriptedBatch, *found: Prompt, room: int = 100) -> list[Job]:
-    rules = Rules(byte_tokenizer_once, False, Ends((), (), max_new_tokens=1), room)
+def answered(batch: ScriptedBatch, *found: Prompt, longest_prompt: int = 99) -> list[Job]:
+    rules = Rules(byte_tokenizer_once, False, Ends((), (), max_new_tokens=1), longest_prompt)
     keys = jax.random.split(jax.random.key(0), len(found))
     jobs = [Job(index, 0, prompt, keys[index]) for index, prompt in enumerate(found)]
     return sorted(run(batch, [answer_turns(job, rules) for job in jobs]), key=lambda job: job.index)
@@ -298,7 +298,7 @@ def test_a_turn_that_fails_ends_its_conversation_alone():
         Prompt("f, line 3", fault="f, line 3: no"),
         Prompt("f, line 4", list(b"z"), "z"),
     ]
-    jobs = answered(echo(slots=1, broken="!"), *prompts, room=12)
+    jobs = answered(echo(slots=1, broken="!"), *prompts, longest_prompt=11)
     assert [[text.finish for text in job.texts] for job in jobs] == [
         ["length", "failed", "failed"],
         ["failed", "failed"],

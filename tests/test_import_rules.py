@@ -35,6 +35,7 @@ ROOM_OF = {
     "__main__": "cli",
     "choose": "decode",
     "commit": "decode",
+    "plan": "decode",
     "prompt": "decode",
     "state": "decode",
 }

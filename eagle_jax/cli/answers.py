@@ -21,14 +21,14 @@ LATER_TURNS = np.uint32(2**31)  # turn t > 0 has the key fold_in(the first turn'
 class Rules:
     """Holds what all texts share.
 
-    tokenizer: None if prompts are token ids. raw: see `encode`. room: above the length of any prompt. check: of the
-    token ids of a later turn; raises ValueError.
+    tokenizer: None if prompts are token ids. raw: see `encode`. longest_prompt: in tokens. check: of the token ids of a
+    later turn; raises ValueError.
     """
 
     tokenizer: Any
     raw: bool
     ends: Ends
-    room: int
+    longest_prompt: int
     check: Callable[[Sequence[int]], None] = lambda tokens: None
 
 
@@ -92,8 +92,8 @@ def _prompt(job: Job, conversation: Conversation, said: str | None, rules: Rules
         assert said is not None and last.said is not None
         conversation.add(last.said, last.text or "")
         tokens = conversation.tokens_with(said)
-        if not 1 <= len(tokens) < rules.room:
-            room = f"there is room for 1 to {rules.room - 1} and an answer"
+        if not 1 <= len(tokens) <= rules.longest_prompt:
+            room = f"there is room for 1 to {rules.longest_prompt} and an answer"
             raise ValueError(f"the conversation has {len(tokens)} tokens, and {room}")
         rules.check(tokens)
     except ValueError as error:

@@ -19,6 +19,7 @@ from eagle_jax.files import checksums, prompts
 from eagle_jax.files.lock import locked_file
 from eagle_jax.files.resumable import HeadedLines
 from eagle_jax.models.target import Target
+from eagle_jax.plan import plan
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.serving import RunningBatch, Task
 from eagle_jax.serving import run as run_tasks
@@ -67,7 +68,7 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
         loaded.target,
         draft,
         slots=min(args.batch, len(jobs)),
-        capacity=min(loaded.target.config.max_position_embeddings, longest + args.max_new_tokens),
+        capacity=plan(longest, args.max_new_tokens, trained=loaded.target.config.max_position_embeddings).capacity,
         tree=choice.tree,
         buckets=args.buckets,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
@@ -86,7 +87,7 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
             key = jax.random.fold_in(key, sample)
         return answers.answer_turns(answers.Job(index, sample, found[index], key), rules)
 
-    rules = answers.Rules(tokenizer, args.raw, ends, min(running.capacity, max(args.buckets) + 1), check)
+    rules = answers.Rules(tokenizer, args.raw, ends, running.longest_prompt, check)
     ended = run_tasks(running, map(start, jobs))
     with HeadedLines(Path(args.out), settings, is_last) as results:
         failed = _write(ended, results, args, notes, len(jobs) + len(finished), len(finished))

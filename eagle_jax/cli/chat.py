@@ -154,7 +154,7 @@ class Session:
         try:
             said = check_text("this line", said)
             tokens = self.conversation.tokens_with(said)
-            most = self.batch.capacity - 1
+            most = self.batch.longest_prompt
             if not 1 <= len(tokens) <= most:
                 self._leave_out(
                     f"The conversation would have {len(tokens)} tokens; its context takes 1 to {most} and an answer. "

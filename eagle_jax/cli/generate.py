@@ -11,6 +11,7 @@ from eagle_jax.cli import progress, text
 from eagle_jax.cli.models import BATCH, add_decoding_arguments, add_model_arguments, parse_buckets, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
 from eagle_jax.files.prompts import OBJECT, check_text
+from eagle_jax.plan import plan
 from eagle_jax.prompt import BUCKETS, pad
 from eagle_jax.sampling import SamplingConfig
 
@@ -97,7 +98,8 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     draft = models.chosen_draft(loaded, args)
     choice = models.choose_tree(draft, args)
     tokens, lengths = pad([prompts.encode(tokenizer, prompt, args.raw)])
-    most = min(args.max_new_tokens, loaded.target.config.max_position_embeddings)
+    trained = loaded.target.config.max_position_embeddings
+    sizes = plan(tokens.shape[1], args.max_new_tokens, trained=trained, longest=int(lengths[0]))
     ends = text.Ends(args.stop, models.stop_tokens(loaded, args), args.max_new_tokens)
     start = functools.partial(
         stream,
@@ -107,9 +109,9 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
         lengths,
         tree=choice.tree,
         sampling=with_logit_bias(sampling, args, loaded.target.config.vocab_size),
-        max_new_tokens=most,
+        max_new_tokens=sizes.max_new_tokens,
         stop_tokens=ends.tokens,
-        capacity=models.capacity(loaded.target, int(lengths[0]), tokens.shape[1], most),
+        capacity=sizes.capacity,
         log_probs=args.log_probs,
         cycles_per_chunk=1,
     )

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.api import trained_capacity as capacity  # noqa: F401 - the commands take it from here
 from eagle_jax.cli import tuned
 from eagle_jax.convert import CheckpointError, eos, from_pretrained, load, parts
 from eagle_jax.convert.error import NotConvertedError

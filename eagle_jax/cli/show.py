@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from eagle_jax.cli import models, places, progress
     from eagle_jax.files import prompts
     from eagle_jax.measure import drawn, plot, samples
+    from eagle_jax.plan import plan
     from eagle_jax.prompt import pad
 
     if args.out is not None:
@@ -70,9 +71,10 @@ def run(args: argparse.Namespace) -> int:
     one = _shown(loaded, args, embedded)
     tokens, lengths = pad([prompts.encode(tokenizer, prompts.check_text("--prompt", args.prompt), args.raw)])
     most = min(args.max_new_tokens, args.cycle * (one.draft.depth(one.tree) + 1) + 1)
+    trained = loaded.target.config.max_position_embeddings
     options = {
         "max_new_tokens": most,
-        "capacity": models.capacity(loaded.target, int(lengths[0]), tokens.shape[1], most),
+        "capacity": plan(tokens.shape[1], most, trained=trained, longest=int(lengths[0])).capacity,
         "stop_tokens": models.stop_tokens(loaded, args),
     }
     with progress.status(notes, "decoding"):

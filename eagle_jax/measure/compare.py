@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax.api import Output, generate, trained_capacity
+from eagle_jax.api import Output, generate
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure.near_tie import Difference, differences
 from eagle_jax.measure.phases import RUNS, Phases, measure_phases
 from eagle_jax.measure.statistics import Range, accepted_shares, by_position, distinct_ngrams, tokens_a_cycle
 from eagle_jax.measure.timing import timed
 from eagle_jax.models.target import Target
+from eagle_jax.plan import plan
 from eagle_jax.prompt import pad, prefill
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreePolicy
@@ -202,7 +203,8 @@ def decode_in_turn(
     parts: dict[str, list[Result]] = {name: [] for name in methods}
     for start in range(0, count, batch):
         tokens, lengths = pad(prompts[start : start + batch])
-        room = trained_capacity(target, int(lengths.max()), tokens.shape[1], options["max_new_tokens"])
+        trained = target.config.max_position_embeddings
+        room = plan(tokens.shape[1], options["max_new_tokens"], trained=trained, longest=int(lengths.max())).capacity
         calls = {
             name: functools.partial(generate, target, draft, tokens, lengths, tree=tree, capacity=room, **options)
             for name, (draft, tree) in methods.items()

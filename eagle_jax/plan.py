@@ -1,0 +1,76 @@
+"""Sizes of a decoding: what prompts are padded to, and what a sequence may hold.
+
+All are Python integers, and so static: a program is compiled for each plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The sizes of a batch.
+
+    width: columns of the padded prompts. capacity: most tokens (prompt + new) of a sequence. max_new_tokens: most new
+    ones, the capacity at most.
+    """
+
+    width: int
+    capacity: int
+    max_new_tokens: int
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that leaves room for a new token."""
+        return min(self.width, self.capacity - 1)
+
+    @property
+    def columns(self) -> int:
+        """Of the buffer that holds prompts and new tokens."""
+        return self.width + self.max_new_tokens
+
+    def limits(self, lengths: jax.Array) -> jax.Array:
+        """Where sequences with prompts of these lengths [B] end."""
+        return jnp.minimum(lengths + self.max_new_tokens, self.capacity)
+
+
+def plan(
+    width: int,
+    max_new_tokens: int,
+    *,
+    capacity: int | None = None,
+    trained: int | None = None,
+    longest: int = 0,
+) -> Plan:
+    """Plans the sizes of a batch.
+
+    Args:
+      width: columns of the padded prompts.
+      capacity: most tokens of a sequence; default width + max_new_tokens.
+      trained: the target's max_position_embeddings, if sequences are to end there.
+      longest: tokens of the longest prompt, which must then leave room for a new one.
+    Raises:
+      ValueError: if it does not.
+    """
+    capacity = width + max_new_tokens if capacity is None else capacity
+    if trained is not None:
+        if longest >= trained:
+            raise ValueError(
+                f"a prompt has {longest} tokens, this model takes at most {trained - 1} and one new token "
+                f"(max_position_embeddings is {trained})"
+            )
+        capacity = min(capacity, trained)
+    return Plan(width, capacity, min(max_new_tokens, capacity))
+
+
+def padded_width(length: int, buckets: Sequence[int]) -> int:
+    """The least bucket that holds a prompt. Raises ValueError if none does."""
+    width = min((bucket for bucket in buckets if bucket >= length), default=None)
+    if width is None:
+        raise ValueError(f"a prompt has {length} tokens, the widest bucket holds {max(buckets)}")
+    return width

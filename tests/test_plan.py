@@ -1,0 +1,38 @@
+"""Sizes: what a plan holds, and where the target's positions bind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from eagle_jax.plan import Plan, padded_width, plan
+
+
+@pytest.mark.parametrize(
+    ("width", "new", "options", "expected", "longest", "limits"),
+    [
+        (32, 32, {}, Plan(32, 64, 32), 32, [33, 64]),
+        (32, 32, {"trained": 64}, Plan(32, 64, 32), 32, [33, 64]),
+        (32, 33, {"trained": 64}, Plan(32, 64, 33), 32, [34, 64]),
+        (32, 10**20, {"trained": 64}, Plan(32, 64, 64), 32, [64, 64]),
+        (32, 8, {"capacity": 16}, Plan(32, 16, 8), 15, [9, 16]),
+        (8, 4, {"capacity": 100}, Plan(8, 100, 4), 8, [5, 36]),
+    ],
+)
+def test_plans(width, new, options, expected, longest, limits):
+    sizes = plan(width, new, **options)
+    assert sizes == expected and sizes.longest_prompt == longest
+    assert sizes.limits(np.array([1, 32])).tolist() == limits
+    assert sizes.columns == width + min(new, sizes.capacity)
+
+
+def test_a_prompt_that_fills_the_target_s_positions_is_refused():
+    assert plan(64, 1, trained=64, longest=63).capacity == 64
+    with pytest.raises(ValueError, match="a prompt has 64 tokens, this model takes at most 63 and one new token"):
+        plan(64, 1, trained=64, longest=64)
+
+
+def test_a_width_is_the_least_bucket_that_holds_a_prompt():
+    assert [padded_width(length, (9, 2, 5)) for length in (1, 2, 3, 6, 9)] == [2, 2, 5, 9, 9]
+    with pytest.raises(ValueError, match="a prompt has 10 tokens, the widest bucket holds 9"):
+        padded_width(10, (2, 9))
