@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import eagle_jax
 from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
-from eagle_jax.cli import drafts, machine, main, models, places
+from eagle_jax.cli import drafts, machine, main, models, places, trees
 from eagle_jax.convert import to_official
 from eagle_jax.measure import plot, samples
 from eagle_jax.measure.drawn import Drawn, Node, decode_to
@@ -141,7 +141,7 @@ def test_trees_on_the_command_line(tmp_path):
         ("medusa-zephyr-stage2", PUBLISHED_TREES["medusa-zephyr-stage2"]),
         (str(tmp_path / "paths.json"), StaticTree([[0], [1], [0, 0]])),
     ):
-        assert models.parse_tree(text) == tree
+        assert trees.parse_tree(text) == tree
     (tmp_path / "bad.json").write_text("[[0, 0]]")
     (tmp_path / "object.json").write_text("{}")
     for text, message in (
@@ -153,7 +153,7 @@ def test_trees_on_the_command_line(tmp_path):
         ("chain:0", "a tree is depth,top_k,num_nodes"),
     ):
         with pytest.raises(argparse.ArgumentTypeError, match=message):
-            models.parse_tree(text)
+            trees.parse_tree(text)
     assert drafts.parse_draft_tree("eagle1=chain:2") == ("eagle1", StaticTree.chain(2))
     with pytest.raises(argparse.ArgumentTypeError, match="trees are for model, medusa, eagle1"):
         drafts.parse_draft_tree("lookahead=chain:2")
@@ -169,7 +169,7 @@ def test_a_tree_that_suits_the_draft(folder):
     _, head = convert.load(folder)
 
     def choose(draft=head, **options):
-        choice = models.choose_tree(draft, decoding(**options))
+        choice = trees.choose_tree(draft, decoding(**options))
         return choice.tree, choice.words(draft)
 
     assert choose() == (TreeConfig(), "Eagle3Draft, tree: depth 8, top_k 10, 60 nodes (the default)")
@@ -229,13 +229,13 @@ def test_the_tuned_tree_is_that_of_the_nearest_batch_and_of_one_batch_where_text
 
     for batch, nearest in ((1, 1), (2, 1), (3, 4), (8, 4), (12, 32), (100, 32)):
         args = decoding(model=str(tmp_path), batch=batch)
-        assert batch_of(models.choose_tree(head, args, batch)) == nearest
+        assert batch_of(trees.choose_tree(head, args, batch)) == nearest
         for sampling in (SamplingConfig(), SamplingConfig(1.0, coupled=True)):
-            assert batch_of(models.choose_tree_for_many(head, args, sampling)) == nearest
-        assert batch_of(models.choose_tree_for_many(head, args, SamplingConfig(1.0))) == 4
+            assert batch_of(trees.choose_tree_for_many(head, args, sampling)) == nearest
+        assert batch_of(trees.choose_tree_for_many(head, args, SamplingConfig(1.0))) == 4
     tree = TreeConfig(2, 2, 4)
     args = decoding(model=str(tmp_path), batch=1, tree=tree)
-    assert models.choose_tree_for_many(head, args, SamplingConfig(1.0)).words(head).endswith("4 nodes (from --tree)")
+    assert trees.choose_tree_for_many(head, args, SamplingConfig(1.0)).words(head).endswith("4 nodes (from --tree)")
 
 
 def test_show_draws_a_cycle(folder, tmp_path, capsys):

@@ -15,6 +15,7 @@ import jax
 from eagle_jax.cli import answers, models, progress, text
 from eagle_jax.cli.results import is_last, read_finished
 from eagle_jax.cli.sampling import model_asks, random_key, with_logit_bias
+from eagle_jax.cli.trees import choose_tree_for_many
 from eagle_jax.files import checksums, prompts
 from eagle_jax.files.lock import locked_file
 from eagle_jax.files.resumable import HeadedLines
@@ -45,7 +46,7 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
         loaded = models.load_models(args)
         tokenizer = loaded.tokenizer
     draft = models.chosen_draft(loaded, args)
-    choice = models.choose_tree_for_many(draft, args, sampling)
+    choice = choose_tree_for_many(draft, args, sampling)
     stops = models.stop_tokens(loaded, args)
     check = functools.partial(models.check_prompt, target=loaded.target)
     found = prompts.read_prompts(

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; returns 1 if a row ended in NaN or infinite logits."""
     from rich.console import Console
 
-    from eagle_jax.cli import bench_drafts, models, progress, reports
+    from eagle_jax.cli import bench_drafts, models, progress, reports, trees
     from eagle_jax.measure import compare, machine, samples
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.drafts is not None:
         return bench_drafts.run(args, loaded, embedded, token_lists, source, options, notes)
-    choice = models.choose_tree(loaded.draft, args, args.batch)
+    choice = trees.choose_tree(loaded.draft, args, args.batch)
     calls = 2 * (args.repeats + 1) * -(-len(token_lists) // args.batch)
     with progress.bar(notes, "measuring", calls) as advance:
         comparison = compare.compare(

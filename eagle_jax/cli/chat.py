@@ -18,6 +18,7 @@ from eagle_jax.cli import models, progress, text
 from eagle_jax.cli.conversation import Conversation
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
+from eagle_jax.cli.trees import choose_tree
 from eagle_jax.files.prompts import check_text, check_tokenizer
 from eagle_jax.models.target import Target
 from eagle_jax.serving import Request, RunningBatch
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     context = _context(args.context, loaded.target)
     draft = models.chosen_draft(loaded, args)
     stops = models.stop_tokens(loaded, args)
-    choice = models.choose_tree(draft, args)
+    choice = choose_tree(draft, args)
     batch = RunningBatch(
         loaded.target,
         draft,

@@ -54,6 +54,7 @@ def _demo(out: Path, overwrite: bool) -> int:
     from eagle_jax.files import prompts
     from eagle_jax.measure import compare, machine, near_tie
     from eagle_jax.prompt import pad
+    from eagle_jax.tree.named import describe_tree
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with progress.status(notes, "converting and loading"), _pair() as (target_folder, head_folder):
@@ -86,7 +87,7 @@ def _demo(out: Path, overwrite: bool) -> int:
         comparison = compare.compare(
             loaded.target, loaded.draft, token_lists, **options, repeats=REPEATS, progress=advance
         )
-    title = f"{machine.describe_setting(machine.setting(loaded.target))}, {models.describe_tree(TREE)}"
+    title = f"{machine.describe_setting(machine.setting(loaded.target))}, {describe_tree(TREE)}"
     console.print(reports.table(comparison, title))
     console.print(reports.verdict(comparison), soft_wrap=True)
     if streamed != comparison.speculative.tokens:

@@ -8,16 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.cli.models import (
-    WEIGHTLESS,
-    Models,
-    choose_tree,
-    default_tree,
-    describe_proposal,
-    for_this_machine,
-    grown,
-    parse_tree,
-)
+from eagle_jax.cli.models import WEIGHTLESS, Models
+from eagle_jax.cli.trees import choose_tree, default_tree, describe_proposal, grown, parse_tree
 from eagle_jax.convert import load_draft
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
@@ -26,6 +18,7 @@ from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure.samples import embedded_pair
+from eagle_jax.models.params import for_this_machine
 from eagle_jax.tree import PUBLISHED_TREES, TreeConfig, TreePolicy
 
 

@@ -8,8 +8,9 @@ import itertools
 import sys
 
 from eagle_jax.cli import progress, text
-from eagle_jax.cli.models import BATCH, add_decoding_arguments, add_model_arguments, parse_buckets, positive
+from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, parse_buckets, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
+from eagle_jax.cli.trees import BATCH, choose_tree
 from eagle_jax.files.prompts import OBJECT, check_text
 from eagle_jax.plan import plan
 from eagle_jax.prompt import BUCKETS, pad
@@ -96,7 +97,7 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
         loaded = models.load_models(args)
         tokenizer = loaded.tokenizer
     draft = models.chosen_draft(loaded, args)
-    choice = models.choose_tree(draft, args)
+    choice = choose_tree(draft, args)
     tokens, lengths = pad([prompts.encode(tokenizer, prompt, args.raw)])
     trained = loaded.target.config.max_position_embeddings
     sizes = plan(tokens.shape[1], args.max_new_tokens, trained=trained, longest=int(lengths[0]))

@@ -14,29 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.cli import tuned
+from eagle_jax.cli.trees import parse_tree
 from eagle_jax.convert import CheckpointError, eos, from_pretrained, load, parts
 from eagle_jax.convert.error import NotConvertedError
 from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.tokenizing import tokenizer_of
-from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
 from eagle_jax.drafts.lookahead import Lookahead
-from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.drafts.prompt_lookup import PromptLookup
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.params import DATA, TENSOR, for_this_machine
 from eagle_jax.models.target import Target
-from eagle_jax.sampling import SamplingConfig
-from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
-from eagle_jax.tree.named import describe_tree, tree_named
+from eagle_jax.tree import PUBLISHED_TREES, TreeConfig
 
-GROWTH = ("stop_below", "score_temperature")  # options of dynamic trees, by the names of TreeConfig
-BATCH = 8  # texts at a time, the default of commands that decode many
-CHAIN = 5  # tokens that a draft model guesses, unless --tree says otherwise
 # Drafts without weights, by the names that --draft and --drafts know.
 WEIGHTLESS: dict[str, Callable[[], Draft]] = {
     "lookahead": Lookahead,
@@ -156,97 +149,6 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         help="end after this token, too; repeatable",
     )
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
-
-
-def parse_tree(text: str) -> TreePolicy:
-    """`tree_named` as an argparse type."""
-    try:
-        return tree_named(text)
-    except (OSError, ValueError) as error:
-        message = str(error) if text in str(error) else f"{text}: {error}"
-        raise argparse.ArgumentTypeError(message) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeChoice:
-    """Holds the tree to decode with, and where it comes from, in words. Drafts with a shape of their own ignore it."""
-
-    tree: TreePolicy
-    origin: str
-
-    def words(self, draft: Any) -> str:
-        """The draft, what it proposes, and where its tree comes from."""
-        if draft is None:
-            return "plain decoding"
-        return f"{type(draft).__name__}, {describe_proposal(draft, self.tree)} ({self.origin})"
-
-    def fields(self, draft: Any) -> Any:
-        """Returns the tree as JSON values: its settings that are not 0, or its paths; None if the draft ignores it."""
-        if isinstance(draft, Lookahead | PromptLookup):
-            return None
-        fields = dataclasses.asdict(self.tree) if isinstance(self.tree, TreeConfig | StaticTree) else {}
-        return {name: value for name, value in fields.items() if value} or repr(self.tree)
-
-
-def choose_tree(draft: Any, args: argparse.Namespace, batch: int = 1) -> TreeChoice:
-    """--tree with --stop-below and --score-temperature; by default what `eagle-jax tune` found, or `default_tree`.
-
-    Args:
-      draft: None for plain decoding.
-      batch: texts at a time: of several tuned trees the one of the nearest batch is taken.
-    Raises:
-      ValueError: for options of trees that this draft, or this tree, does not have.
-    """
-    if isinstance(draft, Lookahead | PromptLookup):
-        for name in ("tree", *GROWTH):
-            if getattr(args, name, None) is not None:
-                raise ValueError(f"{_option(name)} is for drafts that grow trees; {type(draft).__name__} does not")
-        return TreeChoice(default_tree(draft), "a shape of its own")
-    found = None if args.tree is None else (args.tree, "from --tree")
-    if found is None and isinstance(draft, EagleDraft):
-        found = tuned.find(draft, args, batch)
-    tree, origin = found or (default_tree(draft), "the default")
-    return TreeChoice(grown(tree, args), origin)
-
-
-def choose_tree_for_many(draft: Any, args: argparse.Namespace, sampling: SamplingConfig) -> TreeChoice:
-    """Chooses the tree of a command that decodes --batch texts at a time, none of which may depend on --batch.
-
-    Greedy and coupled texts are the same with every tree. Other sampled texts depend on the tree, so they use the one
-    that was tuned for the batch nearest to BATCH.
-    """
-    same_with_every_tree = sampling.temperature == 0 or sampling.coupled
-    return choose_tree(draft, args, args.batch if same_with_every_tree else BATCH)
-
-
-def grown(tree: TreePolicy, args: argparse.Namespace) -> TreePolicy:
-    """A dynamic tree with --stop-below and --score-temperature. Raises ValueError for them with another tree."""
-    changes = {name: value for name in GROWTH if (value := getattr(args, name, None)) is not None}
-    if not changes:
-        return tree
-    if not isinstance(tree, TreeConfig):
-        option = _option(next(iter(changes)))
-        raise ValueError(f"{option} is for dynamic trees such as --tree 8,10,60, not for a {describe_tree(tree)}")
-    return dataclasses.replace(tree, **changes)
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def default_tree(draft: Any) -> TreePolicy:
-    """The published tree for Medusa heads, cut off where the heads end; a chain for a draft model; else dynamic."""
-    if isinstance(draft, Medusa):
-        paths = PUBLISHED_TREES["medusa-mc-sim-7b-63"].paths
-        return StaticTree([path for path in paths if len(path) <= draft.config.num_heads])
-    return StaticTree.chain(CHAIN) if isinstance(draft, DraftModel) else TreeConfig()
-
-
-def describe_proposal(draft: Any, tree: TreePolicy) -> str:
-    """What a draft proposes: its tree, or the settings of one with a shape of its own; nothing for plain decoding."""
-    if isinstance(draft, Lookahead | PromptLookup):
-        return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(draft).items())
-    return "" if draft is None else describe_tree(tree)
 
 
 def parse_window(text: str) -> tuple[int, int]:

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
     """The draft and tree to show, as a `Candidate`. Raises ValueError if there is none, or not with these options."""
-    from eagle_jax.cli import drafts, models
+    from eagle_jax.cli import drafts, trees
     from eagle_jax.drafts.eagle.drafting import EagleDraft
 
     if args.draft_name is not None:
@@ -110,9 +110,9 @@ def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
         raise ValueError(f"--draft-window is for EAGLE heads, this draft is a {type(one.draft).__name__}")
     # A named draft has a tree of its own, such as eagle1's, unless --tree names another.
     if args.draft_name is None or args.tree is not None or not jax.tree.leaves(one.draft):
-        choice = models.choose_tree(one.draft, args)
+        choice = trees.choose_tree(one.draft, args)
         return dataclasses.replace(one, tree=choice.tree, origin=choice.origin)
-    return dataclasses.replace(one, tree=models.grown(one.tree, args))
+    return dataclasses.replace(one, tree=trees.grown(one.tree, args))
 
 
 def terminal_tree(cycle: Drawn, title: str) -> Any:

@@ -8,8 +8,9 @@ import types
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.cli.models import BATCH, GROWTH, add_model_arguments, load_models, parse_tree, parse_window, positive
+from eagle_jax.cli.models import add_model_arguments, load_models, parse_window, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config, with_logit_bias
+from eagle_jax.cli.trees import BATCH, GROWTH, choose_tree_for_many, parse_tree
 from eagle_jax.convert import parts
 from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.read import read_json
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     with progress.status(notes, "loading"):
         loaded = models.load_models(args)
     target, draft = loaded.target, loaded.draft
-    choice = models.choose_tree_for_many(draft, args, sampling)
+    choice = choose_tree_for_many(draft, args, sampling)
     tree = choice.tree
     batch = RunningBatch(
         target, draft, slots=args.batch, capacity=length, tree=tree, sampling=biased, stop_tokens=stops

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from eagle_jax.cli import models, progress, tuned
     from eagle_jax.drafts.eagle.drafting import EagleDraft
     from eagle_jax.measure import machine, samples, tuning
+    from eagle_jax.tree.named import describe_tree
 
     sampling = sampling_config(args)
     notes, console = Console(stderr=True, highlight=False), Console(highlight=False)
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         "costs_ms": dataclasses.asdict(costs),
     }
     path = tuned.write(folder, entry)
-    console.print(f"{models.describe_tree(fastest.tree)}: {best / plain:.2f} times plain decoding. Saved: {path}")
+    console.print(f"{describe_tree(fastest.tree)}: {best / plain:.2f} times plain decoding. Saved: {path}")
     if best < plain:
         console.print("Plain decoding is faster here: add --baseline to generate, or draft with a better head.")
     return 0
