@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import eagle_jax
 from bench import compilers, gpu_aot, hlo, programs, report, tpu_aot
 from eagle_jax import SamplingConfig, TreeConfig
+from eagle_jax.decode import step
 from tests.accelerators.facts import ALL, FEW, MORE, ROOT, facts, shape
 
 FILE = Path(__file__).parent / "recorded.json"
@@ -114,12 +115,12 @@ def compiled(program: Callable[[], programs.Program], device: Callable[[], Any])
 
 
 def on_cpu(target_folder: str, head_folder: str | None, tree: TreeConfig) -> Found:
-    """One row's cycle with its state donated, float32, weights stored input first."""
+    """One row's cycle with its state donated and no prompt pending, float32, weights stored input first."""
     folders = [None if folder is None else ROOT / folder for folder in (target_folder, head_folder)]
     target, draft = map(eagle_jax.input_first, eagle_jax.from_pretrained(*folders, dtype=jnp.float32))
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 32), (1,)))
     state = jax.eval_shape(functools.partial(eagle_jax.prefill, max_new_tokens=96), target, draft, tokens, lengths)
-    cycle = jax.jit(functools.partial(eagle_jax.cycle, tree=tree), donate_argnums=2)
+    cycle = jax.jit(lambda *args: step(*args, tree=tree).state, donate_argnums=2)
     program = cycle.lower(target, draft, state).compile()
     text, memory = program.as_text(), compilers.Memory.of(program)
     copies = len(hlo.large_copies(text, SMALLEST_COPY))
