@@ -44,63 +44,69 @@ def filled_state(target: Target, draft: Eagle3Draft, *, batch: int, context: int
 def measure_parts(
     target: Target, draft: Eagle3Draft, state: DecodeState, context: int, tree: TreeConfig, repeats: int
 ) -> dict[str, float]:
-    """Seconds of a plain step, of a cycle, and of its parts; the names are those of bench/work.py.
+    """Times a plain step, a cycle, and its parts.
 
     Args:
       state: from `filled_state` with this context and tree; donated.
+    Returns:
+      Seconds by the names of bench/work.py.
     """
     found: dict[str, float] = {}
+    models = target, draft
+    for name, head in (("plain", None), ("cycle", draft)):
+        advance = functools.partial(_advance, context, tree)
+        found[name], _, state = seconds_of(advance, (target, head), (), state, repeats)
 
-    def advance(draft, fixed, small, state):
-        target, head = fixed
-        return (), _rewound(step(target, head if draft else None, state, tree=tree).state, context)
-
-    pair = target, draft
-    for name, drafts in (("plain", False), ("cycle", True)):
-        found[name], _, state = seconds_of(functools.partial(advance, drafts), pair, (), state, repeats)
-
-    def grow(tree, fixed, hidden, kept):
-        target, draft, state = fixed
-        state = dataclasses.replace(state, memory=dataclasses.replace(state.memory, hidden=hidden))
-        return propose(target, draft, context_of(state, target.config.vocab_size), tree).tree, kept
-
-    fixed = target, draft, state
+    fixed, hidden = (*models, state), state.memory.hidden
     first = TreeConfig(depth=1, top_k=tree.top_k, num_nodes=min(tree.num_nodes, tree.top_k + 1))
-    hidden = state.memory.hidden
-    found["propose"], nodes, _ = seconds_of(functools.partial(grow, tree), fixed, hidden, (), repeats)
-    without_steps, *_ = seconds_of(functools.partial(grow, first), fixed, hidden, (), repeats)
+    found["propose"], nodes, _ = seconds_of(functools.partial(_grow, tree), fixed, hidden, (), repeats)
+    without_steps, *_ = seconds_of(functools.partial(_grow, first), fixed, hidden, (), repeats)
     found["step"] = (found["propose"] - without_steps) / (tree.depth - 1)
+    found["verify"], (_, out), _ = seconds_of(_check, (*fixed, nodes), nodes.tokens, (), repeats)
 
-    def check(fixed, tokens, kept):
-        target, draft, state, nodes = fixed
-        out, logits = verify(target, draft, state, dataclasses.replace(nodes, tokens=tokens))
-        return (argmax(logits), out), kept
-
-    found["verify"], (_, out), _ = seconds_of(check, (*fixed, nodes), nodes.tokens, (), repeats)
     # As in a cycle that accepts D tokens; which nodes they are changes no time.
     path = jnp.broadcast_to(jnp.arange(tree.depth + 1), (nodes.tokens.shape[0], tree.depth + 1))
-
-    def learn(fixed, out, memory):
-        target, draft, before, nodes, path = fixed
-        new, count = jnp.take_along_axis(nodes.tokens, path, axis=1), jnp.full(path.shape[0], path.shape[1], jnp.int32)
-        # The hidden states stand for the logits, which a head does not read.
-        committed = newly_committed(before, nodes, out, out.hidden, path, new, count)
-        memory = draft.update(target, memory, committed)
-        return memory.hidden, memory
-
-    def commit(fixed, path, cache):
-        new_kv, length = fixed
-        cache = cache.write(take_tokens(new_kv, path), length)
-        return cache.k[-1][0, 0, 0], cache
-
     cache, memory, lengths = state.cache, state.memory, jnp.array(state.cache.length)
     before = dataclasses.replace(state, cache=KVCache([], [], lengths), memory=None)
     del state, fixed, hidden  # these caches are donated from here on
-    found["extend"], *_ = seconds_of(
-        learn, (target, draft, before, nodes, path), out._replace(new_kv=()), memory, repeats
-    )
-    found["commit"], *_ = seconds_of(commit, (out.new_kv, lengths), path, cache, repeats)
+    found["extend"], *_ = seconds_of(_learn, (*models, before, nodes, path), out._replace(new_kv=()), memory, repeats)
+    found["commit"], *_ = seconds_of(_commit, (out.new_kv, lengths), path, cache, repeats)
     return found
+
+
+# The parts, as `seconds_of` takes them: what is only read, what waits for the run before, what is updated in place.
+
+
+def _advance(context, tree, models, _, state):
+    target, draft = models
+    return (), _rewound(step(target, draft, state, tree=tree).state, context)
+
+
+def _grow(tree, fixed, hidden, kept):
+    target, draft, state = fixed
+    state = dataclasses.replace(state, memory=dataclasses.replace(state.memory, hidden=hidden))
+    return propose(target, draft, context_of(state, target.config.vocab_size), tree).tree, kept
+
+
+def _check(fixed, tokens, kept):
+    target, draft, state, nodes = fixed
+    out, logits = verify(target, draft, state, dataclasses.replace(nodes, tokens=tokens))
+    return (argmax(logits), out), kept
+
+
+def _learn(fixed, out, memory):
+    target, draft, before, nodes, path = fixed
+    new, count = jnp.take_along_axis(nodes.tokens, path, axis=1), jnp.full(path.shape[0], path.shape[1], jnp.int32)
+    # The hidden states stand for the logits, which a head does not read.
+    committed = newly_committed(before, nodes, out, out.hidden, path, new, count)
+    memory = draft.update(target, memory, committed)
+    return memory.hidden, memory
+
+
+def _commit(fixed, path, cache):
+    new_kv, length = fixed
+    cache = cache.write(take_tokens(new_kv, path), length)
+    return cache.k[-1][0, 0, 0], cache
 
 
 def _filled(cache: KVCache, key: jax.Array) -> KVCache:
