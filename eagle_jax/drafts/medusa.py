@@ -54,6 +54,7 @@ class MedusaHead(nnx.Module):
         self.blocks = nnx.List([MedusaBlock(config, block_key, dtype) for block_key in keys[1:]])
         self.lm_head = normal(keys[0], (config.vocab_size, config.hidden_size), dtype)
 
+    @jax.named_scope("medusa_head")
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """hidden [B, H] -> logits [B, V], float32."""
         for block in self.blocks:

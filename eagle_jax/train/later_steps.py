@@ -19,17 +19,17 @@ import jax.numpy as jnp
 
 from eagle_jax.models.cache import put
 
-Rows = tuple[jax.Array, jax.Array]  # keys and values
+StepKV = tuple[jax.Array, jax.Array]  # the keys and values of one step, [B, K, S, H] each
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def later_steps(
-    one: Callable[..., tuple[jax.Array, Rows]],
+    one: Callable[..., tuple[jax.Array, StepKV]],
     steps: int,
     floats: Any,
     constants: Any,
     hidden: jax.Array,
-    first: Rows,
+    first: StepKV,
 ) -> jax.Array:
     """The hidden states of all steps, [N, B, S, D]. Differentiable in floats, hidden and first.
 
@@ -44,7 +44,7 @@ def later_steps(
 
 def _forward(one, steps, floats, constants, hidden, first):
     batch, heads, width, head_dim = first[0].shape
-    own = tuple(jnp.zeros((batch, width, heads, steps - 1, head_dim), rows.dtype) for rows in first)
+    own = tuple(jnp.zeros((batch, width, heads, steps - 1, head_dim), values.dtype) for values in first)
     outputs = jnp.zeros((steps, *hidden.shape), hidden.dtype).at[0].set(hidden)
 
     def advance(step, carry):

@@ -216,11 +216,11 @@ def eagle3_sums(
         return one(floats, constants, None, 0, attend)
 
     @jax.named_scope("later_step")
-    def later(floats, constants, hidden, rows, own, step):
+    def later(floats, constants, hidden, first_kv, own, step):
         def attend(q, k, v):
             queries = grouped(q, k.shape[1])
             own_k, own_v = (with_step(old, new, step) for old, new in zip(own, (k, v), strict=True))
-            part = causal_part(queries, rows[0], rows[1], constants["text"])
+            part = causal_part(queries, first_kv[0], first_kv[1], constants["text"])
             return with_own(part, queries, own_k, own_v, step), (k, v)
 
         return one(floats, constants, hidden, step, attend)
