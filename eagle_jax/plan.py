@@ -1,4 +1,4 @@
-"""Sizes of a decoding: what prompts are padded to, and what a sequence may hold.
+"""Sizes of a decoding: what prompts are padded to, what a sequence may hold, how many positions its cache has.
 
 All are Python integers, and so static: a program is compiled for each plan.
 """
@@ -11,18 +11,29 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from eagle_jax.models.cache import ROW_TILE
+
+# Positions beyond the capacity: a commit writes D + 1 of them, of which only the accepted count. Pass deeper trees to
+# `prefill(tree=...)`, which sizes the scratch positions.
+MIN_SCRATCH = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The sizes of a batch.
 
-    width: columns of the padded prompts. capacity: most tokens (prompt + new) of a sequence. max_new_tokens: most new
-    ones, the capacity at most.
+    width: columns of the padded prompts. capacity: most tokens (prompt + new) of a sequence. asked: most new tokens, by
+    the caller.
     """
 
     width: int
     capacity: int
-    max_new_tokens: int
+    asked: int
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most new tokens: no more than fit."""
+        return min(self.asked, self.capacity)
 
     @property
     def longest_prompt(self) -> int:
@@ -65,7 +76,7 @@ def plan(
                 f"(max_position_embeddings is {trained})"
             )
         capacity = min(capacity, trained)
-    return Plan(width, capacity, min(max_new_tokens, capacity))
+    return Plan(width, capacity, max_new_tokens)
 
 
 def padded_width(length: int, buckets: Sequence[int]) -> int:
@@ -74,3 +85,13 @@ def padded_width(length: int, buckets: Sequence[int]) -> int:
     if width is None:
         raise ValueError(f"a prompt has {length} tokens, the widest bucket holds {max(buckets)}")
     return width
+
+
+def scratch_positions(depth: int) -> int:
+    """Cache positions beyond the capacity, for trees of this depth at most."""
+    return max(MIN_SCRATCH, depth + 1)
+
+
+def cache_positions(capacity: int, depth: int) -> int:
+    """Positions of a cache: the capacity and the scratch, in whole tiles."""
+    return -(-(capacity + scratch_positions(depth)) // ROW_TILE) * ROW_TILE

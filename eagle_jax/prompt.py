@@ -21,7 +21,7 @@ from eagle_jax.keys import row_keys
 from eagle_jax.models.layers import attention
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.arrays import take_one
-from eagle_jax.plan import padded_width
+from eagle_jax.plan import padded_width, plan
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.state import (
     DecodeState,
@@ -98,31 +98,30 @@ def prefill(
     """
     batch, width = tokens.shape
     lengths = jnp.array(lengths, jnp.int32)  # a copy, so that donating the state spares the caller's
-    capacity = width + max_new_tokens if capacity is None else capacity
+    sizes = plan(width, max_new_tokens, capacity=capacity)
     draft = as_draft(target, draft)
-    check_capacity(target, batch * num_samples, capacity)
-    max_new_tokens = min(max_new_tokens, capacity)  # no row takes more
+    check_capacity(target, batch * num_samples, sizes.capacity)
     sampling.check(batch, target.config.vocab_size)
     keys = None if sampling.greedy else row_keys(key, batch, num_samples)
     # A row without a prompt, or with one that does not fit, can choose nothing.
-    valid = (lengths >= 1) & (lengths <= min(width, capacity - 1))
+    valid = (lengths >= 1) & (lengths <= sizes.longest_prompt)
     state = empty_state(
         target,
         draft,
         batch,
-        capacity,
+        sizes.capacity,
         sampling=sampling,
         stop_tokens=stop_tokens,
         tree=tree,
         log_probs=log_probs,
-        width=width + max_new_tokens,
+        width=sizes.columns,
     )
     state = dataclasses.replace(
         state,
-        tokens=jnp.pad(tokens.astype(jnp.int32), [(0, 0), (0, max_new_tokens)])
-        * (jnp.arange(width + max_new_tokens, dtype=jnp.int32)[None] < lengths[:, None]),
+        tokens=jnp.pad(tokens.astype(jnp.int32), [(0, 0), (0, sizes.max_new_tokens)])
+        * (jnp.arange(sizes.columns, dtype=jnp.int32)[None] < lengths[:, None]),
         lengths=lengths,
-        limits=jnp.minimum(lengths + max_new_tokens, capacity),
+        limits=sizes.limits(lengths),
         done=~valid,
         failed=~valid,
         prompt_lengths=lengths,

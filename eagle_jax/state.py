@@ -22,17 +22,14 @@ from eagle_jax.drafts.none import NoDraft, as_draft
 from eagle_jax.drafts.protocol import Context, Draft
 from eagle_jax.keys import row_keys, token_keys
 from eagle_jax.models import params
-from eagle_jax.models.cache import ROW_TILE, KVCache
+from eagle_jax.models.cache import KVCache
 from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
+from eagle_jax.plan import cache_positions, scratch_positions
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreeConfig, TreePolicy, choice_noise
 
 Values = TypeVar("Values")
-
-# Rows beyond the capacity: a commit writes D + 1 of them, of which only the accepted count. Pass deeper trees to
-# `prefill(tree=...)`, which sizes the scratch rows.
-MIN_SCRATCH = 32
 
 # The most tokens of a row: positions are int32, with room for a tree and a tile beyond them.
 MOST_TOKENS = 2**31 - 2**12
@@ -130,8 +127,7 @@ def empty_state(
     check_capacity(target, batch, capacity)
     width = capacity if width is None else width
     depth = draft.depth(TreeConfig() if tree is None else tree)
-    scratch = max(MIN_SCRATCH, depth + 1)
-    rows = -(-(capacity + scratch) // ROW_TILE) * ROW_TILE
+    rows = cache_positions(capacity, depth)
     cache = KVCache.zeros(target.config, batch, rows, target.dtype)
     state = DecodeState(
         tokens=jnp.zeros((batch, width), jnp.int32),
@@ -140,7 +136,7 @@ def empty_state(
         done=jnp.ones(batch, bool),
         failed=jnp.zeros(batch, bool),
         cycles=jnp.zeros(batch, jnp.int32),
-        accepted=jnp.zeros((batch, scratch), jnp.int32),
+        accepted=jnp.zeros((batch, scratch_positions(depth)), jnp.int32),
         drafted=jnp.zeros((batch, width), bool),
         log_probs=jnp.zeros((batch, width), jnp.float32) if log_probs else None,
         stop_tokens=jnp.asarray(stop_tokens, jnp.int32),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eagle_jax.plan import Plan, padded_width, plan
+from eagle_jax.plan import Plan, cache_positions, padded_width, plan
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from eagle_jax.plan import Plan, padded_width, plan
         (32, 32, {}, Plan(32, 64, 32), 32, [33, 64]),
         (32, 32, {"trained": 64}, Plan(32, 64, 32), 32, [33, 64]),
         (32, 33, {"trained": 64}, Plan(32, 64, 33), 32, [34, 64]),
-        (32, 10**20, {"trained": 64}, Plan(32, 64, 64), 32, [64, 64]),
+        (32, 10**20, {"trained": 64}, Plan(32, 64, 10**20), 32, [64, 64]),
         (32, 8, {"capacity": 16}, Plan(32, 16, 8), 15, [9, 16]),
         (8, 4, {"capacity": 100}, Plan(8, 100, 4), 8, [5, 36]),
     ],
@@ -36,3 +36,7 @@ def test_a_width_is_the_least_bucket_that_holds_a_prompt():
     assert [padded_width(length, (9, 2, 5)) for length in (1, 2, 3, 6, 9)] == [2, 2, 5, 9, 9]
     with pytest.raises(ValueError, match="a prompt has 10 tokens, the widest bucket holds 9"):
         padded_width(10, (2, 9))
+
+
+def test_a_cache_has_room_for_a_commit_in_whole_tiles():
+    assert [cache_positions(*sizes) for sizes in ((96, 31), (97, 31), (96, 32), (1000, 8))] == [128, 256, 256, 1152]
