@@ -22,17 +22,17 @@ COMPILERS = $(VENV)/bin/python -c 'import tomllib; \
 
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
 # Compiled as on a user's machine (tests/conftest.py compiles the rest in half the time): what users run.
-AS_USERS = tests/test_cli.py tests/test_decode.py
+AS_USERS = tests/test_cli.py tests/decode/test_cycle.py
 CORE = tests/tree tests/drafts/test_lossless.py::test_greedy_text_is_that_of_plain_decoding tests/models \
 	tests/drafts/test_old_names.py tests/test_public_api.py tests/test_import_rules.py \
-	tests/test_api.py tests/test_cli_batch.py tests/test_decode.py tests/test_golden.py::test_stops_are_exact \
-	tests/test_insert.py tests/test_imports.py tests/test_sampling.py tests/test_set_mesh.py tests/train/test_loss.py \
-	tests/test_sampled_decoding.py::test_coupled_sampling_gives_the_text_of_plain_sampling
+	tests/test_api.py tests/test_cli_batch.py tests/decode/test_cycle.py tests/test_golden.py::test_stops_are_exact \
+	tests/decode/test_insert.py tests/test_imports.py tests/test_sampling.py tests/test_set_mesh.py tests/train/test_loss.py \
+	tests/decode/test_sampled_decoding.py::test_coupled_sampling_gives_the_text_of_plain_sampling
 
 # Of these, what takes longest and does not depend on versions more than the rest.
-NOT_CORE = tests/test_decode.py::test_speculative_equals_plain_for_any_draft \
-	tests/test_insert.py::test_a_window_on_the_draft_changes_no_text \
-	tests/test_insert.py::test_a_window_drafts_from_the_rows_it_shows \
+NOT_CORE = tests/decode/test_cycle.py::test_speculative_equals_plain_for_any_draft \
+	tests/decode/test_insert.py::test_a_window_on_the_draft_changes_no_text \
+	tests/decode/test_insert.py::test_a_window_drafts_from_the_rows_it_shows \
 	tests/test_golden.py::test_stops_are_exact[t1_eagle3_dv256] \
 	tests/test_golden.py::test_stops_are_exact[t2_eagle1_nobias]
 

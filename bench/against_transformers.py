@@ -28,13 +28,13 @@ import eagle_jax
 from bench.options import parse_tree, positive
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import resolve
+from eagle_jax.decode.plan import plan
 from eagle_jax.files.atomic import write_json
 from eagle_jax.measure.machine import describe_setting, setting
 from eagle_jax.measure.near_tie import first_difference
 from eagle_jax.measure.samples import CODE_TEXTS, DEFAULT_TEXTS, embedded_pair, to_measure
 from eagle_jax.measure.timing import median_seconds
 from eagle_jax.models.params import for_this_machine
-from eagle_jax.plan import plan
 from eagle_jax.tree.named import describe_tree
 
 TREE = eagle_jax.TreeConfig(depth=8, top_k=10, num_nodes=60)

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax import Eagle3Draft, Target, TreeConfig
-from eagle_jax.commit import newly_committed
-from eagle_jax.decode import propose, step, verify
+from eagle_jax.decode.commit import newly_committed
+from eagle_jax.decode.cycle import propose, step, verify
+from eagle_jax.decode.state import DecodeState, context_of, empty_state
 from eagle_jax.measure.timing import seconds_of
 from eagle_jax.models.cache import KVCache, take_tokens
-from eagle_jax.state import DecodeState, context_of, empty_state
-from eagle_jax.tree.verify import argmax
+from eagle_jax.tree.accept import argmax
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "context", "tree"))

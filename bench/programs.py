@@ -18,12 +18,12 @@ import eagle_jax
 from bench import hlo
 from bench.compilers import compile_lowered, lower_for, text
 from bench.shapes import Shape, abstract_pair
-from eagle_jax import decode
+from eagle_jax.decode import cycle as decoding
 from eagle_jax.models import params
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.train import step
 from eagle_jax.train.config import OptimizerSettings
-from eagle_jax.train.objective import Eagle3Objective
+from eagle_jax.train.loss.objective import Eagle3Objective
+from eagle_jax.train.run import step
 from eagle_jax.tree import TreeConfig
 
 # What a mesh holds of an argument: place(argument, mesh) -> the sharding of every leaf, as a tree like the argument.
@@ -129,7 +129,7 @@ def cycle(
     state = jax.eval_shape(start, target, head, *_prompts(batch, 1), _key(sampling))
 
     def fn(target, draft, state):
-        return decode.step(target, draft, state, tree=tree or TreeConfig()).state
+        return decoding.step(target, draft, state, tree=tree or TreeConfig()).state
 
     return Program(fn, (target, head, state), (by_path, by_path, by_sequence), donated=(2,))
 

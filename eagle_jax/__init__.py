@@ -3,7 +3,9 @@
 from eagle_jax import sampling
 from eagle_jax.api import Chunk, Output, advance, draft_forward, forward, generate, propose, stream
 from eagle_jax.convert import CheckpointError, from_pretrained, load, load_draft, tokenizer
-from eagle_jax.decode import cycle
+from eagle_jax.decode.cycle import cycle
+from eagle_jax.decode.prefill import BUCKETS, insert, pad, prefill
+from eagle_jax.decode.state import DecodeState, empty_state
 from eagle_jax.detokenizer import Detokenizer
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle.config import DraftConfig
@@ -18,9 +20,7 @@ from eagle_jax.models.config import ConfigError, LlamaConfig
 from eagle_jax.models.layers import input_first
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.target import Target, TargetOutput
-from eagle_jax.prompt import BUCKETS, insert, pad, prefill
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.state import DecodeState, empty_state
 from eagle_jax.tree import PUBLISHED_TREES, StaticTree, Tree, TreeConfig, TreePolicy
 from eagle_jax.version import __version__
 

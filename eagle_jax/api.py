@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax.decode import propose as propose_tree
-from eagle_jax.decode import step
+from eagle_jax.decode.cycle import propose as propose_tree
+from eagle_jax.decode.cycle import step
+from eagle_jax.decode.plan import plan
+from eagle_jax.decode.prefill import prefill, run_pending
+from eagle_jax.decode.state import DecodeState, check_capacity, context_of, spread
 from eagle_jax.drafts.eagle.config import tap_layers
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft, check_models, shown
 from eagle_jax.models.layers import attention
 from eagle_jax.models.target import Target
-from eagle_jax.plan import plan
-from eagle_jax.prompt import prefill, run_pending
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.state import DecodeState, check_capacity, context_of, spread
 from eagle_jax.tree import AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -108,7 +108,7 @@ def generate(
       num_samples: rows a prompt, one after the other: B * num_samples in all, the prompt run once. Sample j of row i
         has the key fold_in(row i's key, j).
       log_probs: whether to return the log-probabilities of the new tokens.
-      accept_fn: an acceptance rule of your own (its contract is in tree/verify.py); static.
+      accept_fn: an acceptance rule of your own (its contract is in tree/accept.py); static.
     Returns:
       Output.
     Raises:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax.tree.verify import argmax
+from eagle_jax.tree.accept import argmax
 
 __all__ = ["SamplingConfig", "probabilities", "process", "warp"]
 

@@ -21,12 +21,12 @@ import numpy as np
 
 from eagle_jax.api import Chunk
 from eagle_jax.api import advance as advance_state
+from eagle_jax.decode.plan import padded_width
+from eagle_jax.decode.prefill import BUCKETS, insert, reusable
+from eagle_jax.decode.state import empty_state
 from eagle_jax.drafts.protocol import Draft, check_models
 from eagle_jax.models.target import Target
-from eagle_jax.plan import padded_width
-from eagle_jax.prompt import BUCKETS, insert, reusable
 from eagle_jax.sampling import RANGES, SamplingConfig
-from eagle_jax.state import empty_state
 from eagle_jax.tree import TreeConfig, TreePolicy
 
 CYCLES = 4  # between two looks at the slots: fewer leave a finished one idle for less time, more save round trips

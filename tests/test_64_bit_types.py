@@ -16,8 +16,8 @@ import eagle_jax
 from eagle_jax import Draft, Llama, Proposal, SamplingConfig, StaticTree, TreeConfig
 from eagle_jax.train import eagle1_loss, eagle3_loss
 from eagle_jax.tree import Acceptance, Tree, accept_greedy
+from tests.decode.test_sampled_distribution import tiny_config
 from tests.drafts.kinds import KINDS
-from tests.test_sampled_distribution import tiny_config
 from tests.toy import GOLDEN, rows_of, scaled
 
 CONFIG = dataclasses.replace(tiny_config(), num_layers=1)

@@ -15,10 +15,10 @@ import pytest
 
 import eagle_jax
 from eagle_jax import TreeConfig
-from eagle_jax.decode import propose, step
+from eagle_jax.decode.cycle import propose, step
+from eagle_jax.decode.state import context_of
 from eagle_jax.measure.near_tie import near_tie_absolute
 from eagle_jax.models import params
-from eagle_jax.state import context_of
 from tests.toy import GOLDEN, golden_pair, rows_of
 from tests.tree import oracle
 

@@ -31,14 +31,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Files directly under eagle_jax/ that belong to a room of another name.
-ROOM_OF = {
-    "__main__": "cli",
-    "choose": "decode",
-    "commit": "decode",
-    "plan": "decode",
-    "prompt": "decode",
-    "state": "decode",
-}
+ROOM_OF = {"__main__": "cli"}
 
 # room -> files that import it and may not. The facade is eagle_jax itself: public names, for users.
 KNOWN = {

@@ -11,7 +11,7 @@ HEAVY = {"torch", "transformers", "orbax", "safetensors", "huggingface_hub", "ri
 NOT_BY = {
     "eagle_jax": HEAVY,
     "eagle_jax.convert": HEAVY,
-    "eagle_jax.train.records": {"torch", "transformers", "jinja2"},
+    "eagle_jax.train.data.records": {"torch", "transformers", "jinja2"},
 }
 
 CODE = """

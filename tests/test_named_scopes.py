@@ -11,7 +11,7 @@ import pytest
 
 import eagle_jax
 from eagle_jax.train import eagle1_loss, eagle3_loss
-from eagle_jax.train.objective import TargetObjective
+from eagle_jax.train.loss.objective import TargetObjective
 from tests.toy import TREE, random_eagle1, small_case
 
 TARGET, EAGLE3, TOKENS, LENGTHS = small_case()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eagle_jax.plan import Plan, cache_positions, padded_width, plan
+from eagle_jax.decode.plan import Plan, cache_positions, padded_width, plan
 
 
 @pytest.mark.parametrize(

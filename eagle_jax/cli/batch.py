@@ -16,11 +16,11 @@ from eagle_jax.cli import answers, models, progress, text
 from eagle_jax.cli.results import is_last, read_finished
 from eagle_jax.cli.sampling import model_asks, random_key, with_logit_bias
 from eagle_jax.cli.trees import choose_tree_for_many
+from eagle_jax.decode.plan import plan
 from eagle_jax.files import checksums, prompts
 from eagle_jax.files.lock import locked_file
 from eagle_jax.files.resumable import HeadedLines
 from eagle_jax.models.target import Target
-from eagle_jax.plan import plan
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.serving import RunningBatch, Task
 from eagle_jax.serving import run as run_tasks

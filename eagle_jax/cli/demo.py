@@ -51,16 +51,16 @@ def _demo(out: Path, overwrite: bool) -> int:
     from eagle_jax import convert
     from eagle_jax.api import stream
     from eagle_jax.cli import models, progress, reports, text
+    from eagle_jax.decode.prefill import pad
     from eagle_jax.files import prompts
     from eagle_jax.measure import compare, machine, near_tie
-    from eagle_jax.prompt import pad
     from eagle_jax.tree.named import describe_tree
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with progress.status(notes, "converting and loading"), _pair() as (target_folder, head_folder):
         convert.convert(target_folder, head_folder, out, overwrite=overwrite, note=notes.print)
         target, draft = map(models.for_this_machine, convert.load(out, dtype="float32"))
-        loaded = models.Models(target, draft, out / convert.parts.TARGET)
+        loaded = models.Models(target, draft, out / convert.converted.TARGET)
         tokenizer = convert.tokenizer(out)
     stops = models.eos_tokens(loaded)
     console.print(

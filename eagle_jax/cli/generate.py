@@ -11,9 +11,9 @@ from eagle_jax.cli import progress, text
 from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, parse_buckets, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
 from eagle_jax.cli.trees import BATCH, choose_tree
+from eagle_jax.decode.plan import plan
+from eagle_jax.decode.prefill import BUCKETS, pad
 from eagle_jax.files.prompts import OBJECT, check_text
-from eagle_jax.plan import plan
-from eagle_jax.prompt import BUCKETS, pad
 from eagle_jax.sampling import SamplingConfig
 
 EXAMPLES = """\

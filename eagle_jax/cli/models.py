@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.cli.trees import parse_tree
-from eagle_jax.convert import CheckpointError, eos, from_pretrained, load, parts
+from eagle_jax.convert import CheckpointError, converted, eos, from_pretrained, load
 from eagle_jax.convert.error import NotConvertedError
 from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.match import PARAMETER_DTYPES
@@ -226,7 +226,7 @@ def load_models(args: argparse.Namespace) -> Models:
             )
         if args.revision is not None or args.draft_revision is not None:
             raise ValueError("--revision and --draft-revision go with hub ids: --target and --draft")
-        folder = Path(args.model) / parts.TARGET
+        folder = Path(args.model) / converted.TARGET
         with named_as_model(args.model):
             target, draft = load(args.model, dtype=args.dtype, mesh=mesh)
     else:

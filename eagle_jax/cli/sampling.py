@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax.convert import parts
+from eagle_jax.convert import converted
 from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.read import read_json
 from eagle_jax.sampling import RANGES, SamplingConfig
@@ -139,7 +139,7 @@ def _model_sampling(args: argparse.Namespace) -> dict[str, Any]:
     if args.model is None and args.target is None:
         raise ValueError("--sampling-from-model needs a model: --model or --target")
     if args.model is not None:
-        path = Path(args.model) / parts.TARGET / GENERATION_CONFIG
+        path = Path(args.model) / converted.TARGET / GENERATION_CONFIG
     else:  # from a hub's folder it is downloaded only if it is asked for
         hub = Hub(args.revision, local_files_only=not args.sampling_from_model)
         path = resolve(args.target, hub, weights=False) / GENERATION_CONFIG

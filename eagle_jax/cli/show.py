@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from eagle_jax.cli import models, places, progress
+    from eagle_jax.decode.plan import plan
+    from eagle_jax.decode.prefill import pad
     from eagle_jax.files import prompts
     from eagle_jax.measure import drawn, plot, samples
-    from eagle_jax.plan import plan
-    from eagle_jax.prompt import pad
 
     if args.out is not None:
         places.check_picture("--out", args.out)

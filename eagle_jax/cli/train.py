@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from eagle_jax.train.config import read_settings
-    from eagle_jax.train.evaluate import NotLossless
-    from eagle_jax.train.precompute import precompute
-    from eagle_jax.train.run import train
+    from eagle_jax.train.run.evaluate import NotLossless
+    from eagle_jax.train.run.loop import train
+    from eagle_jax.train.run.precompute import precompute
 
     settings = read_settings(args.config, args.overrides)
     if args.distributed is not None:

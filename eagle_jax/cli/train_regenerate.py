@@ -11,7 +11,7 @@ from typing import Any
 from eagle_jax.cli.models import add_model_arguments, load_models, parse_window, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config, with_logit_bias
 from eagle_jax.cli.trees import BATCH, GROWTH, choose_tree_for_many, parse_tree
-from eagle_jax.convert import parts
+from eagle_jax.convert import converted
 from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.read import read_json
 from eagle_jax.models.config import LlamaConfig
@@ -89,9 +89,9 @@ def run(args: argparse.Namespace) -> int:
     from eagle_jax.files.resumable import check_place
     from eagle_jax.serving import RunningBatch
     from eagle_jax.train import fingerprint
-    from eagle_jax.train.regenerate import Options, PromptSource, check_lines, regenerate
-    from eagle_jax.train.rendering import read_template
-    from eagle_jax.train.say import log
+    from eagle_jax.train.data.regenerate import Options, PromptSource, check_lines, regenerate
+    from eagle_jax.train.data.rendering import read_template
+    from eagle_jax.train.report import log
 
     # All that can be wrong with the input is found before the models are loaded, which may take long.
     sampling, out = sampling_config(args), Path(args.out)
@@ -147,10 +147,10 @@ def run(args: argparse.Namespace) -> int:
 
 def target_of(args: argparse.Namespace) -> tuple[Path, LlamaConfig]:
     """The folder of the target's small files, and its config, without its weights."""
-    if (args.model is None) == (args.target is None) or (args.model and not parts.is_conversion(Path(args.model))):
+    if (args.model is None) == (args.target is None) or (args.model and not converted.is_conversion(Path(args.model))):
         load_models(args)  # says what is wrong
     if args.model is None:
         folder = resolve(args.target, Hub(args.revision), weights=False)
     else:
-        folder = Path(args.model) / parts.TARGET
+        folder = Path(args.model) / converted.TARGET
     return folder, LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))

@@ -160,8 +160,8 @@ def _state(loaded: Any, token_lists: list[list[int]], batch: int, max_new_tokens
     """A greedy state of the first prompts, halfway through their new tokens, so that attention costs what it will."""
     import jax.numpy as jnp
 
+    from eagle_jax.decode.prefill import pad, prefill
     from eagle_jax.measure import phases, tuning
-    from eagle_jax.prompt import pad, prefill
 
     rows = [token_lists[i % len(token_lists)] for i in range(batch)]
     tokens, lengths = pad(rows)

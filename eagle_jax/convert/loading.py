@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from eagle_jax.convert import parts
+from eagle_jax.convert import converted
 from eagle_jax.convert.error import CheckpointError, NotConvertedError
 from eagle_jax.convert.hub import Hub, no_such_folder
 from eagle_jax.convert.match import (
@@ -52,10 +52,10 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Mo
     folder = Path(path)
     dtype = None if dtype is None else parameter_dtype(dtype)
     entries = _entries(folder)
-    target = _load_model(folder / parts.TARGET, entries[parts.TARGET], dtype, mesh)
-    if parts.DRAFT not in entries:
+    target = _load_model(folder / converted.TARGET, entries[converted.TARGET], dtype, mesh)
+    if converted.DRAFT not in entries:
         return target, None
-    draft = as_draft(_load_model(folder / parts.DRAFT, entries[parts.DRAFT], dtype, mesh))
+    draft = as_draft(_load_model(folder / converted.DRAFT, entries[converted.DRAFT], dtype, mesh))
     draft.check_fits(target)
     return target, draft
 
@@ -113,11 +113,11 @@ def load_draft(
     dtype = parameter_dtype(target.dtype if dtype is None else dtype)
     own = params.mesh_of(target)
     mesh = own if mesh is None and isinstance(own, Mesh) else mesh
-    if parts.is_conversion(Path(path)):
+    if converted.is_conversion(Path(path)):
         entries = _entries(Path(path))
-        if parts.DRAFT not in entries:
+        if converted.DRAFT not in entries:
             raise CheckpointError(f"{path}: this converted folder holds no draft")
-        draft = as_draft(_load_model(Path(path) / parts.DRAFT, entries[parts.DRAFT], dtype, mesh))
+        draft = as_draft(_load_model(Path(path) / converted.DRAFT, entries[converted.DRAFT], dtype, mesh))
     else:
         match = match_draft(open_checkpoint(path, Hub(revision, token, local_files_only)), dtype)
         as_draft(match.model).check_fits(target)
@@ -153,14 +153,14 @@ def load_head(
         return _with_arrays(target_match.model, {path: target_match.read(path) for path in needed}), loaded
     folder = Path(source)
     entries = _entries(folder)
-    target = _checked_model(folder / parts.TARGET, entries[parts.TARGET])
-    if parts.DRAFT not in entries:
+    target = _checked_model(folder / converted.TARGET, entries[converted.TARGET])
+    if converted.DRAFT not in entries:
         return target, None
-    loaded = as_draft(_load_model(folder / parts.DRAFT, entries[parts.DRAFT], None, None))
+    loaded = as_draft(_load_model(folder / converted.DRAFT, entries[converted.DRAFT], None, None))
     loaded.check_fits(target)
     leaves = {path: params.flatten(target)[path] for path in _needed_by_export(target, loaded)}
     found: dict[str, jax.Array] = {}
-    for _, arrays in _load_parts(folder / parts.TARGET, entries[parts.TARGET], leaves, None):
+    for _, arrays in _load_parts(folder / converted.TARGET, entries[converted.TARGET], leaves, None):
         found |= arrays
     return _with_arrays(target, found), loaded
 
@@ -186,23 +186,23 @@ class _Entry:
 
 def _entries(folder: Path) -> dict[str, _Entry]:
     """The models that a folder's manifest lists, by role."""
-    path = folder / parts.MANIFEST
+    path = folder / converted.MANIFEST
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file, not a folder" if folder.exists() else no_such_folder(folder))
     if not path.is_file():
         raise NotConvertedError(
-            f"{folder}: not a converted folder (it has no {parts.MANIFEST}); write one with "
+            f"{folder}: not a converted folder (it has no {converted.MANIFEST}); write one with "
             "python -m eagle_jax.convert, or load official checkpoints with from_pretrained"
         )
     manifest = read_json(path)
-    if manifest.get("format") != parts.FORMAT:
+    if manifest.get("format") != converted.FORMAT:
         raise CheckpointError(f"{path}: not the manifest of a converted folder")
-    if manifest.get("version") != parts.VERSION:
+    if manifest.get("version") != converted.VERSION:
         raise CheckpointError(
-            f"{path}: format version {manifest.get('version')!r}, this version of eagle_jax reads {parts.VERSION}; "
+            f"{path}: format version {manifest.get('version')!r}, this version of eagle_jax reads {converted.VERSION}; "
             f"upgrade eagle_jax or {_AGAIN}"
         )
-    roles = [parts.TARGET] if manifest.get(parts.DRAFT) is None else [parts.TARGET, parts.DRAFT]
+    roles = [converted.TARGET] if manifest.get(converted.DRAFT) is None else [converted.TARGET, converted.DRAFT]
     try:
         return {role: _entry(manifest[role], manifest["dtype"]) for role in roles}
     except (KeyError, TypeError, AttributeError) as error:
@@ -235,11 +235,11 @@ def _load_model(folder: Path, entry: _Entry, dtype: np.dtype | None, mesh: Mesh 
 def _checked_model(folder: Path, entry: _Entry) -> Any:
     """The abstract model that config.json describes; the manifest must describe the same."""
     config_path = folder / "config.json"
-    if parts.file_sha256(config_path) != entry.config_sha256:
+    if converted.file_sha256(config_path) != entry.config_sha256:
         raise CheckpointError(f"{config_path}: was changed after the conversion; {_AGAIN}")
     hf, stored_dtype = read_json(config_path), parameter_dtype(entry.dtype)
     model = build(entry.kind, hf, str(config_path), stored_dtype, held=entry.held, shapes=entry.shapes)
-    expected = {path: parts.describe(leaf) for path, leaf in params.flatten(model).items()}
+    expected = {path: converted.describe(leaf) for path, leaf in params.flatten(model).items()}
     if entry.arrays != expected:
         differing = sorted(path for path in entry.arrays | expected if entry.arrays.get(path) != expected.get(path))
         raise CheckpointError(f"{folder}: the manifest and config.json disagree on {', '.join(differing)}; {_AGAIN}")
@@ -250,13 +250,16 @@ def _load_parts(
     folder: Path, entry: _Entry, leaves: dict[str, Any], mesh: Mesh | None
 ) -> Iterator[tuple[Path, dict[str, jax.Array]]]:
     """The parts that hold these leaves, one after the other: (its folder, its arrays)."""
-    for part, paths in parts.parts_of(leaves).items():
-        part_folder = folder / parts.PARAMETERS / part
+    for part, paths in converted.parts_of(leaves).items():
+        part_folder = folder / converted.PARAMETERS / part
         if not part_folder.is_dir():
             raise CheckpointError(f"{part_folder}: this part is missing; {_AGAIN}")
-        if parts.folder_sha256(part_folder) != entry.checksums.get(part):
+        if converted.folder_sha256(part_folder) != entry.checksums.get(part):
             raise CheckpointError(f"{part_folder}: damaged or changed after the conversion; {_AGAIN}")
-        yield part_folder, parts.restore_part(part_folder, {path: _placed(path, leaves[path], mesh) for path in paths})
+        yield (
+            part_folder,
+            converted.restore_part(part_folder, {path: _placed(path, leaves[path], mesh) for path in paths}),
+        )
 
 
 def _needed_by_export(target: Llama, draft: Draft) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.convert import parts
+from eagle_jax.convert import converted
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.match import Match
 from eagle_jax.convert.read import read_json
@@ -20,7 +20,7 @@ from eagle_jax.files.atomic import added_to, files_below, new_folder
 
 SMALL = "small_files"  # in a manifest: {path below target/: sha256} of the files copied beside the weights
 TUNED = "tuned.json"  # what `eagle-jax tune` leaves in a converted folder
-ROLES = (parts.TARGET, parts.DRAFT)
+ROLES = (converted.TARGET, converted.DRAFT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Previous:
     @classmethod
     def of(cls, out: Path) -> Previous:
         """Looks at a folder, which may be absent."""
-        return cls(out, read_json(out / parts.MANIFEST) if parts.is_conversion(out) else None)
+        return cls(out, read_json(out / converted.MANIFEST) if converted.is_conversion(out) else None)
 
     @property
     def is_free(self) -> bool:
@@ -46,8 +46,8 @@ class Previous:
         listed = (self.manifest or {}).get(SMALL)
         if isinstance(listed, Mapping):
             return listed
-        folder = self.out / parts.TARGET  # of an older version, which lists none
-        return {path: parts.file_sha256(folder / path) for path in small_files(folder)}
+        folder = self.out / converted.TARGET  # of an older version, which lists none
+        return {path: converted.file_sha256(folder / path) for path in small_files(folder)}
 
     def check(self, target: str | Path, draft: str | Path | None, overwrite: bool) -> None:
         """Refuses, before any work, a place that cannot be written to.
@@ -56,7 +56,7 @@ class Previous:
           CheckpointError: for an `out` that is a file, is or contains a source, or holds something else. With
             `overwrite`: for one that is no conversion and has files where a conversion writes.
         """
-        sources = {parts.TARGET: target} | ({} if draft is None else {parts.DRAFT: draft})
+        sources = {converted.TARGET: target} | ({} if draft is None else {converted.DRAFT: draft})
         for source in sources.values():
             if Path(source).is_dir() and Path(source).resolve().is_relative_to(self.out):
                 raise CheckpointError(
@@ -70,7 +70,7 @@ class Previous:
             if self.manifest is None or not self._may_hold(sources):
                 raise self.taken()
         elif self.manifest is None:
-            in_the_way = [name for name in (parts.MANIFEST, *ROLES) if (self.out / name).exists()]
+            in_the_way = [name for name in (converted.MANIFEST, *ROLES) if (self.out / name).exists()]
             if in_the_way:
                 raise CheckpointError(
                     f"{self.out}: holds {' and '.join(in_the_way)}, which no conversion wrote but this "
@@ -95,8 +95,8 @@ class Previous:
     def holds(self, matches: Mapping[str, Match]) -> bool:
         """Whether the folder is, undamaged, what a conversion of these would write."""
         assert self.manifest is not None
-        dtype = np.dtype(matches[parts.TARGET].model.dtype).name
-        if self.manifest.get("version") != parts.VERSION or self.manifest.get("dtype") != dtype:
+        dtype = np.dtype(matches[converted.TARGET].model.dtype).name
+        if self.manifest.get("version") != converted.VERSION or self.manifest.get("dtype") != dtype:
             return False
         roles = {role for role in ROLES if self._entry(role)}
         try:
@@ -110,13 +110,13 @@ class Previous:
             return True
         role, *rest = path.parts
         if not rest:
-            return role != parts.MANIFEST
+            return role != converted.MANIFEST
         if role not in ROLES:
             return True
-        if rest[0] in ("config.json", parts.PARAMETERS):
+        if rest[0] in ("config.json", converted.PARAMETERS):
             return False
-        copied = self.copied.get("/".join(rest)) if role == parts.TARGET else None
-        return copied is None or parts.file_sha256(self.out / path) != copied
+        copied = self.copied.get("/".join(rest)) if role == converted.TARGET else None
+        return copied is None or converted.file_sha256(self.out / path) != copied
 
     def replaced(self) -> AbstractContextManager[Path]:
         """The folder to write a new conversion to, which takes the place of the previous one when the block ends."""
@@ -133,7 +133,7 @@ class Previous:
         """Sentences for the user about files that were there before a new conversion, of this manifest."""
         if self.is_free:
             return []
-        written = {f"{parts.TARGET}/{path}" for path in manifest[SMALL]}
+        written = {f"{converted.TARGET}/{path}" for path in manifest[SMALL]}
         kept: list[str] = []
         replaced: list[str] = []
         for path in self.users():
@@ -162,14 +162,17 @@ class Previous:
         files, stored, config = entry.get("files"), entry.get("parts"), entry.get("config_sha256")
         if not isinstance(files, Mapping) or not isinstance(stored, Mapping):
             return False
-        small = {path: parts.file_sha256(source.folder / path) for path in small_files(source.folder)}
+        small = {path: converted.file_sha256(source.folder / path) for path in small_files(source.folder)}
         return (
             entry.get("kind") == match.kind
             and files.keys() == {file.name for file in source.files}
-            and {parts.file_sha256(path) for path in (source.config_path, folder / "config.json")} == {config}
-            and (role != parts.TARGET or self.copied == small)
-            and all(parts.file_sha256(file) == files[file.name] for file in source.files)
-            and all(parts.folder_sha256(folder / parts.PARAMETERS / part) == stored[part]["sha256"] for part in stored)
+            and {converted.file_sha256(path) for path in (source.config_path, folder / "config.json")} == {config}
+            and (role != converted.TARGET or self.copied == small)
+            and all(converted.file_sha256(file) == files[file.name] for file in source.files)
+            and all(
+                converted.folder_sha256(folder / converted.PARAMETERS / part) == stored[part]["sha256"]
+                for part in stored
+            )
         )
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.convert import parts
+from eagle_jax.convert import converted
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.small_files import small_files
@@ -29,8 +29,8 @@ def tokenizer(
     Raises:
       CheckpointError: if there are no tokenizer files, or damaged ones, or a package is missing that reads them.
     """
-    if parts.is_conversion(Path(path)):
-        folder = Path(path) / parts.TARGET
+    if converted.is_conversion(Path(path)):
+        folder = Path(path) / converted.TARGET
     else:
         folder = resolve(path, Hub(revision, token, local_files_only), weights=False)
     try:

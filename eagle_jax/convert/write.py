@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.convert import parts
+from eagle_jax.convert import converted
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.match import Match, match_pair
@@ -69,7 +69,7 @@ def convert(
     previous.check(target, draft, overwrite)
     hubs = (Hub(wanted, token, local_files_only) for wanted in (revision, draft_revision))
     target_match, draft_match = match_pair(target, draft, dtype, *hubs)
-    matches = {parts.TARGET: target_match} | ({} if draft_match is None else {parts.DRAFT: draft_match})
+    matches = {converted.TARGET: target_match} | ({} if draft_match is None else {converted.DRAFT: draft_match})
     if not previous.is_free and not overwrite:
         if not previous.holds(matches):
             raise previous.taken()
@@ -81,18 +81,18 @@ def convert(
         _check_room(partial, parameter_bytes)
         report = _Report(progress, parameter_bytes + sum(_source_bytes(match) for match in matches.values()))
         models = {role: _write_model(match, partial / role, report) for role, match in matches.items()}
-        copied = copy_small_files(target_match.checkpoint.folder, partial / parts.TARGET)
+        copied = copy_small_files(target_match.checkpoint.folder, partial / converted.TARGET)
         manifest = {
-            "format": parts.FORMAT,
-            "version": parts.VERSION,
+            "format": converted.FORMAT,
+            "version": converted.VERSION,
             "package": __version__,
             "dtype": np.dtype(target_match.model.dtype).name,
-            parts.DRAFT: None,
+            converted.DRAFT: None,
             **models,
-            SMALL: {path: parts.file_sha256(partial / parts.TARGET / path) for path in copied},
+            SMALL: {path: converted.file_sha256(partial / converted.TARGET / path) for path in copied},
         }
         # Last: a folder without a manifest does not load.
-        write_json(partial / parts.MANIFEST, manifest)
+        write_json(partial / converted.MANIFEST, manifest)
         remarks = previous.remarks(manifest)
     for sentence in remarks:
         note(sentence)
@@ -131,23 +131,23 @@ def _write_model(match: Match, folder: Path, report: _Report) -> dict[str, Any]:
     shutil.copyfile(match.checkpoint.config_path, folder / "config.json")
     files = {}
     for file in match.checkpoint.files:
-        files[file.name] = parts.file_sha256(file)
+        files[file.name] = converted.file_sha256(file)
         report.add(file.stat().st_size)
     entries = {}
-    for part, paths in parts.parts_of(params.flatten(match.model)).items():
-        part_folder = folder / parts.PARAMETERS / part
+    for part, paths in converted.parts_of(params.flatten(match.model)).items():
+        part_folder = folder / converted.PARAMETERS / part
         arrays = {path: match.read(path) for path in paths}
-        parts.save_part(part_folder, arrays)
+        converted.save_part(part_folder, arrays)
         entries[part] = {
-            "sha256": parts.folder_sha256(part_folder),
-            "arrays": {path: parts.describe(array) for path, array in arrays.items()},
+            "sha256": converted.folder_sha256(part_folder),
+            "arrays": {path: converted.describe(array) for path, array in arrays.items()},
         }
         report.add(sum(array.nbytes for array in arrays.values()))
     return {
         "kind": match.kind,
         "source": match.checkpoint.source,
         "files": files,
-        "config_sha256": parts.file_sha256(folder / "config.json"),
+        "config_sha256": converted.file_sha256(folder / "config.json"),
         "own_embedding": getattr(match.model.config, "own_embedding", False),
         "own_lm_head": getattr(match.model.config, "own_lm_head", True),
         "parts": entries,

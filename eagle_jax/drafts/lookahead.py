@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.target import Target
 from eagle_jax.tree import Tree, TreePolicy, merge_chains
-from eagle_jax.tree.verify import argmax
+from eagle_jax.tree.accept import argmax
 
 NONE = -1  # in place of a token: none yet
 

@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 from eagle_jax.api import Output, generate
+from eagle_jax.decode.plan import plan
+from eagle_jax.decode.prefill import pad, prefill
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure.near_tie import Difference, differences
 from eagle_jax.measure.phases import RUNS, Phases, measure_phases
 from eagle_jax.measure.statistics import Range, accepted_shares, by_position, distinct_ngrams, tokens_a_cycle
 from eagle_jax.measure.timing import timed
 from eagle_jax.models.target import Target
-from eagle_jax.plan import plan
-from eagle_jax.prompt import pad, prefill
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreePolicy
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax import decode
-from eagle_jax.prompt import prefill
+from eagle_jax.decode.cycle import step
+from eagle_jax.decode.prefill import prefill
 from eagle_jax.tree import Acceptance, Tree
 
 
@@ -53,15 +53,15 @@ def decode_to(target: Any, draft: Any, tree: Any, tokens: Any, lengths: Any, cyc
     """
     options["tree"] = tree
     state = jax.jit(prefill, static_argnames=tuple(options))(target, draft, tokens, lengths, **options)
-    step = jax.jit(functools.partial(decode.step, tree=tree))
+    one_step = jax.jit(functools.partial(step, tree=tree))
     for number in range(1, cycle + 1):
         if bool(state.done[0]):
             raise ValueError(
                 f"the text ends in cycle {number - 1}, at {int(state.lengths[0])} tokens, before --cycle {cycle}"
             )
         if number < cycle:
-            state = step(target, draft, state).state
-    return state, step(target, draft, state)
+            state = one_step(target, draft, state).state
+    return state, one_step(target, draft, state)
 
 
 def describe(tree: Tree, acceptance: Acceptance, spell: Callable[[int], str], gained: int) -> Drawn:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from eagle_jax.api import forward
+from eagle_jax.decode.prefill import BUCKETS, pad
 from eagle_jax.models.target import Target
-from eagle_jax.prompt import BUCKETS, pad
 from eagle_jax.sampling import SamplingConfig
 
 # By the dtype of the target's weights. Absolute margins suit logits of known size, at most about 32: from 16 to 32 a

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.commit import newly_committed
-from eagle_jax.decode import propose, step, verify
+from eagle_jax.decode.commit import newly_committed
+from eagle_jax.decode.cycle import propose, step, verify
+from eagle_jax.decode.state import DecodeState, context_of
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure.timing import median_seconds, repeat
 from eagle_jax.models.target import Target
-from eagle_jax.state import DecodeState, context_of
 from eagle_jax.tree import TreePolicy
 
 RUNS = 10  # of a part in one program: starting it then counts little

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax.decode import propose, step
+from eagle_jax.decode.cycle import propose, step
+from eagle_jax.decode.prefill import pad, prefill
+from eagle_jax.decode.state import DecodeState, context_of
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure import phases
 from eagle_jax.models.target import Target
-from eagle_jax.prompt import pad, prefill
-from eagle_jax.state import DecodeState, context_of
 from eagle_jax.tree import Tree, TreeConfig
 
 NODES = (2, 4, 6, 8, 12, 16, 32, 64)

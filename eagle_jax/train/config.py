@@ -22,7 +22,7 @@ class Settings(pydantic.BaseModel):
 class DataSettings(Settings):
     """What is learned from.
 
-    train, held_out: JSON Lines files or JSON arrays; see records.py for their records. held_out is for evaluation.
+    train, held_out: JSON Lines files or JSON arrays; see data/records.py for their records. held_out is for evaluation.
     row_length: tokens of a row. packing: several documents a row; else one, padded to the shortest of `buckets` (row
     lengths, ascending; empty: row_length alone) that holds it.
     on_error, too_long: what to do with bad lines, and with documents longer than a row.
@@ -68,7 +68,7 @@ class HeadSettings(Settings):
 
 
 class LossSettings(Settings):
-    """See loss.py.
+    """See loss/eagle.py.
 
     EAGLE-3: steps, step_weights (one a step; None: step_decay ** k), alignment, divergence, and feature_weight, of a
     regression to the target's last hidden states beside the cross-entropy: 0 as in the paper, more for little data.

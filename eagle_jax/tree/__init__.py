@@ -1,12 +1,6 @@
 """Draft trees: the data, growth, and acceptance. Imports jax only; the draft comes in as a function."""
 
-from eagle_jax.tree.grow import TreeConfig
-from eagle_jax.tree.merge import merge_chains
-from eagle_jax.tree.policy import NEVER, DraftFn, DraftStep, FixedTreePolicy, TreePolicy
-from eagle_jax.tree.published import PUBLISHED_TREES
-from eagle_jax.tree.static import StaticTree
-from eagle_jax.tree.tree import NO_PARENT, Tree
-from eagle_jax.tree.verify import (
+from eagle_jax.tree.accept import (
     Acceptance,
     AcceptFn,
     accept_coupled,
@@ -17,6 +11,12 @@ from eagle_jax.tree.verify import (
     choice_noise,
     path_to,
 )
+from eagle_jax.tree.dynamic import TreeConfig
+from eagle_jax.tree.merge import merge_chains
+from eagle_jax.tree.policy import NEVER, DraftFn, DraftStep, FixedTreePolicy, TreePolicy
+from eagle_jax.tree.published import PUBLISHED_TREES
+from eagle_jax.tree.static import StaticTree
+from eagle_jax.tree.tree import NO_PARENT, Tree
 
 __all__ = [
     "NEVER",

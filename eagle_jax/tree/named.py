@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from eagle_jax.tree.grow import TreeConfig
+from eagle_jax.tree.dynamic import TreeConfig
 from eagle_jax.tree.policy import TreePolicy
 from eagle_jax.tree.published import PUBLISHED_TREES
 from eagle_jax.tree.static import StaticTree

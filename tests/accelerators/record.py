@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import eagle_jax
 from bench import compilers, gpu_aot, hlo, programs, report, tpu_aot
 from eagle_jax import SamplingConfig, TreeConfig
-from eagle_jax.decode import step
+from eagle_jax.decode.cycle import step
 from tests.accelerators.facts import ALL, FEW, MORE, ROOT, facts, shape
 
 FILE = Path(__file__).parent / "recorded.json"

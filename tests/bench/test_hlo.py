@@ -9,7 +9,7 @@ import pytest
 import eagle_jax
 from bench import hlo, programs
 from bench.shapes import SHAPES, abstract_pair
-from eagle_jax.decode import step
+from eagle_jax.decode.cycle import step
 
 # A loop of 7 turns, each a fusion that is a transpose, one that computes, a copy, a prefetch and a product by a
 # library; before it a condition, after it a copy of the result and one too small to count.

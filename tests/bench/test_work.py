@@ -9,9 +9,9 @@ import pytest
 from bench.shapes import SHAPES, abstract_pair
 from bench.work import Work, cycle_work, plain_work, verify_work
 from eagle_jax import TreeConfig
-from eagle_jax.decode import verify
+from eagle_jax.decode.cycle import verify
+from eagle_jax.decode.state import empty_state
 from eagle_jax.models import params
-from eagle_jax.state import empty_state
 from eagle_jax.tree import Tree
 
 TREE = TreeConfig(depth=8, top_k=10, num_nodes=60)

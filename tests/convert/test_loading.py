@@ -23,7 +23,7 @@ from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.files.atomic import files_below
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
-from eagle_jax.train.save import save_target
+from eagle_jax.train.run.save import save_target
 from tests.convert import folders
 from tests.convert.folders import CONFIG, HEAD_CONFIG, assert_same
 

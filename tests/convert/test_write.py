@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import eagle_jax
-from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, parts, to_official
+from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official
+from eagle_jax.convert.converted import restore_part, save_part
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.models.config import ConfigError
@@ -154,8 +155,8 @@ def test_dtype_is_cast_once(sources: tuple[Path, Path], tmp_path: Path):
 
 def test_arrays_larger_than_a_chunk(tmp_path: Path):
     arrays = {"embed": np.arange(1000, dtype=np.float32).reshape(20, 50), "norm": np.ones(3, np.float32)}
-    parts.save_part(tmp_path / "part", arrays, chunk_bytes=64)
-    assert_same(parts.restore_part(tmp_path / "part", arrays), arrays)
+    save_part(tmp_path / "part", arrays, chunk_bytes=64)
+    assert_same(restore_part(tmp_path / "part", arrays), arrays)
 
 
 def test_progress_reaches_its_total(sources: tuple[Path, Path], tmp_path: Path):
@@ -336,8 +337,8 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path, sources: tuple[Pa
 
 KILLED = """
 import os, signal, sys
-from eagle_jax.convert import convert, parts
-write = parts.save_part
+from eagle_jax.convert import convert, converted
+write = converted.save_part
 
 def save_part(folder, arrays):
     write(folder, arrays)
@@ -345,7 +346,7 @@ def save_part(folder, arrays):
         print("half done", flush=True)
         signal.pause()
 
-parts.save_part = save_part
+converted.save_part = save_part
 convert(sys.argv[1], sys.argv[2], sys.argv[3], overwrite=True)
 """
 

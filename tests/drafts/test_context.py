@@ -11,7 +11,7 @@ import pytest
 
 import eagle_jax
 from eagle_jax import Context, Draft, Proposal, SamplingConfig, TreeConfig
-from eagle_jax.state import context_of
+from eagle_jax.decode.state import context_of
 from eagle_jax.tree import Tree
 from tests.toy import random_target
 

@@ -12,12 +12,12 @@ import pytest
 
 import eagle_jax
 from eagle_jax import Llama, SamplingConfig, StaticTree
-from eagle_jax.decode import propose
-from eagle_jax.state import context_of
+from eagle_jax.decode.cycle import propose
+from eagle_jax.decode.state import context_of
 from eagle_jax.tree import NEVER, DraftStep, Tree
 from eagle_jax.tree.policy import step_mask
+from tests.decode.test_sampled_distribution import tiny_config
 from tests.drafts.kinds import model
-from tests.test_sampled_distribution import tiny_config
 from tests.toy import scaled
 
 

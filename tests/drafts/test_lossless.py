@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import eagle_jax
 from eagle_jax import Llama, SamplingConfig
+from tests.decode.test_sampled_distribution import tiny_config
 from tests.drafts.kinds import KINDS
-from tests.test_sampled_distribution import tiny_config
 from tests.toy import NEW, near_ties, random_prompts, rows_of, scaled
 
 BATCH, WIDTH = 3, 10

@@ -12,8 +12,8 @@ import pytest
 import eagle_jax
 from eagle_jax import Llama, SamplingConfig
 from eagle_jax.serving import Request, RunningBatch, serve
+from tests.decode.test_sampled_distribution import tiny_config
 from tests.drafts.kinds import KINDS
-from tests.test_sampled_distribution import tiny_config
 from tests.toy import rows_of, scaled
 
 CAPACITY, NEW = 48, 9

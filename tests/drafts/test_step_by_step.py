@@ -11,7 +11,7 @@ import pytest
 
 import eagle_jax
 from eagle_jax import Lookahead, Medusa, MedusaConfig, PromptLookup, StaticTree, TreeConfig
-from eagle_jax.decode import step
+from eagle_jax.decode.cycle import step
 from tests.drafts import oracle
 from tests.toy import golden_pair, random_target, scaled
 

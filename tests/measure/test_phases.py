@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 import eagle_jax
 from eagle_jax import TreeConfig
-from eagle_jax.decode import propose
+from eagle_jax.decode.cycle import propose
+from eagle_jax.decode.state import context_of
 from eagle_jax.measure import phases
 from eagle_jax.measure.phases import Phases
-from eagle_jax.state import context_of
 from tests.toy import golden_pair
 
 

@@ -13,7 +13,7 @@ import pytest
 import eagle_jax
 from eagle_jax import SamplingConfig, StaticTree, TreeConfig
 from eagle_jax.convert import from_pretrained
-from eagle_jax.decode import step
+from eagle_jax.decode.cycle import step
 from eagle_jax.models import params
 from eagle_jax.serving import Request, RunningBatch, serve
 from tests.sharding.meshes import mesh_of, on_mesh

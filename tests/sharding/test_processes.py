@@ -16,8 +16,9 @@ import pytest
 from eagle_jax.cli import main
 from eagle_jax.convert import from_pretrained
 from eagle_jax.models import params
-from eagle_jax.train import loader, metrics
-from eagle_jax.train.processes import EXIT_CODES
+from eagle_jax.train.data import loader
+from eagle_jax.train.run import metrics
+from eagle_jax.train.run.processes import EXIT_CODES
 from tests.sharding.meshes import child_environment
 from tests.sharding.worker import AXES, generated, work
 from tests.train.chat_templates import byte_level

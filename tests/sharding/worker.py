@@ -22,7 +22,7 @@ from eagle_jax.cli.train import join
 from eagle_jax.convert import from_pretrained
 from eagle_jax.models import params
 from eagle_jax.train.config import read_settings
-from eagle_jax.train.run import train
+from eagle_jax.train.run.loop import train
 from tests.sharding.meshes import on_mesh
 from tests.toy import draft_config, scaled
 from tests.train.models import VOCAB

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from eagle_jax import Llama, LlamaConfig
-from eagle_jax.train.save import save_target
+from eagle_jax.train.run.save import save_target
 from tests.toy import scaled
 
 VOCAB = 352  # enough for the tokenizers of chat_templates.py

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eagle_jax.files.jsonl import Fault
-from eagle_jax.train.chat import conversation_documents
+from eagle_jax.train.data.chat import conversation_documents
 from tests.train import chat_templates as templates
 from tests.train.chat_templates import chat
 from tests.train.test_chat import TOOLS, answers_of, fault_of, learned, make

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle_jax.train import rendering
-from eagle_jax.train.chat import Fault, conversation_tokens
+from eagle_jax.train.data import rendering
+from eagle_jax.train.data.chat import Fault, conversation_tokens
 from tests.train import chat_templates as templates
 from tests.train.chat_templates import byte_level, chat, word_pieces
 

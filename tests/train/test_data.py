@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eagle_jax.files import checksums
-from eagle_jax.train import dataset, loader, setup
 from eagle_jax.train.config import read_settings
+from eagle_jax.train.data import dataset, loader
+from eagle_jax.train.run import assemble
 from tests.train.chat_templates import byte_level
 
 SETTINGS = """\
@@ -96,15 +97,17 @@ def test_a_run_with_nothing_to_learn_is_refused_with_the_reasons(tmp_path, kind,
     (tmp_path / "run.yaml").write_text(SETTINGS)
     overrides = [f"kind={kind}", *(["model=config.json", "target=null"] if kind == "target" else [])]
     settings = read_settings(tmp_path / "run.yaml", [*overrides, "data.on_error=skip"])
-    origin = setup.DataSource(tmp_path, byte_level(), SimpleNamespace(vocab_size=50), setup.predicted_by(settings))
+    origin = assemble.DataSource(
+        tmp_path, byte_level(), SimpleNamespace(vocab_size=50), assemble.predicted_by(settings)
+    )
     said: list[str] = []
     with pytest.raises(ValueError, match=f"there is no document to learn from in .*a.jsonl: of 3 lines none.*{says}"):
-        setup.documents([str(path)], settings.data, origin, tmp_path / "data", said.append)
+        assemble.documents([str(path)], settings.data, origin, tmp_path / "data", said.append)
     assert "0 records of 3 lines" in said[0] and said[0].count(f"{path}:") == (3 if "3 " in says else 0)
     assert not (tmp_path / "data").exists()
     # Beside one that can be learned from, they are counted.
     path.write_text(path.read_text() + json.dumps({"tokens": [1, 2, 3, 4]}))
-    assert len(setup.documents([str(path)], settings.data, origin, tmp_path / "data", said.append)) == 1
+    assert len(assemble.documents([str(path)], settings.data, origin, tmp_path / "data", said.append)) == 1
     assert ("3 documents left out" in said[1]) == ("3 lines not used" not in said[1])
 
 
@@ -169,7 +172,7 @@ def test_the_draft_s_vocabulary_is_what_is_learned_most_often():
     tokens = np.array([7, 7, 7, 7, 1, 1, 1, 5, 5, 2, 2, 9])
     mask = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1], np.uint8)
     data = dataset.Dataset(tokens, mask, np.array([0, 12]))
-    ids, coverage = setup.frequent_tokens(data, 10, 2)
+    ids, coverage = assemble.frequent_tokens(data, 10, 2)
     assert ids.tolist() == [1, 2] and ids.dtype == np.int32 and coverage == 5 / 8
 
 

@@ -23,12 +23,15 @@ from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.files.lock import Locked, locked_folder
 from eagle_jax.models import params
 from eagle_jax.models.config import RopeConfig
-from eagle_jax.train import features, fingerprint, loader, loss, metrics, setup
+from eagle_jax.train import fingerprint
 from eagle_jax.train.config import TrainSettings, read_settings
-from eagle_jax.train.dataset import Dataset
-from eagle_jax.train.features import FeaturesError
-from eagle_jax.train.precompute import precompute
-from eagle_jax.train.setup import objective_of, rows_of
+from eagle_jax.train.data import features, loader
+from eagle_jax.train.data.dataset import Dataset
+from eagle_jax.train.data.features import FeaturesError
+from eagle_jax.train.loss import eagle
+from eagle_jax.train.run import assemble, metrics
+from eagle_jax.train.run.assemble import objective_of, rows_of
+from eagle_jax.train.run.precompute import precompute
 from tests.toy import TARGET
 from tests.train.chat_templates import byte_level
 from tests.train.models import VOCAB, write_target
@@ -80,7 +83,7 @@ def test_a_run_reads_its_features_from_the_file_and_is_the_same(place, tmp_path,
     config = write_config(place, tmp_path / "live", "eagle3", PACKED)
     assert main(["train", "--config", str(config)]) == 0
     assert precompute(read_settings(config), tmp_path / "features", lambda _: None, SHARD_BYTES) == 0
-    monkeypatch.delattr(loss, "examples")  # the target's pass
+    monkeypatch.delattr(eagle, "examples")  # the target's pass
     stored = ["train", "--config", str(config), f"features={tmp_path / 'features'}", f"output={tmp_path / 'stored'}"]
     assert main(stored) == 0
     ours, theirs = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("stored", "live"))
@@ -115,14 +118,14 @@ class Case:
 
 def case(place: Path, config: Path) -> Case:
     settings = read_settings(config)
-    mesh, origin = params.make_mesh(settings.mesh.model_dump()), setup.source(settings)
+    mesh, origin = params.make_mesh(settings.mesh.model_dump()), assemble.source(settings)
     splits = {}
     for split in ("train", "held_out"):
         files = [str(place / f"{split}.jsonl")]
-        data = setup.documents(files, settings.data, origin, Path(settings.output) / "data" / split, lambda _: None)
+        data = assemble.documents(files, settings.data, origin, Path(settings.output) / "data" / split, lambda _: None)
         splits[split] = data, rows_of(data, settings)[0]
-    target = setup.load_target(settings, mesh)
-    head = setup.new_model(settings, origin, target, splits["train"][0], lambda _: None)
+    target = assemble.load_target(settings, mesh)
+    head = assemble.new_model(settings, origin, target, splits["train"][0], lambda _: None)
     return Case(settings, target, head, splits)
 
 
@@ -168,7 +171,7 @@ def test_bfloat16_is_stored_bit_by_bit(place, tmp_path):
     precompute(read_settings(config), tmp_path / "features", lambda _: None)
     made = case(place, config)
     batch = made.batches("train", made.stored(tmp_path / "features"))[0][0]
-    expected = jax.jit(loss.examples)(
+    expected = jax.jit(eagle.examples)(
         made.head, made.target, *(batch[name] for name in ("tokens", "lengths", "loss_mask", "documents"))
     )
     text = np.arange(32) < batch["lengths"][:, None]
@@ -218,7 +221,7 @@ def test_ctrl_c_keeps_the_shards_that_are_written(place, written, tmp_path, monk
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         in_small_shards = functools.partial(precompute, shard_bytes=SHARD_BYTES // 2)
-        patch.setattr("eagle_jax.train.precompute.precompute", in_small_shards)
+        patch.setattr("eagle_jax.train.run.precompute.precompute", in_small_shards)
         patch.setattr(features, "sync", sync)
         assert main(["train", "--config", str(config), "--precompute", str(ours)]) == 130
     signal.signal(signal.SIGINT, before)

@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from eagle_jax.models import params
 from eagle_jax.models.layers import merge_parts
-from eagle_jax.train import flash
-from eagle_jax.train.attention import by_backend, in_blocks
-from eagle_jax.train.layout import layout
+from eagle_jax.train.data.layout import layout
+from eagle_jax.train.loss import flash
+from eagle_jax.train.loss.attention import by_backend, in_blocks
 
 INTERPRETED = {kernel.__name__: functools.partial(kernel, interpret=True) for kernel in (flash.triton, flash.splash)}
 

@@ -16,9 +16,10 @@ from eagle_jax.convert import names, to_official
 from eagle_jax.drafts.protocol import Text
 from eagle_jax.models import params
 from eagle_jax.models.layers import attention
-from eagle_jax.train import attention as blocks
-from eagle_jax.train import eagle1_loss, eagle3_loss, loss
-from eagle_jax.train.layout import layout
+from eagle_jax.train import eagle1_loss, eagle3_loss
+from eagle_jax.train.data.layout import layout
+from eagle_jax.train.loss import attention as blocks
+from eagle_jax.train.loss import eagle
 from tests.toy import GOLDEN, golden_pair, random_eagle1, random_eagle3, random_prompts, random_target
 
 STEPS = 7
@@ -240,15 +241,15 @@ def test_blocks_of_queries_change_nothing():
 def test_the_feature_regression_is_of_the_hidden_states_that_logits_are_made_of():
     target, draft = random_target(0, 6.0), random_eagle3(1, 6.0)
     tokens, lengths = random_prompts(5, 2, 23)
-    made = loss.examples(draft, target, tokens, lengths, jnp.ones((2, 23)))
-    _, weights = loss.eagle3_weights(made, 2)
-    sums = jax.jit(functools.partial(loss.eagle3_sums, features=True))(draft, target, made, weights)
+    made = eagle.examples(draft, target, tokens, lengths, jnp.ones((2, 23)))
+    _, weights = eagle.eagle3_weights(made, 2)
+    sums = jax.jit(functools.partial(eagle.eagle3_sums, features=True))(draft, target, made, weights)
     hidden, _ = eagle_jax.draft_forward(draft, target, made.features[:, :-1], tokens[:, 1:], lengths)
     distance = np.abs(np.asarray(draft.before_logits(hidden)) - np.asarray(made.answers)[:, 1:])
     smooth = np.where(distance < 1, distance**2 / 2, distance - 0.5).mean(axis=-1)
     np.testing.assert_allclose(sums.features[0], (smooth * weights[0][:, :-1]).sum(), rtol=1e-5)
     assert sums.features[1] > 0
-    without = jax.jit(loss.eagle3_sums)(draft, target, made, weights)
+    without = jax.jit(eagle.eagle3_sums)(draft, target, made, weights)
     np.testing.assert_allclose(without.tokens.loss, sums.tokens.loss, rtol=1e-6)
     assert (without.features == 0).all()
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eagle_jax.train import fingerprint
-from eagle_jax.train.chat import Kind, conversation_tokens
-from eagle_jax.train.records import DataError, ReadReport, Record, read_records
+from eagle_jax.train.data.chat import Kind, conversation_tokens
+from eagle_jax.train.data.records import DataError, ReadReport, Record, read_records
 from tests.train import chat_templates as templates
 from tests.train.chat_templates import byte_level, chat, word_pieces
 

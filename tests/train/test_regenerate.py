@@ -18,9 +18,9 @@ from eagle_jax import Eagle3Draft, SamplingConfig
 from eagle_jax.cli import main
 from eagle_jax.convert import from_pretrained
 from eagle_jax.train import fingerprint
-from eagle_jax.train.records import DataError, read_records
-from eagle_jax.train.regenerate import LINES_A_SLOT, Options, PromptSource, regenerate
-from eagle_jax.train.save import save_head
+from eagle_jax.train.data.records import DataError, read_records
+from eagle_jax.train.data.regenerate import LINES_A_SLOT, Options, PromptSource, regenerate
+from eagle_jax.train.run.save import save_head
 from tests.scripted import ScriptedBatch
 from tests.toy import draft_config, scaled
 from tests.train.chat_templates import CHATML, LLAMA3, MISTRAL, PLAIN, REASONING, STRIPPING, byte_level, chat

@@ -23,11 +23,11 @@ from eagle_jax.convert import from_pretrained
 from eagle_jax.files.lock import Locked, locked_folder
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
-from eagle_jax.train import evaluate, metrics, processes, resume, run
 from eagle_jax.train.config import OptimizerSettings, TrainSettings, read_settings
-from eagle_jax.train.precompute import precompute
-from eagle_jax.train.run import train
-from eagle_jax.train.save import check_range, save_target
+from eagle_jax.train.run import evaluate, loop, metrics, processes, resume
+from eagle_jax.train.run.loop import train
+from eagle_jax.train.run.precompute import precompute
+from eagle_jax.train.run.save import check_range, save_target
 from tests.sharding.meshes import child_environment
 from tests.train.chat_templates import byte_level
 from tests.train.models import VOCAB, write_target
@@ -344,7 +344,7 @@ def test_text_that_is_not_the_target_s_own_ends_the_run_with_its_step_saved(fold
         def __call__(self, masters: Any):
             raise evaluate.NotLossless("prompt 1, position 9")
 
-    monkeypatch.setattr(run, "Evaluator", Evaluator)
+    monkeypatch.setattr(loop, "Evaluator", Evaluator)
     data = {"train": [str(folder / "train.jsonl")], "held_out": [str(folder / "train.jsonl")], "row_length": 64}
     settings = settings_of(folder, "unfaithful", data=data, evaluation={"every": 3})
     path = folder / "unfaithful.yaml"
@@ -355,7 +355,7 @@ def test_text_that_is_not_the_target_s_own_ends_the_run_with_its_step_saved(fold
     def full(*args: Any, **options: Any) -> int:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(run, "train", full)
+    monkeypatch.setattr(loop, "train", full)
     assert main(["train", "--config", str(path)]) == 2
     assert "error: the device's memory is too small: raise accumulation" in capsys.readouterr().err
     assert [path.name for path in (Path(settings.output) / "checkpoints").iterdir()] == ["3"]
@@ -363,8 +363,8 @@ def test_text_that_is_not_the_target_s_own_ends_the_run_with_its_step_saved(fold
 
 def test_the_clock_leaves_out_what_is_no_step(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
-    clock = run._Clock(40, 100)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    clock = loop._Clock(40, 100)
     now[0] += 60
     clock.leave_out(60, steps=1)  # the first step compiles
     assert np.isnan(clock.rate(41))

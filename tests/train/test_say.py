@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from eagle_jax.train.say import signs_of_life
+from eagle_jax.train.report import signs_of_life
 
 
 def test_a_long_silence_is_broken():

@@ -14,12 +14,12 @@ from jax.sharding import AxisType
 
 from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig
 from eagle_jax.models import params
-from eagle_jax.train import step
 from eagle_jax.train.config import OptimizerSettings
-from eagle_jax.train.dataset import Dataset, pack
-from eagle_jax.train.loader import on_mesh
-from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, TargetObjective
-from eagle_jax.train.vocabulary_loss import Labels, Soft, likeliest_tokens, vocabulary_loss, vocabulary_losses
+from eagle_jax.train.data.dataset import Dataset, pack
+from eagle_jax.train.data.loader import on_mesh
+from eagle_jax.train.loss.objective import Eagle1Objective, Eagle3Objective, TargetObjective
+from eagle_jax.train.loss.vocabulary import Labels, Soft, likeliest_tokens, vocabulary_loss, vocabulary_losses
+from eagle_jax.train.run import step
 from tests.toy import scaled
 
 TARGET = LlamaConfig(

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_jax import SamplingConfig
-from eagle_jax.choose import seen_tokens
+from eagle_jax.decode.accept import seen_tokens
 from eagle_jax.sampling import process
 from eagle_jax.tree import Tree, accept_coupled, accept_sampled, accept_sampling, choice_noise
 from tests import processors

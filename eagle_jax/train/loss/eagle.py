@@ -22,10 +22,10 @@ from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models import params
 from eagle_jax.models.target import Target
-from eagle_jax.train.attention import causal, causal_part, grouped, with_own
-from eagle_jax.train.later_steps import later_steps, with_step
-from eagle_jax.train.layout import Layout, layout
-from eagle_jax.train.vocabulary_loss import CHUNK, LossSums, Soft, likeliest_tokens, vocabulary_loss, vocabulary_losses
+from eagle_jax.train.data.layout import Layout, layout
+from eagle_jax.train.loss.attention import causal, causal_part, grouped, with_own
+from eagle_jax.train.loss.later_steps import later_steps, with_step
+from eagle_jax.train.loss.vocabulary import CHUNK, LossSums, Soft, likeliest_tokens, vocabulary_loss, vocabulary_losses
 
 Alignment = Literal["corrected", "official"]
 

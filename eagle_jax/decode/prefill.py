@@ -13,17 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax.choose import accept
-from eagle_jax.commit import commit, newly_committed, update
-from eagle_jax.drafts.none import as_draft
-from eagle_jax.drafts.protocol import Committed, Draft, Proposal
-from eagle_jax.keys import row_keys
-from eagle_jax.models.layers import attention
-from eagle_jax.models.target import Target, TargetOutput
-from eagle_jax.ops.arrays import take_one
-from eagle_jax.plan import padded_width, plan
-from eagle_jax.sampling import SamplingConfig
-from eagle_jax.state import (
+from eagle_jax.decode.accept import accept
+from eagle_jax.decode.commit import commit, newly_committed, update
+from eagle_jax.decode.plan import padded_width, plan
+from eagle_jax.decode.state import (
     DecodeState,
     check_capacity,
     check_memory,
@@ -34,6 +27,13 @@ from eagle_jax.state import (
     spread,
     take_row,
 )
+from eagle_jax.drafts.none import as_draft
+from eagle_jax.drafts.protocol import Committed, Draft, Proposal
+from eagle_jax.keys import row_keys
+from eagle_jax.models.layers import attention
+from eagle_jax.models.target import Target, TargetOutput
+from eagle_jax.ops.arrays import take_one
+from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import Tree, TreePolicy
 
 # Tokens of a prompt that one pass takes: enough to keep a GPU's or TPU's matrix units busy, few enough that the

@@ -1,7 +1,7 @@
 """A training run: data, models and state from settings, then steps with checkpoints, evaluation and metrics.
 
 output/settings.yaml    what the run goes on with, and its history, see resume.py
-output/data/            tokenised documents, see dataset.py
+output/data/            tokenised documents, see ../data/dataset.py
 output/checkpoints/     see checkpoint.py; a run that was ended goes on from the latest
 output/metrics.jsonl    a line every log_every steps and every evaluation; output/tensorboard/ the same
 output/final/, best/    the trained model as official checkpoint files, of the last step and of the best evaluation
@@ -28,13 +28,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from eagle_jax.convert.engines import check_engine
 from eagle_jax.files.lock import locked_folder
 from eagle_jax.models import params
-from eagle_jax.train import features, loader, metrics, processes, resume, save, setup, step
-from eagle_jax.train.checkpoint import Checkpoints, NotFinite, is_finite
 from eagle_jax.train.config import LIMIT, TrainSettings
-from eagle_jax.train.dataset import Dataset
-from eagle_jax.train.evaluate import Evaluator, NotLossless
-from eagle_jax.train.say import Say, SignsOfLife, log, signs_of_life
-from eagle_jax.train.step import Arrays, TrainState
+from eagle_jax.train.data import features, loader
+from eagle_jax.train.data.dataset import Dataset
+from eagle_jax.train.report import Say, SignsOfLife, log, signs_of_life
+from eagle_jax.train.run import assemble, metrics, processes, resume, save, step
+from eagle_jax.train.run.checkpoint import Checkpoints, NotFinite, is_finite
+from eagle_jax.train.run.evaluate import Evaluator, NotLossless
+from eagle_jax.train.run.step import Arrays, TrainState
 
 INTERRUPTED = processes.EXIT_CODES[signal.SIGINT]
 MEAN_STEPS = 100  # of the running mean of the loss
@@ -62,24 +63,24 @@ def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
     output = Path(settings.output)
     mesh = params.make_mesh(settings.mesh.model_dump())
     changed = resume.changes(output, settings)
-    origin = setup.source(settings)
+    origin = assemble.source(settings)
     begun = resume.begun(output)
     say.doing("preparing the data")
 
     def documents(split: str, files: Sequence[str]) -> Dataset:
         folder = output / "data" / split
-        return processes.first_then_others(lambda: setup.documents(files, settings.data, origin, folder, say, begun))
+        return processes.first_then_others(lambda: assemble.documents(files, settings.data, origin, folder, say, begun))
 
     train_data = documents("train", settings.data.train)
     held_out = documents("held_out", settings.data.held_out) if settings.data.held_out else None
-    rows, counts = setup.rows_of(train_data, settings)
+    rows, counts = assemble.rows_of(train_data, settings)
     total = settings.steps or loader.steps_of(rows, counts, settings.epochs or 1)
     if total >= LIMIT:
         raise ValueError(f"epochs: {settings.epochs} are {total:,} steps, more than can be counted")
 
     say.doing("loading the models")
-    target = None if settings.kind == "target" else setup.load_target(settings, mesh)
-    model = setup.new_model(settings, origin, target, train_data, say)
+    target = None if settings.kind == "target" else assemble.load_target(settings, mesh)
+    model = assemble.new_model(settings, origin, target, train_data, say)
     if target is not None:
         check_engine(model, target, settings.save_format)  # before training what could not be written
     masters, frozen = step.split(model, () if settings.kind == "target" else step.FROZEN)
@@ -91,7 +92,7 @@ def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
     shardings = step.state_shardings(abstract, mesh)
     splits = {"train": (train_data, rows)}
     if held_out is not None:
-        splits["held_out"] = (held_out, setup.rows_of(held_out, settings)[0])
+        splits["held_out"] = (held_out, assemble.rows_of(held_out, settings)[0])
     read = {}  # by split: what a file holds of the rows
     if settings.features is not None and target is not None:
         stored = features.stored(settings, model, target, splits)
@@ -115,7 +116,7 @@ def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
         processes.by_first(lambda: resume.note(output, settings, changed, int(state.step)))
         del masters, restored
 
-        objective = setup.objective_of(settings)
+        objective = assemble.objective_of(settings)
         evaluator = None
         if held_out is not None:
             stored_rows = read.get("held_out")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from eagle_jax.files.jsonl import Fault
-from eagle_jax.train.messages import function_of, missing_part, with_calls
+from eagle_jax.train.data.messages import function_of, missing_part, with_calls
 
 Span: TypeAlias = tuple[int, int]  # characters of a text, or tokens: the first, and the one after the last
 

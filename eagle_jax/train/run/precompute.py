@@ -10,12 +10,13 @@ import numpy as np
 
 from eagle_jax.files.lock import locked_folder
 from eagle_jax.models import params
-from eagle_jax.train import features, resume, setup
 from eagle_jax.train.config import TrainSettings
-from eagle_jax.train.features import SHARD_BYTES, Group
-from eagle_jax.train.loader import on_mesh
-from eagle_jax.train.say import Say, SignsOfLife, log, signs_of_life
-from eagle_jax.train.setup import objective_of, rows_of
+from eagle_jax.train.data import features
+from eagle_jax.train.data.features import SHARD_BYTES, Group
+from eagle_jax.train.data.loader import on_mesh
+from eagle_jax.train.report import Say, SignsOfLife, log, signs_of_life
+from eagle_jax.train.run import assemble, resume
+from eagle_jax.train.run.assemble import objective_of, rows_of
 
 
 def precompute(settings: TrainSettings, folder: Path, say: Say = log, shard_bytes: int = SHARD_BYTES) -> int:
@@ -39,18 +40,18 @@ def precompute(settings: TrainSettings, folder: Path, say: Say = log, shard_byte
 
 def _precompute(settings: TrainSettings, folder: Path, say: SignsOfLife, shard_bytes: int) -> int:
     mesh = params.make_mesh(settings.mesh.model_dump())
-    origin = setup.source(settings)
+    origin = assemble.source(settings)
     output, splits = Path(settings.output), {}
     say.doing("preparing the data")
     with locked_folder(output, say):
         for split, files in (("train", settings.data.train), ("held_out", settings.data.held_out)):
             if files:
                 place = output / "data" / split
-                data = setup.documents(files, settings.data, origin, place, say, resume.begun(output))
+                data = assemble.documents(files, settings.data, origin, place, say, resume.begun(output))
                 splits[split] = data, rows_of(data, settings)[0]
     say.doing("loading the models")
-    target = setup.load_target(settings, mesh)
-    head = setup.new_model(settings, origin, target, splits["train"][0], say)
+    target = assemble.load_target(settings, mesh)
+    head = assemble.new_model(settings, origin, target, splits["train"][0], say)
     objective = objective_of(settings)
     contents = features.contents_of(settings, head, target)
     groups = features.groups_of(settings, splits, contents, shard_bytes)

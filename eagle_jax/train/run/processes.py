@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from eagle_jax.train.say import Say
+from eagle_jax.train.report import Say
 
 Result = TypeVar("Result")
 EXIT_CODES: dict[int, int] = {

@@ -28,8 +28,8 @@ from eagle_jax.files.atomic import new_file, sync, write_json
 from eagle_jax.models.target import Target
 from eagle_jax.train import fingerprint
 from eagle_jax.train.config import TrainSettings
-from eagle_jax.train.dataset import Dataset
-from eagle_jax.train.say import Say
+from eagle_jax.train.data.dataset import Dataset
+from eagle_jax.train.report import Say
 
 SHARD_BYTES = 256 << 20
 # The official alignment reads the answer behind a document's last token.
@@ -37,7 +37,7 @@ STORED_PADDING = 1
 MANIFEST = "manifest.json"
 AGAIN = "run `eagle-jax train` with the same settings and --precompute"
 
-Rows = Mapping[int, Sequence[Sequence[int]]]  # {row length: documents of each row}, as `setup.rows_of` has them
+Rows = Mapping[int, Sequence[Sequence[int]]]  # {row length: documents of each row}, as `assemble.rows_of` has them
 
 
 class FeaturesError(ValueError):

@@ -16,7 +16,7 @@ from eagle_jax.convert.small_files import copy_small_files
 from eagle_jax.files.atomic import new_folder, write_json
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
-from eagle_jax.train.loss import in_dtype
+from eagle_jax.train.loss.eagle import in_dtype
 
 
 def save_target(model: Llama, config: Path, folder: Path, dtype: str) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from eagle_jax.models import params
 from eagle_jax.models.target import Target
 from eagle_jax.train.config import OptimizerSettings
-from eagle_jax.train.objective import Batch, Metrics, Objective
+from eagle_jax.train.loss.objective import Batch, Metrics, Objective
 
 Arrays = dict[str, jax.Array]
 FROZEN = ("embed", "target_ids")  # of a head: its embedding is the target's, its vocabulary is chosen

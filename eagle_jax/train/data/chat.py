@@ -17,7 +17,7 @@ import numpy as np
 
 from eagle_jax.files.jsonl import Fault
 from eagle_jax.files.records import Encoded, text_tokens
-from eagle_jax.train.messages import (
+from eagle_jax.train.data.messages import (
     REASONING,
     REASONING_KEYS,
     find_content,
@@ -26,7 +26,7 @@ from eagle_jax.train.messages import (
     normal_messages,
     without_opening,
 )
-from eagle_jax.train.rendering import KEEP_TOKENS, Rendering, Span, chat_template_of, probe, unsure
+from eagle_jax.train.data.rendering import KEEP_TOKENS, Rendering, Span, chat_template_of, probe, unsure
 
 Kind: TypeAlias = Literal[
     "damaged file",

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.models.layers import dot, merge_parts, softmax_part
-from eagle_jax.train import flash
-from eagle_jax.train.layout import Layout
+from eagle_jax.train.data.layout import Layout
+from eagle_jax.train.loss import flash
 
 BLOCK = 512  # queries whose scores exist at a time
 

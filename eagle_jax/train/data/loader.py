@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eagle_jax.models import params
-from eagle_jax.train.dataset import Dataset
+from eagle_jax.train.data.dataset import Dataset
 
 Batch = dict[str, np.ndarray]
 EPOCHS = 2**20  # endless; grain cannot mix datasets that say so of themselves

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from eagle_jax import convert
-from eagle_jax.convert import parts
+from eagle_jax.convert import converted
 from eagle_jax.convert.read import read_json, resolve
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
@@ -22,14 +22,15 @@ from eagle_jax.files import checksums
 from eagle_jax.models import params
 from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.models.llama import Llama
-from eagle_jax.train import dataset, fingerprint
+from eagle_jax.train import fingerprint
 from eagle_jax.train.config import DataSettings, TrainSettings
-from eagle_jax.train.dataset import Dataset
-from eagle_jax.train.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
-from eagle_jax.train.records import ReadReport, read_records
-from eagle_jax.train.rendering import read_template
-from eagle_jax.train.say import Say
-from eagle_jax.train.vocabulary_loss import CHUNK
+from eagle_jax.train.data import dataset
+from eagle_jax.train.data.dataset import Dataset
+from eagle_jax.train.data.records import ReadReport, read_records
+from eagle_jax.train.data.rendering import read_template
+from eagle_jax.train.loss.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
+from eagle_jax.train.loss.vocabulary import CHUNK
+from eagle_jax.train.report import Say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def source(settings: TrainSettings) -> DataSource:
         return DataSource(path.parent, convert.tokenizer(path.parent), config, predicted_by(settings))
     assert settings.target is not None
     folder = Path(settings.target)
-    folder = folder / parts.TARGET if parts.is_conversion(folder) else resolve(settings.target)
+    folder = folder / converted.TARGET if converted.is_conversion(folder) else resolve(settings.target)
     config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     return DataSource(folder, convert.tokenizer(folder), config, predicted_by(settings))
 
@@ -125,7 +126,7 @@ def documents(
 def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:
     """A head's target, sharded over the mesh, in the dtype of the computation."""
     assert settings.target is not None
-    if parts.is_conversion(Path(settings.target)):
+    if converted.is_conversion(Path(settings.target)):
         return convert.load(settings.target, dtype=settings.dtype, mesh=mesh)[0]
     return convert.from_pretrained(settings.target, dtype=settings.dtype, mesh=mesh)[0]
 

@@ -10,11 +10,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.choose import Chosen
+from eagle_jax.decode.accept import Chosen
+from eagle_jax.decode.state import DecodeState
 from eagle_jax.drafts.protocol import Committed, Draft
 from eagle_jax.models.cache import take_tokens
 from eagle_jax.models.target import Target, TargetOutput
-from eagle_jax.state import DecodeState
 from eagle_jax.tree import Tree
 
 

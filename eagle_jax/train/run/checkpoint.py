@@ -26,9 +26,9 @@ import optax
 import orbax.checkpoint as ocp
 
 from eagle_jax.files import checksums
-from eagle_jax.train import processes
-from eagle_jax.train.say import Say
-from eagle_jax.train.step import TrainState, state_shardings
+from eagle_jax.train.report import Say
+from eagle_jax.train.run import processes
+from eagle_jax.train.run.step import TrainState, state_shardings
 
 NOT_EVALUATED = -1e30  # the score of a checkpoint that was not evaluated
 OURS = (

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.models.target import Target
-from eagle_jax.train import loss
-from eagle_jax.train.attention import causal
-from eagle_jax.train.layout import layout
-from eagle_jax.train.vocabulary_loss import CHUNK, Labels, vocabulary_loss
+from eagle_jax.train.data.layout import layout
+from eagle_jax.train.loss import eagle
+from eagle_jax.train.loss.attention import causal
+from eagle_jax.train.loss.vocabulary import CHUNK, Labels, vocabulary_loss
 
 Batch = Mapping[str, jax.Array]  # tokens, loss_mask, documents [B, S], lengths [B]; features too where they are given
 Metrics = dict[str, jax.Array]
@@ -48,7 +48,7 @@ class Eagle3Objective:
     """
 
     weights: tuple[float, ...] = tuple(0.8**step for step in range(7))
-    alignment: loss.Alignment = "corrected"
+    alignment: eagle.Alignment = "corrected"
     divergence: str = "cross_entropy"
     feature_weight: float = 0.0
     dtype: Any = None
@@ -58,16 +58,16 @@ class Eagle3Objective:
         return _examples(model, target, batch, self.chunk, documents=self.alignment != "official")
 
     def counts(self, prepared):
-        learned, weights = loss.eagle3_weights(prepared, len(self.weights), self.alignment)
+        learned, weights = eagle.eagle3_weights(prepared, len(self.weights), self.alignment)
         whole = jnp.full(len(self.weights), prepared.tokens.size, jnp.float32)
         return whole if self.alignment == "official" else weights.sum(axis=(1, 2)), learned.sum(axis=(1, 2))
 
     def sums(self, model, target, prepared, counts, key):
         del key
         total, learned = (jnp.maximum(count, 1) for count in counts)
-        _, weights = loss.eagle3_weights(prepared, len(self.weights), self.alignment)
+        _, weights = eagle.eagle3_weights(prepared, len(self.weights), self.alignment)
         regress = self.feature_weight > 0
-        sums, distances = loss.eagle3_sums(
+        sums, distances = eagle.eagle3_sums(
             model, target, prepared, weights, features=regress, dtype=self.dtype, chunk=self.chunk
         )
         losses = (sums.loss - sums.entropy if self.divergence == "kl" else sums.loss) / total
@@ -90,13 +90,13 @@ class Eagle1Objective:
         return _examples(model, target, batch, self.chunk)
 
     def counts(self, prepared):
-        return loss.eagle1_weights(prepared).sum()
+        return eagle.eagle1_weights(prepared).sum()
 
     def sums(self, model, target, prepared, counts, key):
         total = jnp.maximum(counts, 1)
-        weights = loss.eagle1_weights(prepared)
+        weights = eagle.eagle1_weights(prepared)
         key = key if self.noise else None
-        feature, token = loss.eagle1_sums(model, target, prepared, weights, key, dtype=self.dtype, chunk=self.chunk)
+        feature, token = eagle.eagle1_sums(model, target, prepared, weights, key, dtype=self.dtype, chunk=self.chunk)
         whole = (feature + self.token_weight * token.loss) / total
         metrics = {"feature_loss": feature, "token_loss": token.loss, "accuracy": token.match}
         return whole, {"loss": whole} | {name: value / total for name, value in metrics.items()}
@@ -122,7 +122,7 @@ class TargetObjective:
     @jax.named_scope("target_loss")
     def sums(self, model, target, prepared, counts, key):
         tokens, text, following, weights = prepared
-        model = loss.in_dtype(model, self.dtype)
+        model = eagle.in_dtype(model, self.dtype)
 
         def attend(index, q, k, v):
             return causal(q, k, v, text), None
@@ -137,8 +137,8 @@ def _examples(model, target, batch, chunk, documents=True):
     """The target's pass over a batch, or what a file holds of it."""
     packed = batch["documents"] if documents else None
     if "features" not in batch:
-        return loss.examples(model, target, batch["tokens"], batch["lengths"], batch["loss_mask"], packed, chunk)
+        return eagle.examples(model, target, batch["tokens"], batch["lengths"], batch["loss_mask"], packed, chunk)
     text = layout(batch["lengths"], batch["tokens"].shape[1], packed)
-    return loss.with_features(
+    return eagle.with_features(
         model, target, batch["tokens"], batch["loss_mask"], text, batch["features"], batch["answers"], chunk
     )

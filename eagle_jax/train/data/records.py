@@ -9,7 +9,7 @@ other keys are ignored:
   {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}        OpenAI; tools are optional
   {"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}   ShareGPT; a system text is optional
 
-Of a conversation the assistant's answers are learned, if their "weight" is not 0: see `eagle_jax.train.chat`. What
+Of a conversation the assistant's answers are learned, if their "weight" is not 0: see `eagle_jax.train.data.chat`. What
 `eagle-jax train regenerate` writes has tokens and loss_mask beside the messages, and "vocabulary", the fingerprint of
 the tokenizer that they belong to. Then these tokens are learned, exactly as they were decoded. Where the chat template
 changes earlier answers, tokens and loss_mask are lists of several documents.
@@ -39,7 +39,7 @@ from eagle_jax.files.records import (
     text_tokens,
 )
 from eagle_jax.train import fingerprint
-from eagle_jax.train.chat import conversation_documents
+from eagle_jax.train.data.chat import conversation_documents
 
 OnError: TypeAlias = Literal["refuse", "skip"]
 TooLong: TypeAlias = Literal["refuse", "skip", "truncate", "split"]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from eagle_jax.decode.plan import cache_positions, scratch_positions
 from eagle_jax.drafts.none import NoDraft, as_draft
 from eagle_jax.drafts.protocol import Context, Draft
 from eagle_jax.keys import row_keys, token_keys
@@ -25,7 +26,6 @@ from eagle_jax.models import params
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
-from eagle_jax.plan import cache_positions, scratch_positions
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import TreeConfig, TreePolicy, choice_noise
 

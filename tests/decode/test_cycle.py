@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import eagle_jax
 from eagle_jax import TreeConfig
-from eagle_jax.decode import step
+from eagle_jax.decode.cycle import step
 from eagle_jax.models import params
 from tests.toy import golden_pair, near_ties, random_eagle1, random_eagle3, random_prompts, random_target, rows_of
 

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.choose import accept
-from eagle_jax.commit import commit, newly_committed, update
+from eagle_jax.decode.accept import accept
+from eagle_jax.decode.commit import commit, newly_committed, update
+from eagle_jax.decode.prefill import run_pending
+from eagle_jax.decode.state import DecodeState, check_memory, context_of, spread
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Context, Draft, Proposal
 from eagle_jax.models.target import Target, TargetOutput
-from eagle_jax.prompt import run_pending
-from eagle_jax.state import DecodeState, check_memory, context_of, spread
 from eagle_jax.tree import Acceptance, AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -49,7 +49,7 @@ def cycle(
     Args:
       state: from `prefill` or an earlier `cycle`; jit this function and donate it.
       tree: the shape of the tree; ignored by drafts with a shape of their own.
-      accept_fn: the acceptance rule (see tree/verify.py for its contract); default the rule that the state's
+      accept_fn: the acceptance rule (see tree/accept.py for its contract); default the rule that the state's
         sampling asks for.
     """
     draft = as_draft(target, draft)

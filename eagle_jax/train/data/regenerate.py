@@ -49,10 +49,10 @@ from eagle_jax.files.records import (
 from eagle_jax.files.resumable import StagedLines
 from eagle_jax.serving import Answer, Request, RunningBatch, Task, run
 from eagle_jax.train import fingerprint
-from eagle_jax.train.messages import is_learned, normal_messages
-from eagle_jax.train.records import ReadReport, beginning_tokens, decoded_tokens
-from eagle_jax.train.rendering import Rendering, chat_template_of
-from eagle_jax.train.say import Say
+from eagle_jax.train.data.messages import is_learned, normal_messages
+from eagle_jax.train.data.records import ReadReport, beginning_tokens, decoded_tokens
+from eagle_jax.train.data.rendering import Rendering, chat_template_of
+from eagle_jax.train.report import Say
 
 LINES_A_SLOT = 8  # of a window: more leave fewer slots idle at its end, fewer lose less when a run is killed
 SAY_EVERY = 10.0  # seconds

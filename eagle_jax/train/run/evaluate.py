@@ -16,18 +16,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eagle_jax.api import forward, generate
 from eagle_jax.convert.eos import eos_tokens
+from eagle_jax.decode.prefill import pad
+from eagle_jax.decode.state import spread
 from eagle_jax.measure.near_tie import first_difference, near_tie_relative, relative_gap
 from eagle_jax.measure.statistics import accepted_shares, distinct_ngrams, tokens_a_cycle
 from eagle_jax.models import params
 from eagle_jax.models.target import Target
-from eagle_jax.prompt import pad
-from eagle_jax.state import spread
-from eagle_jax.train import loader, setup
 from eagle_jax.train.config import TrainSettings
-from eagle_jax.train.dataset import Dataset
-from eagle_jax.train.loss import in_dtype
-from eagle_jax.train.objective import Objective
-from eagle_jax.train.step import Arrays
+from eagle_jax.train.data import loader
+from eagle_jax.train.data.dataset import Dataset
+from eagle_jax.train.loss.eagle import in_dtype
+from eagle_jax.train.loss.objective import Objective
+from eagle_jax.train.run import assemble
+from eagle_jax.train.run.step import Arrays
 from eagle_jax.tree import TreePolicy
 from eagle_jax.tree.named import tree_named
 
@@ -147,7 +148,7 @@ class Evaluator:
         frozen: Arrays,
         target: Target | None,
         held_out: Dataset,
-        origin: setup.DataSource,
+        origin: assemble.DataSource,
         features: Any = None,
     ):
         """model: abstract; frozen: its arrays that are not trained. features: as in `loader.batches`."""
@@ -157,7 +158,7 @@ class Evaluator:
             raise ValueError(
                 f"evaluation.new_tokens {new}: the target's texts have at most {most} tokens, the prompt's too"
             )
-        rows, counts = setup.rows_of(held_out, settings)
+        rows, counts = assemble.rows_of(held_out, settings)
         blocks, of = loader.own_blocks(mesh)
         self.batches = loader.batches(held_out, rows, counts, 0, features=features, blocks=blocks, of=of)
         self.count = min(settings.evaluation.loss_batches, loader.steps_of(rows, counts, 1))
