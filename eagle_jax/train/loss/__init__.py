@@ -1,4 +1,4 @@
 """Losses: of each kind of head, over the vocabulary in chunks, with attention that has a gradient.
 
-May import train's settings, never its runs.
+May import train's settings and data, never its runs.
 """
