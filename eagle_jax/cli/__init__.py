@@ -1,4 +1,7 @@
-"""The `eagle-jax` command: one module a subcommand, each with `add_arguments(parser)` and `run(args)`."""
+"""The `eagle-jax` command: one module a subcommand, each with `add_arguments(parser)` and `run(args)`.
+
+May import everything but bench; nothing imports it.
+"""
 
 from __future__ import annotations
 

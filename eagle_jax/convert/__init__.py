@@ -1,4 +1,7 @@
-"""Conversion of official checkpoints. Importing this is cheap: file formats are imported where they are read."""
+"""Conversion: reads official checkpoints, writes converted folders and loads them, exports heads.
+
+May import drafts and everything below them, never decode; file formats are imported in functions, where they are read.
+"""
 
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.exporting import export

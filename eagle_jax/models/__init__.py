@@ -1,1 +1,4 @@
-"""Models: what a target is, Llama, its config, its cache and its parameters. Imports ops and nothing else of ours."""
+"""Models: what a target is, Llama, its config, its cache and its parameters.
+
+May import ops and files, never a draft.
+"""

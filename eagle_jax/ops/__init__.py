@@ -1,1 +1,4 @@
-"""Functions of arrays alone, and what depends on the platform. Imports no other room of the package."""
+"""Functions of arrays alone, and what depends on the platform.
+
+May import no other room of the package.
+"""

@@ -1,4 +1,7 @@
-"""Draft trees: the data, growth, and acceptance. Imports jax only; the draft comes in as a function."""
+"""Draft trees: the data, growth, and acceptance.
+
+May import jax only; the draft comes in as a function.
+"""
 
 from eagle_jax.tree.accept import (
     Acceptance,

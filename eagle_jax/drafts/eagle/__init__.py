@@ -1,1 +1,4 @@
-"""EAGLE heads: their configs, their networks, and how they draft. Imports models, tree and the rest of drafts."""
+"""EAGLE heads: their configs, their networks, and how they draft.
+
+May import models, tree and the rest of drafts.
+"""
