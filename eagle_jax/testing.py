@@ -85,6 +85,7 @@ def assert_lossless(
     candidate: Draft | AcceptFn,
     *,
     target: Target | None = None,
+    draft: Draft | None = None,
     tree: TreePolicy = TreeConfig(depth=3, top_k=2, num_nodes=6),
     sampling: SamplingConfig | None = SamplingConfig(temperature=1.0),
     draws: int = 3000,
@@ -98,8 +99,9 @@ def assert_lossless(
     give the same text wherever in a batch they stand.
 
     Args:
-      candidate: a draft, which is tried with the default rule; or a rule, which is tried with `toy_draft`.
+      candidate: a draft, which is tried with the default rule; or an acceptance rule.
       target: of few tokens, as all texts of three tokens are enumerated; default `toy_target()`. A draft must fit it.
+      draft: what a rule is tried with; default `toy_draft`. A rule that asks for draft_probs needs one that draws.
       tree: ignored by drafts with a shape of their own.
       sampling: what is sampled; None for a rule that is greedy only.
       draws: sampled texts.
@@ -119,7 +121,10 @@ def assert_lossless(
             f"at most {MOST_TEXTS} are enumerated: use a smaller one, such as toy_target()"
         )
     accept_fn = None if isinstance(candidate, Draft) else candidate
-    draft = candidate if isinstance(candidate, Draft) else toy_draft(target)
+    if isinstance(candidate, Draft):
+        draft = candidate
+    elif draft is None:
+        draft = toy_draft(target)
     run = functools.partial(generate, tree=tree, accept_fn=accept_fn)
     # The greedy program has no keys, which a sampling rule may need; in a batch that samples, temperature 0 is greedy.
     cold = None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from eagle_jax import DraftModel, SamplingConfig, StaticTree
+from eagle_jax import DraftModel, Proposal, SamplingConfig, StaticTree
+from eagle_jax.decode.accept import accept
 from eagle_jax.testing import assert_lossless, toy_draft, toy_target
-from eagle_jax.tree import Acceptance, Tree, accept_greedy, accept_sampled
+from eagle_jax.tree import Acceptance, Tree, accept_coupled, accept_greedy, accept_sampled
 from tests.drafts.successors import Successors
 
 CHAIN = StaticTree.chain(3)
@@ -32,6 +35,30 @@ def test_lossless_rules_and_drafts_pass():
     assert assert_lossless(accept_greedy, sampling=None).p_value is None
     warm = SamplingConfig(temperature=0.8, repetition_penalty=1.3)
     assert_lossless(DraftModel(toy_target(seed=1)), tree=CHAIN, sampling=warm, draws=1000)
+
+
+def test_a_rule_gets_the_arguments_that_its_signature_names():
+    """Named so, it does what the default rule does: with drawn drafts, and with noise that draft and target share."""
+
+    def drawn(tree, logits, keys, *, draft_probs):
+        return accept_sampled(tree, logits, keys, draft_probs)
+
+    def coupled(tree, logits, keys, noise=None):
+        return accept_coupled(tree, logits, noise)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    logits, q = jax.random.normal(keys[0], (64, 4, 7)), jax.nn.softmax(jax.random.normal(keys[1], (64, 4, 7)), axis=-1)
+    tokens = jax.random.randint(keys[2], (64, 4), 0, 7, jnp.int32)
+    parents, depths = (jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32) - back, (64, 4)) for back in (1, 0))
+    proposal = Proposal(Tree(tokens=tokens, parents=parents, depths=depths, scores=jnp.zeros((64, 4))), q)
+    context = SimpleNamespace(
+        tokens=tokens, lengths=jnp.ones(64, jnp.int32), keys=jax.random.split(keys[3], 64), noise=None
+    )
+    for rule, noise in ((drawn, None), (coupled, jax.random.gumbel(keys[3], (64, 4, 7)))):
+        context.sampling, context.noise = SamplingConfig(1.0, coupled=noise is not None), noise
+        ours, default = (accept(context, proposal, logits, accept_fn, depth=3) for accept_fn in (rule, None))
+        jax.tree.map(np.testing.assert_array_equal, ours, default)
+        assert ours.acceptance.length.max() > 0
 
 
 def typical_acceptance(tree: Tree, logits: jax.Array, keys: jax.Array | None) -> Acceptance:

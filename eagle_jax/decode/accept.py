@@ -6,6 +6,7 @@ Letters: B batch, N nodes, D tree depth, W columns of the token buffer, V vocabu
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import NamedTuple
 
 import jax
@@ -64,7 +65,9 @@ def accept(
         processed = process(logits, sampling, functools.partial(seen_tokens, context, nodes, logits.shape[-1]))
     keys = None if context.keys is None else token_keys(context.keys, context.lengths, 1)[:, 0]
     if accept_fn is not None:
-        acceptance = jax.tree.map(lambda x: x.astype(jnp.int32), accept_fn(nodes, processed, keys))
+        offered = {"draft_probs": proposal.probs, "noise": context.noise}
+        extra = {name: value for name, value in offered.items() if asks_for(accept_fn, name)}
+        acceptance = jax.tree.map(lambda x: x.astype(jnp.int32), accept_fn(nodes, processed, keys, **extra))
     elif sampling is None:
         acceptance = accept_greedy(nodes, processed)
     elif context.noise is not None:
@@ -90,6 +93,14 @@ def accept(
         on_path = jax.nn.log_softmax(jnp.take_along_axis(logits, path[:, :, None], axis=1), axis=-1)
         kept = jnp.take_along_axis(on_path, tokens[:, :, None], axis=2)[:, :, 0]
     return Chosen(acceptance, path, tokens, _leading(finite), kept)
+
+
+def asks_for(accept_fn: AcceptFn, argument: str) -> bool:
+    """Returns whether the signature of an acceptance rule names an argument beyond tree, logits and keys."""
+    try:
+        return argument in inspect.signature(accept_fn).parameters
+    except ValueError:  # a callable without a signature, such as a C function
+        return False
 
 
 def seen_tokens(context: Context, nodes: Tree, vocab_size: int) -> jax.Array:

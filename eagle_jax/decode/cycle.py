@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.decode.accept import accept
+from eagle_jax.decode.accept import accept, asks_for
 from eagle_jax.decode.commit import commit, newly_committed, update
 from eagle_jax.decode.prefill import run_pending
 from eagle_jax.decode.state import DecodeState, check_memory, context_of, spread
@@ -114,5 +114,9 @@ def check_state(state: DecodeState, draft: Draft, depth: int, accept_fn: AcceptF
         raise ValueError(
             f"tree.depth = {depth} exceeds the {state.max_depth} this state has room for; pass tree= to prefill"
         )
-    if accept_fn is not None and state.sampling is not None and state.sampling.coupled:
-        raise ValueError("coupled sampling drafts for its own acceptance rule; with another, leave coupled=False")
+    coupled = state.sampling is not None and state.sampling.coupled
+    if coupled and accept_fn is not None and not asks_for(accept_fn, "noise"):
+        raise ValueError(
+            "coupled sampling drafts for its own acceptance rule; with another, leave coupled=False, or let the rule "
+            "take noise= and choose by it"
+        )

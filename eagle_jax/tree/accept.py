@@ -42,7 +42,12 @@ class Acceptance:
 #   temperature 0). keys: one a row, fresh in every cycle; None when decoding is greedy.
 # A rule must be lossless: accepted tokens and bonus together follow that distribution, whatever the tree holds. It may
 # use the keys in any way, as the tree was drafted without them.
-AcceptFn = Callable[[Tree, jax.Array, jax.Array | None], Acceptance]
+# A rule whose signature names them gets by keyword, too:
+#   draft_probs [B, N, V]: the distribution q that each node's children were drawn from (see `Proposal.probs`), or None.
+#   noise [B, D + 1, V]: the Gumbel noise of the token after each depth with coupled sampling, else None. The tree was
+#     drafted with this noise, so a rule that gets it has a duty: the token after a node must be argmax(logits + noise)
+#     at the node's depth. A rule that draws otherwise would not be lossless, as the tree depends on the noise.
+AcceptFn = Callable[..., Acceptance]
 
 
 def accept_greedy(tree: Tree, logits: jax.Array, keys: jax.Array | None = None) -> Acceptance:
