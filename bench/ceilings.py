@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.measure.timing import seconds_of
-from eagle_jax.models.layers import linear
+from eagle_jax.ops.linear import linear
 
 # Bytes of the array that is copied, and width of the square matrices: too large for caches and launches to count.
 ACCELERATOR = 2**31, 8192

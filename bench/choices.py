@@ -37,7 +37,8 @@ from bench.report import table
 from bench.shapes import SHAPES
 from eagle_jax import LlamaConfig
 from eagle_jax.measure.timing import seconds_of
-from eagle_jax.models.layers import CacheLayer, attention, linear
+from eagle_jax.ops.attention import CacheLayer, attention
+from eagle_jax.ops.linear import linear
 
 CASES = ("flags", "products", "attention")
 LAYERS = 8  # that take turns

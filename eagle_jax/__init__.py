@@ -17,8 +17,8 @@ from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.drafts.prompt_lookup import PromptLookup
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal, Text
 from eagle_jax.models.config import ConfigError, LlamaConfig
-from eagle_jax.models.layers import input_first
 from eagle_jax.models.llama import Llama
+from eagle_jax.models.params import input_first
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import PUBLISHED_TREES, StaticTree, Tree, TreeConfig, TreePolicy

@@ -25,8 +25,8 @@ from eagle_jax.drafts.eagle.config import tap_layers
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft, check_models, shown
-from eagle_jax.models.layers import attention
 from eagle_jax.models.target import Target
+from eagle_jax.ops.attention import attention
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import AcceptFn, Tree, TreeConfig, TreePolicy
 

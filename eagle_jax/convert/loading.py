@@ -32,8 +32,8 @@ from eagle_jax.convert.read import open_checkpoint, read_json
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
-from eagle_jax.models.layers import InputFirst
 from eagle_jax.models.llama import Llama
+from eagle_jax.ops.linear import InputFirst
 
 Models = tuple[Llama, Draft | None]
 

@@ -30,9 +30,9 @@ from eagle_jax.decode.state import (
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Committed, Draft, Proposal
 from eagle_jax.keys import row_keys
-from eagle_jax.models.layers import attention
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.arrays import take_one
+from eagle_jax.ops.attention import attention
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import Tree, TreePolicy
 

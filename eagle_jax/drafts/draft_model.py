@@ -17,9 +17,9 @@ from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.keys import draft_keys
 from eagle_jax.models.cache import ROW_TILE, KVCache, put
 from eagle_jax.models.config import require_same
-from eagle_jax.models.layers import attention
 from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
+from eagle_jax.ops.attention import attention
 from eagle_jax.sampling import warp
 from eagle_jax.tree import DraftStep, Tree, TreePolicy, choice_noise
 from eagle_jax.tree.policy import NEVER

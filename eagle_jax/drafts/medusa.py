@@ -18,9 +18,10 @@ from flax import nnx
 from eagle_jax.drafts.noise import coupled
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.config import require_same
-from eagle_jax.models.layers import linear, normal, zeros
+from eagle_jax.models.layers import normal, zeros
 from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
+from eagle_jax.ops.linear import linear
 from eagle_jax.tree import DraftStep, TreePolicy
 
 

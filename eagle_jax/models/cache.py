@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from eagle_jax.models import params
-from eagle_jax.models.layers import CacheLayer
+from eagle_jax.ops.attention import CacheLayer
 
 # Cache rows come in whole tiles of the accelerators' matrix products; else XLA pads, that is copies, the cache.
 ROW_TILE = 128

@@ -1,7 +1,6 @@
 """The parts of a decoder layer: pure functions, and the two modules that hold its weights.
 
-Letters: B batch, T new tokens, M rows of new keys, S cache rows, D model width, F MLP width, N query heads,
-K key-value heads, G = N / K, H head dim.
+Letters: B batch, T new tokens, D model width, F MLP width, N query heads, K key-value heads, H head dim.
 
 Weights keep PyTorch's order, output dimension first: o [D, N * H], gate [F, D], and q [N, H, D] with the heads
 split out (on TPUs neither q in two dimensions nor o in three goes without a copy). Conversion is a reshape.
@@ -9,10 +8,8 @@ split out (on TPUs neither q in two dimensions nor o in three goes without a cop
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +17,7 @@ import numpy as np
 from flax import nnx
 
 from eagle_jax.models.config import LlamaConfig, RopeConfig
-
-Model = TypeVar("Model")
+from eagle_jax.ops.linear import linear
 
 # attend(q [B, T, N, H], k [B, K, T, H], v [B, K, T, H]) -> (attention's result [B, T, N, H], what the caller keeps).
 # A layer does not know where older keys live; the caller's closure does. What it keeps (k and v, a cache that holds
@@ -29,115 +25,6 @@ Model = TypeVar("Model")
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 # The same for all layers of a model: attend(layer index, q, k, v).
 AttendLayer = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-
-# Rows of a cache attended to at a time when going through it in blocks: for a chunk of a prompt, and on a CPU.
-CACHE_BLOCK = 512
-CPU_CACHE_BLOCK = 128
-CPU_FEW_ROWS = 8  # rows of a product that a CPU goes through one by one
-CPU_EIGEN_ROWS = 16  # rows that a CPU multiplies faster by Eigen than by YNNPACK, with a weight stored input first
-
-
-class CacheLayer(NamedTuple):
-    """One layer of a cache: k, v [B, K, S, H], of which the first `length` [B] rows are committed."""
-
-    k: jax.Array
-    v: jax.Array
-    length: jax.Array
-
-
-class Window(NamedTuple):
-    """What of a text a query may see: its `first` positions, and those from `oldest` [B, T] on, one a query."""
-
-    first: int
-    oldest: jax.Array
-
-    def sees(self, positions: jax.Array) -> jax.Array:
-        """Of positions [B or 1, M], which each query sees: [B, T, M] bool."""
-        return (positions < self.first)[:, None] | (positions[:, None] >= self.oldest[:, :, None])
-
-
-def dot(equation: str, x: jax.Array, y: jax.Array, out_dtype: Any = None) -> jax.Array:
-    """`einsum` in the operands' own precision: float32 stays float32 on GPUs and TPUs too."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=out_dtype or x.dtype)
-
-
-class InputFirst(nnx.Param):
-    """A weight [..., D] stored as [D, ...]: see `input_first`."""
-
-
-# The last component of the path of every weight that `linear` multiplies with. Embeddings are read by rows, too.
-PRODUCT_WEIGHTS = {"q", "k", "v", "o", "gate", "up", "down", "fc", "lm_head", "weight"}
-
-
-def input_first(model: Model) -> Model:
-    """The same model (or draft) for decoding on a CPU: its weights stored with their input dimension first.
-
-    A CPU multiplies a few rows with such a weight as it lies, and rearranges any other one first. Results differ by
-    rounding. Accelerators gain nothing. The copy is for decoding alone: convert, shard or train the model it came from.
-    A target whose output matrix is its embedding gets an output matrix of its own, V * D numbers more, for lookups read
-    the embedding by rows.
-    """
-
-    def turn(path, leaf):
-        is_weight = isinstance(leaf, nnx.Param) and getattr(path[-1], "name", None) in PRODUCT_WEIGHTS
-        return _turned(leaf) if is_weight and not isinstance(leaf, InputFirst) else leaf
-
-    def untie(node):
-        if not _is_tied(node):
-            return node
-        node = copy.copy(node)
-        node.lm_head = nnx.data(_turned(node.embed))
-        return node
-
-    turned = jax.tree_util.tree_map_with_path(turn, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return jax.tree.map(untie, turned, is_leaf=_is_tied)
-
-
-def _is_tied(node: Any) -> bool:
-    return getattr(node, "output_is_embedding", False)
-
-
-def _turned(weight: nnx.Param) -> InputFirst:
-    value = weight[...]
-    if isinstance(value, jax.core.Tracer):
-        return InputFirst(jnp.moveaxis(value, -1, 0))
-    # By NumPy: JAX would compile a program for every shape.
-    return InputFirst(jnp.asarray(np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0))))
-
-
-def input_size(weight: nnx.Param) -> int:
-    """D of a weight [..., D], however it is stored."""
-    return weight.shape[0 if isinstance(weight, InputFirst) else -1]
-
-
-def linear(x: jax.Array, weight: jax.Array | nnx.Param, out_dtype: Any = None) -> jax.Array:
-    """x [..., D] times a weight [..., D]: [..., the weight's other dimensions].
-
-    As a product of two matrices, whatever the dimensions: a CPU copies a weight that has more of them, at every
-    product, and takes twice as long over the gradient of an x that has more. A few rows a CPU multiplies one by one,
-    as in plain decoding, which takes less time: it would rearrange the weight for them, unless `input_first` did.
-    """
-    rows, stored = x.reshape(-1, x.shape[-1]), weight[...]
-    if isinstance(weight, InputFirst):
-        matrix = stored.reshape(len(stored), -1)
-        if 1 < len(rows) <= CPU_EIGEN_ROWS and rows.dtype == jnp.float32:
-            # XLA:CPU gives this transposed form to Eigen, and a product rows @ weight to YNNPACK.
-            out = dot("dr,df->rf", jax.lax.optimization_barrier(rows.T), matrix, out_dtype)
-        else:
-            out = dot("rd,df->rf", rows, matrix, out_dtype)
-        return out.reshape(*x.shape[:-1], *stored.shape[1:])
-    matrix = stored.reshape(-1, stored.shape[-1])
-    together = functools.partial(dot, "rd,fd->rf", out_dtype=out_dtype)
-
-    def one_by_one(rows, matrix):
-        return jax.lax.map(lambda row: together(row[None], matrix)[0], rows)
-
-    if 1 < len(rows) <= CPU_FEW_ROWS:
-        out = jax.lax.platform_dependent(rows, matrix, cpu=one_by_one, default=together)
-    else:
-        out = together(rows, matrix)
-    return out.reshape(*x.shape[:-1], *stored.shape[:-1])
 
 
 @jax.named_scope("norm")
@@ -205,99 +92,6 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     signed_sin = jnp.stack([-sin, sin], axis=-2)
     rotated = halves * cos[..., None, :] + jnp.flip(halves, axis=-2) * signed_sin
     return rotated.reshape(x.shape).astype(x.dtype)
-
-
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    cache: CacheLayer | None = None,
-    *,
-    window: Window | None = None,
-    in_blocks: bool = False,
-) -> jax.Array:
-    """Softmax attention over the rows of a cache and over new rows: one softmax, computed in parts and merged.
-
-    Args:
-      q: [B, T, N, H].
-      k, v: [B, K, M, H] new rows.
-      mask: [B, T, M], True where a query sees a new row. Every query must see at least one.
-      cache: every query sees its rows below `length`; row i is position i.
-      window: limits what a query sees of the cache.
-      in_blocks: go through the cache in blocks, and only as far as it is filled. For many queries (a chunk of a
-        prompt), whose scores over the whole cache would be large beside it.
-    Returns:
-      [B, T, N, H].
-    """
-    batch, tokens, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    # Query heads that share a key-value head become more queries of it, [B, K, G * T, H]: a plain batched product.
-    grouped = jnp.moveaxis(q.reshape(batch, tokens, kv_heads, -1, head_dim), 1, 3)
-    grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
-
-    def part(keys, values, seen):  # seen [B, T or 1, rows]
-        return softmax_part(grouped, keys, values, seen, tokens)
-
-    with jax.named_scope("new_kv"):
-        result = part(k, v, mask)
-    # XLA would merge the two products of the queries into one, with a copy of the cache behind the new rows.
-    grouped = jax.lax.optimization_barrier(grouped)
-
-    def visible(rows, seen):  # positions [1, M], and which of them are to be seen at all [B, M] -> [B, T or 1, M]
-        return seen[:, None] if window is None else seen[:, None] & window.sees(rows)
-
-    def add_whole(result, cache):
-        rows = jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
-        return merge_parts(result, part(cache.k, cache.v, visible(rows, rows < cache.length[:, None])))
-
-    def add_blocks(result, cache, rows):
-        rows = min(rows, cache.k.shape[2])
-
-        def add_block(index, result):
-            start = jnp.minimum(index * rows, cache.k.shape[2] - rows)  # the last block may overlap the one before
-            block_k = jax.lax.dynamic_slice_in_dim(cache.k, start, rows, axis=2)
-            block_v = jax.lax.dynamic_slice_in_dim(cache.v, start, rows, axis=2)
-            row = start + jnp.arange(rows, dtype=jnp.int32)[None]
-            seen = (row >= index * rows) & (row < cache.length[:, None])
-            return merge_parts(result, part(block_k, block_v, visible(row, seen)))
-
-        return jax.lax.fori_loop(0, -(-jnp.max(cache.length) // rows), add_block, result)
-
-    with jax.named_scope("cache"):
-        if cache is not None and in_blocks:
-            result = add_blocks(result, cache, CACHE_BLOCK)
-        elif cache is not None:
-            # A CPU saves the arithmetic on unused rows; accelerators, bound by bytes and launches, want one product.
-            in_cpu_blocks = functools.partial(add_blocks, rows=CPU_CACHE_BLOCK)
-            result = jax.lax.platform_dependent(result, cache, cpu=in_cpu_blocks, default=add_whole)
-    total, out = result[1:]
-    out = (out / total).reshape(batch, kv_heads, -1, tokens, head_dim)
-    return jnp.moveaxis(out, 3, 1).reshape(batch, tokens, heads, head_dim).astype(q.dtype)
-
-
-def softmax_part(q, keys, values, seen, tokens):
-    """Attention of q [B, K, G * T, H] over some of the rows, before normalisation.
-
-    Returns:
-      The largest score and the sum of exponentials [B, K, G * T, 1], and the weighted values [B, K, G * T, H]; float32.
-    """
-    batch, kv_heads, queries, head_dim = q.shape
-    scores = dot("bkqh,bksh->bkqs", q, keys, jnp.float32) * head_dim**-0.5
-    scores = scores.reshape(batch, kv_heads, -1, tokens, keys.shape[2])
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(batch, kv_heads, queries, keys.shape[2])
-    # A part of which a query sees nothing has no largest score; any finite number serves.
-    top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - top)
-    out = dot("bkqs,bksh->bkqh", weights.astype(values.dtype), values, jnp.float32)
-    return top, weights.sum(axis=-1, keepdims=True), out
-
-
-def merge_parts(a, b):
-    """Two parts of one softmax as one."""
-    top = jnp.maximum(a[0], b[0])
-    scale_a, scale_b = jnp.exp(a[0] - top), jnp.exp(b[0] - top)
-    return top, a[1] * scale_a + b[1] * scale_b, a[2] * scale_a + b[2] * scale_b
 
 
 class Attention(nnx.Module):

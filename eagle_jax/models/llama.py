@@ -14,19 +14,10 @@ from flax import nnx
 
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.config import LlamaConfig
-from eagle_jax.models.layers import (
-    MLP,
-    Attend,
-    AttendLayer,
-    Attention,
-    attention,
-    linear,
-    normal,
-    ones,
-    rms_norm,
-    rope_angles,
-)
+from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, normal, ones, rms_norm, rope_angles
 from eagle_jax.models.target import TargetOutput
+from eagle_jax.ops.attention import attention
+from eagle_jax.ops.linear import linear
 
 
 class DecoderLayer(nnx.Module):

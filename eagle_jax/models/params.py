@@ -5,14 +5,18 @@ A path names the attribute that holds the array, such as "layers.3.attention.q" 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from eagle_jax.models.layers import InputFirst, input_first
+from eagle_jax.ops.linear import InputFirst
 
 Model = TypeVar("Model")
 Axis = str | tuple[str, ...] | None
@@ -40,6 +44,8 @@ PARTITION_RULES: dict[str, tuple[str | None, ...]] = {
     "embed": (TENSOR, None),
     "lm_head": (TENSOR, None),
 }
+# The last component of the path of every weight that `linear` multiplies with. Embeddings are read by rows, too.
+PRODUCT_WEIGHTS = {"q", "k", "v", "o", "gate", "up", "down", "fc", "lm_head", "weight"}
 # Keys and values of a decoder, [batch, key-value heads, rows, head dim].
 CACHE_RULE: tuple[Axis, ...] = (BATCH, TENSOR, None, None)
 
@@ -118,6 +124,42 @@ def mesh_of(values: Any) -> Mesh | AbstractMesh | None:
     leaf = jax.tree.leaves(values)[0]
     placed = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else leaf.sharding
     return placed.mesh if isinstance(placed, NamedSharding) and placed.mesh.size > 1 else None
+
+
+def input_first(model: Model) -> Model:
+    """The same model (or draft) for decoding on a CPU: its weights stored with their input dimension first.
+
+    A CPU multiplies a few rows with such a weight as it lies, and rearranges any other one first. Results differ by
+    rounding. Accelerators gain nothing. The copy is for decoding alone: convert, shard or train the model it came from.
+    A target whose output matrix is its embedding gets an output matrix of its own, V * D numbers more, for lookups read
+    the embedding by rows.
+    """
+
+    def turn(path, leaf):
+        is_weight = isinstance(leaf, nnx.Param) and getattr(path[-1], "name", None) in PRODUCT_WEIGHTS
+        return _turned(leaf) if is_weight and not isinstance(leaf, InputFirst) else leaf
+
+    def untie(node):
+        if not _is_tied(node):
+            return node
+        node = copy.copy(node)
+        node.lm_head = nnx.data(_turned(node.embed))
+        return node
+
+    turned = jax.tree_util.tree_map_with_path(turn, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree.map(untie, turned, is_leaf=_is_tied)
+
+
+def _is_tied(node: Any) -> bool:
+    return getattr(node, "output_is_embedding", False)
+
+
+def _turned(weight: nnx.Param) -> InputFirst:
+    value = weight[...]
+    if isinstance(value, jax.core.Tracer):
+        return InputFirst(jnp.moveaxis(value, -1, 0))
+    # By NumPy: JAX would compile a program for every shape.
+    return InputFirst(jnp.asarray(np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0))))
 
 
 def for_this_machine(model: Any) -> Any:

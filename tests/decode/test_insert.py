@@ -11,7 +11,7 @@ import pytest
 
 import eagle_jax
 from eagle_jax import SamplingConfig
-from eagle_jax.models.layers import attention
+from eagle_jax.ops.attention import attention
 from tests.toy import NEW, TREE, generate, near_ties, rows_of, small_case
 
 

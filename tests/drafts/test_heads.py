@@ -14,8 +14,8 @@ from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models.config import ConfigError, LlamaConfig
-from eagle_jax.models.layers import attention
 from eagle_jax.models.llama import Llama
+from eagle_jax.ops.attention import attention
 from tests import pickled
 from tests.models.reference import SMALL, causal, fill, load_target
 

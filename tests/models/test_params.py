@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,15 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models import params
 from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.llama import Llama
+from eagle_jax.ops.linear import InputFirst
 from tests.models.reference import SMALL
+from tests.toy import TARGET, random_eagle3, random_target
 
 CONFIG = LlamaConfig.from_hf(SMALL | dict(attention_bias=True, mlp_bias=True))
 
@@ -134,3 +139,29 @@ def test_arrays_are_placed_in_parts():
     devices = Mesh(np.asarray(jax.devices()[:2]), ("tensor",))
     array = jax.device_put(jnp.zeros((64, 8)), params.sharding("embed", (64, 8), devices))
     assert [shard.data.shape for shard in array.addressable_shards] == [(32, 8)] * 2
+
+
+def test_input_first_turns_the_weights_of_products_alone_and_once():
+    target, draft = random_target(0), random_eagle3(1)
+    for model in (target, draft):
+        turned = params.input_first(model)
+        before, after = (jax.tree_util.tree_flatten_with_path(one)[0] for one in (model, turned))
+        for (path, old), (_, new) in zip(before, after, strict=True):
+            weight = params.path_name(path).split(".")[-1] in params.PRODUCT_WEIGHTS
+            np.testing.assert_array_equal(new, np.moveaxis(old, -1, 0) if weight else old)
+        again = jax.tree.leaves(params.input_first(turned))
+        assert all(a is b for a, b in zip(again, jax.tree.leaves(turned), strict=True))
+        with pytest.raises(ValueError, match="input_first is for decoding alone"):
+            params.flatten(turned)
+
+
+@pytest.mark.parametrize("wrap", [lambda target: target, DraftModel], ids=["target", "draft model"])
+def test_input_first_gives_a_tied_target_an_output_matrix_of_its_own(wrap):
+    tied = Llama(dataclasses.replace(TARGET, tie_word_embeddings=True), jax.random.key(0))
+    turned = params.input_first(wrap(tied))
+    ours = getattr(turned, "model", turned)
+    assert isinstance(ours.lm_head, InputFirst)
+    np.testing.assert_array_equal(ours.embed[...], tied.embed[...])
+    hidden = jax.random.normal(jax.random.key(1), (1, 3, TARGET.hidden_size))
+    np.testing.assert_allclose(ours.logits(hidden), tied.logits(hidden), rtol=1e-5, atol=1e-5)
+    assert tied.lm_head is None

@@ -12,7 +12,7 @@ import pytest
 import eagle_jax
 from eagle_jax import DraftConfig, DraftModel, Eagle1Draft, Eagle3Draft, TargetOutput
 from eagle_jax.models.config import RopeConfig
-from eagle_jax.models.layers import attention
+from eagle_jax.ops.attention import attention
 from eagle_jax.train import eagle1_loss, eagle3_loss
 from tests.toy import NEW, TREE, near_ties, random_prompts, rows_of, scaled
 

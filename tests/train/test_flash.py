@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eagle_jax.models import params
-from eagle_jax.models.layers import merge_parts
+from eagle_jax.ops.attention import merge_parts
 from eagle_jax.train.data.layout import layout
 from eagle_jax.train.loss import flash
 from eagle_jax.train.loss.attention import by_backend, in_blocks

@@ -21,9 +21,10 @@ from eagle_jax.drafts.noise import coupled
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.cache import KVCache, put
 from eagle_jax.models.config import ConfigError
-from eagle_jax.models.layers import Attend, Window, attention
+from eagle_jax.models.layers import Attend
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.arrays import take_one
+from eagle_jax.ops.attention import Window, attention
 from eagle_jax.tree import DraftStep, TreePolicy
 
 

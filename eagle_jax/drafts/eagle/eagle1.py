@@ -17,9 +17,10 @@ from flax import nnx
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.models.config import require_same
-from eagle_jax.models.layers import Attend, add_bias, linear, normal, rope_angles, zeros
+from eagle_jax.models.layers import Attend, add_bias, normal, rope_angles, zeros
 from eagle_jax.models.llama import DecoderLayer
 from eagle_jax.models.target import Target, TargetOutput
+from eagle_jax.ops.linear import linear
 
 
 class Eagle1Draft(EagleDraft, nnx.Module):

@@ -18,8 +18,9 @@ from flax import nnx
 from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.models.config import ConfigError, require_same
-from eagle_jax.models.layers import MLP, Attend, Attention, input_size, linear, normal, ones, rms_norm, rope_angles
+from eagle_jax.models.layers import MLP, Attend, Attention, normal, ones, rms_norm, rope_angles
 from eagle_jax.models.target import Target, TargetOutput
+from eagle_jax.ops.linear import input_size, linear
 
 
 class Eagle3Layer(nnx.Module):

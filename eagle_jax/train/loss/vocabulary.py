@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.models.cache import put
-from eagle_jax.models.layers import dot, linear
+from eagle_jax.ops.linear import dot, linear
 
 CHUNK = 2048  # positions whose logits exist at a time, on a device
 

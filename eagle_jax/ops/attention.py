@@ -1,0 +1,131 @@
+"""Attention over the rows of a cache and over new rows, in parts of one softmax.
+
+Letters: B batch, T new tokens, M rows of new keys, S cache rows, N query heads, K key-value heads, G = N / K,
+H head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from eagle_jax.ops.linear import dot
+
+# Rows of a cache attended to at a time when going through it in blocks: for a chunk of a prompt, and on a CPU.
+CACHE_BLOCK = 512
+CPU_CACHE_BLOCK = 128
+
+
+class CacheLayer(NamedTuple):
+    """One layer of a cache: k, v [B, K, S, H], of which the first `length` [B] rows are committed."""
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+
+class Window(NamedTuple):
+    """What of a text a query may see: its `first` positions, and those from `oldest` [B, T] on, one a query."""
+
+    first: int
+    oldest: jax.Array
+
+    def sees(self, positions: jax.Array) -> jax.Array:
+        """Of positions [B or 1, M], which each query sees: [B, T, M] bool."""
+        return (positions < self.first)[:, None] | (positions[:, None] >= self.oldest[:, :, None])
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    cache: CacheLayer | None = None,
+    *,
+    window: Window | None = None,
+    in_blocks: bool = False,
+) -> jax.Array:
+    """Softmax attention over the rows of a cache and over new rows: one softmax, computed in parts and merged.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, K, M, H] new rows.
+      mask: [B, T, M], True where a query sees a new row. Every query must see at least one.
+      cache: every query sees its rows below `length`; row i is position i.
+      window: limits what a query sees of the cache.
+      in_blocks: go through the cache in blocks, and only as far as it is filled. For many queries (a chunk of a
+        prompt), whose scores over the whole cache would be large beside it.
+    Returns:
+      [B, T, N, H].
+    """
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    # Query heads that share a key-value head become more queries of it, [B, K, G * T, H]: a plain batched product.
+    grouped = jnp.moveaxis(q.reshape(batch, tokens, kv_heads, -1, head_dim), 1, 3)
+    grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
+
+    def part(keys, values, seen):  # seen [B, T or 1, rows]
+        return softmax_part(grouped, keys, values, seen, tokens)
+
+    with jax.named_scope("new_kv"):
+        result = part(k, v, mask)
+    # XLA would merge the two products of the queries into one, with a copy of the cache behind the new rows.
+    grouped = jax.lax.optimization_barrier(grouped)
+
+    def visible(rows, seen):  # positions [1, M], and which of them are to be seen at all [B, M] -> [B, T or 1, M]
+        return seen[:, None] if window is None else seen[:, None] & window.sees(rows)
+
+    def add_whole(result, cache):
+        rows = jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
+        return merge_parts(result, part(cache.k, cache.v, visible(rows, rows < cache.length[:, None])))
+
+    def add_blocks(result, cache, rows):
+        rows = min(rows, cache.k.shape[2])
+
+        def add_block(index, result):
+            start = jnp.minimum(index * rows, cache.k.shape[2] - rows)  # the last block may overlap the one before
+            block_k = jax.lax.dynamic_slice_in_dim(cache.k, start, rows, axis=2)
+            block_v = jax.lax.dynamic_slice_in_dim(cache.v, start, rows, axis=2)
+            row = start + jnp.arange(rows, dtype=jnp.int32)[None]
+            seen = (row >= index * rows) & (row < cache.length[:, None])
+            return merge_parts(result, part(block_k, block_v, visible(row, seen)))
+
+        return jax.lax.fori_loop(0, -(-jnp.max(cache.length) // rows), add_block, result)
+
+    with jax.named_scope("cache"):
+        if cache is not None and in_blocks:
+            result = add_blocks(result, cache, CACHE_BLOCK)
+        elif cache is not None:
+            # A CPU saves the arithmetic on unused rows; accelerators, bound by bytes and launches, want one product.
+            in_cpu_blocks = functools.partial(add_blocks, rows=CPU_CACHE_BLOCK)
+            result = jax.lax.platform_dependent(result, cache, cpu=in_cpu_blocks, default=add_whole)
+    total, out = result[1:]
+    out = (out / total).reshape(batch, kv_heads, -1, tokens, head_dim)
+    return jnp.moveaxis(out, 3, 1).reshape(batch, tokens, heads, head_dim).astype(q.dtype)
+
+
+def softmax_part(q, keys, values, seen, tokens):
+    """Attention of q [B, K, G * T, H] over some of the rows, before normalisation.
+
+    Returns:
+      The largest score and the sum of exponentials [B, K, G * T, 1], and the weighted values [B, K, G * T, H]; float32.
+    """
+    batch, kv_heads, queries, head_dim = q.shape
+    scores = dot("bkqh,bksh->bkqs", q, keys, jnp.float32) * head_dim**-0.5
+    scores = scores.reshape(batch, kv_heads, -1, tokens, keys.shape[2])
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(batch, kv_heads, queries, keys.shape[2])
+    # A part of which a query sees nothing has no largest score; any finite number serves.
+    top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - top)
+    out = dot("bkqs,bksh->bkqh", weights.astype(values.dtype), values, jnp.float32)
+    return top, weights.sum(axis=-1, keepdims=True), out
+
+
+def merge_parts(a, b):
+    """Two parts of one softmax as one."""
+    top = jnp.maximum(a[0], b[0])
+    scale_a, scale_b = jnp.exp(a[0] - top), jnp.exp(b[0] - top)
+    return top, a[1] * scale_a + b[1] * scale_b, a[2] * scale_a + b[2] * scale_b
