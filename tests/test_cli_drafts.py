@@ -18,6 +18,7 @@ import eagle_jax
 from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
 from eagle_jax.cli import drafts, machine, main, models, places, trees
 from eagle_jax.convert import to_official
+from eagle_jax.drafts.registry import WEIGHTLESS
 from eagle_jax.measure import plot, samples
 from eagle_jax.measure.drawn import Drawn, Node, decode_to
 from eagle_jax.tree import PUBLISHED_TREES
@@ -199,9 +200,9 @@ def test_a_draft_without_weights_goes_with_every_target(folder, capsys):
     assert out[0].out == out[1].out
     assert "PromptLookup, length 10, branches 1, ngram 3 (a shape of its own)\n" in out[1].err
     target = str(folder.parent / "target")
-    for name, make in models.WEIGHTLESS.items():
+    for name, kind in WEIGHTLESS.items():
         args = decoding(target=target, draft=name, **dict.fromkeys(("dtype", "mesh", "revision", "draft_revision")))
-        assert models.load_models(args).draft == make()
+        assert models.load_models(args).draft == kind.draft(**kind.settings)
     for draft, options, message in (
         ("prompt-lookup", ["--tree", "3,2,5"], "--tree is for drafts that grow trees; PromptLookup does not"),
         ("lookahead", ["--draft-window", "4,16"], "--draft-window is for EAGLE heads, this draft is a Lookahead"),

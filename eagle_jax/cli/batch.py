@@ -15,7 +15,7 @@ import jax
 from eagle_jax.cli import answers, models, progress, text
 from eagle_jax.cli.results import is_last, read_finished
 from eagle_jax.cli.sampling import model_asks, random_key, with_logit_bias
-from eagle_jax.cli.trees import choose_tree_for_many
+from eagle_jax.cli.trees import choose_tree_for_many, has_own_shape
 from eagle_jax.decode.plan import plan
 from eagle_jax.files import checksums, prompts
 from eagle_jax.files.lock import locked_file
@@ -177,7 +177,7 @@ def _settings_of_models(
     settings = {
         "target_weights": fingerprint.of_model(target),
         "draft_weights": models.draft_identity(draft),
-        "tree": fingerprint.of_config(tree) if jax.tree.leaves(draft) else None,
+        "tree": None if draft is None or has_own_shape(draft) else fingerprint.of_config(tree),
         "stop_tokens": list(stops),
         "prompt_tokens": checksums.of_text(json.dumps([prompt.tokens for prompt in found])),
     }

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from eagle_jax.cli.models import WEIGHTLESS, Models
+from eagle_jax.cli.models import Models
 from eagle_jax.cli.trees import choose_tree, default_tree, describe_proposal, grown, parse_tree
 from eagle_jax.convert import load_draft
-from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
-from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
-from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
-from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.drafts.protocol import Draft
+from eagle_jax.drafts.registry import KINDS, Kind
 from eagle_jax.measure.samples import embedded_pair
 from eagle_jax.models.params import for_this_machine
-from eagle_jax.tree import PUBLISHED_TREES, TreeConfig, TreePolicy
+from eagle_jax.tree import StaticTree, TreeConfig, TreePolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,32 +37,16 @@ class Candidate:
         return f"{self.shape} ({self.origin})" if self.origin else self.shape
 
 
-@dataclasses.dataclass(frozen=True)
-class _Name:
-    """weightless: makes the draft; else kind: the class a checkpoint must hold. tree: the default; None: --tree."""
-
-    weightless: Callable[[], Draft] | None = None
-    kind: type[Draft] | None = None
-    tree: Callable[[Any], TreePolicy] | None = None
-
-
-NAMES = {
-    "plain": _Name(),
-    **{name: _Name(weightless=make) for name, make in WEIGHTLESS.items()},
-    "model": _Name(kind=DraftModel, tree=default_tree),
-    "medusa": _Name(kind=Medusa, tree=default_tree),
-    "eagle1": _Name(kind=Eagle1Draft, tree=lambda draft: PUBLISHED_TREES["eagle"]),
-    "eagle2": _Name(kind=Eagle1Draft),
-    "eagle3": _Name(kind=Eagle3Draft),
-}
-SAME_WEIGHTS = {"eagle1": "eagle2", "eagle2": "eagle1"}
-# Heads of the embedded pair.
-EMBEDDED = {"eagle1": "head_eagle1", "eagle2": "head_eagle1", "eagle3": "head"}
+NAMES: dict[str, Kind | None] = {"plain": None, **KINDS}  # None: no draft
+WITH_WEIGHTS = {name: kind for name, kind in KINDS.items() if kind.weights is not None}
+# Folders of the embedded pair's heads, by the kind of weights.
+EMBEDDED: dict[str, str | None] = {"eagle1": "head_eagle1", "eagle3": "head", "medusa": None, "llama": None}
 
 SPEC_HELP = (
-    "ways to decode, in this order: " + ", ".join(NAMES) + ". Those with weights take the model's own head if it is of "
-    "their kind, or NAME=DIR_OR_ID (an id may end in @REVISION); eagle1 is the static tree and eagle2 the "
-    "dynamic one of the same head"
+    "ways to decode, in this order: plain, "
+    + ", ".join(f"{name} ({kind.description})" for name, kind in KINDS.items())
+    + ". Those with weights take the model's own head if it is of their kind, or NAME=DIR_OR_ID (an id may end in "
+    "@REVISION); eagle1 is the static tree and eagle2 the dynamic one of the same head"
 )
 
 
@@ -80,7 +59,7 @@ def parse_specs(text: str) -> dict[str, str | None]:
             raise argparse.ArgumentTypeError(f"unknown draft {name!r}; known: {', '.join(NAMES)}")
         if name in specs:
             raise argparse.ArgumentTypeError(f"{name} is named twice")
-        if source and NAMES[name].kind is None:
+        if source and name not in WITH_WEIGHTS:
             raise argparse.ArgumentTypeError(f"{name} has no weights, so {name}={source} means nothing")
         specs[name] = source or None
     return specs
@@ -89,9 +68,9 @@ def parse_specs(text: str) -> dict[str, str | None]:
 def parse_draft_tree(text: str) -> tuple[str, TreePolicy]:
     """("eagle1", tree) from "eagle1=TREE"; the type of an argparse option."""
     name, _, tree = text.partition("=")
-    if name not in NAMES or NAMES[name].kind is None:
-        grown = [name for name, known in NAMES.items() if known.kind is not None]
-        raise argparse.ArgumentTypeError(f"{text!r}: trees are for {', '.join(grown)}, such as eagle1=paths.json")
+    if name not in WITH_WEIGHTS:
+        known = ", ".join(WITH_WEIGHTS)
+        raise argparse.ArgumentTypeError(f"{text!r}: trees are for {known}, such as eagle1=paths.json")
     return name, parse_tree(tree)
 
 
@@ -110,12 +89,14 @@ def candidates(
     loaded: dict[str, Draft] = {}
     given = dict(getattr(args, "draft_tree", ()))
 
-    def weights(name: str, kind: type[Draft]) -> Draft:
-        source = specs.get(name) or specs.get(SAME_WEIGHTS.get(name, ""))
-        if source is None and isinstance(models.draft, kind):
+    def weights(name: str, kind: Kind) -> Draft:
+        same_weights = [other for other, known in WITH_WEIGHTS.items() if known.weights == kind.weights]
+        source = specs.get(name) or next(filter(None, map(specs.get, same_weights)), None)
+        if source is None and isinstance(models.draft, kind.draft):
             return models.draft
-        if source is None and embedded and name in EMBEDDED:
-            source = str(embedded_pair() / EMBEDDED[name])
+        own = EMBEDDED[kind.weights] if embedded and kind.weights else None
+        if source is None and own is not None:
+            source = str(embedded_pair() / own)
         if source is None:
             raise ValueError(f"{name} needs weights that this model has not; name them: {name}=DIR_OR_ID")
         if source not in loaded:
@@ -123,16 +104,17 @@ def candidates(
             draft = for_this_machine(load_draft(path, models.target, revision=revision or None))
             window = args.draft_window if isinstance(draft, EagleDraft) else None
             loaded[source] = draft if window is None else with_window(draft, *window)
-        if not isinstance(loaded[source], kind):
-            raise ValueError(f"{name}={source}: holds a {type(loaded[source]).__name__}, not a {kind.__name__}")
+        if not isinstance(loaded[source], kind.draft):
+            raise ValueError(f"{name}={source}: holds a {type(loaded[source]).__name__}, not a {kind.draft.__name__}")
         return loaded[source]
 
-    def tree_of(name: str, draft: Draft) -> tuple[TreePolicy, str]:
-        own = NAMES[name].tree
+    def tree_of(name: str, draft: Draft, kind: Kind) -> tuple[TreePolicy, str]:
         if name in given:
             return given[name], "from --draft-tree"
-        if own is not None:
-            return own(draft), "the default"
+        if kind.tree is None:
+            return TreeConfig(), ""
+        if isinstance(kind.tree, StaticTree):  # --tree is for the dynamic ones
+            return default_tree(draft, kind), "the default"
         if draft is models.draft:
             choice = choose_tree(draft, args, getattr(args, "batch", 1))
             return choice.tree, choice.origin
@@ -140,10 +122,10 @@ def candidates(
 
     found = []
     for name in specs:
-        known = NAMES[name]
-        if known.kind is None:
-            found.append(Candidate(name, known.weightless() if known.weightless else None, TreeConfig(), ""))
-        else:
-            draft = weights(name, known.kind)
-            found.append(Candidate(name, draft, *tree_of(name, draft)))
+        kind = NAMES[name]
+        if kind is None:
+            found.append(Candidate(name, None, TreeConfig(), ""))
+            continue
+        draft = kind.draft(**kind.settings) if kind.weights is None else weights(name, kind)
+        found.append(Candidate(name, draft, *tree_of(name, draft, kind)))
     return found

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,12 @@ from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.tokenizing import tokenizer_of
 from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
-from eagle_jax.drafts.lookahead import Lookahead
-from eagle_jax.drafts.prompt_lookup import PromptLookup
-from eagle_jax.drafts.protocol import Draft
+from eagle_jax.drafts.registry import WEIGHTLESS
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.params import DATA, TENSOR, for_this_machine
 from eagle_jax.models.target import Target
 from eagle_jax.tree import PUBLISHED_TREES, TreeConfig
-
-# Drafts without weights, by the names that --draft and --drafts know.
-WEIGHTLESS: dict[str, Callable[[], Draft]] = {
-    "lookahead": Lookahead,
-    "prompt-lookup": PromptLookup,
-    "prompt-lookup-tree": lambda: PromptLookup(branches=4),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +226,7 @@ def load_models(args: argparse.Namespace) -> Models:
         target, draft = from_pretrained(args.target, source, dtype=args.dtype, mesh=mesh, **revisions)
         folder = resolve(args.target, Hub(args.revision))
     if weightless is not None:
-        draft = weightless()
+        draft = weightless.draft(**weightless.settings)
     if draft is not None and args.draft_window is not None:
         if not isinstance(draft, EagleDraft):
             raise ValueError(f"--draft-window is for EAGLE heads, this draft is a {type(draft).__name__}")

@@ -7,18 +7,14 @@ import dataclasses
 from typing import Any
 
 from eagle_jax.cli import tuned
-from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle.drafting import EagleDraft
-from eagle_jax.drafts.lookahead import Lookahead
-from eagle_jax.drafts.medusa import Medusa
-from eagle_jax.drafts.prompt_lookup import PromptLookup
+from eagle_jax.drafts.registry import Kind, kind_of
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
+from eagle_jax.tree import StaticTree, TreeConfig, TreePolicy
 from eagle_jax.tree.named import describe_tree, tree_named
 
 GROWTH = ("stop_below", "score_temperature")  # options of dynamic trees, by the names of TreeConfig
 BATCH = 8  # texts at a time, the default of commands that decode many
-CHAIN = 5  # tokens that a draft model guesses, unless --tree says otherwise
 
 
 def parse_tree(text: str) -> TreePolicy:
@@ -45,7 +41,7 @@ class TreeChoice:
 
     def fields(self, draft: Any) -> Any:
         """Returns the tree as JSON values: its settings that are not 0, or its paths; None if the draft ignores it."""
-        if isinstance(draft, Lookahead | PromptLookup):
+        if has_own_shape(draft):
             return None
         fields = dataclasses.asdict(self.tree) if isinstance(self.tree, TreeConfig | StaticTree) else {}
         return {name: value for name, value in fields.items() if value} or repr(self.tree)
@@ -60,7 +56,7 @@ def choose_tree(draft: Any, args: argparse.Namespace, batch: int = 1) -> TreeCho
     Raises:
       ValueError: for options of trees that this draft, or this tree, does not have.
     """
-    if isinstance(draft, Lookahead | PromptLookup):
+    if has_own_shape(draft):
         for name in ("tree", *GROWTH):
             if getattr(args, name, None) is not None:
                 raise ValueError(f"{_option(name)} is for drafts that grow trees; {type(draft).__name__} does not")
@@ -97,16 +93,24 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def default_tree(draft: Any) -> TreePolicy:
-    """The published tree for Medusa heads, cut off where the heads end; a chain for a draft model; else dynamic."""
-    if isinstance(draft, Medusa):
-        paths = PUBLISHED_TREES["medusa-mc-sim-7b-63"].paths
-        return StaticTree([path for path in paths if len(path) <= draft.config.num_heads])
-    return StaticTree.chain(CHAIN) if isinstance(draft, DraftModel) else TreeConfig()
+def default_tree(draft: Any, kind: Kind | None = None) -> TreePolicy:
+    """Returns the tree of the kind (default: the draft's own), cut off at the deepest that the draft can grow."""
+    kind = kind or kind_of(draft)
+    tree = TreeConfig() if kind is None or kind.tree is None else kind.tree
+    if kind is None or kind.deepest is None or not isinstance(tree, StaticTree):
+        return tree
+    deepest = getattr(draft.config, kind.deepest)
+    return StaticTree([path for path in tree.paths if len(path) <= deepest])
+
+
+def has_own_shape(draft: Any) -> bool:
+    """Whether a draft ignores the tree that it is asked for."""
+    kind = kind_of(draft)
+    return kind is not None and kind.tree is None
 
 
 def describe_proposal(draft: Any, tree: TreePolicy) -> str:
     """What a draft proposes: its tree, or the settings of one with a shape of its own; nothing for plain decoding."""
-    if isinstance(draft, Lookahead | PromptLookup):
+    if has_own_shape(draft):
         return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(draft).items())
     return "" if draft is None else describe_tree(tree)

@@ -143,9 +143,10 @@ def _try_out(
 
 def _folder(args: argparse.Namespace) -> Path:
     """The folder of tuned.json. Raises ValueError if it cannot be written there, or there is no EAGLE head."""
-    from eagle_jax.cli import models, places, tuned
+    from eagle_jax.cli import places, tuned
+    from eagle_jax.drafts.registry import WEIGHTLESS
 
-    if args.model is None and args.draft in (None, *models.WEIGHTLESS):
+    if args.model is None and args.draft in (None, *WEIGHTLESS):
         raise ValueError(NO_HEAD)
     folder = tuned.folder_of(args)
     if folder is None:

@@ -1,0 +1,63 @@
+"""The kinds of draft, by the names that commands know: data only. A new draft adds its line here.
+
+What else depends on the kind of a draft with weights lies in tables, keyed by `Kind.weights`: in convert, train and
+cli. A draft without weights needs none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.eagle.config import DraftConfig
+from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
+from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
+from eagle_jax.drafts.lookahead import Lookahead
+from eagle_jax.drafts.medusa import Medusa, MedusaConfig
+from eagle_jax.drafts.prompt_lookup import PromptLookup
+from eagle_jax.drafts.protocol import Draft
+from eagle_jax.models.config import LlamaConfig
+from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of draft.
+
+    description: a few words, for help texts.
+    weights: the kind's name in manifests, in settings of training and in tables; None: the draft has no weights.
+    config: the class of its `config`; None without weights, where `settings` are the arguments of the class.
+    tree: what it grows unless the user names another; None: a shape of its own.
+    deepest: the field of `config` that bounds a tree's depth, if there is one.
+    """
+
+    draft: type[Draft]
+    description: str
+    weights: str | None = None
+    config: type | None = None
+    tree: TreePolicy | None = None
+    deepest: str | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+MEDUSA_TREE = PUBLISHED_TREES["medusa-mc-sim-7b-63"]
+
+# Of names that share a class, the last one gives the tree of a draft that was loaded without a name.
+KINDS: dict[str, Kind] = {
+    "lookahead": Kind(Lookahead, "n-grams that the target made in passing"),
+    "prompt-lookup": Kind(PromptLookup, "a copy of the text so far"),
+    "prompt-lookup-tree": Kind(PromptLookup, "four such copies", settings={"branches": 4}),
+    "model": Kind(DraftModel, "a smaller model", "llama", LlamaConfig, StaticTree.chain(5)),
+    "medusa": Kind(Medusa, "Medusa heads", "medusa", MedusaConfig, MEDUSA_TREE, deepest="num_heads"),
+    "eagle1": Kind(Eagle1Draft, "an EAGLE-1 head, static tree", "eagle1", DraftConfig, PUBLISHED_TREES["eagle"]),
+    "eagle2": Kind(Eagle1Draft, "the same head, dynamic tree", "eagle1", DraftConfig, TreeConfig()),
+    "eagle3": Kind(Eagle3Draft, "an EAGLE-3 head, dynamic tree", "eagle3", DraftConfig, TreeConfig()),
+}
+WEIGHTLESS = {name: kind for name, kind in KINDS.items() if kind.weights is None}
+
+
+def kind_of(draft: Draft | None) -> Kind | None:
+    """Returns the kind of a draft; None for plain decoding and for a draft of the user's own."""
+    return next((kind for kind in reversed(KINDS.values()) if isinstance(draft, kind.draft)), None)

@@ -1,0 +1,43 @@
+"""The registry of draft kinds, and the tables that have an entry, or an explicit None, for every kind with weights."""
+
+from __future__ import annotations
+
+import pytest
+
+import eagle_jax
+from eagle_jax import Draft, Eagle1Draft, PromptLookup, TreeConfig
+from eagle_jax.cli import drafts
+from eagle_jax.drafts.registry import KINDS, WEIGHTLESS, kind_of
+
+TABLES = {"heads of the embedded pair": drafts.EMBEDDED}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_kind_with_weights_has_its_entry_or_none(table):
+    """A draft without weights has nothing to be converted or trained: its line in the registry is all."""
+    assert set(TABLES[table]) == {kind.weights for kind in KINDS.values() if kind.weights is not None}
+
+
+def test_every_public_draft_is_of_a_kind():
+    public = {value for value in vars(eagle_jax).values() if isinstance(value, type) and issubclass(value, Draft)}
+    assert public - {Draft} == {kind.draft for kind in KINDS.values()}
+
+
+def test_a_kind_says_the_same_in_all_its_fields():
+    for name, kind in KINDS.items():
+        assert (kind.weights is None) == (kind.config is None), name
+        assert kind.weights is None or not kind.settings, name
+        assert kind.description, name
+    for name, kind in WEIGHTLESS.items():
+        draft = kind.draft(**kind.settings)
+        assert draft.depth(TreeConfig(2, 2, 3)) == draft.depth(TreeConfig(9, 2, 3)) or kind.tree is not None, name
+
+
+def test_the_kind_of_a_draft():
+    class Own(Draft):
+        pass
+
+    assert kind_of(None) is None and kind_of(Own()) is None
+    assert kind_of(PromptLookup(branches=2)).tree is None
+    eagle1 = object.__new__(Eagle1Draft)  # without a name it grows a dynamic tree
+    assert kind_of(eagle1) is KINDS["eagle2"]
