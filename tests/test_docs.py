@@ -1,4 +1,4 @@
-"""The code in docs/ runs, and does what the text around it says."""
+"""The code in README.md and docs/ runs, and does what the text around it says."""
 
 from __future__ import annotations
 
@@ -13,19 +13,75 @@ import numpy as np
 import pytest
 
 import eagle_jax
-from eagle_jax import SamplingConfig, TreeConfig
+from eagle_jax import DraftModel, SamplingConfig, TreeConfig, testing
 from eagle_jax.serving import Request
-from tests.drafts.successors import Successors
+from eagle_jax.testing import toy_draft, toy_target
 from tests.toy import random_eagle3, random_target, rows_of
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def blocks(path: Path) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```$", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+PAGES = [path for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))) if blocks(path)]
+
+
+VOCAB = 13
+
+
+class ToyTokenizer:
+    """Letters; the end of the text is a token that the toy target soon chooses."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [ord(letter) % VOCAB for letter in text]}
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        return messages[0]["content"]
+
+    def decode(self, ids, **options):
+        return "".join(chr(ord("a") + int(id)) for id in ids)
+
+
+@pytest.fixture
+def toys(monkeypatch, tmp_path):
+    """Has pages load toy models and a toy tokenizer, and write to a folder of their own.
+
+    A page that loads "pair/" has the embedded pair itself: engines read no heads of targets with two layers.
+    """
+    pair, from_pretrained = ROOT / "eagle_jax" / "pair", eagle_jax.from_pretrained
+    monkeypatch.setitem(testing.SIZES, "max_position_embeddings", 1024)
+    target = toy_target(vocab_size=VOCAB)
+    draft = toy_draft(target)
+    small = DraftModel(toy_target(seed=1, vocab_size=VOCAB))
+
+    def load(folder, mesh=None):
+        return from_pretrained(pair / "target", pair / "head") if folder == "pair/" else (target, draft)
+
+    monkeypatch.setattr(eagle_jax, "load", load)
+    monkeypatch.setattr(eagle_jax, "from_pretrained", lambda base, head: (target, draft))
+    monkeypatch.setattr(eagle_jax, "load_draft", lambda folder, target: small)
+    monkeypatch.setattr(eagle_jax, "tokenizer", lambda folder: ToyTokenizer())
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_python_block_runs(page, toys):
+    names: dict = {}
+    for code in blocks(page):
+        exec(compile(code, page.name, "exec"), names)
 
 
 @pytest.fixture(scope="module")
 def serving():
     """The names that docs/serving.md's code defines, and its batch for a toy pair."""
     names: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", (DOCS / "serving.md").read_text(), flags=re.DOTALL):
+    for code in blocks(DOCS / "serving.md"):
         exec(compile(code, "serving.md", "exec"), names)
     return SimpleNamespace(**names), names["start"](*PAIR)
 
@@ -82,9 +138,6 @@ def test_conversations_side_by_side(serving):
 
 
 def test_the_toy_draft_is_the_one_that_the_tests_run():
-    text = (DOCS / "drafts.md").read_text()
-    toy = (Path(__file__).parent / "drafts" / "successors.py").read_text()
-    _, code, check = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert code == toy.split('"""\n\n', 1)[1]
+    toy = (ROOT / "tests" / "drafts" / "successors.py").read_text()
+    assert blocks(DOCS / "drafts.md")[1] == toy.split('"""\n\n', 1)[1]
     assert len(toy.splitlines()) <= 40
-    exec(compile(check, "drafts.md", "exec"), {"Successors": Successors})
