@@ -20,7 +20,7 @@ KNOWN: dict[str, set[str]] = {
     "eagle_jax.api": {"check_arguments"},
     "eagle_jax.cli.train_regenerate": {"run"},
     "eagle_jax.convert.write": {"convert"},
-    "eagle_jax.decode.prefill": {"prefill", "insert", "_run", "_run.run_chunk"},
+    "eagle_jax.decode.prefill": {"prefill", "insert", "run_prompts", "run_prompts.run_chunk"},
     "eagle_jax.drafts.draft_model": {"DraftModel.propose"},
     "eagle_jax.drafts.eagle.drafting": {"EagleDraft.propose"},
     "eagle_jax.models.layers": {"attention"},

@@ -127,11 +127,11 @@ def prefill(
         prompt_lengths=lengths,
     )
     chunks = -(-width // chunk)
-    state, last = _run(target, draft, state, min(-(-width // chunks), state.cache.rows))
+    state, last = run_prompts(target, draft, state, min(-(-width // chunks), state.cache.rows))
     if num_samples > 1:
         state = map_rows(lambda x: jnp.repeat(x, num_samples, axis=0), dataclasses.replace(state, keys=None))
         last = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), last)
-    return spread(_begin(target, draft, dataclasses.replace(state, keys=keys), last), target)
+    return spread(choose_first(target, draft, dataclasses.replace(state, keys=keys), last), target)
 
 
 def insert(
@@ -246,7 +246,7 @@ def run_pending(target: Target, draft: Draft, state: DecodeState) -> DecodeState
     check_memory(state, draft)
 
     def run_in(chunk):
-        return functools.partial(_run, target, draft, chunk=min(chunk, state.cache.rows))
+        return functools.partial(run_prompts, target, draft, chunk=min(chunk, state.cache.rows))
 
     alone = state.tokens.shape[0] == 1  # then the state is the row's: no cache is copied
 
@@ -254,7 +254,7 @@ def run_pending(target: Target, draft: Draft, state: DecodeState) -> DecodeState
         row = jax.lax.argmax(state.pending, 0, jnp.int32)
         one = _with_fresh_memory(target, draft, state if alone else take_row(state, row))
         one, last = jax.lax.platform_dependent(one, cpu=run_in(CPU_PENDING_CHUNK), default=run_in(PREFILL_CHUNK))
-        one = dataclasses.replace(_begin(target, draft, one, last), pending=jnp.zeros(1, bool))
+        one = dataclasses.replace(choose_first(target, draft, one, last), pending=jnp.zeros(1, bool))
         return one if alone else put_row(state, row, one)
 
     return jax.lax.while_loop(lambda state: state.pending.any(), run_one, state)
@@ -273,7 +273,7 @@ def _with_fresh_memory(target: Target, draft: Draft, state: DecodeState) -> Deco
 
 
 @jax.named_scope("prefill")
-def _run(
+def run_prompts(
     target: Target, draft: Draft, state: DecodeState, chunk: int
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array | None]]:
     """Runs every row's tokens from its cache's length on, `chunk` of them a pass.
@@ -337,7 +337,7 @@ def _run(
     return dataclasses.replace(state, cache=cache.with_length(state.lengths), memory=memory), at_last
 
 
-def _begin(
+def choose_first(
     target: Target, draft: Draft, state: DecodeState, at_last: tuple[jax.Array, jax.Array | None]
 ) -> DecodeState:
     """Commits each row's first new token, as a cycle commits those of its tree."""
