@@ -4,7 +4,8 @@ from eagle_jax import sampling
 from eagle_jax.api import Chunk, Output, advance, draft_forward, forward, generate, propose, stream
 from eagle_jax.convert import CheckpointError, from_pretrained, load, load_draft, tokenizer
 from eagle_jax.decode.cycle import cycle
-from eagle_jax.decode.prefill import BUCKETS, insert, pad, prefill
+from eagle_jax.decode.insert import insert
+from eagle_jax.decode.prefill import BUCKETS, pad, prefill
 from eagle_jax.decode.state import DecodeState, empty_state
 from eagle_jax.detokenizer import Detokenizer
 from eagle_jax.drafts.draft_model import DraftModel

@@ -18,8 +18,9 @@ import numpy as np
 
 from eagle_jax.decode.cycle import propose as propose_tree
 from eagle_jax.decode.cycle import step
+from eagle_jax.decode.insert import run_pending
 from eagle_jax.decode.plan import plan
-from eagle_jax.decode.prefill import prefill, run_pending
+from eagle_jax.decode.prefill import prefill
 from eagle_jax.decode.state import DecodeState, check_capacity, context_of, spread
 from eagle_jax.drafts.eagle.config import tap_layers
 from eagle_jax.drafts.eagle.drafting import EagleDraft

@@ -21,8 +21,9 @@ import numpy as np
 
 from eagle_jax.api import Chunk
 from eagle_jax.api import advance as advance_state
+from eagle_jax.decode.insert import insert
 from eagle_jax.decode.plan import padded_width
-from eagle_jax.decode.prefill import BUCKETS, insert, reusable
+from eagle_jax.decode.prefill import BUCKETS, reusable
 from eagle_jax.decode.state import empty_state
 from eagle_jax.drafts.protocol import Draft, check_models
 from eagle_jax.models.target import Target

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from eagle_jax.decode.accept import accept, asks_for
 from eagle_jax.decode.commit import commit, newly_committed, update
-from eagle_jax.decode.prefill import run_pending
+from eagle_jax.decode.insert import run_pending
 from eagle_jax.decode.state import DecodeState, check_memory, context_of, spread
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Context, Draft, Proposal

@@ -1,4 +1,4 @@
-"""Prompts: pad makes arrays of them, prefill runs those of a new batch, insert puts one into a running batch.
+"""Prompts of a new batch: pad makes arrays of them, prefill runs them.
 
 Letters: B batch, P padded prompt, W columns of the token buffer, C tokens of a chunk.
 """
@@ -6,7 +6,6 @@ Letters: B batch, P padded prompt, W columns of the token buffer, C tokens of a 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,17 +15,7 @@ import numpy as np
 from eagle_jax.decode.accept import accept
 from eagle_jax.decode.commit import commit, newly_committed, update
 from eagle_jax.decode.plan import padded_width, plan
-from eagle_jax.decode.state import (
-    DecodeState,
-    check_capacity,
-    check_memory,
-    context_of,
-    empty_state,
-    map_rows,
-    put_row,
-    spread,
-    take_row,
-)
+from eagle_jax.decode.state import DecodeState, check_capacity, context_of, empty_state, map_rows, spread
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Committed, Draft, Proposal
 from eagle_jax.keys import row_keys
@@ -39,8 +28,6 @@ from eagle_jax.tree import Tree, TreePolicy
 # Tokens of a prompt that one pass takes: enough to keep a GPU's or TPU's matrix units busy, few enough that the
 # scores of attention stay small beside the cache.
 PREFILL_CHUNK = 256
-# The same on a CPU for a prompt that `insert` left: rows past the prompt's end cost there as much as the others.
-CPU_PENDING_CHUNK = 32
 
 # Widths that prompts are padded to: a program is compiled for each, so a service compiles at most this many.
 BUCKETS = tuple(2**n for n in range(5, 18))  # 32 to 131072
@@ -134,142 +121,12 @@ def prefill(
     return spread(choose_first(target, draft, dataclasses.replace(state, keys=keys), last), target)
 
 
-def insert(
-    state: DecodeState,
-    row: int | jax.Array,
-    tokens: jax.Array,
-    length: int | jax.Array,
-    key: jax.Array | None = None,
-    *,
-    max_new_tokens: int | jax.Array | None = None,
-    sampling: SamplingConfig | None = None,
-    reuse: bool = False,
-) -> DecodeState:
-    """Starts a new prompt in one sequence of a running state. The other sequences are unaffected.
-
-    The next `cycle` runs the prompt. Cheap in itself; jit and donate it, with `row` and `length` as data. The row's
-    text is that of `generate` with the same prompt and key, alone or in any batch.
-
-    Args:
-      row: 0 to B - 1; not checked in a trace.
-      tokens: [P], right-padded; P as for `prefill` best one of a few widths, each its own program.
-      length: tokens of the prompt, 1 to P, and below the state's capacity.
-      key: the row's own typed key; None in a greedy state.
-      max_new_tokens: default as many as the capacity leaves, and never more.
-      sampling: of this row, with one number a field; default as before.
-      reuse: keep the keys and values of the tokens that the row's old text and the new prompt begin with: a
-        conversation's next turn then costs its new tokens only. They were computed in other passes, so that logits
-        differ by rounding from those of a prompt run anew.
-    Raises:
-      ValueError: for values outside their range, where they are known. In a trace, a prompt of impossible length
-        comes back as `failed`.
-    """
-    width = state.tokens.shape[1]
-    tokens = jnp.asarray(tokens)
-    _check_insert(state, row, tokens, length, key, sampling, max_new_tokens)
-    length = jnp.asarray(length, jnp.int32)
-    index = jnp.arange(width, dtype=jnp.int32)
-    prompt = (
-        jnp.zeros(max(width, tokens.shape[0]), jnp.int32).at[: tokens.shape[0]].set(tokens.astype(jnp.int32))[:width]
-    )
-    prompt = jnp.where(index < length, prompt, 0)
-    room = min(state.capacity, width)
-    valid = (length >= 1) & (length <= min(tokens.shape[0], room - 1))
-
-    old = take_row(state, row)
-    kept = jnp.zeros(1, jnp.int32)
-    if reuse:
-        # Position i of the draft's cache pairs feature i with token i + 1, so of n common tokens n - 1 positions are
-        # kept; and the last token of the prompt is always run, for its logits.
-        common = jax.lax.argmin(jnp.append((prompt == old.tokens[0]) & (index < length), False), 0, jnp.int32)
-        kept = jnp.minimum(jnp.minimum(common - 1, length - 1), old.cache.length)
-        kept = jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(kept, 0)).astype(jnp.int32)
-    limit = jnp.int32(room)
-    if max_new_tokens is not None:
-        if isinstance(max_new_tokens, int | np.integer):
-            max_new_tokens = min(int(max_new_tokens), room)
-        limit = jnp.minimum(limit, length + jnp.minimum(max_new_tokens, room))
-
-    cleared = ("cycles", "accepted", "drafted", "log_probs")
-    new = dataclasses.replace(
-        old,
-        **{name: jax.tree.map(jnp.zeros_like, getattr(old, name)) for name in cleared},
-        tokens=prompt[None],
-        lengths=length[None],
-        limits=limit[None],
-        done=~valid[None],
-        failed=~valid[None],
-        prompt_lengths=length[None],
-        cache=old.cache.with_length(kept),
-        keys=None if old.keys is None or key is None else key[None],
-        sampling=old.sampling if sampling is None or old.sampling is None else sampling.rows(1),
-        pending=valid[None],
-    )
-    return spread(put_row(state, jnp.asarray(row, jnp.int32), new), state.cache)
-
-
 def reusable(target: Target, draft: Draft | None) -> bool:
     """Returns whether `insert(reuse=True)` may reuse the cached keys of a shared prefix, or must run the whole prompt.
 
     With dynamic RoPE, cached keys depend on the length of the prompt that they were computed for.
     """
     return target.config.rope.kind != "dynamic" and as_draft(target, draft).reusable
-
-
-def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> None:
-    batch = state.tokens.shape[0]
-    if tokens.ndim != 1 or tokens.shape[0] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be [P] integers, got {tokens.dtype}{list(tokens.shape)}")
-    if not isinstance(row, jax.core.Tracer) and not 0 <= int(row) < batch:
-        raise ValueError(f"row must be 0 to {batch - 1}, got {row}")
-    longest = min(tokens.shape[0], state.capacity - 1, state.tokens.shape[1] - 1)
-    if not isinstance(length, jax.core.Tracer) and not 1 <= int(length) <= longest:
-        limits = f"tokens have {tokens.shape[0]} columns, capacity is {state.capacity}"
-        raise ValueError(f"length = {length} is outside 1 to {longest} ({limits})")
-    if isinstance(max_new_tokens, int | np.integer) and max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens}")
-    if state.sampling is None:
-        if sampling is not None and not sampling.greedy:
-            raise ValueError("the state is greedy; start it with temperatures in an array, for rows to sample")
-        return
-    if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim != 0:
-        raise ValueError("key must be the row's typed key, jax.random.key(seed), in a state that samples")
-    if sampling is not None:
-        vocab = 0 if state.sampling.logit_bias is None else state.sampling.logit_bias.shape[1]
-        if (sampling.logit_bias is None) != (vocab == 0) or sampling.coupled != state.sampling.coupled:
-            raise ValueError("a row's sampling must have a logit_bias, or be coupled, just where the state's is")
-        sampling.check(1, vocab)
-
-
-def run_pending(target: Target, draft: Draft, state: DecodeState) -> DecodeState:
-    """Runs the prompts that `insert` left, a row at a time, and chooses each one's first new token."""
-    check_memory(state, draft)
-
-    def run_in(chunk):
-        return functools.partial(run_prompts, target, draft, chunk=min(chunk, state.cache.rows))
-
-    alone = state.tokens.shape[0] == 1  # then the state is the row's: no cache is copied
-
-    def run_one(state):
-        row = jax.lax.argmax(state.pending, 0, jnp.int32)
-        one = _with_fresh_memory(target, draft, state if alone else take_row(state, row))
-        one, last = jax.lax.platform_dependent(one, cpu=run_in(CPU_PENDING_CHUNK), default=run_in(PREFILL_CHUNK))
-        one = dataclasses.replace(choose_first(target, draft, one, last), pending=jnp.zeros(1, bool))
-        return one if alone else put_row(state, row, one)
-
-    return jax.lax.while_loop(lambda state: state.pending.any(), run_one, state)
-
-
-def _with_fresh_memory(target: Target, draft: Draft, state: DecodeState) -> DecodeState:
-    """A row's state with the draft's memory as before any text, unless part of the old text is reused."""
-    reused, fresh = state.cache.length > 0, draft.start(target, 1, state.cache.rows)
-    if not jax.tree.leaves(fresh):  # plain decoding: the memory may be another draft's, which it leaves alone
-        return state
-
-    def choose_memory(old, new):
-        return jnp.where(reused.reshape(1, *[1] * (old.ndim - 1)), old, new)
-
-    return dataclasses.replace(state, memory=jax.tree.map(choose_memory, state.memory, fresh))
 
 
 @jax.named_scope("prefill")
