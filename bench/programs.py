@@ -33,7 +33,7 @@ Place = Callable[[Any, Mesh], Any]
 def by_path(model: Any, mesh: Mesh) -> Any:
     """A model, or a dictionary of its arrays, by the table of rules in models/params.py."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: params.sharding(params.path_name(path), leaf.shape, mesh), model
+        lambda path, leaf: params.path_sharding(params.path_name(path), leaf.shape, mesh), model
     )
 
 

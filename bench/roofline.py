@@ -82,7 +82,7 @@ def make_pair(shape: Shape, dtype: Any, devices: int) -> tuple[Llama, Eagle3Draf
         mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), (params.DATA, params.TENSOR))
 
         def place(path, leaf):
-            return params.sharding(params.path_name(path), leaf.shape, mesh)
+            return params.path_sharding(params.path_name(path), leaf.shape, mesh)
 
         shardings = jax.tree_util.tree_map_with_path(place, abstract_pair(shape, dtype))
         made = jax.jit(random_pair, static_argnums=(0, 2), out_shardings=shardings)

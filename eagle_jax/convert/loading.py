@@ -295,7 +295,7 @@ def _fill(match: Match, mesh: Mesh | None) -> Any:
             # A copy: where memory is aligned, JAX would go on using that of the file.
             arrays[path] = jax.device_put(values.copy())
         else:
-            arrays[path] = _shard(values, params.sharding(path, leaf.shape, mesh))
+            arrays[path] = _shard(values, params.path_sharding(path, leaf.shape, mesh))
     return params.load(match.model, arrays)
 
 
@@ -305,7 +305,9 @@ def _shard(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def _placed(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
-    sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else params.sharding(path, leaf.shape, mesh)
+    sharding = (
+        SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else params.path_sharding(path, leaf.shape, mesh)
+    )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -101,7 +101,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec(*fits) if rule or any(fits) else PartitionSpec()
 
 
-def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def path_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Where the array at `path` lies. What is computed from it the compiler places: axes of any type are Auto here."""
     return NamedSharding(Mesh(mesh.devices, mesh.axis_names), partition_spec(path, shape, mesh))
 

@@ -89,7 +89,7 @@ def test_other_drafts_load_onto_a_mesh(other_pair: tuple[Path, Path], tmp_path: 
     for _, draft in (load(out, dtype=dtype, mesh=mesh), from_pretrained(*other_pair, dtype=dtype, mesh=mesh)):
         assert jax.tree.structure(draft) == jax.tree.structure(plain)
         for path, array in params.flatten(draft).items():
-            assert array.sharding == params.sharding(path, array.shape, mesh), path
+            assert array.sharding == params.path_sharding(path, array.shape, mesh), path
             assert np.asarray(array).tobytes() == np.asarray(expected[path]).tobytes(), path
             if path.endswith("lm_head"):
                 assert array.addressable_shards[0].data.shape == (8, 8)  # half of the vocabulary
@@ -147,7 +147,7 @@ for name, models in pairs.items():
     for model, whole in zip(models, plain_cast if name == "cast" else plain):
         expected = params.flatten(whole)
         for path, array in params.flatten(model).items():
-            assert array.sharding == params.sharding(path, array.shape, mesh), (name, path, array.sharding)
+            assert array.sharding == params.path_sharding(path, array.shape, mesh), (name, path, array.sharding)
             assert np.asarray(array).tobytes() == np.asarray(expected[path]).tobytes(), (name, path)
             local = list(array.addressable_shards[0].data.shape)
             report[f"{type(model).__name__} {path}"] = [list(array.sharding.spec), local]

@@ -137,7 +137,7 @@ def test_every_parameter_can_be_placed(kind):
 
 def test_arrays_are_placed_in_parts():
     devices = Mesh(np.asarray(jax.devices()[:2]), ("tensor",))
-    array = jax.device_put(jnp.zeros((64, 8)), params.sharding("embed", (64, 8), devices))
+    array = jax.device_put(jnp.zeros((64, 8)), params.path_sharding("embed", (64, 8), devices))
     assert [shard.data.shape for shard in array.addressable_shards] == [(32, 8)] * 2
 
 

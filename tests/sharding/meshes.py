@@ -27,6 +27,6 @@ def on_mesh(model: Any, mesh: Mesh) -> Any:
     """A model that was made on one device, as `load(mesh=...)` would place it."""
 
     def place(path, leaf):
-        return jax.device_put(leaf, params.sharding(params.path_name(path), leaf.shape, mesh))
+        return jax.device_put(leaf, params.path_sharding(params.path_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, model)

@@ -27,7 +27,7 @@ def gigabytes(arrays: dict[str, Any], sharding_of: Any) -> float:
 def test_the_70b_pair_on_eight_devices():
     mesh = mesh_of(1, 8)
     target, draft = abstract_pair(SHAPES["70b"])
-    placed = functools.partial(params.sharding, mesh=mesh)
+    placed = functools.partial(params.path_sharding, mesh=mesh)
     weights = [gigabytes(params.flatten(model), placed) for model in (target, draft)]
     whole = [sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(model)) / 1e9 for model in (target, draft)]
     assert [round(size, 2) for size in whole] == [141.11, 2.81]

@@ -81,7 +81,7 @@ def gradient_of(kind: str, batch: dict[str, Any], pieces: int = 1, objective: An
     if mesh is not None:
 
         def place(path, leaf):
-            return jax.device_put(leaf, params.sharding(params.path_name(path), leaf.shape, mesh))
+            return jax.device_put(leaf, params.path_sharding(params.path_name(path), leaf.shape, mesh))
 
         state = jax.device_put(state, step.state_shardings(state, mesh))
         frozen, target = jax.tree_util.tree_map_with_path(place, (frozen, target))

@@ -84,7 +84,9 @@ def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
     if target is not None:
         check_engine(model, target, settings.save_format)  # before training what could not be written
     masters, frozen = step.split(model, () if settings.kind == "target" else step.FROZEN)
-    frozen = {path: jax.device_put(array, params.sharding(path, array.shape, mesh)) for path, array in frozen.items()}
+    frozen = {
+        path: jax.device_put(array, params.path_sharding(path, array.shape, mesh)) for path, array in frozen.items()
+    }
     model = jax.eval_shape(lambda: model)
     update = step.optimizer(settings.optimizer, total)
     start = functools.partial(step.initial_state, update=update, seed=settings.seed)

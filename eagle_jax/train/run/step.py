@@ -164,6 +164,6 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
         path_of = next((name for name in names if name in state.masters), None)
         if path_of is None or leaf.shape != state.masters[path_of].shape:
             return NamedSharding(mesh, PartitionSpec())
-        return params.sharding(path_of, leaf.shape, mesh)
+        return params.path_sharding(path_of, leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(of, state)
