@@ -21,6 +21,7 @@ from bench.shapes import Shape, abstract_pair
 from eagle_jax.decode import cycle as decoding
 from eagle_jax.models import params
 from eagle_jax.sampling import SamplingConfig
+from eagle_jax.sharding import DATA, FSDP, TENSOR, path_name, path_sharding
 from eagle_jax.train.config import OptimizerSettings
 from eagle_jax.train.loss.objective import Eagle3Objective
 from eagle_jax.train.run import step
@@ -31,21 +32,19 @@ Place = Callable[[Any, Mesh], Any]
 
 
 def by_path(model: Any, mesh: Mesh) -> Any:
-    """A model, or a dictionary of its arrays, by the table of rules in models/params.py."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: params.path_sharding(params.path_name(path), leaf.shape, mesh), model
-    )
+    """A model, or a dictionary of its arrays, by the table of rules in sharding.py."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: path_sharding(path_name(path), leaf.shape, mesh), model)
 
 
 def by_sequence(state: Any, mesh: Mesh) -> Any:
     """A DecodeState: keys and values by sequence and by head, all else whole on every chip."""
-    split = PartitionSpec((params.DATA, params.FSDP), params.TENSOR)
+    split = PartitionSpec((DATA, FSDP), TENSOR)
     return jax.tree.map(lambda leaf: NamedSharding(mesh, split if leaf.ndim == 4 else PartitionSpec()), state)
 
 
 def by_row(batch: Any, mesh: Mesh) -> Any:
     """A batch to train on, by rows."""
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec((params.DATA, params.FSDP))), batch)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec((DATA, FSDP))), batch)
 
 
 def whole(arg: Any, mesh: Mesh) -> Any:
@@ -72,7 +71,7 @@ class Program(NamedTuple):
     loops: bool = False
 
     def compile(self, device: Any) -> jax.stages.Compiled:
-        """`device`: a device, or a Mesh with the axes of models/params.py."""
+        """`device`: a device, or a Mesh with the axes of sharding.py."""
         return compile_lowered(self.lower(device))
 
     def lower(self, device: Any) -> jax.stages.Lowered:

@@ -32,7 +32,7 @@ from bench.work import Work, cycle_work, plain_work
 from eagle_jax import Eagle3Draft, Llama, Target, TreeConfig
 from eagle_jax.files.atomic import write_json
 from eagle_jax.measure.machine import describe_setting, setting
-from eagle_jax.models import params
+from eagle_jax.sharding import DATA, TENSOR, path_name, path_sharding
 from eagle_jax.tree.named import describe_tree
 
 PARTS = ("plain", "step", "propose", "verify", "commit", "extend", "cycle")
@@ -79,10 +79,10 @@ def make_pair(shape: Shape, dtype: Any, devices: int) -> tuple[Llama, Eagle3Draf
     """A pair with random weights, on one device or, by the library's rules, split over several."""
     made = jax.jit(random_pair, static_argnums=(0, 2))
     if devices > 1:
-        mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), (params.DATA, params.TENSOR))
+        mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), (DATA, TENSOR))
 
         def place(path, leaf):
-            return params.path_sharding(params.path_name(path), leaf.shape, mesh)
+            return path_sharding(path_name(path), leaf.shape, mesh)
 
         shardings = jax.tree_util.tree_map_with_path(place, abstract_pair(shape, dtype))
         made = jax.jit(random_pair, static_argnums=(0, 2), out_shardings=shardings)

@@ -6,7 +6,7 @@
 
 A row is a program on a slice of chips: what it needs of each chip's memory, whether that fits, how many weights or
 whole caches it copies in a cycle, and how long it compiled. Ends with 1 if a row does not fit or copies any. Parameters
-lie by the rules of eagle_jax/models/params.py. Needs the `aot` extra: bench/compilers.py.
+lie by the rules of eagle_jax/sharding.py. Needs the `aot` extra: bench/compilers.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh
 from bench import compilers, programs, report
 from bench.programs import Program
 from bench.shapes import SHAPES, Shape
-from eagle_jax.models import params
+from eagle_jax.sharding import DATA, FSDP, TENSOR
 
 GIB = 2**30
 # Memory of a chip in bytes; the compiler keeps a little of it to itself.
@@ -65,9 +65,9 @@ class Row:
         return self.topology.split(":")[0]
 
     def mesh(self) -> Mesh:
-        """The slice's chips under the axes of models/params.py."""
+        """The slice's chips under the axes of sharding.py."""
         chips = np.array(compilers.tpu_devices(self.topology)).reshape(self.data, self.fsdp, self.tensor)
-        return Mesh(chips, (params.DATA, params.FSDP, params.TENSOR), axis_types=(AxisType.Auto,) * 3)
+        return Mesh(chips, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
 ROWS = [

@@ -21,7 +21,7 @@ from eagle_jax.decode.cycle import step
 from eagle_jax.decode.insert import run_pending
 from eagle_jax.decode.plan import plan
 from eagle_jax.decode.prefill import prefill
-from eagle_jax.decode.state import DecodeState, check_capacity, context_of, spread
+from eagle_jax.decode.state import DecodeState, check_capacity, context_of
 from eagle_jax.drafts.eagle.config import tap_layers
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.none import as_draft
@@ -29,6 +29,7 @@ from eagle_jax.drafts.protocol import Draft, check_models, shown
 from eagle_jax.models.target import Target
 from eagle_jax.ops.attention import attention
 from eagle_jax.sampling import SamplingConfig
+from eagle_jax.sharding import constrain
 from eagle_jax.tree import AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -161,7 +162,7 @@ def _generate(target, draft, tokens, lengths, *, tree, accept_fn, **options) -> 
         drafted=state.drafted,
         log_probs=state.log_probs,
     )
-    return spread(out, target)
+    return constrain(out, target)
 
 
 def stream(
@@ -213,7 +214,7 @@ def stream(
 @functools.partial(jax.jit, static_argnames=STATIC)
 def _start(target, draft, tokens, lengths, *, num_samples, **options) -> tuple[DecodeState, Chunk]:
     state = prefill(target, draft, tokens, lengths, num_samples=num_samples, **options)
-    return state, spread(_chunk(state, jnp.repeat(lengths, num_samples), 1), target)
+    return state, constrain(_chunk(state, jnp.repeat(lengths, num_samples), 1), target)
 
 
 _advancing = functools.partial(jax.jit, static_argnames=("tree", "cycles", "accept_fn"), donate_argnames="state")
@@ -252,7 +253,7 @@ def _run_cycles(target, draft, state, before, first, tree, cycles, accept_fn) ->
         (jnp.int32(0), state),
     )
     width = cycles * (draft.depth(tree) + 1) + first
-    return spread(state, target), spread(_chunk(state, before, width), target)
+    return constrain(state, target), constrain(_chunk(state, before, width), target)
 
 
 def _chunk(state: DecodeState, before: jax.Array, width: int) -> Chunk:

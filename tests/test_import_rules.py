@@ -18,8 +18,8 @@ FACADE = "eagle_jax"
 
 # From the lowest up.
 FLOORS = (
-    {"ops", "files", "version"},
-    {"tree", "models", "sampling", "sharding", "keys"},
+    {"ops", "files", "sharding", "version"},
+    {"tree", "models", "sampling", "keys"},
     {"drafts"},
     {"decode", "convert"},
     {"api", "detokenizer"},

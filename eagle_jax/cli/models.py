@@ -22,10 +22,10 @@ from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.tokenizing import tokenizer_of
 from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
 from eagle_jax.drafts.registry import WEIGHTLESS
-from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
-from eagle_jax.models.params import DATA, TENSOR, for_this_machine
+from eagle_jax.models.params import for_this_machine
 from eagle_jax.models.target import Target
+from eagle_jax.sharding import DATA, TENSOR, make_mesh
 from eagle_jax.tree import PUBLISHED_TREES, TreeConfig
 
 
@@ -207,7 +207,7 @@ def load_models(args: argparse.Namespace) -> Models:
     """
     if (args.model is None) == (args.target is None):
         raise ValueError("name the models with either --model, or --target and --draft")
-    mesh = None if args.mesh is None else params.make_mesh(args.mesh)
+    mesh = None if args.mesh is None else make_mesh(args.mesh)
     weightless = WEIGHTLESS.get(args.draft)
     if args.model is not None:
         if args.draft is not None and weightless is None:

@@ -34,6 +34,7 @@ from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.ops.linear import InputFirst
+from eagle_jax.sharding import mesh_of, path_sharding
 
 Models = tuple[Llama, Draft | None]
 
@@ -111,7 +112,7 @@ def load_draft(
       CheckpointError, ConfigError: as `load` and `from_pretrained`.
     """
     dtype = parameter_dtype(target.dtype if dtype is None else dtype)
-    own = params.mesh_of(target)
+    own = mesh_of(target)
     mesh = own if mesh is None and isinstance(own, Mesh) else mesh
     if converted.is_conversion(Path(path)):
         entries = _entries(Path(path))
@@ -295,7 +296,7 @@ def _fill(match: Match, mesh: Mesh | None) -> Any:
             # A copy: where memory is aligned, JAX would go on using that of the file.
             arrays[path] = jax.device_put(values.copy())
         else:
-            arrays[path] = _shard(values, params.path_sharding(path, leaf.shape, mesh))
+            arrays[path] = _shard(values, path_sharding(path, leaf.shape, mesh))
     return params.load(match.model, arrays)
 
 
@@ -305,9 +306,7 @@ def _shard(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def _placed(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
-    sharding = (
-        SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else params.path_sharding(path, leaf.shape, mesh)
-    )
+    sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else path_sharding(path, leaf.shape, mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

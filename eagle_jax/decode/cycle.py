@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from eagle_jax.decode.accept import accept, asks_for
 from eagle_jax.decode.commit import commit, newly_committed, update
 from eagle_jax.decode.insert import run_pending
-from eagle_jax.decode.state import DecodeState, check_memory, context_of, spread
+from eagle_jax.decode.state import DecodeState, check_memory, context_of
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Context, Draft, Proposal
 from eagle_jax.models.target import Target, TargetOutput
+from eagle_jax.sharding import constrain
 from eagle_jax.tree import Acceptance, AcceptFn, Tree, TreeConfig, TreePolicy
 
 
@@ -81,7 +82,7 @@ def step(
     gained = after.lengths - state.lengths
     committed = newly_committed(state, nodes, output, logits, chosen.path, chosen.tokens, gained)
     after = update(target, draft, after, committed)
-    return Step(spread(after, target), nodes, chosen.acceptance)
+    return Step(constrain(after, target), nodes, chosen.acceptance)
 
 
 @jax.named_scope("propose")

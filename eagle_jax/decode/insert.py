@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.decode.prefill import PREFILL_CHUNK, choose_first, run_prompts
-from eagle_jax.decode.state import DecodeState, check_memory, put_row, spread, take_row
+from eagle_jax.decode.state import DecodeState, check_memory, put_row, take_row
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models.target import Target
 from eagle_jax.sampling import SamplingConfig
+from eagle_jax.sharding import constrain
 
 # As PREFILL_CHUNK, on a CPU for a prompt that `insert` left: rows past the prompt's end cost there as much as the
 # others.
@@ -94,7 +95,7 @@ def insert(
         sampling=old.sampling if sampling is None or old.sampling is None else sampling.rows(1),
         pending=valid[None],
     )
-    return spread(put_row(state, jnp.asarray(row, jnp.int32), new), state.cache)
+    return constrain(put_row(state, jnp.asarray(row, jnp.int32), new), state.cache)
 
 
 def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> None:

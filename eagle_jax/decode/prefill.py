@@ -15,7 +15,7 @@ import numpy as np
 from eagle_jax.decode.accept import accept
 from eagle_jax.decode.commit import commit, newly_committed, update
 from eagle_jax.decode.plan import padded_width, plan
-from eagle_jax.decode.state import DecodeState, check_capacity, context_of, empty_state, map_rows, spread
+from eagle_jax.decode.state import DecodeState, check_capacity, context_of, empty_state, map_rows
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Committed, Draft, Proposal
 from eagle_jax.keys import row_keys
@@ -23,6 +23,7 @@ from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.ops.attention import attention
 from eagle_jax.sampling import SamplingConfig
+from eagle_jax.sharding import constrain
 from eagle_jax.tree import Tree, TreePolicy
 
 # Tokens of a prompt that one pass takes: enough to keep a GPU's or TPU's matrix units busy, few enough that the
@@ -118,7 +119,7 @@ def prefill(
     if num_samples > 1:
         state = map_rows(lambda x: jnp.repeat(x, num_samples, axis=0), dataclasses.replace(state, keys=None))
         last = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), last)
-    return spread(choose_first(target, draft, dataclasses.replace(state, keys=keys), last), target)
+    return constrain(choose_first(target, draft, dataclasses.replace(state, keys=keys), last), target)
 
 
 def reusable(target: Target, draft: Draft | None) -> bool:

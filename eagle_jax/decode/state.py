@@ -11,25 +11,22 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from eagle_jax.decode.plan import cache_positions, scratch_positions
 from eagle_jax.drafts.none import NoDraft, as_draft
 from eagle_jax.drafts.protocol import Context, Draft
 from eagle_jax.keys import row_keys, token_keys
-from eagle_jax.models import params
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import SamplingConfig
+from eagle_jax.sharding import constrain
 from eagle_jax.tree import TreeConfig, TreePolicy, choice_noise
-
-Values = TypeVar("Values")
 
 # The most tokens of a row: positions are int32, with room for a tree and a tile beyond them.
 MOST_TOKENS = 2**31 - 2**12
@@ -148,7 +145,7 @@ def empty_state(
         pending=jnp.zeros(batch, bool),
         capacity=capacity,
     )
-    return spread(state, target)
+    return constrain(state, target)
 
 
 def check_capacity(target: Target, rows: int, capacity: int) -> None:
@@ -179,28 +176,6 @@ def _memory(devices: Collection[jax.Device]) -> int:
         known = hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
     return len(devices) * (here.memory_stats() or {}).get("bytes_limit", 0)
-
-
-def spread(values: Values, like: Any) -> Values:
-    """Constrains a state, or any pytree derived from one, to the mesh of `like` (a model or another state).
-
-    Caches are split by sequence and head, the rest of the draft's memory by sequence. All else lies whole on every
-    device, where every process can read it.
-    """
-    mesh = params.mesh_of(like)
-    if mesh is None:
-        return values
-
-    def place(path, x):
-        name = params.path_name(path)
-        axes: tuple[params.Axis, ...] = (None,) * x.ndim
-        if "cache.k" in name or "cache.v" in name:
-            axes = params.CACHE_RULE
-        elif name.startswith("memory."):
-            axes = (params.BATCH, *axes[1:])
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, params.fitting(axes, x.shape, mesh)))
-
-    return jax.tree_util.tree_map_with_path(place, values)
 
 
 def context_of(state: DecodeState, vocab_size: int, depth: int = 0) -> Context:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from eagle_jax.models import params
 from eagle_jax.ops.attention import CacheLayer
+from eagle_jax.sharding import CACHE_RULE, fitting, mesh_of
 
 # Cache rows come in whole tiles of the accelerators' matrix products; else XLA pads, that is copies, the cache.
 ROW_TILE = 128
@@ -92,10 +92,10 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     new = new.astype(cache.dtype)
     if start.ndim == 0:
         return put(cache, new, (0, 0, start, 0))
-    mesh = params.mesh_of(cache)
+    mesh = mesh_of(cache)
     if mesh is None:
         return _write_each(cache, new, start)
-    spec = params.fitting(params.CACHE_RULE, cache.shape, mesh)  # every device writes its own part
+    spec = fitting(CACHE_RULE, cache.shape, mesh)  # every device writes its own part
     return jax.shard_map(_write_each, mesh=mesh, in_specs=(spec, spec, P(spec[0])), out_specs=spec)(cache, new, start)
 
 

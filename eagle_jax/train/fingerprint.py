@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.files import checksums
-from eagle_jax.models import params
+from eagle_jax.sharding import path_name
 
 # The fields of the configs when fingerprints of them were first stored. They are always part of the text, so that those
 # fingerprints stay valid; a field that was added since is part of it where it differs from its default.
@@ -59,7 +59,7 @@ def of_model(model: Any) -> str:
     parts = [of_config(getattr(model, "config", None))]
     tied = getattr(getattr(getattr(model, "model", model), "config", None), "tie_word_embeddings", False)
     for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
-        if tied and params.path_name(path).endswith("lm_head"):
+        if tied and path_name(path).endswith("lm_head"):
             continue  # `input_first` gives a tied model this copy of its embedding
         sums = np.asarray(_checksums(leaf)).tolist()
         parts.append(f"{jax.tree_util.keystr(path)} {leaf.dtype.name} {list(leaf.shape)} {sums}")

@@ -23,6 +23,7 @@ from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.files.atomic import files_below
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
+from eagle_jax.sharding import path_sharding
 from eagle_jax.train.run.save import save_target
 from tests.convert import folders
 from tests.convert.folders import CONFIG, HEAD_CONFIG, assert_same
@@ -89,7 +90,7 @@ def test_other_drafts_load_onto_a_mesh(other_pair: tuple[Path, Path], tmp_path: 
     for _, draft in (load(out, dtype=dtype, mesh=mesh), from_pretrained(*other_pair, dtype=dtype, mesh=mesh)):
         assert jax.tree.structure(draft) == jax.tree.structure(plain)
         for path, array in params.flatten(draft).items():
-            assert array.sharding == params.path_sharding(path, array.shape, mesh), path
+            assert array.sharding == path_sharding(path, array.shape, mesh), path
             assert np.asarray(array).tobytes() == np.asarray(expected[path]).tobytes(), path
             if path.endswith("lm_head"):
                 assert array.addressable_shards[0].data.shape == (8, 8)  # half of the vocabulary
@@ -136,6 +137,7 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from eagle_jax.convert import from_pretrained, load
 from eagle_jax.models import params
+from eagle_jax.sharding import path_sharding
 
 target, draft, out = sys.argv[1:]
 mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -147,7 +149,7 @@ for name, models in pairs.items():
     for model, whole in zip(models, plain_cast if name == "cast" else plain):
         expected = params.flatten(whole)
         for path, array in params.flatten(model).items():
-            assert array.sharding == params.path_sharding(path, array.shape, mesh), (name, path, array.sharding)
+            assert array.sharding == path_sharding(path, array.shape, mesh), (name, path, array.sharding)
             assert np.asarray(array).tobytes() == np.asarray(expected[path]).tobytes(), (name, path)
             local = list(array.addressable_shards[0].data.shape)
             report[f"{type(model).__name__} {path}"] = [list(array.sharding.spec), local]

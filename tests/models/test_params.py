@@ -1,4 +1,4 @@
-"""Parameters by path: flattening, strict loading, and where each array lies on a mesh."""
+"""Parameters by path: flattening, strict loading, and the copy for decoding on a CPU."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from eagle_jax.drafts.draft_model import DraftModel
-from eagle_jax.drafts.eagle.config import DraftConfig
-from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models import params
 from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.llama import Llama
 from eagle_jax.ops.linear import InputFirst
+from eagle_jax.sharding import path_name
 from tests.models.reference import SMALL
 from tests.toy import TARGET, random_eagle3, random_target
 
@@ -82,72 +80,13 @@ def test_loading_is_strict():
         params.load(abstract, arrays | {"norm": np.zeros(33)})
 
 
-def mesh(**axes: int) -> AbstractMesh:
-    return AbstractMesh(tuple(axes.values()), tuple(axes))
-
-
-@pytest.mark.parametrize(
-    ("path", "shape", "spec"),
-    [
-        ("embed", (128, 8), ("tensor", None)),
-        ("lm_head", (128, 8), ("tensor", None)),
-        ("layers.3.mlp.gate", (16, 8), ("tensor", None)),
-        ("layers.3.mlp.up_bias", (16,), ("tensor",)),
-        ("layers.3.mlp.down", (8, 16), (None, "tensor")),
-        ("layers.3.mlp.down_bias", (8,), ()),
-        ("layer.mlp.down", (8, 16), (None, "tensor")),
-        ("layers.3.post_attention_norm", (8,), ()),
-        ("norm", (8,), ()),
-        ("fc", (8, 24), ()),
-        ("heads.2.lm_head", (128, 8), ("tensor", None)),
-        ("heads.2.blocks.0.weight", (8, 8), ()),
-        ("heads.2.blocks.0.bias", (8,), ()),
-        ("model.layers.3.attention.k", (4, 6, 8), ("tensor", None, None)),
-        ("target_ids", (128,), ()),
-    ],
-)
-def test_partition_rules(path, shape, spec):
-    assert params.partition_spec(path, shape, mesh(tensor=4)) == PartitionSpec(*spec)
-    assert params.partition_spec(path, shape, mesh(data=2, tensor=4)) == PartitionSpec(*spec)
-
-
-def test_a_dimension_that_its_axis_does_not_divide_is_replicated():
-    assert params.partition_spec("embed", (130, 8), mesh(tensor=4)) == PartitionSpec(None, None)
-    assert params.partition_spec("embed", (130, 8), mesh(tensor=2)) == PartitionSpec("tensor", None)
-
-
-def test_a_mesh_without_the_axis_replicates():
-    assert params.partition_spec("embed", (128, 8), mesh(data=4)) == PartitionSpec(None, None)
-
-
-@pytest.mark.parametrize("kind", ["target", "head"])
-def test_every_parameter_can_be_placed(kind):
-    """Every projection is split over "tensor", nothing else is, and specs have the arrays' ranks."""
-    draft = DraftConfig.from_hf(
-        SMALL | dict(num_hidden_layers=1, vocab_size=64, draft_vocab_size=32), own_embedding=True
-    )
-    target = LlamaConfig.from_hf(SMALL | dict(vocab_size=64, attention_bias=True))
-    model = params.abstract(lambda key: Llama(target, key) if kind == "target" else Eagle3Draft(draft, 3, key))
-    shapes = {path: leaf.shape for path, leaf in params.flatten(model).items()}
-    specs = {path: params.partition_spec(path, shape, mesh(tensor=2)) for path, shape in shapes.items()}
-    split = {path for path, spec in specs.items() if "tensor" in spec}
-    whole = ("norm", "fc", "target_ids", "o_bias", "down_bias")
-    assert split == {path for path in shapes if not path.endswith(whole)}
-
-
-def test_arrays_are_placed_in_parts():
-    devices = Mesh(np.asarray(jax.devices()[:2]), ("tensor",))
-    array = jax.device_put(jnp.zeros((64, 8)), params.path_sharding("embed", (64, 8), devices))
-    assert [shard.data.shape for shard in array.addressable_shards] == [(32, 8)] * 2
-
-
 def test_input_first_turns_the_weights_of_products_alone_and_once():
     target, draft = random_target(0), random_eagle3(1)
     for model in (target, draft):
         turned = params.input_first(model)
         before, after = (jax.tree_util.tree_flatten_with_path(one)[0] for one in (model, turned))
         for (path, old), (_, new) in zip(before, after, strict=True):
-            weight = params.path_name(path).split(".")[-1] in params.PRODUCT_WEIGHTS
+            weight = path_name(path).split(".")[-1] in params.PRODUCT_WEIGHTS
             np.testing.assert_array_equal(new, np.moveaxis(old, -1, 0) if weight else old)
         again = jax.tree.leaves(params.input_first(turned))
         assert all(a is b for a, b in zip(again, jax.tree.leaves(turned), strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from eagle_jax.models import params
+from eagle_jax.sharding import make_mesh, path_name, path_sharding
 
 
 def child_environment() -> dict[str, str]:
@@ -20,13 +20,13 @@ def child_environment() -> dict[str, str]:
 
 
 def mesh_of(data: int, tensor: int) -> Mesh:
-    return params.make_mesh({"data": data, "tensor": tensor})
+    return make_mesh({"data": data, "tensor": tensor})
 
 
 def on_mesh(model: Any, mesh: Mesh) -> Any:
     """A model that was made on one device, as `load(mesh=...)` would place it."""
 
     def place(path, leaf):
-        return jax.device_put(leaf, params.path_sharding(params.path_name(path), leaf.shape, mesh))
+        return jax.device_put(leaf, path_sharding(path_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, model)

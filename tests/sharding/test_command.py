@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from eagle_jax.cli import models
-from eagle_jax.models import params
+from eagle_jax.sharding import mesh_of
 from tests.train.chat_templates import byte_level
 from tests.train.models import write_target
 
@@ -25,7 +25,7 @@ def test_models_lie_on_the_mesh(tmp_path):
     assert target.embed.sharding.mesh.shape == {"data": 4, "tensor": 2}
     q = target.layers[0].attention.q[...]
     assert q.addressable_shards[0].data.shape == (q.shape[0] // 2, *q.shape[1:])
-    assert params.mesh_of(models.load_models(parsed("--target", folder)).target) is None
+    assert mesh_of(models.load_models(parsed("--target", folder)).target) is None
     with pytest.raises(ValueError, match="needs 16 devices, there are 8"):
         models.load_models(parsed("--target", folder, "--mesh", "tensor=16"))
 

@@ -14,8 +14,8 @@ import eagle_jax
 from eagle_jax import SamplingConfig, StaticTree, TreeConfig
 from eagle_jax.convert import from_pretrained
 from eagle_jax.decode.cycle import step
-from eagle_jax.models import params
 from eagle_jax.serving import Request, RunningBatch, serve
+from eagle_jax.sharding import CACHE_RULE, fitting
 from tests.sharding.meshes import mesh_of, on_mesh
 from tests.toy import GOLDEN, NEW, TREE, golden_pair, near_ties, rows_of, small_case
 
@@ -122,7 +122,7 @@ def test_a_cycle_moves_no_cache(case):
 )
 def test_where_a_cache_lies(shape, axes, spec):
     mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
-    assert params.fitting(params.CACHE_RULE, shape, mesh) == jax.sharding.PartitionSpec(*spec)
+    assert fitting(CACHE_RULE, shape, mesh) == jax.sharding.PartitionSpec(*spec)
 
 
 def test_a_mesh_of_more_devices_than_there_are_is_refused():

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 import eagle_jax
 from bench.shapes import SHAPES, abstract_pair
 from eagle_jax.models import params
+from eagle_jax.sharding import CACHE_RULE, fitting, path_sharding
 from tests.sharding.meshes import mesh_of
 
 BATCH, PROMPT, NEW = 8, 1024, 1024
@@ -27,7 +28,7 @@ def gigabytes(arrays: dict[str, Any], sharding_of: Any) -> float:
 def test_the_70b_pair_on_eight_devices():
     mesh = mesh_of(1, 8)
     target, draft = abstract_pair(SHAPES["70b"])
-    placed = functools.partial(params.path_sharding, mesh=mesh)
+    placed = functools.partial(path_sharding, mesh=mesh)
     weights = [gigabytes(params.flatten(model), placed) for model in (target, draft)]
     whole = [sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(model)) / 1e9 for model in (target, draft)]
     assert [round(size, 2) for size in whole] == [141.11, 2.81]
@@ -41,7 +42,7 @@ def test_the_70b_pair_on_eight_devices():
     assert len(caches) == 2 * (80 + 1) and caches["cache.k.79"].shape == (BATCH, 8, 2176, 128)
 
     def cache_sharding(path, shape):
-        return NamedSharding(mesh, params.fitting(params.CACHE_RULE, shape, mesh))
+        return NamedSharding(mesh, fitting(CACHE_RULE, shape, mesh))
 
     assert round(gigabytes(caches, cache_sharding), 2) == 0.72
 

@@ -16,6 +16,7 @@ import pytest
 from eagle_jax.cli import main
 from eagle_jax.convert import from_pretrained
 from eagle_jax.models import params
+from eagle_jax.sharding import make_mesh
 from eagle_jax.train.data import loader
 from eagle_jax.train.run import metrics
 from eagle_jax.train.run.processes import EXIT_CODES
@@ -123,7 +124,7 @@ def test_two_processes_train_what_one_does(folder, reports):
 
 
 def test_a_process_alone_makes_every_row():
-    assert loader.own_blocks(params.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})) == ([0, 1, 2, 3], 4)
+    assert loader.own_blocks(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})) == ([0, 1, 2, 3], 4)
 
 
 @pytest.mark.parametrize("where", ["host0", "host0:9000", "host0:9000,2,2", "host0:9000,two,0"])

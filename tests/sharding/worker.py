@@ -20,7 +20,7 @@ import eagle_jax
 from eagle_jax import Eagle3Draft, SamplingConfig, TreeConfig
 from eagle_jax.cli.train import join
 from eagle_jax.convert import from_pretrained
-from eagle_jax.models import params
+from eagle_jax.sharding import make_mesh
 from eagle_jax.train.config import read_settings
 from eagle_jax.train.run.loop import train
 from tests.sharding.meshes import on_mesh
@@ -32,7 +32,7 @@ AXES = ({"data": 4}, {"data": 1, "tensor": 4})  # the batch over the processes, 
 
 def generated(folder: Path, axes: dict[str, int]) -> dict[str, Any]:
     """Four rows, greedy and sampled ones, of a target that was loaded and a head that was made."""
-    mesh = params.make_mesh(axes)
+    mesh = make_mesh(axes)
     target, _ = from_pretrained(folder / "target", mesh=mesh)
     head = scaled(Eagle3Draft(draft_config(vocab_size=VOCAB), 3, jax.random.key(1)), 6.0)
     out = eagle_jax.generate(
@@ -51,7 +51,7 @@ def generated(folder: Path, axes: dict[str, int]) -> dict[str, Any]:
 def meet() -> None:
     """Connects the processes. gloo gives up after 30 s: too soon for one that waits until another has compiled."""
     for axes in ({"data": 4}, {"data": 2, "tensor": 2}):
-        mesh = params.make_mesh(axes)
+        mesh = make_mesh(axes)
         spec = PartitionSpec(tuple(axes))
         for axis in axes:
             total = jax.shard_map(

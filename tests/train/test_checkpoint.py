@@ -15,13 +15,13 @@ import optax
 import pytest
 
 from eagle_jax.files import checksums
-from eagle_jax.models import params
+from eagle_jax.sharding import make_mesh
 from eagle_jax.train.run import checkpoint
 from eagle_jax.train.run.checkpoint import CheckpointError, Checkpoints, DoesNotFit, NotFinite
 from eagle_jax.train.run.step import TrainState, initial_state
 
 UPDATE = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-MESH = params.make_mesh({})
+MESH = make_mesh({})
 
 
 def state_of(step: int, update: optax.GradientTransformation = UPDATE) -> TrainState:

@@ -21,8 +21,8 @@ from eagle_jax import DraftModel, Eagle3Draft, Llama, SamplingConfig, TreeConfig
 from eagle_jax.cli import main
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.files.lock import Locked, locked_folder
-from eagle_jax.models import params
 from eagle_jax.models.config import RopeConfig
+from eagle_jax.sharding import make_mesh
 from eagle_jax.train import fingerprint
 from eagle_jax.train.config import TrainSettings, read_settings
 from eagle_jax.train.data import features, loader
@@ -118,7 +118,7 @@ class Case:
 
 def case(place: Path, config: Path) -> Case:
     settings = read_settings(config)
-    mesh, origin = params.make_mesh(settings.mesh.model_dump()), assemble.source(settings)
+    mesh, origin = make_mesh(settings.mesh.model_dump()), assemble.source(settings)
     splits = {}
     for split in ("train", "held_out"):
         files = [str(place / f"{split}.jsonl")]

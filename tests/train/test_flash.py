@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from eagle_jax.models import params
 from eagle_jax.ops.attention import merge_parts
+from eagle_jax.sharding import DATA, FSDP, TENSOR, make_mesh
 from eagle_jax.train.data.layout import layout
 from eagle_jax.train.loss import flash
 from eagle_jax.train.loss.attention import by_backend, in_blocks
@@ -51,10 +51,10 @@ def test_a_kernel_is_attention_in_blocks(kernel, groups, width, head_dim):
 
 @pytest.mark.parametrize("kernel", INTERPRETED)
 def test_a_mesh_divides_a_kernel_by_rows_and_heads(kernel):
-    mesh = params.make_mesh({"data": 2, "fsdp": 1, "tensor": 2})
+    mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 2})
     qkv, text = arrays(2, 2, 2, 128, 64)
-    split = NamedSharding(mesh, PartitionSpec((params.DATA, params.FSDP), params.TENSOR))
-    rows = NamedSharding(mesh, PartitionSpec((params.DATA, params.FSDP)))
+    split = NamedSharding(mesh, PartitionSpec((DATA, FSDP), TENSOR))
+    rows = NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
     @jax.jit
     def both(q, k, v, segments):

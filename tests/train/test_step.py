@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 
 from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig
 from eagle_jax.models import params
+from eagle_jax.sharding import path_name, path_sharding
 from eagle_jax.train.config import OptimizerSettings
 from eagle_jax.train.data.dataset import Dataset, pack
 from eagle_jax.train.data.loader import on_mesh
@@ -81,7 +82,7 @@ def gradient_of(kind: str, batch: dict[str, Any], pieces: int = 1, objective: An
     if mesh is not None:
 
         def place(path, leaf):
-            return jax.device_put(leaf, params.path_sharding(params.path_name(path), leaf.shape, mesh))
+            return jax.device_put(leaf, path_sharding(path_name(path), leaf.shape, mesh))
 
         state = jax.device_put(state, step.state_shardings(state, mesh))
         frozen, target = jax.tree_util.tree_map_with_path(place, (frozen, target))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from eagle_jax.models import params
+from eagle_jax.sharding import BATCH
 from eagle_jax.train.data.dataset import Dataset
 
 Batch = dict[str, np.ndarray]
@@ -66,8 +66,8 @@ def steps_of(rows: Mapping[int, Sequence[Any]], batch_rows: Mapping[int, int], e
 
 def own_blocks(mesh: Mesh) -> tuple[list[int], int]:
     """Which blocks of a batch's rows this process's devices hold, in order, and how many blocks there are."""
-    sharding = NamedSharding(mesh, PartitionSpec(params.BATCH))
-    count = math.prod(mesh.shape[axis] for axis in params.BATCH)
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    count = math.prod(mesh.shape[axis] for axis in BATCH)
     held = sharding.addressable_devices_indices_map((count,)).values()
     return sorted({index[0].indices(count)[0] for index in held if index}), count
 
@@ -76,7 +76,7 @@ def on_mesh(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     """A batch, of which every process holds its own blocks, spread over the mesh."""
 
     def place(array):
-        spec = PartitionSpec(params.BATCH, *[None] * (array.ndim - 1))
+        spec = PartitionSpec(BATCH, *[None] * (array.ndim - 1))
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
 
     return {name: place(array) for name, array in batch.items()}

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from eagle_jax.models import params
+from eagle_jax.sharding import CACHE_RULE, fitting, mesh_of
 
 BLOCK = 128  # rows are padded to a multiple of it
 NARROWEST = 16  # head dim that Triton multiplies
@@ -81,9 +81,9 @@ def _by_row_and_head(fn, results, segments, *arrays):
     more = -segments.shape[1] % BLOCK  # nothing before the padding sees it
     padded = [jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, more), (0, 0)]) for array in arrays]
     segments, width = jnp.pad(segments, [(0, 0), (0, more)]), segments.shape[1]
-    mesh = params.mesh_of(arrays[1])
+    mesh = mesh_of(arrays[1])
     if mesh is not None:
-        heads = params.fitting(params.CACHE_RULE[:2], arrays[1].shape[:2], mesh)
+        heads = fitting(CACHE_RULE[:2], arrays[1].shape[:2], mesh)
         specs = PartitionSpec(heads[0]), *[heads] * len(arrays)
         fn = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=(heads,) * results, check_vma=False)
     return tuple(array[..., :width, :] for array in fn(segments, *padded))

@@ -17,11 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from eagle_jax.api import forward, generate
 from eagle_jax.convert.eos import eos_tokens
 from eagle_jax.decode.prefill import pad
-from eagle_jax.decode.state import spread
 from eagle_jax.measure.near_tie import first_difference, near_tie_relative, relative_gap
 from eagle_jax.measure.statistics import accepted_shares, distinct_ngrams, tokens_a_cycle
 from eagle_jax.models import params
 from eagle_jax.models.target import Target
+from eagle_jax.sharding import constrain
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.data import loader
 from eagle_jax.train.data.dataset import Dataset
@@ -124,7 +124,7 @@ def check_equal(target: Target, prompts: Prompts, tokens: np.ndarray, ends: np.n
 
 @jax.jit
 def _row_logits(target, tokens, lengths):
-    return spread(forward(target, tokens, lengths)[0], target)
+    return constrain(forward(target, tokens, lengths)[0], target)
 
 
 def _logits_at(target: Target, tokens: np.ndarray, place: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from eagle_jax.convert.engines import check_engine
 from eagle_jax.files.lock import locked_folder
 from eagle_jax.models import params
+from eagle_jax.sharding import make_mesh, path_sharding
 from eagle_jax.train.config import LIMIT, TrainSettings
 from eagle_jax.train.data import features, loader
 from eagle_jax.train.data.dataset import Dataset
@@ -61,7 +62,7 @@ def train(settings: TrainSettings, say: Say = log, command: str = "the same comm
 
 def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
     output = Path(settings.output)
-    mesh = params.make_mesh(settings.mesh.model_dump())
+    mesh = make_mesh(settings.mesh.model_dump())
     changed = resume.changes(output, settings)
     origin = assemble.source(settings)
     begun = resume.begun(output)
@@ -84,9 +85,7 @@ def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
     if target is not None:
         check_engine(model, target, settings.save_format)  # before training what could not be written
     masters, frozen = step.split(model, () if settings.kind == "target" else step.FROZEN)
-    frozen = {
-        path: jax.device_put(array, params.path_sharding(path, array.shape, mesh)) for path, array in frozen.items()
-    }
+    frozen = {path: jax.device_put(array, path_sharding(path, array.shape, mesh)) for path, array in frozen.items()}
     model = jax.eval_shape(lambda: model)
     update = step.optimizer(settings.optimizer, total)
     start = functools.partial(step.initial_state, update=update, seed=settings.seed)

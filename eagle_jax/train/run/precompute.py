@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from eagle_jax.files.lock import locked_folder
-from eagle_jax.models import params
+from eagle_jax.sharding import make_mesh
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.data import features
 from eagle_jax.train.data.features import SHARD_BYTES, Group
@@ -39,7 +39,7 @@ def precompute(settings: TrainSettings, folder: Path, say: Say = log, shard_byte
 
 
 def _precompute(settings: TrainSettings, folder: Path, say: SignsOfLife, shard_bytes: int) -> int:
-    mesh = params.make_mesh(settings.mesh.model_dump())
+    mesh = make_mesh(settings.mesh.model_dump())
     origin = assemble.source(settings)
     output, splits = Path(settings.output), {}
     say.doing("preparing the data")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eagle_jax.models import params
 from eagle_jax.models.target import Target
+from eagle_jax.sharding import path_sharding
 from eagle_jax.train.config import OptimizerSettings
 from eagle_jax.train.loss.objective import Batch, Metrics, Objective
 
@@ -157,13 +158,13 @@ def initial_state(masters: Arrays, update: optax.GradientTransformation, seed: i
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """The sharding of every array of an (abstract) state, by the table of rules in models/params.py."""
+    """The sharding of every array of an (abstract) state, by the table of rules in sharding.py."""
 
     def of(path, leaf):
         names = [str(getattr(key, "key", "")) for key in path]
         path_of = next((name for name in names if name in state.masters), None)
         if path_of is None or leaf.shape != state.masters[path_of].shape:
             return NamedSharding(mesh, PartitionSpec())
-        return params.path_sharding(path_of, leaf.shape, mesh)
+        return path_sharding(path_of, leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(of, state)
