@@ -55,7 +55,9 @@ KINDS: dict[str, Kind] = {
     "eagle2": Kind(Eagle1Draft, "the same head, dynamic tree", "eagle1", DraftConfig, TreeConfig()),
     "eagle3": Kind(Eagle3Draft, "an EAGLE-3 head, dynamic tree", "eagle3", DraftConfig, TreeConfig()),
 }
+# Drafts without weights, by the names of commands; the classes of the others, by the names of tables.
 WEIGHTLESS = {name: kind for name, kind in KINDS.items() if kind.weights is None}
+CLASSES = {kind.weights: kind.draft for kind in KINDS.values() if kind.weights is not None}
 
 
 def kind_of(draft: Draft | None) -> Kind | None:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 
 import eagle_jax
 from eagle_jax import Draft, Eagle1Draft, PromptLookup, TreeConfig
 from eagle_jax.cli import drafts
-from eagle_jax.drafts.registry import KINDS, WEIGHTLESS, kind_of
+from eagle_jax.drafts.registry import KINDS, WEIGHTLESS, CLASSES, kind_of
+from eagle_jax.train.config import TrainSettings
+from eagle_jax.train.run.assemble import TRAINED
 
-TABLES = {"heads of the embedded pair": drafts.EMBEDDED}
+TABLES = {
+    "heads of the embedded pair": drafts.EMBEDDED,
+    "training": {kind: entry for kind, entry in TRAINED.items() if kind != "target"},
+}
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_kind_with_weights_has_its_entry_or_none(table):
     """A draft without weights has nothing to be converted or trained: its line in the registry is all."""
-    assert set(TABLES[table]) == {kind.weights for kind in KINDS.values() if kind.weights is not None}
+    assert set(TABLES[table]) == set(CLASSES)
+
+
+def test_settings_name_the_kinds_that_can_be_trained():
+    kinds = typing.get_args(TrainSettings.model_fields["kind"].annotation)
+    assert set(kinds) == {kind for kind, entry in TRAINED.items() if entry is not None}
 
 
 def test_every_public_draft_is_of_a_kind():

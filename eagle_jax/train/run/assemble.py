@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from eagle_jax.convert.read import read_json, resolve
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
+from eagle_jax.drafts.protocol import Draft
+from eagle_jax.drafts.registry import CLASSES
 from eagle_jax.files import checksums
 from eagle_jax.models import params
 from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.models.llama import Llama
 from eagle_jax.train import fingerprint
-from eagle_jax.train.config import DataSettings, TrainSettings
+from eagle_jax.train.config import DataSettings, HeadSettings, LossSettings, TrainSettings
 from eagle_jax.train.data import dataset
 from eagle_jax.train.data.dataset import Dataset
 from eagle_jax.train.data.records import ReadReport, read_records
@@ -66,9 +68,7 @@ def predicted_by(settings: TrainSettings) -> slice:
     A target predicts all tokens but the first. EAGLE-3 reads a feature and the token after it, and predicts the next
     one; its official alignment weighs the rows by their own mask. EAGLE-1 regresses the feature after each position.
     """
-    if settings.kind == "eagle3":
-        return slice(None) if settings.loss.alignment == "official" else slice(2, None)
-    return slice(1, None) if settings.kind == "target" else slice(None, -1)
+    return training_of(settings).predicted(settings.loss)
 
 
 def documents(
@@ -132,11 +132,7 @@ def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:
 
 
 def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None, train: Dataset, say: Say) -> Any:
-    """The model to train, float32: that of settings.start, else with random weights.
-
-    A new EAGLE-3 head begins with the target's own last norm and output rows, and has only to learn what to put before
-    them.
-    """
+    """The model to train, float32: that of settings.start, else with random weights."""
     key = jax.random.key(settings.seed)
     if settings.kind == "target" and settings.start is not None:
         model = convert.from_pretrained(settings.start, dtype="float32")[0]
@@ -148,13 +144,19 @@ def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None,
     assert target is not None
     if settings.start is not None:
         head = convert.load_draft(settings.start, target, dtype="float32")
-        wanted = Eagle3Draft if settings.kind == "eagle3" else Eagle1Draft
-        if not isinstance(head, wanted):
+        if not isinstance(head, CLASSES[settings.kind]):
             raise ValueError(f"start: {settings.start} is a {type(head).__name__}, kind is {settings.kind}")
         return head
-    config = head_config(settings, origin.config)
-    if settings.kind == "eagle1":
-        return Eagle1Draft(config, key)
+    new_head = training_of(settings).new_head
+    assert new_head is not None  # it is no target
+    return new_head(head_config(settings, origin.config), key, target, train, say)
+
+
+def new_eagle3(config: DraftConfig, key: jax.Array, target: Llama, train: Dataset, say: Say) -> Eagle3Draft:
+    """Makes a head that begins with the target's own last norm and output rows.
+
+    It has only to learn what to put before them.
+    """
     taps = 3 if config.taps is None else len(config.taps)
     head = Eagle3Draft(config, taps, key)
     output, made = target.output_weight(), params.flatten(head)
@@ -188,9 +190,9 @@ def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
     vocabulary = head.draft_vocab_size or target.vocab_size
     if vocabulary > target.vocab_size:
         raise ValueError(f"head.draft_vocab_size {vocabulary} is more than the target's {target.vocab_size}")
-    if settings.kind == "eagle1":
-        return DraftConfig(**fields, target_hidden_size=target.hidden_size, fc_bias=True)
-    return DraftConfig(**fields, target_hidden_size=target.hidden_size, draft_vocab_size=vocabulary, taps=head.taps)
+    head_fields = training_of(settings).head_fields
+    assert head_fields is not None  # it is no target
+    return DraftConfig(**fields, target_hidden_size=target.hidden_size, **head_fields(head, vocabulary))
 
 
 def frequent_tokens(train: Dataset, vocab_size: int, count: int) -> tuple[np.ndarray, float]:
@@ -215,10 +217,53 @@ def rows_of(data: Dataset, settings: TrainSettings) -> tuple[dict[int, list[list
 
 def objective_of(settings: TrainSettings) -> Objective:
     """The loss that the settings ask for."""
-    loss, dtype = settings.loss, jnp.dtype(settings.dtype)
     chunk = CHUNK * settings.mesh.data * settings.mesh.fsdp
-    if settings.kind == "eagle3":
-        return Eagle3Objective(loss.weights, loss.alignment, loss.divergence, loss.feature_weight, dtype, chunk)
-    if settings.kind == "eagle1":
-        return Eagle1Objective(loss.token_weight, loss.noise, dtype, chunk)
-    return TargetObjective(dtype, chunk)
+    return training_of(settings).objective(settings.loss, jnp.dtype(settings.dtype), chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a kind of model is trained.
+
+    predicted: the positions that its loss predicts, see `predicted_by`. objective: its loss, from the settings, the
+      dtype of the computation and the positions of a chunk.
+    new_head: a head with random weights. head_fields: what its config says beyond the target's shape, from the settings
+      and the size of the draft vocabulary. None for a target.
+    """
+
+    predicted: Callable[[LossSettings], slice]
+    objective: Callable[[LossSettings, Any, int], Objective]
+    new_head: Callable[[DraftConfig, jax.Array, Llama, Dataset, Say], Draft] | None = None
+    head_fields: Callable[[HeadSettings, int], dict[str, Any]] | None = None
+
+
+# By the name that settings have: a target, and every kind of draft with weights; None: it cannot be trained.
+TRAINED: dict[str, Training | None] = {
+    "target": Training(
+        predicted=lambda loss: slice(1, None),
+        objective=lambda loss, dtype, chunk: TargetObjective(dtype, chunk),
+    ),
+    "eagle1": Training(
+        predicted=lambda loss: slice(None, -1),
+        objective=lambda loss, dtype, chunk: Eagle1Objective(loss.token_weight, loss.noise, dtype, chunk),
+        new_head=lambda config, key, target, train, say: Eagle1Draft(config, key),
+        head_fields=lambda head, vocabulary: {"fc_bias": True},
+    ),
+    "eagle3": Training(
+        predicted=lambda loss: slice(None) if loss.alignment == "official" else slice(2, None),
+        objective=lambda loss, dtype, chunk: Eagle3Objective(
+            loss.weights, loss.alignment, loss.divergence, loss.feature_weight, dtype, chunk
+        ),
+        new_head=new_eagle3,
+        head_fields=lambda head, vocabulary: {"draft_vocab_size": vocabulary, "taps": head.taps},
+    ),
+    "medusa": None,
+    "llama": None,
+}
+
+
+def training_of(settings: TrainSettings) -> Training:
+    """Returns how the settings' kind is trained; settings name no other kinds."""
+    training = TRAINED[settings.kind]
+    assert training is not None
+    return training
