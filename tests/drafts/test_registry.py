@@ -9,7 +9,7 @@ import pytest
 import eagle_jax
 from eagle_jax import Draft, Eagle1Draft, PromptLookup, TreeConfig
 from eagle_jax.cli import drafts
-from eagle_jax.drafts.registry import KINDS, WEIGHTLESS, CLASSES, kind_of
+from eagle_jax.drafts.registry import CLASSES, KINDS, WEIGHTLESS, kind_of
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.run.assemble import TRAINED
 
