@@ -20,11 +20,19 @@ from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.eagle.flat_config import TAPS
 from eagle_jax.drafts.protocol import Draft
+from eagle_jax.drafts.registry import CLASSES
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
 from eagle_jax.models.llama import Llama
 
-KINDS: dict[type, str] = {Eagle3Draft: "eagle3", Eagle1Draft: "eagle1"}
+# Official names of the kinds that can be exported; None: no engine here reads them.
+EXPORTED: dict[str, dict[str, str] | None] = {
+    "eagle3": names.EAGLE3,
+    "eagle1": names.EAGLE1,
+    "medusa": None,
+    "llama": None,
+}
+KINDS: dict[type, str] = {CLASSES[kind]: kind for kind, table in EXPORTED.items() if table is not None}
 BOTH = ("eagle3", "eagle1")
 
 
@@ -184,7 +192,8 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
         notes.append(f"lm_head.weight was added, the target's: {engine.title} takes none from the target")
 
     tensors = to_official(draft)
-    table = names.EAGLE3 if kind == "eagle3" else names.EAGLE1
+    table = EXPORTED[kind]
+    assert table is not None  # `check_engine` has refused the others
     tensors |= {table[path]: array for path, array in added.items()}
     if kind == "eagle3" and not engine.midlayer:
         tensors = {name.replace("midlayer.", "layers.0."): array for name, array in tensors.items()}

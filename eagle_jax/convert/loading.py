@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from eagle_jax.convert import converted
+from eagle_jax.convert.dialects import build
 from eagle_jax.convert.error import CheckpointError, NotConvertedError
 from eagle_jax.convert.hub import Hub, no_such_folder
 from eagle_jax.convert.match import (
     PARAMETER_DTYPES,
     Match,
     as_draft,
-    build,
     check_copy,
     match_draft,
     match_pair,

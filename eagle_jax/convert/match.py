@@ -11,19 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.convert import names
+from eagle_jax.convert.dialects import DIALECTS, OPTIONAL, build, draft_kind
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.read import Checkpoint, Tensor, open_checkpoint
 from eagle_jax.convert.vocabulary import target_ids_of
 from eagle_jax.drafts.draft_model import DraftModel
-from eagle_jax.drafts.eagle.config import OFFICIAL_TAPS, DraftConfig
-from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
-from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
-from eagle_jax.drafts.eagle.flat_config import is_vllm_eagle1
-from eagle_jax.drafts.medusa import Medusa, MedusaConfig
+from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
-from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.llama import Llama
 
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
@@ -31,7 +27,6 @@ FLOATS = (*PARAMETER_DTYPES, "float64")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
 
 LM_HEAD = names.LLAMA["lm_head"]
-OPTIONAL = ("embed", "lm_head", "fc_bias")  # paths of EAGLE heads that tensor names tell of, not the config
 
 BLOCK = 1 << 22  # values checked or cast at a time: bounds the temporaries
 
@@ -40,7 +35,7 @@ BLOCK = 1 << 22  # values checked or cast at a time: bounds the temporaries
 class Match:
     """A model and where its parameters come from.
 
-    kind: "llama", "eagle3", "eagle1" or "medusa". model: abstract (shapes and dtypes in place of arrays).
+    kind: a key of DIALECTS. model: abstract (shapes and dtypes in place of arrays).
     tensors: the source of each parameter by path; all but `target_ids`, which is read already.
     copy: the target's lm_head in the file of an EAGLE-1 head, which drafts with the target's; see `check_copy`.
     """
@@ -101,15 +96,21 @@ def match_draft(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
         tensors={bare: checkpoint.tensors[name] for bare, name in official.items() if name in checkpoint.tensors},
         faults={bare: checkpoint.faults[name] for bare, name in official.items() if name in checkpoint.faults},
     )
-    kind, table = names.draft_kind(official, where)
-    if kind == "medusa":
-        return _match_medusa(table, checkpoint, dtype)
+    kind, table = draft_kind(official, where)
+    dialect = DIALECTS[kind]
     held = [path for path in OPTIONAL if table.get(path) in official]
-    if kind == "eagle3" and "lm_head" not in held and "embed" in held and checkpoint.config.get("tie_word_embeddings"):
-        held.append("lm_head")  # tied to the head's own embedding
+    tied = dialect.tied_to_own and checkpoint.config.get("tie_word_embeddings")
+    if tied and "lm_head" not in held and "embed" in held:
+        held.append("lm_head")
         table = table | {"lm_head": table["embed"]}
-    model = build(kind, checkpoint.config, str(checkpoint.config_path), dtype, held=held)
-    return _match(kind, table, model, checkpoint)
+    sized_by, sizes_in, shapes = "config.json", str(checkpoint.config_path), {}
+    if dialect.sized_by is not None:
+        _require(table.values(), checkpoint, "the file is incomplete")
+        shapes = {path: checkpoint.tensors[name].shape for path, name in table.items()}
+        sized_by, sizes_in = "the rest of the file", checkpoint.tensors[table[dialect.sized_by]].where
+    model = build(kind, checkpoint.config, sizes_in, dtype, held=held, shapes=shapes)
+    dialect.check(model, checkpoint)
+    return _match(kind, table, model, checkpoint, sized_by)
 
 
 def check_copy(match: Match, target_rows: Callable[[], np.ndarray]) -> None:
@@ -139,53 +140,6 @@ def output_path(target: Llama) -> str:
 def as_draft(model: Any) -> Draft:
     """A model in the draft's role: a whole Llama is wrapped, any other draft is one as it is."""
     return DraftModel(model) if isinstance(model, Llama) else model
-
-
-def build(
-    kind: str,
-    hf: Mapping[str, Any],
-    where: str,
-    dtype: Any,
-    *,
-    held: Collection[str] = OPTIONAL,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> Any:
-    """The abstract model of a kind and a Hugging Face config.
-
-    Args:
-      where: what the sizes come from, for messages.
-      held: which of the paths OPTIONAL the files of an EAGLE head hold; its config does not tell.
-      shapes: {path: shape} of all parameters; of Medusa heads, whose config holds no sizes.
-    Raises:
-      CheckpointError: an unknown kind, or shapes that no model has.
-      ConfigError: a config that is not implemented.
-    """
-    if kind == "medusa":
-        medusa = medusa_config(shapes or {}, where)
-        return params.abstract(lambda key: Medusa(medusa, key, dtype))
-    if kind == "llama":
-        config = LlamaConfig.from_hf(hf, where)
-        return params.abstract(lambda key: Llama(config, key, dtype))
-    if kind not in ("eagle1", "eagle3"):
-        raise CheckpointError(f"{where}: unknown kind of model {kind!r}")
-    own_lm_head, fc_bias = kind == "eagle1" or "lm_head" in held, not is_vllm_eagle1(hf) or "fc_bias" in held
-    head = DraftConfig.from_hf(
-        hf, where, own_embedding="embed" in held, kind=kind, own_lm_head=own_lm_head, fc_bias=fc_bias
-    )
-    if kind == "eagle1":
-        return params.abstract(lambda key: Eagle1Draft(head, key, dtype))
-    num_taps = OFFICIAL_TAPS if head.taps is None else len(head.taps)
-    return params.abstract(lambda key: Eagle3Draft(head, num_taps, key, dtype))
-
-
-def medusa_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> MedusaConfig:
-    """The config of Medusa heads from {path: shape}. Paths and shapes that contradict it are for the caller to find."""
-    sizes = shapes.get("heads.0.lm_head", ())
-    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        raise CheckpointError(f"{where}: a Medusa head's lm_head has shape [V, H], here it is {list(sizes)}")
-    heads = {path.split(".")[1] for path in shapes if path.startswith("heads.")}
-    blocks = {path.split(".")[3] for path in shapes if path.startswith("heads.0.blocks.")}
-    return MedusaConfig(*sizes, num_heads=len(heads), num_blocks=len(blocks))
 
 
 def parameter_dtype(dtype: Any) -> np.dtype:
@@ -243,32 +197,17 @@ def finite_values(tensor: Tensor, dtype: Any) -> np.ndarray:
     return out.reshape(source.shape)
 
 
-def _match_medusa(table: Mapping[str, str], checkpoint: Checkpoint, dtype: np.dtype) -> Match:
-    """Matches Medusa heads, whose config holds no sizes: their tensors' names and shapes tell them."""
-    _require(table.values(), checkpoint, "the file is incomplete")
-    tensors = {path: checkpoint.tensors[name] for path, name in table.items()}
-    shapes = {path: tensor.shape for path, tensor in tensors.items()}
-    model = build("medusa", checkpoint.config, tensors["heads.0.lm_head"].where, dtype, shapes=shapes)
-    # Of the config only this: published ones say medusa_num_heads 2 where the file holds 5.
-    told, num_blocks = checkpoint.config.get("medusa_num_layers"), model.config.num_blocks
-    if told not in (None, num_blocks):
-        raise CheckpointError(
-            f"{checkpoint.config_path}: medusa_num_layers is {told!r}, by its tensors' names a head has {num_blocks} "
-            "residual blocks; config.json or the weights belong to another model"
-        )
-    return _match("medusa", table, model, checkpoint, sized_by="the rest of the file")
-
-
 def _match(
     kind: str, table: Mapping[str, str], model: Any, checkpoint: Checkpoint, sized_by: str = "config.json"
 ) -> Match:
+    dialect = DIALECTS[kind]
     leaves = params.flatten(model)
     tensors = checkpoint.tensors
     weights = {path: names.official_name(table, path) for path in leaves if path != "target_ids"}
-    tied = kind == "llama" and model.config.tie_word_embeddings
+    tied = dialect.ties_lm_head and model.config.tie_word_embeddings
     if tied and weights["embed"] not in tensors and LM_HEAD in tensors:
         weights["embed"] = LM_HEAD  # of two names for one tensor a file may keep either
-    unread = _unread(kind, model, checkpoint)
+    unread = dialect.unread(model, checkpoint)
 
     _require(weights.values(), checkpoint, "the files are incomplete, or config.json belongs to another model")
     for path, name in weights.items():
@@ -282,22 +221,8 @@ def _match(
                 "one of the two belongs to another model"
             )
     sources = {path: tensors[name] for path, name in weights.items()}
-    ids = _target_ids(model.config, checkpoint) if kind == "eagle3" else None
-    return Match(kind, model, checkpoint, sources, ids, tensors.get(LM_HEAD) if kind == "eagle1" else None)
-
-
-def _unread(kind: str, model: Any, checkpoint: Checkpoint) -> set[str]:
-    """Tensors that no parameter of an EAGLE head comes from: vocabulary tables, and what other engines want there."""
-    if kind not in ("eagle1", "eagle3"):
-        return set()
-    tables = {names.DRAFT_TO_TARGET, names.TARGET_TO_DRAFT}
-    if kind == "eagle3":
-        return tables
-    one_vocabulary = model.config.draft_vocab_size == model.config.vocab_size
-    unread = {LM_HEAD} | (tables if one_vocabulary else set())
-    if is_vllm_eagle1(checkpoint.config):
-        unread |= {name for name in checkpoint.tensors if names.VLLM_UNREAD.fullmatch(name)}
-    return unread
+    ids = _target_ids(model.config, checkpoint) if dialect.vocabulary else None
+    return Match(kind, model, checkpoint, sources, ids, tensors.get(LM_HEAD) if dialect.copies_lm_head else None)
 
 
 def _require(wanted: Collection[str], checkpoint: Checkpoint, cause: str) -> None:

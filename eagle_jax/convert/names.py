@@ -125,7 +125,8 @@ def head_names(tensor_names: Collection[str], where: str) -> dict[str, str]:
       CheckpointError: if two tensors have one official name.
     """
     short = {name: name.removeprefix(PREFIX).removeprefix(PREFIX) for name in tensor_names}
-    if _eagle_kind(set(short.values())) is None:
+    bare_names = set(short.values())
+    if eagle3_table(bare_names) is None and eagle1_table(bare_names) is None:
         return {name: name for name in tensor_names}
     official: dict[str, str] = {}
     for name, bare in short.items():
@@ -138,44 +139,30 @@ def head_names(tensor_names: Collection[str], where: str) -> dict[str, str]:
     return official
 
 
-def _eagle_kind(tensor_names: Collection[str]) -> tuple[str, dict[str, str]] | None:
-    """The kind of an EAGLE head and its table; None if these are not the names of one."""
+def eagle3_table(tensor_names: Collection[str]) -> dict[str, str] | None:
+    """The table of an EAGLE-3 head; None if these are not the names of one."""
     if any(name.startswith("midlayer.") for name in tensor_names):
-        return "eagle3", EAGLE3
-    if "layers.0.hidden_norm.weight" in tensor_names:
-        return "eagle3", EAGLE3_LAYERS
+        return EAGLE3
+    return EAGLE3_LAYERS if "layers.0.hidden_norm.weight" in tensor_names else None
+
+
+def eagle1_table(tensor_names: Collection[str]) -> dict[str, str] | None:
+    """The table of an EAGLE-1 head, of names that are not those of an EAGLE-3 head; None if they are of neither."""
     if "fc.weight" in tensor_names and any(name.startswith("layers.0.") for name in tensor_names):
-        return "eagle1", EAGLE1
-    if "fusion_fc.weight" in tensor_names:
-        return "eagle1", EAGLE1_FUSION
-    return None
+        return EAGLE1
+    return EAGLE1_FUSION if "fusion_fc.weight" in tensor_names else None
 
 
-def draft_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str, str]]:
-    """The kind of a draft, "eagle3", "eagle1", "medusa" or "llama", and its table, from its official tensor names.
-
-    Args:
-      where: the checkpoint's name, for messages.
-    Raises:
-      CheckpointError: if these are not the names of a draft.
-    """
-    eagle = _eagle_kind(tensor_names)
-    if eagle is not None:
-        return eagle
-    medusa = [match for match in map(MEDUSA.fullmatch, tensor_names) if match]
-    if medusa:
-        return "medusa", _medusa_table(medusa)
-    if any(name.startswith("model.layers.") for name in tensor_names):
-        return "llama", LLAMA
-    raise CheckpointError(
-        f"{where}: not a draft: it has neither midlayer.* nor layers.0.* with fc.weight (an EAGLE head), "
-        f"nor {MEDUSA_PREFIX}* or 0.0.* (Medusa heads), nor model.layers.* (a language model); "
-        f"its tensors are {', '.join(sorted(tensor_names)[:5]) or 'none'}, ..."
-    )
-
-
-def _medusa_table(found: Collection[re.Match[str]]) -> dict[str, str]:
+def medusa_table(tensor_names: Collection[str]) -> dict[str, str] | None:
     """The table of as many heads and blocks as the highest numbers tell of, whatever is missing below them."""
+    found = [match for match in map(MEDUSA.fullmatch, tensor_names) if match]
+    if not found:
+        return None
     num_heads = 1 + max(int(match[2]) for match in found)
     num_blocks = max(int(match[3]) + (match[4] != "weight") for match in found)
     return medusa_names(num_heads, num_blocks, MEDUSA_PREFIX if any(match[1] for match in found) else "")
+
+
+def llama_table(tensor_names: Collection[str]) -> dict[str, str] | None:
+    """The table of a language model; None if these are not the names of one."""
+    return LLAMA if any(name.startswith("model.layers.") for name in tensor_names) else None

@@ -8,17 +8,17 @@ import jax
 import numpy as np
 
 from eagle_jax.convert import names
+from eagle_jax.convert.dialects import DIALECTS
 from eagle_jax.convert.vocabulary import official_tables
 from eagle_jax.drafts.draft_model import DraftModel
-from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
-from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
-from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.drafts.protocol import Draft
+from eagle_jax.drafts.registry import CLASSES
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.target import Target
 
-TABLES: dict[type, dict[str, str]] = {Llama: names.LLAMA, Eagle3Draft: names.EAGLE3, Eagle1Draft: names.EAGLE1}
+# {class: kind}; a DraftModel gives what its Llama does.
+KINDS: dict[type, str] = {Llama: "llama", **{CLASSES[kind]: kind for kind in DIALECTS}}
 
 
 def to_official(model: Target | Draft) -> dict[str, np.ndarray]:
@@ -33,23 +33,22 @@ def to_official(model: Target | Draft) -> dict[str, np.ndarray]:
     """
     if isinstance(model, DraftModel):
         return to_official(model.model)
-    if isinstance(model, Medusa):
-        table = names.medusa_names(model.config.num_heads, model.config.num_blocks)
-    elif type(model) in TABLES:
-        table = TABLES[type(model)]
-    else:
-        known = ", ".join(cls.__name__ for cls in (*TABLES, Medusa, DraftModel))
-        raise TypeError(f"expected one of {known}, not {type(model).__name__}")
+    kind = next((kind for cls, kind in KINDS.items() if isinstance(model, cls)), None)
+    if kind is None:
+        raise TypeError(f"expected one of {', '.join(cls.__name__ for cls in KINDS)}, not {type(model).__name__}")
+    dialect = DIALECTS[kind]
+    table = dialect.official(model)
     leaves: dict[str, Any] = params.flatten(model)
     ids = leaves.pop("target_ids", None)
     arrays = {}
     for path, leaf in leaves.items():
         array = np.asarray(leaf)
         arrays[names.official_name(table, path)] = array.reshape(names.official_shape(path, array.shape))
-    if isinstance(model, Eagle3Draft):
-        has_table = model.config.draft_vocab_size != model.config.vocab_size
+    if dialect.vocabulary:
+        config: Any = getattr(model, "config", None)
+        has_table = config.draft_vocab_size != config.vocab_size
         # A gradient's table is float0, or was left out.
         if not has_table or (ids is not None and ids.dtype != jax.dtypes.float0):
-            d2t, t2d = official_tables(ids, model.config.vocab_size)
+            d2t, t2d = official_tables(ids, config.vocab_size)
             arrays |= {names.DRAFT_TO_TARGET: d2t, names.TARGET_TO_DRAFT: t2d}
     return arrays

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from eagle_jax.convert import names
+from eagle_jax.convert.dialects import draft_kind
 from eagle_jax.convert.error import CheckpointError
 
 
@@ -53,19 +54,19 @@ def test_medusa_names():
 
 
 def test_draft_kind():
-    assert names.draft_kind({"midlayer.mlp.up_proj.weight"}, "head") == ("eagle3", names.EAGLE3)
-    assert names.draft_kind({"layers.0.hidden_norm.weight", "fc.weight"}, "head") == ("eagle3", names.EAGLE3_LAYERS)
-    assert names.draft_kind({"layers.0.mlp.up_proj.weight", "fc.weight"}, "head") == ("eagle1", names.EAGLE1)
-    assert names.draft_kind({"model.layers.0.mlp.up_proj.weight"}, "model") == ("llama", names.LLAMA)
+    assert draft_kind({"midlayer.mlp.up_proj.weight"}, "head") == ("eagle3", names.EAGLE3)
+    assert draft_kind({"layers.0.hidden_norm.weight", "fc.weight"}, "head") == ("eagle3", names.EAGLE3_LAYERS)
+    assert draft_kind({"layers.0.mlp.up_proj.weight", "fc.weight"}, "head") == ("eagle1", names.EAGLE1)
+    assert draft_kind({"model.layers.0.mlp.up_proj.weight"}, "model") == ("llama", names.LLAMA)
 
 
 @pytest.mark.parametrize("prefix", ["medusa_head.", ""])
 @pytest.mark.parametrize(("heads", "blocks"), [(1, 0), (1, 1), (5, 1), (12, 3)])
 def test_draft_kind_counts_medusa_heads_and_blocks(prefix: str, heads: int, blocks: int):
     table = names.medusa_names(heads, blocks, prefix)
-    assert names.draft_kind(set(table.values()), "heads") == ("medusa", table)
+    assert draft_kind(set(table.values()), "heads") == ("medusa", table)
     first_and_last = {table["heads.0.lm_head"], table[f"heads.{heads - 1}.lm_head"]}
-    assert names.draft_kind(first_and_last, "heads") == ("medusa", table)  # so that what is missing can be named
+    assert draft_kind(first_and_last, "heads") == ("medusa", table)  # so that what is missing can be named
 
 
 @pytest.mark.parametrize(
@@ -73,4 +74,4 @@ def test_draft_kind_counts_medusa_heads_and_blocks(prefix: str, heads: int, bloc
 )
 def test_draft_kind_refuses_what_is_no_draft(tensors: set[str]):
     with pytest.raises(CheckpointError, match=r"some/folder: not a draft: .*its tensors are"):
-        names.draft_kind(tensors, "some/folder")
+        draft_kind(tensors, "some/folder")

@@ -9,11 +9,15 @@ import pytest
 import eagle_jax
 from eagle_jax import Draft, Eagle1Draft, PromptLookup, TreeConfig
 from eagle_jax.cli import drafts
+from eagle_jax.convert.dialects import DIALECTS
+from eagle_jax.convert.engines import EXPORTED
 from eagle_jax.drafts.registry import CLASSES, KINDS, WEIGHTLESS, kind_of
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.run.assemble import TRAINED
 
 TABLES = {
+    "checkpoints": DIALECTS,
+    "export": EXPORTED,
     "heads of the embedded pair": drafts.EMBEDDED,
     "training": {kind: entry for kind, entry in TRAINED.items() if kind != "target"},
 }

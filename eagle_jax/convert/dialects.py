@@ -1,0 +1,192 @@
+"""How checkpoints of each kind of model are told apart, sized and named: one table. A new head adds its entry here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from eagle_jax.convert import names
+from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.read import Checkpoint
+from eagle_jax.drafts.eagle.config import OFFICIAL_TAPS, DraftConfig
+from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
+from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
+from eagle_jax.drafts.eagle.flat_config import is_vllm_eagle1
+from eagle_jax.drafts.medusa import Medusa, MedusaConfig
+from eagle_jax.models import params
+from eagle_jax.models.config import LlamaConfig
+from eagle_jax.models.llama import Llama
+
+OPTIONAL = ("embed", "lm_head", "fc_bias")  # paths of EAGLE heads that tensor names tell of, not the config
+VOCABULARY = {names.DRAFT_TO_TARGET, names.TARGET_TO_DRAFT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a model is sized by.
+
+    hf: its config.json. where: for messages. held: the paths OPTIONAL in its files. shapes: {path: shape}.
+    """
+
+    hf: Mapping[str, Any]
+    where: str
+    held: Collection[str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """What conversion knows of one kind of model.
+
+    recognise: the table of names that a checkpoint uses; None if its tensors' names are of another kind.
+    build: the abstract model, of a dtype. official: the table of names that a model is written with.
+    sized_by: of a kind whose config holds no sizes, the path of the tensor that messages name; None: config.json.
+    check: raises CheckpointError where a checkpoint's config contradicts the model.
+    unread: the tensors that no parameter comes from.
+    ties_lm_head: whether config.json may tie the lm_head to the embedding, and a file holds either or both.
+    tied_to_own: whether an lm_head that is absent may be the head's own embedding, by config.json.
+    vocabulary: whether it may have a vocabulary of its own, in tables beside the weights.
+    copies_lm_head: whether its file may hold a copy of the target's lm_head.
+    """
+
+    recognise: Callable[[Collection[str]], dict[str, str] | None]
+    build: Callable[[Source, Any], Any]
+    official: Callable[[Any], dict[str, str]]
+    sized_by: str | None = None
+    check: Callable[[Any, Checkpoint], None] = lambda model, checkpoint: None
+    unread: Callable[[Any, Checkpoint], set[str]] = lambda model, checkpoint: set()
+    ties_lm_head: bool = False
+    tied_to_own: bool = False
+    vocabulary: bool = False
+    copies_lm_head: bool = False
+
+
+def draft_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str, str]]:
+    """Returns the kind of a draft, a key of DIALECTS, and its table, from its official tensor names.
+
+    Args:
+      where: the checkpoint's name, for messages.
+    Raises:
+      CheckpointError: if these are not the names of a draft.
+    """
+    for kind, dialect in DIALECTS.items():
+        table = dialect.recognise(tensor_names)
+        if table is not None:
+            return kind, table
+    raise CheckpointError(
+        f"{where}: not a draft: it has neither midlayer.* nor layers.0.* with fc.weight (an EAGLE head), "
+        f"nor {names.MEDUSA_PREFIX}* or 0.0.* (Medusa heads), nor model.layers.* (a language model); "
+        f"its tensors are {', '.join(sorted(tensor_names)[:5]) or 'none'}, ..."
+    )
+
+
+def build(
+    kind: str,
+    hf: Mapping[str, Any],
+    where: str,
+    dtype: Any,
+    *,
+    held: Collection[str] = OPTIONAL,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Any:
+    """Builds the abstract model of a kind and a Hugging Face config.
+
+    Args:
+      where: what the sizes come from, for messages.
+      held: which of the paths OPTIONAL the files of an EAGLE head hold; its config does not tell.
+      shapes: {path: shape} of all parameters; of Medusa heads, whose config holds no sizes.
+    Raises:
+      CheckpointError: an unknown kind, or shapes that no model has.
+      ConfigError: a config that is not implemented.
+    """
+    if kind not in list(DIALECTS):  # a damaged manifest may hold what cannot be hashed
+        raise CheckpointError(f"{where}: unknown kind of model {kind!r}")
+    return DIALECTS[kind].build(Source(hf, where, held, shapes or {}), dtype)
+
+
+def _llama(source: Source, dtype: Any) -> Any:
+    config = LlamaConfig.from_hf(source.hf, source.where)
+    return params.abstract(lambda key: Llama(config, key, dtype))
+
+
+def _eagle1(source: Source, dtype: Any) -> Any:
+    fc_bias = not is_vllm_eagle1(source.hf) or "fc_bias" in source.held
+    own = {"own_embedding": "embed" in source.held, "own_lm_head": True, "fc_bias": fc_bias}
+    config = DraftConfig.from_hf(source.hf, source.where, kind="eagle1", **own)
+    return params.abstract(lambda key: Eagle1Draft(config, key, dtype))
+
+
+def _eagle3(source: Source, dtype: Any) -> Any:
+    own = {"own_embedding": "embed" in source.held, "own_lm_head": "lm_head" in source.held}
+    fc_bias = not is_vllm_eagle1(source.hf) or "fc_bias" in source.held
+    config = DraftConfig.from_hf(source.hf, source.where, kind="eagle3", fc_bias=fc_bias, **own)
+    num_taps = OFFICIAL_TAPS if config.taps is None else len(config.taps)
+    return params.abstract(lambda key: Eagle3Draft(config, num_taps, key, dtype))
+
+
+def _medusa(source: Source, dtype: Any) -> Any:
+    config = medusa_config(source.shapes, source.where)
+    return params.abstract(lambda key: Medusa(config, key, dtype))
+
+
+def medusa_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> MedusaConfig:
+    """The config of Medusa heads from {path: shape}. Paths and shapes that contradict it are for the caller to find."""
+    sizes = shapes.get("heads.0.lm_head", ())
+    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        raise CheckpointError(f"{where}: a Medusa head's lm_head has shape [V, H], here it is {list(sizes)}")
+    heads = {path.split(".")[1] for path in shapes if path.startswith("heads.")}
+    blocks = {path.split(".")[3] for path in shapes if path.startswith("heads.0.blocks.")}
+    return MedusaConfig(*sizes, num_heads=len(heads), num_blocks=len(blocks))
+
+
+def _check_medusa(model: Medusa, checkpoint: Checkpoint) -> None:
+    """Reads one field of the config: published ones say medusa_num_heads 2 where the file holds 5."""
+    told, num_blocks = checkpoint.config.get("medusa_num_layers"), model.config.num_blocks
+    if told not in (None, num_blocks):
+        raise CheckpointError(
+            f"{checkpoint.config_path}: medusa_num_layers is {told!r}, by its tensors' names a head has {num_blocks} "
+            "residual blocks; config.json or the weights belong to another model"
+        )
+
+
+def _unread_eagle1(model: Eagle1Draft, checkpoint: Checkpoint) -> set[str]:
+    """The copy of the target's lm_head, trivial vocabulary tables, and what vLLM wants in the file."""
+    one_vocabulary = model.config.draft_vocab_size == model.config.vocab_size
+    unread = {names.LLAMA["lm_head"]} | (VOCABULARY if one_vocabulary else set())
+    if is_vllm_eagle1(checkpoint.config):
+        unread |= {name for name in checkpoint.tensors if names.VLLM_UNREAD.fullmatch(name)}
+    return unread
+
+
+# By the kind's name in manifests. A checkpoint is of the first kind that recognises its names.
+DIALECTS: dict[str, Dialect] = {
+    "eagle3": Dialect(
+        recognise=names.eagle3_table,
+        build=_eagle3,
+        official=lambda model: names.EAGLE3,
+        unread=lambda model, checkpoint: VOCABULARY,
+        tied_to_own=True,
+        vocabulary=True,
+    ),
+    "eagle1": Dialect(
+        recognise=names.eagle1_table,
+        build=_eagle1,
+        official=lambda model: names.EAGLE1,
+        unread=_unread_eagle1,
+        copies_lm_head=True,
+    ),
+    "medusa": Dialect(
+        recognise=names.medusa_table,
+        build=_medusa,
+        official=lambda model: names.medusa_names(model.config.num_heads, model.config.num_blocks),
+        sized_by="heads.0.lm_head",
+        check=_check_medusa,
+    ),
+    "llama": Dialect(
+        recognise=names.llama_table,
+        build=_llama,
+        official=lambda model: names.LLAMA,
+        ties_lm_head=True,
+    ),
+}
