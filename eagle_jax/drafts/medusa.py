@@ -21,7 +21,7 @@ from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import normal, zeros
 from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
-from eagle_jax.ops.linear import linear
+from eagle_jax.ops.linear import Weight, linear
 from eagle_jax.tree import DraftStep, TreePolicy
 
 
@@ -39,7 +39,7 @@ class MedusaBlock(nnx.Module):
     """A residual block: x + silu(weight x + bias)."""
 
     def __init__(self, config: MedusaConfig, key: jax.Array, dtype: Any):
-        self.weight = normal(key, (config.hidden_size, config.hidden_size), dtype)
+        self.weight = Weight(normal(key, (config.hidden_size, config.hidden_size), dtype))
         self.bias = zeros((config.hidden_size,), dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -53,7 +53,7 @@ class MedusaHead(nnx.Module):
     def __init__(self, config: MedusaConfig, key: jax.Array, dtype: Any):
         keys = jax.random.split(key, config.num_blocks + 1)
         self.blocks = nnx.List([MedusaBlock(config, block_key, dtype) for block_key in keys[1:]])
-        self.lm_head = normal(keys[0], (config.vocab_size, config.hidden_size), dtype)
+        self.lm_head = Weight(normal(keys[0], (config.vocab_size, config.hidden_size), dtype))
 
     @jax.named_scope("medusa_head")
     def __call__(self, hidden: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from eagle_jax.models.config import LlamaConfig, RopeConfig
-from eagle_jax.ops.linear import linear
+from eagle_jax.ops.linear import Weight, linear
 
 # attend(q [B, T, N, H], k [B, K, T, H], v [B, K, T, H]) -> (attention's result [B, T, N, H], what the caller keeps).
 # A layer does not know where older keys live; the caller's closure does. What it keeps (k and v, a cache that holds
@@ -103,10 +103,10 @@ class Attention(nnx.Module):
         n, k, h, d = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
         keys = jax.random.split(key, 4)
         self.config = config
-        self.q = normal(keys[0], (n, h, input_size), dtype)
-        self.k = normal(keys[1], (k, h, input_size), dtype)
-        self.v = normal(keys[2], (k, h, input_size), dtype)
-        self.o = normal(keys[3], (d, n * h), dtype)
+        self.q = Weight(normal(keys[0], (n, h, input_size), dtype))
+        self.k = Weight(normal(keys[1], (k, h, input_size), dtype))
+        self.v = Weight(normal(keys[2], (k, h, input_size), dtype))
+        self.o = Weight(normal(keys[3], (d, n * h), dtype))
         self.q_bias = zeros((n, h), dtype) if qkv_bias else None
         self.k_bias = zeros((k, h), dtype) if qkv_bias else None
         self.v_bias = zeros((k, h), dtype) if qkv_bias else None
@@ -125,7 +125,7 @@ class Attention(nnx.Module):
         return _project("o", mixed.reshape(*mixed.shape[:2], -1), self.o, self.o_bias), kept
 
 
-def _project(name: str, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+def _project(name: str, x: jax.Array, weight: Weight, bias: nnx.Param | None) -> jax.Array:
     with jax.named_scope(name):
         return add_bias(linear(x, weight), bias)
 
@@ -136,9 +136,9 @@ class MLP(nnx.Module):
     def __init__(self, config: LlamaConfig, key: jax.Array, dtype: Any):
         d, f = config.hidden_size, config.intermediate_size
         keys = jax.random.split(key, 3)
-        self.gate = normal(keys[0], (f, d), dtype)
-        self.up = normal(keys[1], (f, d), dtype)
-        self.down = normal(keys[2], (d, f), dtype)
+        self.gate = Weight(normal(keys[0], (f, d), dtype))
+        self.up = Weight(normal(keys[1], (f, d), dtype))
+        self.down = Weight(normal(keys[2], (d, f), dtype))
         self.gate_bias = zeros((f,), dtype) if config.mlp_bias else None
         self.up_bias = zeros((f,), dtype) if config.mlp_bias else None
         self.down_bias = zeros((d,), dtype) if config.mlp_bias else None
@@ -155,9 +155,9 @@ def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
     return x if bias is None else x + bias[None, None]
 
 
-def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> nnx.Param:
-    """A weight drawn from N(0, 0.02^2), Llama's initialisation."""
-    return nnx.Param(0.02 * jax.random.normal(key, shape, dtype))
+def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Draws from N(0, 0.02^2), Llama's initialisation."""
+    return 0.02 * jax.random.normal(key, shape, dtype)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> nnx.Param:

@@ -17,7 +17,7 @@ from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, normal, ones, rms_norm, rope_angles
 from eagle_jax.models.target import TargetOutput
 from eagle_jax.ops.attention import attention
-from eagle_jax.ops.linear import linear
+from eagle_jax.ops.linear import Weight, linear
 
 
 class DecoderLayer(nnx.Module):
@@ -50,11 +50,13 @@ class Llama(nnx.Module):
         """Random weights; `params.load` fills in real ones."""
         keys = jax.random.split(key, config.num_layers + 2)
         self.config = config
-        self.embed = normal(keys[0], (config.vocab_size, config.hidden_size), dtype)
+        self.embed = nnx.Param(normal(keys[0], (config.vocab_size, config.hidden_size), dtype))
         self.layers = nnx.List([DecoderLayer(config, layer_key, dtype) for layer_key in keys[2:]])
         self.norm = ones((config.hidden_size,), dtype)
         self.lm_head = (
-            None if config.tie_word_embeddings else normal(keys[1], (config.vocab_size, config.hidden_size), dtype)
+            None
+            if config.tie_word_embeddings
+            else Weight(normal(keys[1], (config.vocab_size, config.hidden_size), dtype))
         )
 
     @property

@@ -10,17 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from eagle_jax.ops.linear import InputFirst
+from eagle_jax.ops.linear import InputFirst, Weight
 from eagle_jax.sharding import mesh_of, path_name
 
 Model = TypeVar("Model")
-
-# The last component of the path of every weight that `linear` multiplies with. Embeddings are read by rows, too.
-PRODUCT_WEIGHTS = {"q", "k", "v", "o", "gate", "up", "down", "fc", "lm_head", "weight"}
 
 
 def flatten(model: Any) -> dict[str, Any]:
@@ -69,18 +64,14 @@ def input_first(model: Model) -> Model:
     the embedding by rows.
     """
 
-    def turn(path, leaf):
-        is_weight = isinstance(leaf, nnx.Param) and getattr(path[-1], "name", None) in PRODUCT_WEIGHTS
-        return _turned(leaf) if is_weight and not isinstance(leaf, InputFirst) else leaf
-
     def untie(node):
         if not _is_tied(node):
             return node
         node = copy.copy(node)
-        node.lm_head = nnx.data(_turned(node.embed))
+        node.lm_head = nnx.data(Weight(node.embed[...]).input_first())
         return node
 
-    turned = jax.tree_util.tree_map_with_path(turn, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    turned = jax.tree.map(_turn, model, is_leaf=_is_weight)
     return jax.tree.map(untie, turned, is_leaf=_is_tied)
 
 
@@ -88,12 +79,12 @@ def _is_tied(node: Any) -> bool:
     return getattr(node, "output_is_embedding", False)
 
 
-def _turned(weight: nnx.Param) -> InputFirst:
-    value = weight[...]
-    if isinstance(value, jax.core.Tracer):
-        return InputFirst(jnp.moveaxis(value, -1, 0))
-    # By NumPy: JAX would compile a program for every shape.
-    return InputFirst(jnp.asarray(np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0))))
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, Weight)
+
+
+def _turn(node: Any) -> Any:
+    return node.input_first() if _is_weight(node) else node
 
 
 def for_this_machine(model: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 CPU_FEW_ROWS = 8  # rows of a product that a CPU goes through one by one
@@ -22,24 +23,52 @@ def dot(equation: str, x: jax.Array, y: jax.Array, out_dtype: Any = None) -> jax
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=out_dtype or x.dtype)
 
 
-class InputFirst(nnx.Param):
-    """A weight [..., D] stored as [D, ...]: see `input_first`."""
+class Weight(nnx.Param):
+    """A parameter [..., D] that multiplies. A subclass may store it otherwise, and says how it multiplies then."""
+
+    @property
+    def input_size(self) -> int:
+        """D, however the weight is stored."""
+        return self.shape[-1]
+
+    def multiply(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
+        """Multiplies x [..., D]: [..., the weight's other dimensions].
+
+        Flattens both operands to matrices: XLA:CPU transposes a weight of higher rank on every call, and its gradient
+        is twice as slow. A CPU multiplies 2 to CPU_FEW_ROWS rows one at a time, as plain decoding does: a small matmul
+        would transpose the weight first.
+        """
+        stored, rows = self[...], x.reshape(-1, x.shape[-1])
+        matrix = stored.reshape(-1, stored.shape[-1])
+        together = functools.partial(dot, "rd,fd->rf", out_dtype=out_dtype)
+
+        def one_by_one(rows, matrix):
+            return jax.lax.map(lambda row: together(row[None], matrix)[0], rows)
+
+        if 1 < len(rows) <= CPU_FEW_ROWS:
+            out = jax.lax.platform_dependent(rows, matrix, cpu=one_by_one, default=together)
+        else:
+            out = together(rows, matrix)
+        return out.reshape(*x.shape[:-1], *stored.shape[:-1])
+
+    def input_first(self) -> InputFirst:
+        """Copies the weight into the layout of `InputFirst`."""
+        value = self[...]
+        if isinstance(value, jax.core.Tracer):
+            return InputFirst(jnp.moveaxis(value, -1, 0))
+        # By NumPy: JAX would compile a program for every shape.
+        return InputFirst(jnp.asarray(np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0))))
 
 
-def input_size(weight: nnx.Param) -> int:
-    """D of a weight [..., D], however it is stored."""
-    return weight.shape[0 if isinstance(weight, InputFirst) else -1]
+class InputFirst(Weight):
+    """A weight [..., D] stored as [D, ...]: XLA:CPU multiplies a few rows by this layout without transposing it."""
 
+    @property
+    def input_size(self) -> int:
+        return self.shape[0]
 
-def linear(x: jax.Array, weight: jax.Array | nnx.Param, out_dtype: Any = None) -> jax.Array:
-    """x [..., D] times a weight [..., D]: [..., the weight's other dimensions].
-
-    As a product of two matrices, whatever the dimensions: a CPU copies a weight that has more of them, at every
-    product, and takes twice as long over the gradient of an x that has more. A few rows a CPU multiplies one by one,
-    as in plain decoding, which takes less time: it would rearrange the weight for them, unless `input_first` did.
-    """
-    rows, stored = x.reshape(-1, x.shape[-1]), weight[...]
-    if isinstance(weight, InputFirst):
+    def multiply(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
+        stored, rows = self[...], x.reshape(-1, x.shape[-1])
         matrix = stored.reshape(len(stored), -1)
         if 1 < len(rows) <= CPU_EIGEN_ROWS and rows.dtype == jnp.float32:
             # XLA:CPU gives this transposed form to Eigen, and a product rows @ weight to YNNPACK.
@@ -47,14 +76,14 @@ def linear(x: jax.Array, weight: jax.Array | nnx.Param, out_dtype: Any = None) -
         else:
             out = dot("rd,df->rf", rows, matrix, out_dtype)
         return out.reshape(*x.shape[:-1], *stored.shape[1:])
-    matrix = stored.reshape(-1, stored.shape[-1])
-    together = functools.partial(dot, "rd,fd->rf", out_dtype=out_dtype)
 
-    def one_by_one(rows, matrix):
-        return jax.lax.map(lambda row: together(row[None], matrix)[0], rows)
+    def input_first(self) -> InputFirst:
+        return self
 
-    if 1 < len(rows) <= CPU_FEW_ROWS:
-        out = jax.lax.platform_dependent(rows, matrix, cpu=one_by_one, default=together)
-    else:
-        out = together(rows, matrix)
-    return out.reshape(*x.shape[:-1], *stored.shape[:-1])
+
+def linear(x: jax.Array, weight: jax.Array | nnx.Param, out_dtype: Any = None) -> jax.Array:
+    """Multiplies x [..., D] by a weight: [..., the weight's other dimensions].
+
+    A plain array [..., D], or a parameter that is no `Weight` (an embedding used as output matrix), multiplies as one.
+    """
+    return (weight if isinstance(weight, Weight) else Weight(weight[...])).multiply(x, out_dtype)

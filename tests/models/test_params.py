@@ -11,13 +11,14 @@ import pytest
 from flax import nnx
 
 from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.models import params
 from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.llama import Llama
 from eagle_jax.ops.linear import InputFirst
 from eagle_jax.sharding import path_name
 from tests.models.reference import SMALL
-from tests.toy import TARGET, random_eagle3, random_target
+from tests.toy import TARGET, random_eagle1, random_eagle3, random_target
 
 CONFIG = LlamaConfig.from_hf(SMALL | dict(attention_bias=True, mlp_bias=True))
 
@@ -81,12 +82,13 @@ def test_loading_is_strict():
 
 
 def test_input_first_turns_the_weights_of_products_alone_and_once():
-    target, draft = random_target(0), random_eagle3(1)
-    for model in (target, draft):
+    medusa = Medusa(MedusaConfig(vocab_size=97, hidden_size=32, num_heads=1), jax.random.key(0))
+    biased = build(jax.random.key(0))
+    for model in (random_target(0), random_eagle3(1), random_eagle1(1), medusa, biased):
         turned = params.input_first(model)
         before, after = (jax.tree_util.tree_flatten_with_path(one)[0] for one in (model, turned))
         for (path, old), (_, new) in zip(before, after, strict=True):
-            weight = path_name(path).split(".")[-1] in params.PRODUCT_WEIGHTS
+            weight = old.ndim > 1 and not path_name(path).endswith(("embed", "_bias"))
             np.testing.assert_array_equal(new, np.moveaxis(old, -1, 0) if weight else old)
         again = jax.tree.leaves(params.input_first(turned))
         assert all(a is b for a, b in zip(again, jax.tree.leaves(turned), strict=True))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from eagle_jax.ops import linear
 
@@ -27,8 +26,9 @@ def test_a_product_with_a_weight_is_that_of_two_matrices(rows, shape):
 def test_a_weight_stored_input_first_multiplies_as_it_did(rows, shape):
     rng = np.random.default_rng(rows)
     x, weight = rng.normal(size=(1, rows, 16)), rng.normal(size=(*shape, 16))
-    stored = linear.InputFirst(jnp.asarray(np.moveaxis(weight, -1, 0), jnp.float32))
-    assert linear.input_size(stored) == linear.input_size(nnx.Param(jnp.asarray(weight))) == 16
+    plain = linear.Weight(jnp.asarray(weight, jnp.float32))
+    stored = plain.input_first()
+    assert (stored.shape, stored.input_size, plain.input_size) == ((16, *shape), 16, 16)
     got = jax.jit(linear.linear)(jnp.asarray(x, jnp.float32), stored)
     np.testing.assert_allclose(got, np.tensordot(x, weight, axes=(-1, -1)), rtol=1e-5, atol=1e-5)
 

@@ -20,7 +20,7 @@ from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import Attend, add_bias, normal, rope_angles, zeros
 from eagle_jax.models.llama import DecoderLayer
 from eagle_jax.models.target import Target, TargetOutput
-from eagle_jax.ops.linear import linear
+from eagle_jax.ops.linear import Weight, linear
 
 
 class Eagle1Draft(EagleDraft, nnx.Module):
@@ -31,8 +31,8 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         keys = jax.random.split(key, 3)
         d = config.hidden_size
         self.config = config
-        self.embed = normal(keys[0], (config.vocab_size, d), dtype) if config.own_embedding else None
-        self.fc = normal(keys[1], (d, 2 * d), dtype)
+        self.embed = nnx.Param(normal(keys[0], (config.vocab_size, d), dtype)) if config.own_embedding else None
+        self.fc = Weight(normal(keys[1], (d, 2 * d), dtype))
         self.fc_bias = zeros((d,), dtype) if config.fc_bias else None
         self.layer = DecoderLayer(config, keys[2], dtype, input_norm=False, qkv_bias=config.qkv_bias)
 

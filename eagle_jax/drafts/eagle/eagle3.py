@@ -20,7 +20,7 @@ from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.models.config import ConfigError, require_same
 from eagle_jax.models.layers import MLP, Attend, Attention, normal, ones, rms_norm, rope_angles
 from eagle_jax.models.target import Target, TargetOutput
-from eagle_jax.ops.linear import input_size, linear
+from eagle_jax.ops.linear import Weight, linear
 
 
 class Eagle3Layer(nnx.Module):
@@ -58,12 +58,12 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         keys = jax.random.split(key, 4)
         d = config.hidden_size
         self.config = config
-        self.fc = normal(keys[0], (d, num_taps * config.target_hidden_size), dtype)
+        self.fc = Weight(normal(keys[0], (d, num_taps * config.target_hidden_size), dtype))
         self.layer = Eagle3Layer(config, keys[1], dtype)
         self.norm = ones((d,), dtype)
         # None: the target's lm_head.
-        self.lm_head = normal(keys[2], (config.draft_vocab_size, d), dtype) if config.own_lm_head else None
-        self.embed = normal(keys[3], (config.vocab_size, d), dtype) if config.own_embedding else None
+        self.lm_head = Weight(normal(keys[2], (config.draft_vocab_size, d), dtype)) if config.own_lm_head else None
+        self.embed = nnx.Param(normal(keys[3], (config.vocab_size, d), dtype)) if config.own_embedding else None
         # Target id of every draft id; None where the two vocabularies are one.
         self.target_ids = (
             nnx.Variable(jnp.arange(config.draft_vocab_size, dtype=jnp.int32))
@@ -96,7 +96,7 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         for borrowed, what in ((self.embed, "embedding"), (self.lm_head, "lm_head")):
             if borrowed is None:
                 require_same(f"hidden_size (the draft has no {what} of its own)", config.hidden_size, t.hidden_size)
-        require_same("width of the features that fc reads", input_size(self.fc), len(taps) * t.hidden_size)
+        require_same("width of the features that fc reads", self.fc.input_size, len(taps) * t.hidden_size)
         if max(taps) > t.num_layers:
             raise ConfigError(
                 f"the draft does not fit the target: it taps layer {max(taps)}, the target has {t.num_layers} layers"
