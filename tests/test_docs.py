@@ -139,5 +139,5 @@ def test_conversations_side_by_side(serving):
 
 def test_the_toy_draft_is_the_one_that_the_tests_run():
     toy = (ROOT / "tests" / "drafts" / "successors.py").read_text()
-    assert blocks(DOCS / "drafts.md")[1] == toy.split('"""\n\n', 1)[1]
+    assert blocks(DOCS / "guides" / "draft.md")[0] == toy.split('"""\n\n', 1)[1]
     assert len(toy.splitlines()) <= 40

@@ -1,4 +1,4 @@
-"""The toy draft of docs/drafts.md: whatever followed a token last will follow it again."""
+"""The toy draft of docs/guides/draft.md: whatever followed a token last will follow it again."""
 
 import dataclasses
 
