@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import re
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import eagle_jax
 from eagle_jax import DraftModel, SamplingConfig, TreeConfig, testing
 from eagle_jax.serving import Request
 from eagle_jax.testing import toy_draft, toy_target
+from tests.test_import_rules import FLOORS
 from tests.toy import random_eagle3, random_target, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -141,3 +143,15 @@ def test_the_toy_draft_is_the_one_that_the_tests_run():
     toy = (ROOT / "tests" / "drafts" / "successors.py").read_text()
     assert blocks(DOCS / "guides" / "draft.md")[0] == toy.split('"""\n\n', 1)[1]
     assert len(toy.splitlines()) <= 40
+
+
+def test_the_architecture_page_has_the_rooms_and_files_as_they_are():
+    text = (DOCS / "architecture.md").read_text()
+    floors = defaultdict(set)
+    for floor, rooms in re.findall(r"^\| (\d) \| (.*?) \|", text, flags=re.MULTILINE):
+        floors[int(floor)] |= {room.removesuffix(".py") for room in re.findall(r"`([\w.]+)/?`", rooms)}
+    assert [floors[floor] for floor in sorted(floors)] == list(FLOORS)
+    named = set(re.findall(r"`([a-z]\w+/[\w/]+\.py)`", text))
+    assert "tree/accept.py" in named
+    here = {name for name in named if (ROOT / name).exists() or (ROOT / "eagle_jax" / name).exists()}
+    assert named - here == set()
