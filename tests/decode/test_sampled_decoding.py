@@ -100,7 +100,7 @@ def test_a_low_temperature_gives_the_greedy_text(case):
 def test_coupled_sampling_gives_the_text_of_plain_sampling():
     target, draft = golden_pair()
     tokens, lengths = random_prompts(5, 4, 40, vocab=120)
-    run = functools.partial(eagle_jax.generate, target, tokens=tokens, lengths=lengths, max_new_tokens=60)
+    run = functools.partial(eagle_jax.generate, target, tokens=tokens, lengths=lengths, tree=TREE, max_new_tokens=60)
     key = jax.random.key(4)
     plain = run(draft=None, key=key, sampling=SamplingConfig(temperature=1.0, top_p=0.95))
     usual, coupled = (
