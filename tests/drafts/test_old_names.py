@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import eagle_jax
@@ -11,27 +12,21 @@ from tests.drafts import old_names
 from tests.drafts.test_lossless import BATCH, WIDTH, prompts, target_of
 from tests.toy import NEW, near_ties, rows_of
 
-DRAFTS = [old_names.Successors(3), old_names.Repeated()]
 
-
-@pytest.mark.parametrize("draft", DRAFTS, ids=["successors", "repeated"])
+@pytest.mark.parametrize("draft", [old_names.Successors(3), old_names.Repeated()], ids=["successors", "repeated"])
 def test_greedy_and_coupled_texts_are_those_of_plain_decoding(draft):
-    target = target_of(0)
-    for seed, sampling in enumerate([SamplingConfig(), SamplingConfig(temperature=1.0, coupled=True)]):
-        tokens, lengths = prompts(seed + 5)
-        ours, plain = (
-            eagle_jax.generate(target, d, tokens, lengths, jax.random.key(1), sampling=sampling, max_new_tokens=NEW)
-            for d in (draft, None)
-        )
-        if sampling.greedy:
-            assert near_ties(target, rows_of(ours), rows_of(plain)) <= 1
-        else:
-            assert sum(a == b for a, b in zip(rows_of(ours), rows_of(plain), strict=True)) >= BATCH - 1
-        assert ours.cycles.sum() < plain.cycles.sum()
+    """Rows of one batch; the next test has a batch that is greedy altogether."""
+    tokens, lengths = prompts(5)
+    options = dict(sampling=SamplingConfig(jnp.array([0.0, 1.0, 1.0]), coupled=True), max_new_tokens=NEW)
+    ours, plain = (
+        eagle_jax.generate(target_of(0), d, tokens, lengths, jax.random.key(1), **options) for d in (draft, None)
+    )
+    assert rows_of(ours) == rows_of(plain)
+    assert ours.cycles[0] < plain.cycles[0] and ours.cycles[1:].sum() < plain.cycles[1:].sum()
 
 
 def test_prompts_that_come_by_insert():
-    target, draft = target_of(0), DRAFTS[0]
+    target, draft = target_of(0), old_names.Repeated()
     tokens, lengths = prompts(5)
     state = eagle_jax.empty_state(target, draft, BATCH, WIDTH + NEW)
     for row in range(BATCH):
