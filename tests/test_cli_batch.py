@@ -17,13 +17,7 @@ from hypothesis import strategies as st
 
 import eagle_jax
 from eagle_jax import (
-    DraftModel,
-    Lookahead,
-    Medusa,
-    MedusaConfig,
-    PromptLookup,
     SamplingConfig,
-    StaticTree,
     TreeConfig,
     api,
     convert,
@@ -37,11 +31,10 @@ from eagle_jax.convert.hub import Hub
 from eagle_jax.files.lock import locked_file
 from eagle_jax.files.prompts import Prompt
 from eagle_jax.files.resumable import HeadedLines
-from eagle_jax.serving import Request, RunningBatch, run, serve
+from eagle_jax.serving import RunningBatch, run
 from tests.pickled import readable
 from tests.scripted import ScriptedBatch
 from tests.test_cli import byte_tokenizer, converted_pair
-from tests.toy import TARGET, near_ties, random_prompts, random_target
 
 PROMPTS = ["def __len__(self):\n", "import os", "class Error(Exception):\n"]
 SAMPLED = ["--temperature", "0.8", "--top-p", "0.95", "--seed", "7", "--num-samples", "2", "--log-probs"]
@@ -367,37 +360,6 @@ def test_samples_of_one_prompt_have_the_library_s_keys(folder, capsys, monkeypat
     row = jax.random.fold_in(jax.random.key(7), 0)
     library = [jax.random.key_data(jax.random.fold_in(row, sample))[None] for sample in (0, 0, 1)]  # the first compiles
     np.testing.assert_array_equal([jax.random.key_data(key) for key in keys], library)
-
-
-DRAFTS = {
-    "draft model": lambda: (DraftModel(random_target(1)), StaticTree.chain(2)),
-    "medusa": lambda: (Medusa(MedusaConfig(TARGET.vocab_size, TARGET.hidden_size, 2), jax.random.key(1)), TREE),
-    "lookahead": lambda: (Lookahead(window=2, ngram=3, guesses=2), TREE),
-    "prompt lookup": lambda: (PromptLookup(length=2), TREE),
-}
-TREE = TreeConfig(2, 2, 4)
-
-
-@pytest.mark.parametrize("kind", DRAFTS)
-def test_every_kind_of_draft_works_in_a_running_batch(kind):
-    """Both ends of a slot's life: a fresh prompt, and one that begins as the slot's old text does (as in a chat)."""
-    target, (draft, tree) = random_target(0), DRAFTS[kind]()
-    batch = RunningBatch(target, draft, slots=2, capacity=48, tree=tree, buckets=(48,), reuse=True)
-    batch.compile(2)
-    prompts = [row[:length].tolist() for row, length in zip(*map(np.asarray, random_prompts(3, 2, 12)), strict=True)]
-    first = [answer for answer in serve(batch, [Request(prompt, max_new_tokens=12) for prompt in prompts], cycles=2)]
-    assert [answer.reused for answer in first] == [0, 0]
-    said = [*prompts[0], *first[[answer.request.prompt for answer in first].index(prompts[0])].tokens]
-    (again,) = serve(batch, [Request([*said, 5, 6], max_new_tokens=12)], cycles=2)
-    assert again.reused == len(said) - 1
-    ours = [[*answer.request.prompt, *answer.tokens] for answer in (*first, again)]
-    expected = []
-    for answer in (*first, again):
-        out = eagle_jax.generate(
-            target, None, *eagle_jax.pad([answer.request.prompt], (48,)), max_new_tokens=12, capacity=48
-        )
-        expected.append(np.asarray(out.tokens[0, : out.lengths[0]]).tolist())
-    near_ties(target, ours, expected, kind)
 
 
 GENERATION = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": None, "min_p": 0, "eos_token_id": 1}

@@ -43,6 +43,7 @@ def test_answers_are_the_texts_of_plain_decoding(kind):
         target(), draft, slots=2, capacity=CAPACITY, tree=tree, sampling=sampling, buckets=(CAPACITY,), reuse=True
     )
     assert batch.reuse
+    batch.compile(cycles=2)
     keys = jax.random.split(jax.random.key(2), len(PROMPTS))
 
     def request(prompt, number):
