@@ -75,16 +75,17 @@ def test_the_command_line_keeps_programs_where_the_user_says(no_cache, tmp_path,
 
 
 def test_a_second_start_compiles_nothing_anew(golden, tmp_path):
-    command = [sys.executable, "-m", "eagle_jax", "bench", "--target", str(golden / "weights/t1_target")]
+    command = [sys.executable, "-m", "eagle_jax", "generate", "--target", str(golden / "weights/t1_target")]
     command += ["--draft", str(golden / "weights/t1_eagle3_dv96"), "--dtype", "float32", "--tree", "2,2,4"]
-    command += ["--prompts", str(golden / "parity_prompts.jsonl"), "--max-new-tokens", "4", "--repeats", "1"]
+    command += ["--prompts", str(golden / "parity_prompts.jsonl"), "--batch", "1", "--max-new-tokens", "4"]
     environment = os.environ | {"EAGLE_JAX_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
 
-    def kept():
-        subprocess.run(command, env=environment, check=True, capture_output=True)
+    def kept(out):
+        out = ["--out", str(tmp_path / out)]
+        subprocess.run([*command, *out], env=environment, check=True, capture_output=True)
         return {path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")}
 
-    first = kept()
-    assert any("generate" in name for name in first)
-    assert kept() == first
+    first = kept("first.jsonl")
+    assert any("advance" in name for name in first)
+    assert kept("second.jsonl") == first
