@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import re
 from types import SimpleNamespace
@@ -210,6 +211,29 @@ def test_a_draft_without_weights_goes_with_every_target(folder, capsys):
     ):
         assert main(["generate", "--model", str(folder), "--draft", draft, "--prompt", "x", *options]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_every_other_command_takes_a_draft_without_weights_by_its_name(folder, tmp_path, capsys, monkeypatch):
+    prompt, shape = "import os", "PromptLookup, length 10, branches 1, ngram 3"
+    named, short = ["--model", str(folder), "--draft", "prompt-lookup"], ["--max-new-tokens", "12"]
+
+    def output(command, *options):
+        assert main([command, *named, *options]) == 0
+        captured = capsys.readouterr()
+        assert shape in captured.err + captured.out
+        return captured.out
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{prompt}\n"))
+    text = output("chat", "--context", "64", *short)
+    (tmp_path / "prompts.txt").write_text(prompt)
+    prompts, out = ["--prompts", str(tmp_path / "prompts.txt")], tmp_path / "out.jsonl"
+    output("generate", *prompts, "--out", str(out), *short)
+    assert json.loads(out.read_text().splitlines()[1])["text"] == text.removesuffix("\n")
+    assert "Identical tokens: 1 of 1 rows." in output("bench", *prompts, "--repeats", "1", *short)
+    assert main(["show", *named, "--prompt", prompt, *short]) == 0
+    assert "PromptLookup, length 10, branches 1, ngram 3: cycle 1" in capsys.readouterr().out
+    assert main(["tune", *named]) == 2  # it has no tree to tune
+    assert "there is no EAGLE head here" in capsys.readouterr().err
 
 
 def test_the_tuned_tree_is_that_of_the_nearest_batch_and_of_one_batch_where_texts_depend_on_it(folder, tmp_path):

@@ -118,7 +118,7 @@ def candidates(
         if draft is models.draft:
             choice = choose_tree(draft, args, getattr(args, "batch", 1))
             return choice.tree, choice.origin
-        return grown(args.tree or TreeConfig(), args), "the default" if args.tree is None else "from --tree"
+        return grown(args.tree or kind.tree, args), "the default" if args.tree is None else "from --tree"
 
     found = []
     for name in specs:
