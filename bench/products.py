@@ -1,4 +1,4 @@
-"""Products of few rows with a weight, in several forms: what `layers.linear` chose by, on a CPU.
+"""Products of few rows with a weight, in several forms: what `ops.linear` chose by, on a CPU.
 
     python -m bench.products                          # a weight of 512 x 192, 1 to 16 rows
     python -m bench.products --weight 4096x4096 --rows 1 8 60 --dtype bfloat16

@@ -28,13 +28,13 @@ class CacheLayer(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What of a text a query may see: its `first` positions, and those from `oldest` [B, T] on, one a query."""
+    """Sliding-window mask with sinks: a query sees positions below `first` and from its `oldest` [B, T] on."""
 
     first: int
     oldest: jax.Array
 
     def sees(self, positions: jax.Array) -> jax.Array:
-        """Of positions [B or 1, M], which each query sees: [B, T, M] bool."""
+        """Marks which of the positions [B or 1, M] each query sees: [B, T, M] bool."""
         return (positions < self.first)[:, None] | (positions[:, None] >= self.oldest[:, :, None])
 
 
@@ -48,7 +48,7 @@ def attention(
     window: Window | None = None,
     in_blocks: bool = False,
 ) -> jax.Array:
-    """Softmax attention over the rows of a cache and over new rows: one softmax, computed in parts and merged.
+    """Attends to the positions of a cache and to new ones: one softmax, computed in parts and merged.
 
     Args:
       q: [B, T, N, H].
@@ -72,7 +72,7 @@ def attention(
 
     with jax.named_scope("new_kv"):
         result = part(k, v, mask)
-    # XLA would merge the two products of the queries into one, with a copy of the cache behind the new rows.
+    # Without the barrier XLA concatenates new keys and cache into one matmul, which copies the cache.
     grouped = jax.lax.optimization_barrier(grouped)
 
     def visible(rows, seen):  # positions [1, M], and which of them are to be seen at all [B, M] -> [B, T or 1, M]
@@ -108,7 +108,7 @@ def attention(
 
 
 def softmax_part(q, keys, values, seen, tokens):
-    """Attention of q [B, K, G * T, H] over some of the rows, before normalisation.
+    """Computes attention of q [B, K, G * T, H] over some of the keys, before normalisation.
 
     Returns:
       The largest score and the sum of exponentials [B, K, G * T, 1], and the weighted values [B, K, G * T, H]; float32.
@@ -117,7 +117,7 @@ def softmax_part(q, keys, values, seen, tokens):
     scores = dot("bkqh,bksh->bkqs", q, keys, jnp.float32) * head_dim**-0.5
     scores = scores.reshape(batch, kv_heads, -1, tokens, keys.shape[2])
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(batch, kv_heads, queries, keys.shape[2])
-    # A part of which a query sees nothing has no largest score; any finite number serves.
+    # If all keys are masked the maximum is -inf; clamp it so that exp gives 0, not NaN.
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - top)
     out = dot("bkqs,bksh->bkqh", weights.astype(values.dtype), values, jnp.float32)
@@ -125,7 +125,7 @@ def softmax_part(q, keys, values, seen, tokens):
 
 
 def merge_parts(a, b):
-    """Two parts of one softmax as one."""
+    """Merges two parts of one softmax."""
     top = jnp.maximum(a[0], b[0])
     scale_a, scale_b = jnp.exp(a[0] - top), jnp.exp(b[0] - top)
     return top, a[1] * scale_a + b[1] * scale_b, a[2] * scale_a + b[2] * scale_b
