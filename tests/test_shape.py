@@ -24,7 +24,6 @@ KNOWN: dict[str, set[str]] = {
     "eagle_jax.decode.prefill": {"prefill", "run_prompts", "run_prompts.run_chunk"},
     "eagle_jax.drafts.draft_model": {"DraftModel.propose"},
     "eagle_jax.drafts.eagle.drafting": {"EagleDraft.propose"},
-    "eagle_jax.ops.attention": {"attention"},
     "eagle_jax.train.loss.attention": {"in_blocks"},
     "eagle_jax.train.loss.eagle": {"eagle3_sums"},
     "eagle_jax.train.run.loop": {"_train", "_loop"},

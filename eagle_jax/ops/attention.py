@@ -18,6 +18,9 @@ from eagle_jax.ops.linear import dot
 CACHE_BLOCK = 512
 CPU_CACHE_BLOCK = 128
 
+# What `softmax_part` returns.
+Part = tuple[jax.Array, ...]
+
 
 class CacheLayer(NamedTuple):
     """One layer of a cache: k, v [B, K, S, H], of which the first `length` [B] rows are committed."""
@@ -67,47 +70,58 @@ def attention(
     grouped = jnp.moveaxis(q.reshape(batch, tokens, kv_heads, -1, head_dim), 1, 3)
     grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
 
-    def part(keys, values, seen):  # seen [B, T or 1, rows]
-        return softmax_part(grouped, keys, values, seen, tokens)
-
     with jax.named_scope("new_kv"):
-        result = part(k, v, mask)
+        result = softmax_part(grouped, k, v, mask, tokens)
     # Without the barrier XLA concatenates new keys and cache into one matmul, which copies the cache.
-    grouped = jax.lax.optimization_barrier(grouped)
-
-    def visible(rows, seen):  # positions [1, M], and which of them are to be seen at all [B, M] -> [B, T or 1, M]
-        return seen[:, None] if window is None else seen[:, None] & window.sees(rows)
-
-    def add_whole(result, cache):
-        rows = jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
-        return merge_parts(result, part(cache.k, cache.v, visible(rows, rows < cache.length[:, None])))
-
-    def add_blocks(result, cache, rows):
-        rows = min(rows, cache.k.shape[2])
-
-        def add_block(index, result):
-            start = jnp.minimum(index * rows, cache.k.shape[2] - rows)  # the last block may overlap the one before
-            block_k = jax.lax.dynamic_slice_in_dim(cache.k, start, rows, axis=2)
-            block_v = jax.lax.dynamic_slice_in_dim(cache.v, start, rows, axis=2)
-            row = start + jnp.arange(rows, dtype=jnp.int32)[None]
-            seen = (row >= index * rows) & (row < cache.length[:, None])
-            return merge_parts(result, part(block_k, block_v, visible(row, seen)))
-
-        return jax.lax.fori_loop(0, -(-jnp.max(cache.length) // rows), add_block, result)
-
+    queries = _Queries(jax.lax.optimization_barrier(grouped), tokens, window)
     with jax.named_scope("cache"):
         if cache is not None and in_blocks:
-            result = add_blocks(result, cache, CACHE_BLOCK)
+            result = _add_blocks(queries, CACHE_BLOCK, result, cache)
         elif cache is not None:
             # A CPU saves the arithmetic on unused rows; accelerators, bound by bytes and launches, want one product.
-            in_cpu_blocks = functools.partial(add_blocks, rows=CPU_CACHE_BLOCK)
-            result = jax.lax.platform_dependent(result, cache, cpu=in_cpu_blocks, default=add_whole)
+            in_cpu_blocks = functools.partial(_add_blocks, queries, CPU_CACHE_BLOCK)
+            whole = functools.partial(_add_whole, queries)
+            result = jax.lax.platform_dependent(result, cache, cpu=in_cpu_blocks, default=whole)
     total, out = result[1:]
     out = (out / total).reshape(batch, kv_heads, -1, tokens, head_dim)
     return jnp.moveaxis(out, 3, 1).reshape(batch, tokens, heads, head_dim).astype(q.dtype)
 
 
-def softmax_part(q, keys, values, seen, tokens):
+class _Queries(NamedTuple):
+    """Queries [B, K, G * T, H] of `tokens` T positions, and which positions of a cache they may see."""
+
+    grouped: jax.Array
+    tokens: int
+    window: Window | None
+
+    def part(self, keys: jax.Array, values: jax.Array, positions: jax.Array, filled: jax.Array) -> Part:
+        """Attends to keys at positions [1, M], where `filled` [B, M]."""
+        filled = filled[:, None]
+        seen = filled if self.window is None else filled & self.window.sees(positions)
+        return softmax_part(self.grouped, keys, values, seen, self.tokens)
+
+
+def _add_whole(queries: _Queries, result: Part, cache: CacheLayer) -> Part:
+    positions = jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
+    return merge_parts(result, queries.part(cache.k, cache.v, positions, positions < cache.length[:, None]))
+
+
+def _add_blocks(queries: _Queries, size: int, result: Part, cache: CacheLayer) -> Part:
+    """Goes through the cache in blocks of `size` positions, as far as any sequence fills it."""
+    size = min(size, cache.k.shape[2])
+
+    def add_block(index, result):
+        start = jnp.minimum(index * size, cache.k.shape[2] - size)  # the last block may overlap the one before
+        block_k = jax.lax.dynamic_slice_in_dim(cache.k, start, size, axis=2)
+        block_v = jax.lax.dynamic_slice_in_dim(cache.v, start, size, axis=2)
+        positions = start + jnp.arange(size, dtype=jnp.int32)[None]
+        filled = (positions >= index * size) & (positions < cache.length[:, None])
+        return merge_parts(result, queries.part(block_k, block_v, positions, filled))
+
+    return jax.lax.fori_loop(0, -(-jnp.max(cache.length) // size), add_block, result)
+
+
+def softmax_part(q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, tokens: int) -> Part:
     """Computes attention of q [B, K, G * T, H] over some of the keys, before normalisation.
 
     Returns:
@@ -124,7 +138,7 @@ def softmax_part(q, keys, values, seen, tokens):
     return top, weights.sum(axis=-1, keepdims=True), out
 
 
-def merge_parts(a, b):
+def merge_parts(a: Part, b: Part) -> Part:
     """Merges two parts of one softmax."""
     top = jnp.maximum(a[0], b[0])
     scale_a, scale_b = jnp.exp(a[0] - top), jnp.exp(b[0] - top)
