@@ -364,13 +364,7 @@ def check_arguments(
         raise ValueError(
             f"capacity must be an integer of at least 2 (a prompt token and a new one), got {shown(capacity)}"
         )
-    if not isinstance(stop_tokens, tuple | list):
-        raise ValueError(f"stop_tokens must be a tuple of token ids, such as (2,); got {shown(stop_tokens)}")
-    for stop in stop_tokens:
-        if isinstance(stop, bool) or not isinstance(stop, int | np.integer):
-            raise ValueError(f"stop_tokens must be token ids, got {shown(stop)} among them")
-        if not 0 <= stop < vocab:
-            raise ValueError(f"stop token {stop} is outside the vocabulary, 0 to {vocab - 1}")
+    _check_stop_tokens(stop_tokens, vocab)
     if draft is not None:
         draft.check_fits(target)
         if not callable(getattr(tree, "grow", None)):
@@ -406,3 +400,13 @@ def check_arguments(
                 row, column = bad[0]
                 raise ValueError(f"tokens[{row}, {column}] = {values[row, column]} is outside 0 to {vocab - 1}")
     return tokens.astype(jnp.int32), lengths.astype(jnp.int32)
+
+
+def _check_stop_tokens(stop_tokens: Any, vocab: int) -> None:
+    if not isinstance(stop_tokens, tuple | list):
+        raise ValueError(f"stop_tokens must be a tuple of token ids, such as (2,); got {shown(stop_tokens)}")
+    for stop in stop_tokens:
+        if isinstance(stop, bool) or not isinstance(stop, int | np.integer):
+            raise ValueError(f"stop_tokens must be token ids, got {shown(stop)} among them")
+        if not 0 <= stop < vocab:
+            raise ValueError(f"stop token {stop} is outside the vocabulary, 0 to {vocab - 1}")

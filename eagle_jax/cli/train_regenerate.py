@@ -8,13 +8,14 @@ import types
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.cli.models import add_model_arguments, load_models, parse_window, positive
+from eagle_jax.cli.models import Models, add_model_arguments, draft_identity, load_models, parse_window, positive
 from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config, with_logit_bias
 from eagle_jax.cli.trees import BATCH, GROWTH, choose_tree_for_many, parse_tree
 from eagle_jax.convert import converted
 from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.read import read_json
 from eagle_jax.models.config import LlamaConfig
+from eagle_jax.sampling import SamplingConfig
 
 EXAMPLES = """\
 examples:
@@ -88,7 +89,6 @@ def run(args: argparse.Namespace) -> int:
     from eagle_jax.cli import models, places, progress
     from eagle_jax.files.resumable import check_place
     from eagle_jax.serving import RunningBatch
-    from eagle_jax.train import fingerprint
     from eagle_jax.train.data.regenerate import Options, PromptSource, check_lines, regenerate
     from eagle_jax.train.data.rendering import read_template
     from eagle_jax.train.report import log
@@ -132,17 +132,24 @@ def run(args: argparse.Namespace) -> int:
     log(f"compiling; {choice.words(draft)}")
     with progress.status(notes, "compiling"):
         batch.compile()
-    drafted = [models.draft_identity(draft), fingerprint.of_config(tree), args.draft_window]
-    settings = {
-        "target": fingerprint.of_model(target),
-        "draft": None if draft is None else drafted,
-        "sampling": fingerprint.of_config(sampling),
-        "logit_bias": [f"{id}={value:g}" for id, value in args.logit_bias],
-    }
+    settings = _settings(args, loaded, tree, sampling)
     failed = regenerate(args.data, out, batch, source, options, settings, log, args.overwrite, total)
     if failed:
         print(f"error: in {failed} texts the model's logits became NaN or infinite", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _settings(args: argparse.Namespace, loaded: Models, tree: Any, sampling: SamplingConfig) -> dict[str, Any]:
+    """What the answers depend on; a file begun with other settings is refused."""
+    from eagle_jax.train import fingerprint
+
+    drafted = [draft_identity(loaded.draft), fingerprint.of_config(tree), args.draft_window]
+    return {
+        "target": fingerprint.of_model(loaded.target),
+        "draft": None if loaded.draft is None else drafted,
+        "sampling": fingerprint.of_config(sampling),
+        "logit_bias": [f"{id}={value:g}" for id, value in args.logit_bias],
+    }
 
 
 def target_of(args: argparse.Namespace) -> tuple[Path, LlamaConfig]:

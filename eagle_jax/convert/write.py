@@ -82,15 +82,8 @@ def convert(
         report = _Report(progress, parameter_bytes + sum(_source_bytes(match) for match in matches.values()))
         models = {role: _write_model(match, partial / role, report) for role, match in matches.items()}
         copied = copy_small_files(target_match.checkpoint.folder, partial / converted.TARGET)
-        manifest = {
-            "format": converted.FORMAT,
-            "version": converted.VERSION,
-            "package": __version__,
-            "dtype": np.dtype(target_match.model.dtype).name,
-            converted.DRAFT: None,
-            **models,
-            SMALL: {path: converted.file_sha256(partial / converted.TARGET / path) for path in copied},
-        }
+        small = {path: converted.file_sha256(partial / converted.TARGET / path) for path in copied}
+        manifest = _manifest(np.dtype(target_match.model.dtype).name, models, small)
         # Last: a folder without a manifest does not load.
         write_json(partial / converted.MANIFEST, manifest)
         remarks = previous.remarks(manifest)
@@ -115,6 +108,18 @@ class _Report:
         self.done += count
         if self.progress is not None:
             self.progress(self.done, self.total)
+
+
+def _manifest(dtype: str, models: dict[str, Any], small: dict[str, str]) -> dict[str, Any]:
+    return {
+        "format": converted.FORMAT,
+        "version": converted.VERSION,
+        "package": __version__,
+        "dtype": dtype,
+        converted.DRAFT: None,
+        **models,
+        SMALL: small,
+    }
 
 
 def _parameter_bytes(match: Match) -> int:

@@ -1,6 +1,6 @@
 """A prompt in a running batch: insert writes it into the state, and the next cycle runs it.
 
-Letters: B batch, P padded prompt.
+Letters: B batch, P padded prompt, W columns of the token buffer.
 """
 
 from __future__ import annotations
@@ -59,27 +59,13 @@ def insert(
     _check_insert(state, row, tokens, length, key, sampling, max_new_tokens)
     length = jnp.asarray(length, jnp.int32)
     index = jnp.arange(width, dtype=jnp.int32)
-    prompt = (
-        jnp.zeros(max(width, tokens.shape[0]), jnp.int32).at[: tokens.shape[0]].set(tokens.astype(jnp.int32))[:width]
-    )
-    prompt = jnp.where(index < length, prompt, 0)
+    prompt = _padded(tokens, length, index)
     room = min(state.capacity, width)
     valid = (length >= 1) & (length <= min(tokens.shape[0], room - 1))
 
     old = take_row(state, row)
-    kept = jnp.zeros(1, jnp.int32)
-    if reuse:
-        # Position i of the draft's cache pairs feature i with token i + 1, so of n common tokens n - 1 positions are
-        # kept; and the last token of the prompt is always run, for its logits.
-        common = jax.lax.argmin(jnp.append((prompt == old.tokens[0]) & (index < length), False), 0, jnp.int32)
-        kept = jnp.minimum(jnp.minimum(common - 1, length - 1), old.cache.length)
-        kept = jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(kept, 0)).astype(jnp.int32)
-    limit = jnp.int32(room)
-    if max_new_tokens is not None:
-        if isinstance(max_new_tokens, int | np.integer):
-            max_new_tokens = min(int(max_new_tokens), room)
-        limit = jnp.minimum(limit, length + jnp.minimum(max_new_tokens, room))
-
+    kept = _reused(old, prompt, length, index) if reuse else jnp.zeros(1, jnp.int32)
+    limit = _limit(length, max_new_tokens, room)
     cleared = ("cycles", "accepted", "drafted", "log_probs")
     new = dataclasses.replace(
         old,
@@ -96,6 +82,31 @@ def insert(
         pending=valid[None],
     )
     return constrain(put_row(state, jnp.asarray(row, jnp.int32), new), state.cache)
+
+
+def _padded(tokens: jax.Array, length: jax.Array, index: jax.Array) -> jax.Array:
+    """The prompt [W] int32 with zeros from its length on; index [W] counts from 0."""
+    width = index.shape[0]
+    row = jnp.zeros(max(width, tokens.shape[0]), jnp.int32).at[: tokens.shape[0]].set(tokens.astype(jnp.int32))[:width]
+    return jnp.where(index < length, row, 0)
+
+
+def _reused(old: DecodeState, prompt: jax.Array, length: jax.Array, index: jax.Array) -> jax.Array:
+    """How many cached positions [1] of the old text hold for the prompt as well."""
+    # Position i of the draft's cache pairs feature i with token i + 1, so of n common tokens n - 1 positions are
+    # kept; and the last token of the prompt is always run, for its logits.
+    common = jax.lax.argmin(jnp.append((prompt == old.tokens[0]) & (index < length), False), 0, jnp.int32)
+    kept = jnp.minimum(jnp.minimum(common - 1, length - 1), old.cache.length)
+    return jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(kept, 0)).astype(jnp.int32)
+
+
+def _limit(length: jax.Array, max_new_tokens: int | jax.Array | None, room: int) -> jax.Array:
+    """The length at which the sequence ends."""
+    if max_new_tokens is None:
+        return jnp.int32(room)
+    if isinstance(max_new_tokens, int | np.integer):
+        max_new_tokens = min(int(max_new_tokens), room)
+    return jnp.minimum(jnp.int32(room), length + jnp.minimum(max_new_tokens, room))
 
 
 def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from eagle_jax.decode.accept import accept
 from eagle_jax.decode.commit import commit, newly_committed, update
-from eagle_jax.decode.plan import padded_width, plan
+from eagle_jax.decode.plan import Plan, padded_width, plan
 from eagle_jax.decode.state import DecodeState, check_capacity, context_of, empty_state, map_rows
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Committed, Draft, Proposal
@@ -104,7 +104,20 @@ def prefill(
         log_probs=log_probs,
         width=sizes.columns,
     )
-    state = dataclasses.replace(
+    state = _with_prompts(state, tokens, lengths, valid, sizes)
+    chunks = -(-width // chunk)
+    state, last = run_prompts(target, draft, state, min(-(-width // chunks), state.cache.rows))
+    if num_samples > 1:
+        state = map_rows(lambda x: jnp.repeat(x, num_samples, axis=0), dataclasses.replace(state, keys=None))
+        last = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), last)
+    return constrain(choose_first(target, draft, dataclasses.replace(state, keys=keys), last), target)
+
+
+def _with_prompts(
+    state: DecodeState, tokens: jax.Array, lengths: jax.Array, valid: jax.Array, sizes: Plan
+) -> DecodeState:
+    """An empty state with prompts yet to be run."""
+    return dataclasses.replace(
         state,
         tokens=jnp.pad(tokens.astype(jnp.int32), [(0, 0), (0, sizes.max_new_tokens)])
         * (jnp.arange(sizes.columns, dtype=jnp.int32)[None] < lengths[:, None]),
@@ -114,12 +127,6 @@ def prefill(
         failed=~valid,
         prompt_lengths=lengths,
     )
-    chunks = -(-width // chunk)
-    state, last = run_prompts(target, draft, state, min(-(-width // chunks), state.cache.rows))
-    if num_samples > 1:
-        state = map_rows(lambda x: jnp.repeat(x, num_samples, axis=0), dataclasses.replace(state, keys=None))
-        last = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), last)
-    return constrain(choose_first(target, draft, dataclasses.replace(state, keys=keys), last), target)
 
 
 def reusable(target: Target, draft: Draft | None) -> bool:
@@ -140,7 +147,7 @@ def run_prompts(
       The state with its cache and the draft's memory filled, and what the target's pass gave at each row's last token:
       hidden [B, H] and the draft's taps [B, F], if it has any.
     """
-    batch, width = state.tokens.shape
+    batch = state.tokens.shape[0]
     start, last = state.cache.length, state.lengths - 1
     if not reusable(target, draft):
         start = jnp.zeros_like(start)
@@ -153,9 +160,6 @@ def run_prompts(
         begin = jnp.clip(start + index * chunk, 0, cache.rows - chunk)
         positions = begin[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None]
 
-        def tokens_at(places):
-            return jnp.take_along_axis(state.tokens, jnp.clip(places, 0, width - 1), axis=1)
-
         past = cache.with_length(begin)
 
         def attend(index, q, k, v):
@@ -164,20 +168,19 @@ def run_prompts(
             old = past.write_layer(index, k, v, begin)
             return attention(q, k, v, causal, old, in_blocks=True), (old.k, old.v)
 
-        tokens = tokens_at(positions)
+        tokens = _tokens_at(state, positions)
         out, written = target.run(tokens, positions, attend, prompt_lengths=state.prompt_lengths, taps=taps)
         cache = dataclasses.replace(cache, k=[k for k, _ in written], v=[v for _, v in written])
         ends_here = (last >= begin) & (last < begin + chunk)
         offset = jnp.clip(last - begin, 0, chunk - 1)
-
-        def keep(old, new):  # the last position's vector, from the chunk that holds it
-            return jnp.where(ends_here[:, None], take_one(new, offset), old)
-
-        at_last = jax.tree.map(keep, at_last, (out.hidden, out.taps))
+        # The last position's vectors, from the chunk that holds it.
+        at_last = jax.tree.map(
+            lambda old, new: jnp.where(ends_here[:, None], take_one(new, offset), old), at_last, (out.hidden, out.taps)
+        )
         # The last position waits for its next token, the first root.
         committed = Committed(
             tokens=tokens,
-            next_tokens=tokens_at(positions + 1),
+            next_tokens=_tokens_at(state, positions + 1),
             start=begin,
             count=jnp.clip(last - begin, 0, chunk),
             output=out,
@@ -193,6 +196,11 @@ def run_prompts(
     carry = (state.cache, state.memory, at_last)
     cache, memory, at_last = jax.lax.fori_loop(0, chunks, run_chunk, carry)
     return dataclasses.replace(state, cache=cache.with_length(state.lengths), memory=memory), at_last
+
+
+def _tokens_at(state: DecodeState, positions: jax.Array) -> jax.Array:
+    """The tokens [B, C] at positions [B, C]; beyond the buffer its last one."""
+    return jnp.take_along_axis(state.tokens, jnp.clip(positions, 0, state.tokens.shape[1] - 1), axis=1)
 
 
 def choose_first(

@@ -7,6 +7,7 @@ V vocabulary, H width of the small model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from eagle_jax.models.config import require_same
 from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.ops.attention import attention
-from eagle_jax.sampling import warp
+from eagle_jax.sampling import SamplingConfig, warp
 from eagle_jax.tree import DraftStep, Tree, TreePolicy, choice_noise
 from eagle_jax.tree.policy import NEVER
 
@@ -95,18 +96,7 @@ class DraftModel(Draft):
             assert context.keys is not None
             noise = choice_noise(draft_keys(context.keys, context.lengths, tree.depth), config.vocab_size)
 
-        def guesses(hidden, depth):
-            """Logits with their noise [B, T, V], and q: zeros in greedy rows, [B, T, 0] where nothing is drawn."""
-            logits = self.model.logits(hidden)
-            nothing = jnp.zeros((*logits.shape[:2], 0), jnp.float32)
-            if noise is None or context.sampling is None:
-                return logits, nothing
-            warped = warp(logits, context.sampling)
-            noisy = perturbed(logits, warped, context.sampling, noise, depth)
-            if scored_at is None:
-                return noisy, nothing
-            sampled = (context.sampling.temperature > 0).reshape(-1, 1, 1)
-            return noisy, jnp.where(sampled, jax.nn.softmax(warped, axis=-1), 0)
+        guesses = functools.partial(_guesses, sampling=context.sampling, noise=noise, drawn=scored_at is not None)
 
         def draft_fn(carry, step: DraftStep):
             scratch, probs = carry
@@ -119,14 +109,29 @@ class DraftModel(Draft):
 
             positions = jnp.broadcast_to((context.lengths + step.level)[:, None], step.tokens.shape)
             out, written = self.model.run(step.tokens, positions, attend, prompt_lengths=context.prompt_lengths)
-            logits, own = guesses(out.hidden, step.level + 1)
+            logits, own = guesses(step.level + 1, self.model.logits(out.hidden))
             probs = put(probs, own, (0, 1 + step.level * tree.width, 0))
             return logits, (written, probs)
 
-        logits, first = guesses(memory.hidden[:, None], 0)
+        logits, first = guesses(0, self.model.logits(memory.hidden[:, None]))
         probs = jnp.zeros((batch, 1 + (tree.depth - 1) * k, first.shape[-1]), jnp.float32).at[:, :1].set(first)
         grown, (_, probs) = tree.grow(root, logits[:, 0], (scratch, probs), draft_fn)
         return Proposal(grown) if scored_at is None else _drawn(grown, scored_at, probs)
+
+
+def _guesses(
+    depth: int | jax.Array, logits: jax.Array, sampling: SamplingConfig | None, noise: jax.Array | None, drawn: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Logits with their noise [B, T, V], and q: zeros in greedy sequences, [B, T, 0] where nothing is drawn."""
+    nothing = jnp.zeros((*logits.shape[:2], 0), jnp.float32)
+    if noise is None or sampling is None:
+        return logits, nothing
+    warped = warp(logits, sampling)
+    noisy = perturbed(logits, warped, sampling, noise, depth)
+    if not drawn:
+        return noisy, nothing
+    sampled = (sampling.temperature > 0).reshape(-1, 1, 1)
+    return noisy, jnp.where(sampled, jax.nn.softmax(warped, axis=-1), 0)
 
 
 def _scored_at(tree: TreePolicy) -> np.ndarray | None:

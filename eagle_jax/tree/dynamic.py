@@ -141,9 +141,6 @@ def _while_promising(expand, state, levels: int, threshold: float) -> tuple[Any,
         jnp.zeros((levels, *first.shape), first.dtype),
     )
 
-    def promising(scores):  # [B, k], best first -> [B]
-        return scores[:, 0] >= jnp.log(jnp.float32(threshold))
-
     def condition(loop):
         level, growing, _, _ = loop
         return (level < levels) & growing.any()
@@ -154,16 +151,21 @@ def _while_promising(expand, state, levels: int, threshold: float) -> tuple[Any,
         scores = jnp.where(growing[:, None], scores, -jnp.inf)
         # So that a row's tree does not depend on whether its neighbours still grow.
         tokens, beams = (jnp.where(growing[:, None], values, 0) for values in (tokens, beams))
-        growing &= promising(state[3])
+        growing &= _promising(state[3], threshold)
         new = tuple(
             jax.lax.dynamic_update_index_in_dim(all, one, level, axis=0)
             for all, one in zip(grown, (scores, tokens, beams), strict=True)
         )
         return level + 1, growing, state, new
 
-    start = jnp.int32(0), promising(scores), state, grown
+    start = jnp.int32(0), _promising(scores, threshold), state, grown
     _, _, (carry, *_), grown = jax.lax.while_loop(condition, body, start)
     return carry, grown
+
+
+def _promising(scores: jax.Array, threshold: float) -> jax.Array:
+    """Whether each row's best node is likely enough to expand: scores [B, k], best first -> [B]."""
+    return scores[:, 0] >= jnp.log(jnp.float32(threshold))
 
 
 def _flat(levels: jax.Array) -> jax.Array:

@@ -117,8 +117,7 @@ class StaticTree:
             slots[level, : len(paths)] = [before[level].index(path[:-1]) for path in paths]
             ranks[level, : len(paths)] = [path[-1] for path in paths]
 
-        def children(logits, scores):
-            return best_children(logits, scores, self.ranks, target_ids)
+        children = functools.partial(best_children, count=self.ranks, target_ids=target_ids)
 
         def expand(state, step):
             carry, mask, scores, tokens = state  # of the children of the step before, [B, k, R]
@@ -140,7 +139,12 @@ class StaticTree:
             tables = (jnp.arange(self.depth - 1, dtype=jnp.int32), jnp.array(slots), jnp.array(ranks))
             (carry, *_), more = jax.lax.scan(expand, (carry, mask, *first), tables)
             grown = tuple(jnp.concatenate(pair) for pair in zip(grown, more, strict=True))
-        scores, tokens = grown  # [L + 1, B, k, R], and where in it each node is:
+        return self._tree(root, *grown), carry
+
+    def _tree(self, root: jax.Array, scores: jax.Array, tokens: jax.Array) -> Tree:
+        """The tree of the scores and tokens [L + 1, B, k, R] of every step's children."""
+        before: list[list[Path]] = [[()], *self.steps]
+        # Where in them each node is.
         levels = np.array([len(path) - 1 for path in self.paths], np.int32)
         places = np.array([before[len(path) - 1].index(path[:-1]) for path in self.paths], np.int32)
         own = np.array([path[-1] for path in self.paths], np.int32)
@@ -149,12 +153,11 @@ class StaticTree:
             return jnp.moveaxis(values, 1, 0)[:, levels, places, own]
 
         def each_row(values):
-            return jnp.broadcast_to(jnp.array(values, jnp.int32), (batch, self.num_nodes))
+            return jnp.broadcast_to(jnp.array(values, jnp.int32), (root.shape[0], self.num_nodes))
 
-        tree = Tree(
+        return Tree(
             tokens=jnp.concatenate([root[:, None], nodes(tokens)], axis=1).astype(jnp.int32),
             parents=each_row([NO_PARENT, *(self.node_of[path[:-1]] for path in self.paths)]),
             depths=each_row([0, *map(len, self.paths)]),
-            scores=jnp.concatenate([jnp.zeros((batch, 1), jnp.float32), nodes(scores)], axis=1),
+            scores=jnp.concatenate([jnp.zeros((root.shape[0], 1), jnp.float32), nodes(scores)], axis=1),
         )
-        return tree, carry

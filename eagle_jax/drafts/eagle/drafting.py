@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any, TypeVar
 
 import jax
@@ -118,9 +119,7 @@ class EagleDraft(Draft):
         scratch_shape = (batch, self.config.num_kv_heads, (tree.depth - 1) * k, self.config.head_dim)
         scratch = jnp.zeros(scratch_shape, self.dtype)
         ids = None if self.target_ids is None else self.target_ids[...]
-
-        def logits_of(hidden, depth):  # [B, T, D] -> [B, T, Vd], for the tokens after nodes of a depth
-            return coupled(self.logits(target, hidden), context.sampling, noise, depth, ids)
+        noisy = functools.partial(coupled, sampling=context.sampling, noise=noise, target_ids=ids)
 
         def draft_fn(carry, step: DraftStep):
             hidden, scratch_k, scratch_v = carry  # hidden [B, k, D]: outputs of the previous step's nodes
@@ -133,10 +132,10 @@ class EagleDraft(Draft):
 
             hidden = jnp.take_along_axis(hidden, step.parents[:, :, None], axis=1)
             hidden, rows = self(target, hidden, step.tokens, positions, attend, prompt_lengths=context.prompt_lengths)
-            return logits_of(hidden, step.level + 1), (hidden, *rows)
+            return noisy(depth=step.level + 1, logits=self.logits(target, hidden)), (hidden, *rows)
 
         first = jnp.broadcast_to(memory.hidden[:, None], (batch, k, memory.hidden.shape[-1]))
-        logits = logits_of(memory.hidden[:, None], 0)[:, 0]
+        logits = noisy(depth=0, logits=self.logits(target, memory.hidden[:, None]))[:, 0]
         grown, _ = tree.grow(root, logits, (first, scratch, scratch), draft_fn, ids)
         return Proposal(grown)
 

@@ -76,10 +76,6 @@ def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, block: int
     padded = jnp.pad(q, [(0, 0)] * 3 + [(0, more), (0, 0)])
     blocks = jnp.moveaxis(padded.reshape(batch, kv_heads, groups, count, block, head_dim), 3, 0)
 
-    def cut(places, fill):  # [B, S] -> [count, B, Q]
-        places = jnp.pad(places, [(0, 0), (0, more)], constant_values=fill)
-        return jnp.moveaxis(places.reshape(batch, count, block), 1, 0)
-
     @jax.checkpoint
     def part(of_block):
         start, queries, first, end = of_block
@@ -92,13 +88,21 @@ def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, block: int
         return softmax_part(flat, k, v, seen, block)
 
     starts = jnp.arange(count, dtype=jnp.int32) * block
-    parts = jax.lax.map(part, (starts, blocks, cut(text.first, 0), cut(text.end, width)))
+    parts = jax.lax.map(part, (starts, blocks, _cut(text.first, block, 0), _cut(text.end, block, width)))
 
     def whole(values):  # [count, B, K, G * Q, X] -> [B, K, G, S, X]
         values = values.reshape(count, batch, kv_heads, groups, block, -1)
         return jnp.moveaxis(values, 0, 3).reshape(batch, kv_heads, groups, count * block, -1)[:, :, :, :width]
 
     return tuple(map(whole, parts))
+
+
+def _cut(places: jax.Array, block: int, fill: int) -> jax.Array:
+    """A number for every position as one for the queries of each block: [B, S] -> [blocks, B, Q]."""
+    batch, width = places.shape
+    count = -(-width // block)
+    places = jnp.pad(places, [(0, 0), (0, count * block - width)], constant_values=fill)
+    return jnp.moveaxis(places.reshape(batch, count, block), 1, 0)
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> jax.Array:

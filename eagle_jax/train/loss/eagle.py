@@ -12,7 +12,7 @@ the weight of every position, and sums over positions, of which the loss is a qu
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -191,43 +191,10 @@ def eagle3_sums(
         )
     weight = target.output_weight()
     rows = jax.lax.stop_gradient(weight if draft.target_ids is None else weight[draft.target_ids[...]])  # [Vd, H]
-    floats, constants = _floats(draft)
     # Everything is read `steps` places further on, at most; past the end there are zeros, as in the reference.
     following = jnp.pad(made.tokens, [(0, 0), (0, steps)])
     answers = jnp.pad(made.answers[:, 1:], [(0, 0), (0, steps), (0, 0)])
-    constants |= {"target": target, "text": made.text, "tokens": following}
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width, axis=1)
-
-    def one(floats, constants, hidden, step, attend):
-        """A step on its input hidden [B, S, D], or on features (None): its output, and what `attend` keeps."""
-        head = in_dtype(params.load(draft, floats | constants["integers"]), dtype)
-        if hidden is None:
-            hidden = head.fuse(constants["features"])
-        target, text = constants["target"], constants["text"]
-        tokens, positions = cut(constants["tokens"], step + 1), text.positions + step
-        return head(target, hidden, tokens, positions, attend, prompt_lengths=text.end - text.first)
-
-    @jax.checkpoint
-    @jax.named_scope("first_step")
-    def first(floats, constants):
-        def attend(q, k, v):
-            return causal(q, k, v, constants["text"]), (k, v)
-
-        return one(floats, constants, None, 0, attend)
-
-    @jax.named_scope("later_step")
-    def later(floats, constants, hidden, first_kv, own, step):
-        def attend(q, k, v):
-            queries = grouped(q, k.shape[1])
-            own_k, own_v = (with_step(old, new, step) for old, new in zip(own, (k, v), strict=True))
-            part = causal_part(queries, first_kv[0], first_kv[1], constants["text"])
-            return with_own(part, queries, own_k, own_v, step), (k, v)
-
-        return one(floats, constants, hidden, step, attend)
-
-    hidden, kept = first(floats, constants | {"features": made.features})
-    # [steps, B, S, D]
-    hidden = hidden[None] if steps == 1 else later_steps(later, steps, floats, constants, hidden, kept)
+    hidden = _Steps(draft, dtype, width).run(target, made, following, steps)
     head = in_dtype(draft, dtype)
     x = jax.checkpoint(head.before_logits)(hidden)
     output = head.output_weight(target)  # the target's, in its own dtype, where the head has no lm_head
@@ -238,9 +205,56 @@ def eagle3_sums(
     @jax.checkpoint
     def distance(of_step):
         step, x, importance = of_step
-        return (importance * smooth_l1(x, cut(answers, step))).sum()
+        return (importance * smooth_l1(x, _shifted(answers, step, width))).sum()
 
     return Eagle3Sums(sums, jax.lax.map(distance, (jnp.arange(steps, dtype=jnp.int32), x, weights)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Steps:
+    """The steps of the training-time test, as functions of a head's arrays and of all that is held constant."""
+
+    draft: Eagle3Draft
+    dtype: Any
+    width: int
+
+    def run(self, target: Target, made: Examples, following: jax.Array, steps: int) -> jax.Array:
+        """The head's output at every step, [steps, B, S, D]."""
+        floats, constants = _floats(self.draft)
+        constants |= {"target": target, "text": made.text, "tokens": following}
+        hidden, kept = jax.checkpoint(self.first)(floats, constants | {"features": made.features})
+        return hidden[None] if steps == 1 else later_steps(self.later, steps, floats, constants, hidden, kept)
+
+    @jax.named_scope("first_step")
+    def first(self, floats, constants):
+        def attend(q, k, v):
+            return causal(q, k, v, constants["text"]), (k, v)
+
+        return self.one(floats, constants, None, 0, attend)
+
+    @jax.named_scope("later_step")
+    def later(self, floats, constants, hidden, first_kv, own, step):
+        def attend(q, k, v):
+            queries = grouped(q, k.shape[1])
+            own_k, own_v = (with_step(old, new, step) for old, new in zip(own, (k, v), strict=True))
+            part = causal_part(queries, first_kv[0], first_kv[1], constants["text"])
+            return with_own(part, queries, own_k, own_v, step), (k, v)
+
+        return self.one(floats, constants, hidden, step, attend)
+
+    def one(self, floats, constants, hidden, step, attend):
+        """A step on its input hidden [B, S, D], or on features (None): its output, and what `attend` keeps."""
+        head = in_dtype(params.load(self.draft, floats | constants["integers"]), self.dtype)
+        if hidden is None:
+            hidden = head.fuse(constants["features"])
+        target, text = constants["target"], constants["text"]
+        tokens, positions = _shifted(constants["tokens"], step + 1, self.width), text.positions + step
+        return head(target, hidden, tokens, positions, attend, prompt_lengths=text.end - text.first)
+
+
+def _shifted(values: jax.Array, step: int | jax.Array, width: int) -> jax.Array:
+    """`width` positions of values [B, S', ...] from `step` on."""
+    return jax.lax.dynamic_slice_in_dim(values, step, width, axis=1)
 
 
 def _floats(model: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:

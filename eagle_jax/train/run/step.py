@@ -6,6 +6,7 @@ table of rules shards both.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -121,13 +122,7 @@ def train_step(
     def prepare(piece):
         return objective.prepare(params.load(model, state.masters | frozen), target, piece)
 
-    def gradient(prepared, counts, key):
-        def of(masters):
-            return objective.sums(params.load(model, masters | frozen), target, prepared, counts, key)
-
-        (_, metrics), gradient = jax.value_and_grad(of, has_aux=True)(state.masters)
-        return gradient, metrics
-
+    gradient = functools.partial(_gradient, objective, model, state.masters, frozen, target)
     if pieces == 1:
         prepared = prepare(batch)
         result = gradient(prepared, objective.counts(prepared), key)
@@ -150,6 +145,16 @@ def train_step(
         masters = optax.apply_updates(state.masters, updates)
     new = TrainState(state.step + 1, masters, optimizer, state.key)
     return new, metrics | {"grad_norm": optax.tree.norm(gradients)}
+
+
+def _gradient(
+    objective: Objective, model: Any, masters: Arrays, frozen: Arrays, target: Target | None, prepared, counts, key
+) -> tuple[Arrays, Metrics]:
+    def of(masters):
+        return objective.sums(params.load(model, masters | frozen), target, prepared, counts, key)
+
+    (_, metrics), gradient = jax.value_and_grad(of, has_aux=True)(masters)
+    return gradient, metrics
 
 
 def initial_state(masters: Arrays, update: optax.GradientTransformation, seed: int) -> TrainState:
