@@ -2,6 +2,7 @@
 # make test         sets up $(VENV) with everything the tests need, then: lint, types, all tests; test-newest, too
 # make test-newest  the core on Python 3.12 or later, with the newest release of every package and without PyTorch
 # make test-long    what takes minutes each and stands beside quicker tests of the same
+# make docs         the site, in docs/_build; warnings are errors
 # Set up once: again only when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
@@ -41,7 +42,7 @@ NOT_CORE = tests/decode/test_cycle.py::test_speculative_equals_plain_for_any_dra
 # Kinds of draft that differ from another by the shape of their tree alone.
 OTHER_TREES = eagle3_static medusa_dynamic lookahead_of_bigrams draft_model_dynamic
 
-.PHONY: demo test lint types pytest test-newest test-long clean
+.PHONY: demo test lint types pytest test-newest test-long docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/eagle-jax demo
@@ -74,6 +75,9 @@ endif
 test-long: $(VENV)/.test-installed
 	$(VENV)/bin/python $(PYTEST) -m slow
 
+docs: $(VENV)/.docs-installed
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
+
 clean:
 	rm -rf $(VENV) $(NEWEST)
 
@@ -92,6 +96,11 @@ ifeq ($(shell uname -sm),Linux x86_64)
 	rm -rf $(VENV)/aot
 	$(VENV)/bin/python $(PIP) --constraint constraints.txt --no-deps --target $(VENV)/aot $$($(COMPILERS))
 endif
+	touch $@
+
+# With train, whose losses are in the API reference.
+$(VENV)/.docs-installed: $(PINNED) | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP) --constraint constraints.txt --editable '.[docs,train]'
 	touch $@
 
 $(NEWEST)/.installed: pyproject.toml
