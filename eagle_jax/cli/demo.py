@@ -84,9 +84,7 @@ def _demo(out: Path, overwrite: bool) -> int:
 
     calls = 2 * (REPEATS + 1) * len(token_lists)
     with progress.bar(notes, "compiling and measuring", calls) as advance:
-        comparison = compare.compare(
-            loaded.target, loaded.draft, token_lists, **options, repeats=REPEATS, progress=advance
-        )
+        comparison = compare.compare(target, draft, token_lists, **options, repeats=REPEATS, progress=advance)
     title = f"{machine.describe_setting(machine.setting(loaded.target))}, {describe_tree(TREE)}"
     console.print(reports.table(comparison, title))
     console.print(reports.verdict(comparison), soft_wrap=True)
