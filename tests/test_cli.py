@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 import eagle_jax
 from eagle_jax import TreeConfig, convert
-from eagle_jax.cli import demo, generate, main, models, progress, reports
+from eagle_jax.cli import demo, generate, main, progress, reports
+from eagle_jax.cli.options import models
 from eagle_jax.cli.text import Detokenizer
 from eagle_jax.files import prompts
 from eagle_jax.measure import compare, samples

@@ -22,10 +22,11 @@ from eagle_jax import (
     api,
     convert,
 )
-from eagle_jax.cli import batch, main, models, sampling
+from eagle_jax.cli import batch, main
 from eagle_jax.cli.answers import Job, Rules, answer_turns
+from eagle_jax.cli.options import models, sampling
+from eagle_jax.cli.options.sampling import add_sampling_arguments, model_asks, sampling_config
 from eagle_jax.cli.results import is_last, read_finished
-from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, sampling_config
 from eagle_jax.cli.text import Detokenizer, Ends
 from eagle_jax.convert.hub import Hub
 from eagle_jax.files.lock import locked_file

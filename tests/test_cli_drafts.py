@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 import eagle_jax
 from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
-from eagle_jax.cli import drafts, machine, main, models, places, trees
+from eagle_jax.cli import machine, main, places
+from eagle_jax.cli.options import drafts, models, trees
 from eagle_jax.convert import to_official
 from eagle_jax.drafts.registry import WEIGHTLESS
 from eagle_jax.measure import plot, samples

@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
-from eagle_jax.cli import answers, models, progress, text
+from eagle_jax.cli import answers, progress, text
+from eagle_jax.cli.options import models
+from eagle_jax.cli.options.sampling import model_asks, random_key, with_logit_bias
+from eagle_jax.cli.options.trees import choose_tree_for_many, has_own_shape
 from eagle_jax.cli.results import is_last, read_finished
-from eagle_jax.cli.sampling import model_asks, random_key, with_logit_bias
-from eagle_jax.cli.trees import choose_tree_for_many, has_own_shape
 from eagle_jax.decode.plan import plan
 from eagle_jax.files import checksums, prompts
 from eagle_jax.files.lock import locked_file

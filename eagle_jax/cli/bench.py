@@ -6,8 +6,8 @@ import argparse
 import functools
 
 from eagle_jax.cli import places
-from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
-from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
+from eagle_jax.cli.options.models import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.cli.options.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
 
 EXAMPLES = """\
 examples:
@@ -25,7 +25,7 @@ Without --prompts, a few built-in ones are decoded, which need a tokenizer; --ra
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
-    from eagle_jax.cli import drafts
+    from eagle_jax.cli.options import drafts
 
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group()
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables; returns 1 if a row ended in NaN or infinite logits."""
     from rich.console import Console
 
-    from eagle_jax.cli import bench_drafts, models, progress, reports, trees
+    from eagle_jax.cli import bench_drafts, progress, reports
+    from eagle_jax.cli.options import models, trees
     from eagle_jax.measure import compare, machine, samples
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long

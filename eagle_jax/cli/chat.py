@@ -14,11 +14,18 @@ from typing import Any
 
 import jax
 
-from eagle_jax.cli import models, progress, text
+from eagle_jax.cli import progress, text
 from eagle_jax.cli.conversation import Conversation
-from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
-from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
-from eagle_jax.cli.trees import choose_tree
+from eagle_jax.cli.options import models
+from eagle_jax.cli.options.models import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.cli.options.sampling import (
+    add_sampling_arguments,
+    model_asks,
+    random_key,
+    sampling_config,
+    with_logit_bias,
+)
+from eagle_jax.cli.options.trees import choose_tree
 from eagle_jax.files.prompts import check_text, check_tokenizer
 from eagle_jax.models.target import Target
 from eagle_jax.serving import Request, RunningBatch

@@ -50,7 +50,8 @@ def _demo(out: Path, overwrite: bool) -> int:
 
     from eagle_jax import convert
     from eagle_jax.api import stream
-    from eagle_jax.cli import models, progress, reports, text
+    from eagle_jax.cli import progress, reports, text
+    from eagle_jax.cli.options import models
     from eagle_jax.decode.prefill import pad
     from eagle_jax.files import prompts
     from eagle_jax.measure import compare, machine, near_tie

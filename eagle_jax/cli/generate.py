@@ -8,9 +8,15 @@ import itertools
 import sys
 
 from eagle_jax.cli import progress, text
-from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, parse_buckets, positive
-from eagle_jax.cli.sampling import add_sampling_arguments, model_asks, random_key, sampling_config, with_logit_bias
-from eagle_jax.cli.trees import BATCH, choose_tree
+from eagle_jax.cli.options.models import add_decoding_arguments, add_model_arguments, parse_buckets, positive
+from eagle_jax.cli.options.sampling import (
+    add_sampling_arguments,
+    model_asks,
+    random_key,
+    sampling_config,
+    with_logit_bias,
+)
+from eagle_jax.cli.options.trees import BATCH, choose_tree
 from eagle_jax.decode.plan import plan
 from eagle_jax.decode.prefill import BUCKETS, pad
 from eagle_jax.files.prompts import OBJECT, check_text
@@ -87,7 +93,7 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     from rich.console import Console
 
     from eagle_jax.api import stream
-    from eagle_jax.cli import models
+    from eagle_jax.cli.options import models
     from eagle_jax.files import prompts
 
     text.lenient(sys.stdout)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax.cli.models import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.cli.options.models import add_decoding_arguments, add_model_arguments, positive
 from eagle_jax.measure.drawn import Drawn, Node
 from eagle_jax.tree import TreeConfig
 
@@ -29,7 +29,7 @@ MAX_NEW_TOKENS = 4096
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
-    from eagle_jax.cli import drafts
+    from eagle_jax.cli.options import drafts
 
     add_model_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="the prompt")
@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Decodes greedily up to the cycle, and shows its tree."""
     from rich.console import Console
 
-    from eagle_jax.cli import models, places, progress
+    from eagle_jax.cli import places, progress
+    from eagle_jax.cli.options import models
     from eagle_jax.decode.plan import plan
     from eagle_jax.decode.prefill import pad
     from eagle_jax.files import prompts
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
     """The draft and tree to show, as a `Candidate`. Raises ValueError if there is none, or not with these options."""
-    from eagle_jax.cli import drafts, trees
+    from eagle_jax.cli.options import drafts, trees
     from eagle_jax.drafts.eagle.drafting import EagleDraft
 
     if args.draft_name is not None:

@@ -8,9 +8,16 @@ import types
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.cli.models import Models, add_model_arguments, draft_identity, load_models, parse_window, positive
-from eagle_jax.cli.sampling import add_sampling_arguments, sampling_config, with_logit_bias
-from eagle_jax.cli.trees import BATCH, GROWTH, choose_tree_for_many, parse_tree
+from eagle_jax.cli.options.models import (
+    Models,
+    add_model_arguments,
+    draft_identity,
+    load_models,
+    parse_window,
+    positive,
+)
+from eagle_jax.cli.options.sampling import add_sampling_arguments, sampling_config, with_logit_bias
+from eagle_jax.cli.options.trees import BATCH, GROWTH, choose_tree_for_many, parse_tree
 from eagle_jax.convert import converted
 from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.read import read_json
@@ -86,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     """Writes the new training set; returns 1 if the model's numbers broke down in one of its texts."""
     from rich.console import Console
 
-    from eagle_jax.cli import models, places, progress
+    from eagle_jax.cli import places, progress
+    from eagle_jax.cli.options import models
     from eagle_jax.files.resumable import check_place
     from eagle_jax.serving import RunningBatch
     from eagle_jax.train.data.regenerate import Options, PromptSource, check_lines, regenerate

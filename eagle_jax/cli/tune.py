@@ -8,8 +8,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.cli.models import add_model_arguments, positive
-from eagle_jax.cli.sampling import add_sampling_arguments, random_key, sampling_config
+from eagle_jax.cli.options.models import add_model_arguments, positive
+from eagle_jax.cli.options.sampling import add_sampling_arguments, random_key, sampling_config
 
 EXAMPLES = """\
 examples:
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     """Tunes, prints what it expected and measured, and saves the fastest tree."""
     from rich.console import Console
 
-    from eagle_jax.cli import models, progress, tuned
+    from eagle_jax.cli import progress, tuned
+    from eagle_jax.cli.options import models
     from eagle_jax.drafts.eagle.drafting import EagleDraft
     from eagle_jax.measure import machine, samples, tuning
     from eagle_jax.tree.named import describe_tree

@@ -8,7 +8,7 @@ import pytest
 
 import eagle_jax
 from eagle_jax import Draft, Eagle1Draft, PromptLookup, TreeConfig
-from eagle_jax.cli import drafts
+from eagle_jax.cli.options import drafts
 from eagle_jax.convert.dialects import DIALECTS
 from eagle_jax.convert.engines import EXPORTED
 from eagle_jax.drafts.registry import CLASSES, KINDS, WEIGHTLESS, kind_of

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from eagle_jax.cli import models
+from eagle_jax.cli.options import models
 from eagle_jax.sharding import mesh_of
 from tests.train.chat_templates import byte_level
 from tests.train.models import write_target
