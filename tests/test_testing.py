@@ -38,8 +38,9 @@ def with_probs(draft, probs):
 
 
 def test_lossless_rules_and_drafts_pass():
-    assert assert_lossless(accept_sampled, draws=1000).accepted > 0.2
-    assert assert_lossless(accept_greedy, sampling=None).p_value is None
+    """A sampling rule is tried by the documentation's page, which test_docs.py runs."""
+    greedy = assert_lossless(accept_greedy, sampling=None)
+    assert greedy.accepted > 0.2 and greedy.p_value is None
     warm = SamplingConfig(temperature=0.8, repetition_penalty=1.3)
     assert_lossless(small_model(), tree=CHAIN, sampling=warm, draws=1000)
 
