@@ -163,7 +163,7 @@ def _at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _given(tree: ast.Module) -> Iterator[str]:
-    """The names that an __init__.py binds, but for files that it imports as themselves."""
+    """Returns the names that an __init__.py binds, except files that it imports under their own names."""
     for statement in _at_import(tree.body):
         if isinstance(statement, ast.ImportFrom):
             for alias in statement.names:

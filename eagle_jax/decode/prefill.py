@@ -72,8 +72,8 @@ def prefill(
     Args:
       tokens: [B, P] int32 prompts, right-padded.
       lengths: [B] int32, at least 1.
-      key: one typed key, of which row i has fold_in(key, i), or [B] keys, one a row. The token at index n of a row is
-        drawn with fold_in(row's key, n). None where `sampling` is greedy.
+      key: one typed key (sequence i uses fold_in(key, i)), or [B] keys. The token at index n of a sequence is
+        drawn with fold_in(its key, n). None where `sampling` is greedy.
       sampling: see `SamplingConfig`; kept in the state.
       max_new_tokens: most new tokens a row; more than `capacity` mean as many as fit.
       capacity: the most tokens (prompt + new) a row may hold; default P + max_new_tokens.
