@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 import eagle_jax
 from eagle_jax import TreeConfig, convert
 from eagle_jax.cli import demo, generate, main, progress, reports
-from eagle_jax.cli.options import models
+from eagle_jax.cli.options import model_options
 from eagle_jax.cli.text import Detokenizer
 from eagle_jax.files import prompts
 from eagle_jax.measure import compare, samples
@@ -308,13 +308,13 @@ def test_chat_template():
     assert prompts.encode(tokenizer, "hi", raw=True) == list(b"hi")
 
 
-def model_folder(folder: Path, tokenizer=None, **configs) -> models.Models:
+def model_folder(folder: Path, tokenizer=None, **configs) -> model_options.Models:
     """A target of 256 tokens without weights, in a folder of these configs (generation_config={...})."""
     for name, content in configs.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    return models.Models(SimpleNamespace(config=SimpleNamespace(vocab_size=256)), None, folder)
+    return model_options.Models(SimpleNamespace(config=SimpleNamespace(vocab_size=256)), None, folder)
 
 
 @pytest.mark.parametrize(
@@ -327,20 +327,20 @@ def model_folder(folder: Path, tokenizer=None, **configs) -> models.Models:
 )
 def test_stop_tokens_of_both_configs(tmp_path, config, generation_config, stops):
     loaded = model_folder(tmp_path, config=config, generation_config=generation_config)
-    assert models.eos_tokens(loaded) == stops
-    assert models.stop_tokens(loaded, SimpleNamespace(ignore_eos=False, stop_token=[7])) == (*stops, 7)
-    assert models.stop_tokens(loaded, SimpleNamespace(ignore_eos=True, stop_token=[])) == ()
+    assert model_options.eos_tokens(loaded) == stops
+    assert model_options.stop_tokens(loaded, SimpleNamespace(ignore_eos=False, stop_token=[7])) == (*stops, 7)
+    assert model_options.stop_tokens(loaded, SimpleNamespace(ignore_eos=True, stop_token=[])) == ()
     with pytest.raises(ValueError, match="--stop-token 256: the vocabulary's ids are 0 to 255"):
-        models.stop_tokens(loaded, SimpleNamespace(ignore_eos=True, stop_token=[256]))
+        model_options.stop_tokens(loaded, SimpleNamespace(ignore_eos=True, stop_token=[256]))
 
 
 def test_the_tokenizer_s_end_token_ends_a_text_too(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = "!"
-    assert models.eos_tokens(model_folder(tmp_path, tokenizer, config={"eos_token_id": 3})) == (3, ord("!"))
+    assert model_options.eos_tokens(model_folder(tmp_path, tokenizer, config={"eos_token_id": 3})) == (3, ord("!"))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(convert.CheckpointError, match="no usable tokenizer files"):
-        models.eos_tokens(model_folder(tmp_path))
+        model_options.eos_tokens(model_folder(tmp_path))
 
 
 @pytest.mark.parametrize("wrong", ["3", [[3]], True, 2.0, [2, None], {"id": 2}])
@@ -348,13 +348,13 @@ def test_an_end_token_that_is_no_id_is_named(tmp_path, wrong):
     loaded = model_folder(tmp_path, generation_config={"eos_token_id": wrong})
     found = rf"generation_config.json: eos_token_id is {re.escape(json.dumps(wrong))}, where .*; write one number"
     with pytest.raises(ValueError, match=found):
-        models.eos_tokens(loaded)
+        model_options.eos_tokens(loaded)
 
 
 def test_a_draft_window_reaches_the_draft(folder):
     options = dict.fromkeys(("target", "draft", "dtype", "mesh", "revision", "draft_revision"))
     window = SimpleNamespace(model=str(folder), draft_window=(4, 16), **options)
-    assert models.load_models(window).draft.config.window == (4, 16)
+    assert model_options.load_models(window).draft.config.window == (4, 16)
 
 
 def test_prompt_files(tmp_path):

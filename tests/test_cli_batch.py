@@ -24,8 +24,8 @@ from eagle_jax import (
 )
 from eagle_jax.cli import batch, main
 from eagle_jax.cli.answers import Job, Rules, answer_turns
-from eagle_jax.cli.options import models, sampling
-from eagle_jax.cli.options.sampling import add_sampling_arguments, model_asks, sampling_config
+from eagle_jax.cli.options import model_options, sampling_options
+from eagle_jax.cli.options.sampling_options import add_sampling_arguments, model_asks, sampling_config
 from eagle_jax.cli.results import is_last, read_finished
 from eagle_jax.cli.text import Detokenizer, Ends
 from eagle_jax.convert.hub import Hub
@@ -134,7 +134,7 @@ def test_a_file_goes_on_with_the_same_weights_whatever_their_folder_is_called(
     out.write_text("".join(out.read_text().splitlines(keepends=True)[:-1]))
     monkeypatch.chdir(folder.parent)
     (tmp_path / "link").symlink_to(folder)
-    load = models.load_models
+    load = model_options.load_models
     for name in ("converted", f"{folder}/", str(tmp_path / "link")):
         code, lines = write("--batch", "3", "--model", name)
         assert (code, lines) == (0, expected)
@@ -144,7 +144,7 @@ def test_a_file_goes_on_with_the_same_weights_whatever_their_folder_is_called(
         halves = jax.tree.map(lambda x: x / 2, getattr(loaded, part))
         return dataclasses.replace(loaded, **{part: halves})
 
-    monkeypatch.setattr(models, "load_models", other)
+    monkeypatch.setattr(model_options, "load_models", other)
     before = out.read_text()
     for part in ("target", "draft"):
         capsys.readouterr()
@@ -441,7 +441,7 @@ def test_a_model_that_asks_for_sampling_and_gets_none(tmp_path, monkeypatch):
         assert (source, hub, weights) == ("owner/name", Hub("v2", local_files_only=True), False)
         return tmp_path
 
-    monkeypatch.setattr(sampling, "resolve", resolve)
+    monkeypatch.setattr(sampling_options, "resolve", resolve)
     assert line(target="owner/name", revision="v2").startswith("greedy decoding; the model asks for")
 
 

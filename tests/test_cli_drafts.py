@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 import eagle_jax
 from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
 from eagle_jax.cli import machine, main, places
-from eagle_jax.cli.options import drafts, models, trees
+from eagle_jax.cli.options import draft_options, model_options, tree_options
 from eagle_jax.convert import to_official
 from eagle_jax.drafts.registry import WEIGHTLESS
 from eagle_jax.measure import plot, samples
@@ -84,17 +84,17 @@ def test_bench_of_several_drafts(folder, tmp_path, capsys):
 )
 def test_names_that_mean_nothing(spec, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message):
-        drafts.parse_specs(spec)
+        draft_options.parse_specs(spec)
 
 
 def test_candidates_take_their_weights_and_trees(folder, medusa):
     target, head = convert.load(folder)
-    loaded = models.Models(target, head, folder / "target")
+    loaded = model_options.Models(target, head, folder / "target")
     whole = str(GOLDEN / "weights/t1_target")
-    specs = drafts.parse_specs(f"plain,lookahead,prompt-lookup-tree,model={whole},medusa={medusa},eagle3")
+    specs = draft_options.parse_specs(f"plain,lookahead,prompt-lookup-tree,model={whole},medusa={medusa},eagle3")
     tree = TreeConfig(3, 2, 5)
     options = decoding(tree=tree, draft_tree=[("model", StaticTree.chain(2))])
-    found = drafts.candidates(loaded, specs, options)
+    found = draft_options.candidates(loaded, specs, options)
     assert [one.name for one in found] == list(specs)
     plain, _, lookup, model, heads, eagle3 = found
     assert plain.draft is None and eagle3.draft is head and eagle3.tree == tree
@@ -107,32 +107,34 @@ def test_candidates_take_their_weights_and_trees(folder, medusa):
         (f"medusa={whole}", r"medusa=.*: holds a DraftModel, not a Medusa"),
     ):
         with pytest.raises(ValueError, match=message):
-            drafts.candidates(loaded, drafts.parse_specs(spec), options)
+            draft_options.candidates(loaded, draft_options.parse_specs(spec), options)
 
 
 def test_a_hub_id_may_have_a_revision(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        drafts, "load_draft", lambda *where, **options: asked.append((where[0], options)) or PromptLookup()
+        draft_options, "load_draft", lambda *where, **options: asked.append((where[0], options)) or PromptLookup()
     )
-    loaded = models.Models(None, None, GOLDEN)
+    loaded = model_options.Models(None, None, GOLDEN)
     for spec in ("medusa=owner/heads@v1.0", "medusa=owner/heads", f"medusa={GOLDEN}"):
         with pytest.raises(ValueError, match="not a Medusa"):
-            drafts.candidates(loaded, drafts.parse_specs(spec), decoding())
+            draft_options.candidates(loaded, draft_options.parse_specs(spec), decoding())
     expected = [("owner/heads", "v1.0"), ("owner/heads", None), (str(GOLDEN), None)]
     assert asked == [(path, {"revision": revision}) for path, revision in expected]
 
 
 def test_the_embedded_pair_has_heads_of_its_own():
     target, _ = convert.from_pretrained(samples.embedded_pair() / "target", dtype=jnp.float32)
-    loaded = models.Models(target, None, samples.embedded_pair() / "target")
-    found = drafts.candidates(loaded, drafts.parse_specs("eagle1,eagle2,eagle3"), decoding(), embedded=True)
+    loaded = model_options.Models(target, None, samples.embedded_pair() / "target")
+    found = draft_options.candidates(
+        loaded, draft_options.parse_specs("eagle1,eagle2,eagle3"), decoding(), embedded=True
+    )
     assert found[0].draft is found[1].draft  # loaded once
     assert found[0].tree == PUBLISHED_TREES["eagle"] and found[1].tree == TreeConfig()
     assert [type(one.draft).__name__ for one in found] == ["Eagle1Draft", "Eagle1Draft", "Eagle3Draft"]
     assert all(one.draft.dtype == jnp.float32 and one.draft.config.window is None for one in found)
-    specs = drafts.parse_specs("lookahead,eagle3")
-    found = drafts.candidates(loaded, specs, decoding(draft_window=(4, 64)), embedded=True)
+    specs = draft_options.parse_specs("lookahead,eagle3")
+    found = draft_options.candidates(loaded, specs, decoding(draft_window=(4, 64)), embedded=True)
     assert found[1].draft.config.window == (4, 64)  # of the EAGLE heads; others have no such thing
 
 
@@ -144,7 +146,7 @@ def test_trees_on_the_command_line(tmp_path):
         ("medusa-zephyr-stage2", PUBLISHED_TREES["medusa-zephyr-stage2"]),
         (str(tmp_path / "paths.json"), StaticTree([[0], [1], [0, 0]])),
     ):
-        assert trees.parse_tree(text) == tree
+        assert tree_options.parse_tree(text) == tree
     (tmp_path / "bad.json").write_text("[[0, 0]]")
     (tmp_path / "object.json").write_text("{}")
     for text, message in (
@@ -156,10 +158,10 @@ def test_trees_on_the_command_line(tmp_path):
         ("chain:0", "a tree is depth,top_k,num_nodes"),
     ):
         with pytest.raises(argparse.ArgumentTypeError, match=message):
-            trees.parse_tree(text)
-    assert drafts.parse_draft_tree("eagle1=chain:2") == ("eagle1", StaticTree.chain(2))
+            tree_options.parse_tree(text)
+    assert draft_options.parse_draft_tree("eagle1=chain:2") == ("eagle1", StaticTree.chain(2))
     with pytest.raises(argparse.ArgumentTypeError, match="trees are for model, medusa, eagle1"):
-        drafts.parse_draft_tree("lookahead=chain:2")
+        draft_options.parse_draft_tree("lookahead=chain:2")
 
 
 def decoding(**options) -> SimpleNamespace:
@@ -172,7 +174,7 @@ def test_a_tree_that_suits_the_draft(folder):
     _, head = convert.load(folder)
 
     def choose(draft=head, **options):
-        choice = trees.choose_tree(draft, decoding(**options))
+        choice = tree_options.choose_tree(draft, decoding(**options))
         return choice.tree, choice.words(draft)
 
     assert choose() == (TreeConfig(), "Eagle3Draft, tree: depth 8, top_k 10, 60 nodes (the default)")
@@ -204,7 +206,7 @@ def test_a_draft_without_weights_goes_with_every_target(folder, capsys):
     target = str(folder.parent / "target")
     for name, kind in WEIGHTLESS.items():
         args = decoding(target=target, draft=name, **dict.fromkeys(("dtype", "mesh", "revision", "draft_revision")))
-        assert models.load_models(args).draft == kind.draft(**kind.settings)
+        assert model_options.load_models(args).draft == kind.draft(**kind.settings)
     for draft, options, message in (
         ("prompt-lookup", ["--tree", "3,2,5"], "--tree is for drafts that grow trees; PromptLookup does not"),
         ("lookahead", ["--draft-window", "4,16"], "--draft-window is for EAGLE heads, this draft is a Lookahead"),
@@ -255,13 +257,15 @@ def test_the_tuned_tree_is_that_of_the_nearest_batch_and_of_one_batch_where_text
 
     for batch, nearest in ((1, 1), (2, 1), (3, 4), (8, 4), (12, 32), (100, 32)):
         args = decoding(model=str(tmp_path), batch=batch)
-        assert batch_of(trees.choose_tree(head, args, batch)) == nearest
+        assert batch_of(tree_options.choose_tree(head, args, batch)) == nearest
         for sampling in (SamplingConfig(), SamplingConfig(1.0, coupled=True)):
-            assert batch_of(trees.choose_tree_for_many(head, args, sampling)) == nearest
-        assert batch_of(trees.choose_tree_for_many(head, args, SamplingConfig(1.0))) == 4
+            assert batch_of(tree_options.choose_tree_for_many(head, args, sampling)) == nearest
+        assert batch_of(tree_options.choose_tree_for_many(head, args, SamplingConfig(1.0))) == 4
     tree = TreeConfig(2, 2, 4)
     args = decoding(model=str(tmp_path), batch=1, tree=tree)
-    assert trees.choose_tree_for_many(head, args, SamplingConfig(1.0)).words(head).endswith("4 nodes (from --tree)")
+    assert (
+        tree_options.choose_tree_for_many(head, args, SamplingConfig(1.0)).words(head).endswith("4 nodes (from --tree)")
+    )
 
 
 def test_show_draws_a_cycle(folder, tmp_path, capsys):
@@ -332,7 +336,7 @@ def test_commands_check_their_output_before_they_load_anything(arguments, monkey
     def too_late(args):
         raise AssertionError
 
-    monkeypatch.setattr(models, "load_models", too_late)
+    monkeypatch.setattr(model_options, "load_models", too_late)
     assert main([*arguments[0].split(), "--model", "m", *arguments[1:]]) == 2
     assert "there is no folder none to write it to" in capsys.readouterr().err
 
@@ -379,11 +383,11 @@ def test_what_cannot_be_is_one_line(folder, arguments, message, capsys):
 )
 def test_a_cpu_decodes_in_float32_unless_asked_otherwise_and_says_so(capsys, asked, dtype, line):
     parser = argparse.ArgumentParser()
-    models.add_model_arguments(parser)
+    model_options.add_model_arguments(parser)
     pair = samples.embedded_pair()
     arguments = ["--target", str(pair / "target"), "--draft", str(pair / "head_eagle1")]
     args = parser.parse_args(arguments + ([] if asked is None else ["--dtype", asked]))
     args.draft_window = None
-    loaded = models.load_models(args)
+    loaded = model_options.load_models(args)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((loaded.target, loaded.draft))} == {dtype}
     assert line in capsys.readouterr().err

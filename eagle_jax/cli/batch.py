@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from eagle_jax.cli import answers, progress, text
-from eagle_jax.cli.options import models
-from eagle_jax.cli.options.sampling import model_asks, random_key, with_logit_bias
-from eagle_jax.cli.options.trees import choose_tree_for_many, has_own_shape
+from eagle_jax.cli.options import model_options
+from eagle_jax.cli.options.sampling_options import model_asks, random_key, with_logit_bias
+from eagle_jax.cli.options.tree_options import choose_tree_for_many, has_own_shape
 from eagle_jax.cli.results import is_last, read_finished
 from eagle_jax.decode.plan import plan
 from eagle_jax.files import checksums, prompts
@@ -44,12 +44,12 @@ def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:
 
 def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str, Any], notes: Any) -> int:
     with progress.status(notes, "loading"):
-        loaded = models.load_models(args)
+        loaded = model_options.load_models(args)
         tokenizer = loaded.tokenizer
-    draft = models.chosen_draft(loaded, args)
+    draft = model_options.chosen_draft(loaded, args)
     choice = choose_tree_for_many(draft, args, sampling)
-    stops = models.stop_tokens(loaded, args)
-    check = functools.partial(models.check_prompt, target=loaded.target)
+    stops = model_options.stop_tokens(loaded, args)
+    check = functools.partial(model_options.check_prompt, target=loaded.target)
     found = prompts.read_prompts(
         args.prompts, lambda prompt: prompts.encode(tokenizer, prompt, args.raw), check, keep_faults=True
     )
@@ -177,7 +177,7 @@ def _settings_of_models(
     """Returns what else a text depends on: fingerprints of weights, tree and token ids, which no path changes."""
     settings = {
         "target_weights": fingerprint.of_model(target),
-        "draft_weights": models.draft_identity(draft),
+        "draft_weights": model_options.draft_identity(draft),
         "tree": None if draft is None or has_own_shape(draft) else fingerprint.of_config(tree),
         "stop_tokens": list(stops),
         "prompt_tokens": checksums.of_text(json.dumps([prompt.tokens for prompt in found])),

@@ -6,8 +6,8 @@ import argparse
 import functools
 
 from eagle_jax.cli import places
-from eagle_jax.cli.options.models import add_decoding_arguments, add_model_arguments, positive
-from eagle_jax.cli.options.sampling import add_sampling_arguments, random_key, sampling_config, with_logit_bias
+from eagle_jax.cli.options.model_options import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.cli.options.sampling_options import add_sampling_arguments, random_key, sampling_config, with_logit_bias
 
 EXAMPLES = """\
 examples:
@@ -25,7 +25,7 @@ Without --prompts, a few built-in ones are decoded, which need a tokenizer; --ra
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
-    from eagle_jax.cli.options import drafts
+    from eagle_jax.cli.options import draft_options
 
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group()
@@ -36,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--random-prompts", action="store_true", help="random tokens, which need no tokenizer")
     several = parser.add_argument_group("several drafts")
-    several.add_argument("--drafts", type=drafts.parse_specs, metavar="NAME,...", help=drafts.SPEC_HELP)
+    several.add_argument("--drafts", type=draft_options.parse_specs, metavar="NAME,...", help=draft_options.SPEC_HELP)
     several.add_argument(
         "--draft-tree",
-        type=drafts.parse_draft_tree,
+        type=draft_options.parse_draft_tree,
         action="append",
         default=[],
         metavar="NAME=TREE",
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from eagle_jax.cli import bench_drafts, progress, reports
-    from eagle_jax.cli.options import models, trees
+    from eagle_jax.cli.options import model_options, tree_options
     from eagle_jax.measure import compare, machine, samples
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         if embedded:
             args.target = str(samples.embedded_pair() / "target")
             args.raw = True  # it continues code, and knows no chat
-        loaded = models.load_models(args)
+        loaded = model_options.load_models(args)
     if args.drafts is None and loaded.draft is None:
         raise ValueError("there is no draft head here, so there is nothing to compare")
 
@@ -83,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
     if args.random_prompts:
         token_lists, source = samples.random_prompts(vocab_size)
     else:
-        check = functools.partial(models.check_prompt, target=loaded.target)
+        check = functools.partial(model_options.check_prompt, target=loaded.target)
         token_lists, source = samples.to_measure(args.prompts, loaded.folder, args.raw, texts, check)
     options = {
         "max_new_tokens": args.max_new_tokens,
-        "stop_tokens": models.stop_tokens(loaded, args),
+        "stop_tokens": model_options.stop_tokens(loaded, args),
         "sampling": with_logit_bias(sampling, args, vocab_size),
         "key": random_key(args),
         "batch": args.batch,
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.drafts is not None:
         return bench_drafts.run(args, loaded, embedded, token_lists, source, options, notes)
-    choice = trees.choose_tree(loaded.draft, args, args.batch)
+    choice = tree_options.choose_tree(loaded.draft, args, args.batch)
     calls = 2 * (args.repeats + 1) * -(-len(token_lists) // args.batch)
     with progress.bar(notes, "measuring", calls) as advance:
         comparison = compare.compare(

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from eagle_jax.cli import places, progress, reports
-from eagle_jax.cli.options.drafts import Candidate, candidates
-from eagle_jax.cli.options.models import Models
+from eagle_jax.cli.options.draft_options import Candidate, candidates
+from eagle_jax.cli.options.model_options import Models
 from eagle_jax.measure import machine
 from eagle_jax.measure.compare import Measured, compare_several
 

@@ -16,16 +16,16 @@ import jax
 
 from eagle_jax.cli import progress, text
 from eagle_jax.cli.conversation import Conversation
-from eagle_jax.cli.options import models
-from eagle_jax.cli.options.models import add_decoding_arguments, add_model_arguments, positive
-from eagle_jax.cli.options.sampling import (
+from eagle_jax.cli.options import model_options
+from eagle_jax.cli.options.model_options import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.cli.options.sampling_options import (
     add_sampling_arguments,
     model_asks,
     random_key,
     sampling_config,
     with_logit_bias,
 )
-from eagle_jax.cli.options.trees import choose_tree
+from eagle_jax.cli.options.tree_options import choose_tree
 from eagle_jax.files.prompts import check_text, check_tokenizer
 from eagle_jax.models.target import Target
 from eagle_jax.serving import Request, RunningBatch
@@ -74,12 +74,12 @@ def run(args: argparse.Namespace) -> int:
     text.lenient(sys.stdout)
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with progress.status(notes, "loading"):
-        loaded = models.load_models(args)
+        loaded = model_options.load_models(args)
         check_tokenizer(loaded.tokenizer)
     conversation = Conversation(loaded.tokenizer, args.raw, system)
     context = _context(args.context, loaded.target)
-    draft = models.chosen_draft(loaded, args)
-    stops = models.stop_tokens(loaded, args)
+    draft = model_options.chosen_draft(loaded, args)
+    stops = model_options.stop_tokens(loaded, args)
     choice = choose_tree(draft, args)
     batch = RunningBatch(
         loaded.target,

@@ -51,7 +51,7 @@ def _demo(out: Path, overwrite: bool) -> int:
     from eagle_jax import convert
     from eagle_jax.api import stream
     from eagle_jax.cli import progress, reports, text
-    from eagle_jax.cli.options import models
+    from eagle_jax.cli.options import model_options
     from eagle_jax.decode.prefill import pad
     from eagle_jax.files import prompts
     from eagle_jax.measure import compare, machine, near_tie
@@ -60,10 +60,10 @@ def _demo(out: Path, overwrite: bool) -> int:
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with progress.status(notes, "converting and loading"), _pair() as (target_folder, head_folder):
         convert.convert(target_folder, head_folder, out, overwrite=overwrite, note=notes.print)
-        target, draft = map(models.for_this_machine, convert.load(out, dtype="float32"))
-        loaded = models.Models(target, draft, out / convert.converted.TARGET)
+        target, draft = map(model_options.for_this_machine, convert.load(out, dtype="float32"))
+        loaded = model_options.Models(target, draft, out / convert.converted.TARGET)
         tokenizer = convert.tokenizer(out)
-    stops = models.eos_tokens(loaded)
+    stops = model_options.eos_tokens(loaded)
     console.print(
         f"The embedded pair, converted to {out}. Prompts are bold; what the draft proposed and the target accepted is "
         f"{text.DRAFTED}; the rest is the target's own.",

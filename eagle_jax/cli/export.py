@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.cli.options.models import add_revisions, named_as_model
+from eagle_jax.cli.options.model_options import add_revisions, named_as_model
 from eagle_jax.convert.engines import ENGINES
 from eagle_jax.convert.match import PARAMETER_DTYPES
 

@@ -8,15 +8,15 @@ import itertools
 import sys
 
 from eagle_jax.cli import progress, text
-from eagle_jax.cli.options.models import add_decoding_arguments, add_model_arguments, parse_buckets, positive
-from eagle_jax.cli.options.sampling import (
+from eagle_jax.cli.options.model_options import add_decoding_arguments, add_model_arguments, parse_buckets, positive
+from eagle_jax.cli.options.sampling_options import (
     add_sampling_arguments,
     model_asks,
     random_key,
     sampling_config,
     with_logit_bias,
 )
-from eagle_jax.cli.options.trees import BATCH, choose_tree
+from eagle_jax.cli.options.tree_options import BATCH, choose_tree
 from eagle_jax.decode.plan import plan
 from eagle_jax.decode.prefill import BUCKETS, pad
 from eagle_jax.files.prompts import OBJECT, check_text
@@ -93,21 +93,21 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
     from rich.console import Console
 
     from eagle_jax.api import stream
-    from eagle_jax.cli.options import models
+    from eagle_jax.cli.options import model_options
     from eagle_jax.files import prompts
 
     text.lenient(sys.stdout)
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     prompt = _stdin() if args.prompt == "-" else check_text("--prompt", args.prompt)
     with progress.status(notes, "loading"):
-        loaded = models.load_models(args)
+        loaded = model_options.load_models(args)
         tokenizer = loaded.tokenizer
-    draft = models.chosen_draft(loaded, args)
+    draft = model_options.chosen_draft(loaded, args)
     choice = choose_tree(draft, args)
     tokens, lengths = pad([prompts.encode(tokenizer, prompt, args.raw)])
     trained = loaded.target.config.max_position_embeddings
     sizes = plan(tokens.shape[1], args.max_new_tokens, trained=trained, longest=int(lengths[0]))
-    ends = text.Ends(args.stop, models.stop_tokens(loaded, args), args.max_new_tokens)
+    ends = text.Ends(args.stop, model_options.stop_tokens(loaded, args), args.max_new_tokens)
     start = functools.partial(
         stream,
         loaded.target,

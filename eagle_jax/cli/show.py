@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax.cli.options.models import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.cli.options.model_options import add_decoding_arguments, add_model_arguments, positive
 from eagle_jax.measure.drawn import Drawn, Node
 from eagle_jax.tree import TreeConfig
 
@@ -29,13 +29,13 @@ MAX_NEW_TOKENS = 4096
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
-    from eagle_jax.cli.options import drafts
+    from eagle_jax.cli.options import draft_options
 
     add_model_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="the prompt")
     parser.add_argument(
         "--draft-name",
-        type=drafts.parse_specs,
+        type=draft_options.parse_specs,
         metavar="NAME[=DIR]",
         help="the draft to show, by its name in bench --drafts (default: the model's own)",
     )
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from eagle_jax.cli import places, progress
-    from eagle_jax.cli.options import models
+    from eagle_jax.cli.options import model_options
     from eagle_jax.decode.plan import plan
     from eagle_jax.decode.prefill import pad
     from eagle_jax.files import prompts
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             args.target, args.raw = str(samples.embedded_pair() / "target"), True
             if args.draft is None:
                 args.draft_name = args.draft_name or {"eagle3": None}
-        loaded = models.load_models(args)
+        loaded = model_options.load_models(args)
         prompts.check_tokenizer(loaded.tokenizer)
         tokenizer: Any = loaded.tokenizer
     one = _shown(loaded, args, embedded)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     options = {
         "max_new_tokens": most,
         "capacity": plan(tokens.shape[1], most, trained=trained, longest=int(lengths[0])).capacity,
-        "stop_tokens": models.stop_tokens(loaded, args),
+        "stop_tokens": model_options.stop_tokens(loaded, args),
     }
     with progress.status(notes, "decoding"):
         before, step = drawn.decode_to(loaded.target, one.draft, one.tree, tokens, lengths, args.cycle, **options)
@@ -96,13 +96,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
     """The draft and tree to show, as a `Candidate`. Raises ValueError if there is none, or not with these options."""
-    from eagle_jax.cli.options import drafts, trees
+    from eagle_jax.cli.options import draft_options, tree_options
     from eagle_jax.drafts.eagle.drafting import EagleDraft
 
     if args.draft_name is not None:
-        (one,) = drafts.candidates(loaded, args.draft_name, args, embedded)
+        (one,) = draft_options.candidates(loaded, args.draft_name, args, embedded)
     elif loaded.draft is not None:
-        one = drafts.Candidate(type(loaded.draft).__name__, loaded.draft, TreeConfig(), "")
+        one = draft_options.Candidate(type(loaded.draft).__name__, loaded.draft, TreeConfig(), "")
     else:
         raise ValueError("there is no draft here; name one: --draft-name, or --draft")
     if one.draft is None:
@@ -111,9 +111,9 @@ def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
         raise ValueError(f"--draft-window is for EAGLE heads, this draft is a {type(one.draft).__name__}")
     # A named draft has a tree of its own, such as eagle1's, unless --tree names another.
     if args.draft_name is None or args.tree is not None or not jax.tree.leaves(one.draft):
-        choice = trees.choose_tree(one.draft, args)
+        choice = tree_options.choose_tree(one.draft, args)
         return dataclasses.replace(one, tree=choice.tree, origin=choice.origin)
-    return dataclasses.replace(one, tree=trees.grown(one.tree, args))
+    return dataclasses.replace(one, tree=tree_options.grown(one.tree, args))
 
 
 def terminal_tree(cycle: Drawn, title: str) -> Any:

@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.cli.options.models import (
+from eagle_jax.cli.options.model_options import (
     Models,
     add_model_arguments,
     draft_identity,
@@ -16,8 +16,8 @@ from eagle_jax.cli.options.models import (
     parse_window,
     positive,
 )
-from eagle_jax.cli.options.sampling import add_sampling_arguments, sampling_config, with_logit_bias
-from eagle_jax.cli.options.trees import BATCH, GROWTH, choose_tree_for_many, parse_tree
+from eagle_jax.cli.options.sampling_options import add_sampling_arguments, sampling_config, with_logit_bias
+from eagle_jax.cli.options.tree_options import BATCH, GROWTH, choose_tree_for_many, parse_tree
 from eagle_jax.convert import converted
 from eagle_jax.convert.hub import Hub, resolve
 from eagle_jax.convert.read import read_json
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from eagle_jax.cli import places, progress
-    from eagle_jax.cli.options import models
+    from eagle_jax.cli.options import model_options
     from eagle_jax.files.resumable import check_place
     from eagle_jax.serving import RunningBatch
     from eagle_jax.train.data.regenerate import Options, PromptSource, check_lines, regenerate
@@ -123,14 +123,14 @@ def run(args: argparse.Namespace) -> int:
     )
     biased = with_logit_bias(sampling, args, config.vocab_size)
     only_config: Any = types.SimpleNamespace(config=config)
-    unloaded = models.Models(only_config, None, folder)
-    stops = models.stop_tokens(unloaded, args)
+    unloaded = model_options.Models(only_config, None, folder)
+    stops = model_options.stop_tokens(unloaded, args)
     source = PromptSource(unloaded.tokenizer, config.vocab_size, stops)
     total = check_lines(args.data, source, options)
     log(f"{total:,} lines; loading the models")
     notes = Console(stderr=True, highlight=False)
     with progress.status(notes, "loading"):
-        loaded = models.load_models(args)
+        loaded = model_options.load_models(args)
     target, draft = loaded.target, loaded.draft
     choice = choose_tree_for_many(draft, args, sampling)
     tree = choice.tree

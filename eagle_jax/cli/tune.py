@@ -8,8 +8,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.cli.options.models import add_model_arguments, positive
-from eagle_jax.cli.options.sampling import add_sampling_arguments, random_key, sampling_config
+from eagle_jax.cli.options.model_options import add_model_arguments, positive
+from eagle_jax.cli.options.sampling_options import add_sampling_arguments, random_key, sampling_config
 
 EXAMPLES = """\
 examples:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from eagle_jax.cli import progress, tuned
-    from eagle_jax.cli.options import models
+    from eagle_jax.cli.options import model_options
     from eagle_jax.drafts.eagle.drafting import EagleDraft
     from eagle_jax.measure import machine, samples, tuning
     from eagle_jax.tree.named import describe_tree
@@ -58,12 +58,16 @@ def run(args: argparse.Namespace) -> int:
     args.draft_window = None
     folder = _folder(args)
     with progress.status(notes, "loading"):
-        loaded = models.load_models(args)
+        loaded = model_options.load_models(args)
     if not isinstance(loaded.draft, EagleDraft):
         raise ValueError(NO_HEAD)
-    check = functools.partial(models.check_prompt, target=loaded.target)
+    check = functools.partial(model_options.check_prompt, target=loaded.target)
     token_lists, source = samples.to_measure(args.prompts, loaded.folder, args.raw, check=check)
-    options: dict[str, Any] = {"sampling": sampling, "key": random_key(args), "stop_tokens": models.eos_tokens(loaded)}
+    options: dict[str, Any] = {
+        "sampling": sampling,
+        "key": random_key(args),
+        "stop_tokens": model_options.eos_tokens(loaded),
+    }
 
     setting = machine.setting(loaded.target)
     seen, costs = _measure_parts(loaded, token_lists, args, options, notes)

@@ -8,7 +8,7 @@ import pytest
 
 import eagle_jax
 from eagle_jax import Draft, Eagle1Draft, PromptLookup, TreeConfig
-from eagle_jax.cli.options import drafts
+from eagle_jax.cli.options import draft_options
 from eagle_jax.convert.dialects import DIALECTS
 from eagle_jax.convert.engines import EXPORTED
 from eagle_jax.drafts.registry import CLASSES, KINDS, WEIGHTLESS, kind_of
@@ -18,7 +18,7 @@ from eagle_jax.train.run.assemble import TRAINED
 TABLES = {
     "checkpoints": DIALECTS,
     "export": EXPORTED,
-    "heads of the embedded pair": drafts.EMBEDDED,
+    "heads of the embedded pair": draft_options.EMBEDDED,
     "training": {kind: entry for kind, entry in TRAINED.items() if kind != "target"},
 }
 

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from eagle_jax.cli.options import models
+from eagle_jax.cli.options import model_options
 from eagle_jax.sharding import mesh_of
 from tests.train.chat_templates import byte_level
 from tests.train.models import write_target
@@ -14,20 +14,20 @@ from tests.train.models import write_target
 
 def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    models.add_model_arguments(parser)
-    models.add_decoding_arguments(parser, 8)
+    model_options.add_model_arguments(parser)
+    model_options.add_decoding_arguments(parser, 8)
     return parser.parse_args(arguments)
 
 
 def test_models_lie_on_the_mesh(tmp_path):
     folder = str(write_target(tmp_path / "target", byte_level()))
-    target = models.load_models(parsed("--target", folder, "--mesh", "data=4,tensor=2")).target
+    target = model_options.load_models(parsed("--target", folder, "--mesh", "data=4,tensor=2")).target
     assert target.embed.sharding.mesh.shape == {"data": 4, "tensor": 2}
     q = target.layers[0].attention.q[...]
     assert q.addressable_shards[0].data.shape == (q.shape[0] // 2, *q.shape[1:])
-    assert mesh_of(models.load_models(parsed("--target", folder)).target) is None
+    assert mesh_of(model_options.load_models(parsed("--target", folder)).target) is None
     with pytest.raises(ValueError, match="needs 16 devices, there are 8"):
-        models.load_models(parsed("--target", folder, "--mesh", "tensor=16"))
+        model_options.load_models(parsed("--target", folder, "--mesh", "tensor=16"))
 
 
 @pytest.mark.parametrize("mesh", ["4", "tensor", "tensor=0", "tensor=x", "fsdp=2", "data=2,data=2", "data=2,"])

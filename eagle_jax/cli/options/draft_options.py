@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from eagle_jax.cli.options.models import Models
-from eagle_jax.cli.options.trees import choose_tree, default_tree, describe_proposal, grown, parse_tree
+from eagle_jax.cli.options.model_options import Models
+from eagle_jax.cli.options.tree_options import choose_tree, default_tree, describe_proposal, grown, parse_tree
 from eagle_jax.convert import load_draft
 from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
 from eagle_jax.drafts.protocol import Draft

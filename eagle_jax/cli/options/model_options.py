@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.cli.options.trees import parse_tree
+from eagle_jax.cli.options.tree_options import parse_tree
 from eagle_jax.convert import CheckpointError, converted, eos, from_pretrained, load
 from eagle_jax.convert.error import NotConvertedError
 from eagle_jax.convert.hub import Hub, resolve
