@@ -13,7 +13,7 @@ from jax import export
 
 import eagle_jax
 from eagle_jax import TreeConfig
-from eagle_jax.cli import machine
+from eagle_jax.cli import compilation_cache
 from eagle_jax.models import params
 
 TREE = TreeConfig(3, 2, 6)
@@ -63,14 +63,14 @@ def no_cache():
 
 def test_the_command_line_keeps_programs_where_the_user_says(no_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("EAGLE_JAX_CACHE", "off")
-    machine.keep_programs()
+    compilation_cache.keep_programs()
     assert jax.config.jax_compilation_cache_dir is None
     monkeypatch.delenv("EAGLE_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    machine.keep_programs()
+    compilation_cache.keep_programs()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "eagle_jax" / "xla")
     monkeypatch.setenv("EAGLE_JAX_CACHE", str(tmp_path / "other"))
-    machine.keep_programs()  # it is set up already
+    compilation_cache.keep_programs()  # it is set up already
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "eagle_jax" / "xla")
 
 

@@ -17,11 +17,11 @@ from safetensors.numpy import save_file
 
 import eagle_jax
 from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
-from eagle_jax.cli import machine, main, places
+from eagle_jax.cli import main, places
 from eagle_jax.cli.options import draft_options, model_options, tree_options
 from eagle_jax.convert import to_official
 from eagle_jax.drafts.registry import WEIGHTLESS
-from eagle_jax.measure import plot, samples
+from eagle_jax.measure import machine, plot, samples
 from eagle_jax.measure.drawn import Drawn, Node, decode_to
 from eagle_jax.tree import PUBLISHED_TREES
 from tests.test_cli import OPTIONS, PROMPT, converted_pair

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from eagle_jax.cli import bench, chat, demo, export, generate, machine, show, train, train_regenerate, tune
+from eagle_jax.cli import bench, chat, compilation_cache, demo, export, generate, show, train, train_regenerate, tune
 from eagle_jax.convert import __main__ as convert
 from eagle_jax.version import __version__
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
-        machine.keep_programs()
+        compilation_cache.keep_programs()
         return args.run(args)
     except KeyboardInterrupt:
         return INTERRUPTED

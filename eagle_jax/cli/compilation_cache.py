@@ -1,4 +1,4 @@
-"""This machine: its device, and where compiled programs are kept from one start to the next."""
+"""JAX's persistent compilation cache, as the commands set it up: compiled programs last from one start to the next."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import os
 from pathlib import Path
 
 import jax
-
-from eagle_jax.measure.machine import device_name
-
-__all__ = ["device_name", "keep_programs"]
 
 CACHE = "EAGLE_JAX_CACHE"  # the environment variable with another folder, or "off"
 SHORTEST = 0.5  # seconds: programs that compile faster are not kept
