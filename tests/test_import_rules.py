@@ -18,7 +18,8 @@ FACADE = "eagle_jax"
 
 # From the lowest up.
 FLOORS = (
-    {"ops", "files", "sharding", "version"},
+    {"files", "sharding", "version"},
+    {"ops"},
     {"tree", "models", "sampling", "keys"},
     {"drafts"},
     {"decode", "convert"},

@@ -1,4 +1,4 @@
 """Models: what a target is, Llama, its config, its cache and its parameters.
 
-May import ops and files, never a draft.
+May import ops, files and sharding, never a draft.
 """

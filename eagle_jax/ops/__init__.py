@@ -1,4 +1,4 @@
 """Functions of arrays alone, and what depends on the platform.
 
-May import no other room of the package.
+May import sharding: a compiler cannot divide a kernel over a mesh by itself.
 """
