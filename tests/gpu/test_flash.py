@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eagle_jax.train.data.layout import layout
-from eagle_jax.train.loss.attention import by_backend, finished, in_blocks, own_part
+from eagle_jax.ops.causal import by_backend, finished, in_blocks, own_part
+from eagle_jax.ops.layout import layout
 from tests.gpu.devices import DEVICES
 
 

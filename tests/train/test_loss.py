@@ -15,10 +15,10 @@ import eagle_jax
 from eagle_jax.convert import names, to_official
 from eagle_jax.drafts.protocol import Text
 from eagle_jax.models import params
+from eagle_jax.ops import causal as blocks
 from eagle_jax.ops.attention import attention
+from eagle_jax.ops.layout import layout
 from eagle_jax.train import eagle1_loss, eagle3_loss
-from eagle_jax.train.data.layout import layout
-from eagle_jax.train.loss import attention as blocks
 from eagle_jax.train.loss import eagle
 from tests.toy import GOLDEN, golden_pair, random_eagle1, random_eagle3, random_prompts, random_target
 

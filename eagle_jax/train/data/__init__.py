@@ -1,4 +1,4 @@
-"""Training data: records, chats and their templates, documents laid out in sequences, features written once.
+"""Training data: records, chats and their templates, documents packed into sequences, features written once.
 
 May import train's settings and reports, never its losses or runs.
 """

@@ -22,8 +22,8 @@ from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models import params
 from eagle_jax.models.target import Target
-from eagle_jax.train.data.layout import Layout, layout
-from eagle_jax.train.loss.attention import causal, causal_part, grouped, with_own
+from eagle_jax.ops.causal import causal, causal_part, grouped, with_own
+from eagle_jax.ops.layout import Layout, layout
 from eagle_jax.train.loss.later_steps import later_steps, with_step
 from eagle_jax.train.loss.vocabulary import CHUNK, LossSums, Soft, likeliest_tokens, vocabulary_loss, vocabulary_losses
 

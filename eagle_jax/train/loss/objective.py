@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.models.target import Target
-from eagle_jax.train.data.layout import layout
+from eagle_jax.ops.causal import causal
+from eagle_jax.ops.layout import layout
 from eagle_jax.train.loss import eagle
-from eagle_jax.train.loss.attention import causal
 from eagle_jax.train.loss.vocabulary import CHUNK, Labels, vocabulary_loss
 
 Batch = Mapping[str, jax.Array]  # tokens, loss_mask, documents [B, S], lengths [B]; features too where they are given

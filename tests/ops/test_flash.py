@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from eagle_jax.ops import flash
 from eagle_jax.ops.attention import merge_parts
+from eagle_jax.ops.causal import by_backend, in_blocks
+from eagle_jax.ops.layout import layout
 from eagle_jax.sharding import DATA, FSDP, TENSOR, make_mesh
-from eagle_jax.train.data.layout import layout
-from eagle_jax.train.loss import flash
-from eagle_jax.train.loss.attention import by_backend, in_blocks
 
 INTERPRETED = {kernel.__name__: functools.partial(kernel, interpret=True) for kernel in (flash.triton, flash.splash)}
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from eagle_jax.ops import flash
 from eagle_jax.ops.attention import merge_parts, softmax_part
+from eagle_jax.ops.layout import Layout
 from eagle_jax.ops.linear import dot
-from eagle_jax.train.data.layout import Layout
-from eagle_jax.train.loss import flash
 
 BLOCK = 512  # queries whose scores exist at a time
 
