@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
 from eagle_jax.train.config import OptimizerSettings, TrainSettings, read_settings
 from eagle_jax.train.run import evaluate, loop, metrics, processes, resume
+from eagle_jax.train.run.clock import Clock
 from eagle_jax.train.run.loop import train
 from eagle_jax.train.run.precompute import precompute
 from eagle_jax.train.run.save import check_range, save_target
@@ -363,8 +365,8 @@ def test_text_that_is_not_the_target_s_own_ends_the_run_with_its_step_saved(fold
 
 def test_the_clock_leaves_out_what_is_no_step(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    clock = loop._Clock(40, 100)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = Clock(40, 100)
     now[0] += 60
     clock.leave_out(60, steps=1)  # the first step compiles
     assert np.isnan(clock.rate(41))

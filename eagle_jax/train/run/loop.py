@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import datetime
 import functools
 import math
 import signal
@@ -35,6 +34,7 @@ from eagle_jax.train.data.dataset import Dataset
 from eagle_jax.train.report import Say, SignsOfLife, log, signs_of_life
 from eagle_jax.train.run import assemble, metrics, processes, resume, save, step
 from eagle_jax.train.run.checkpoint import Checkpoints, NotFinite, is_finite
+from eagle_jax.train.run.clock import Clock
 from eagle_jax.train.run.evaluate import Evaluator, NotLossless
 from eagle_jax.train.run.step import Arrays, TrainState
 
@@ -189,7 +189,7 @@ def _loop(
     unread: list[jax.Array] = []  # losses since the last line of the log
     losses: collections.deque[float] = collections.deque(maxlen=MEAN_STEPS)
     compiled: set[tuple[int, ...]] = set()
-    clock = _Clock(number, total)
+    clock = Clock(number, total)
 
     @contextlib.contextmanager
     def apart(what: str, steps: int = 0) -> Iterator[None]:
@@ -261,30 +261,6 @@ def _diverged(what: str, settings: TrainSettings, checkpoints: Checkpoints) -> V
         f"{what}, and nothing of it is saved; lower optimizer.learning_rate (it is {settings.optimizer.learning_rate})"
         f"{clip}: the same command with the changed setting {begin} in {settings.output}"
     )
-
-
-class _Clock:
-    """Speed since the last look, and the time left. What compiles, evaluates and saves is left out."""
-
-    def __init__(self, step: int, total: int):
-        self.step, self.total, self.at, self.last = step, total, time.monotonic(), math.nan
-
-    def rate(self, step: int) -> float:
-        """Steps a second since the last look at an earlier step; NaN if all since then were left out."""
-        if step > self.step:
-            now = time.monotonic()
-            self.last = (step - self.step) / max(now - self.at, 1e-9)
-            self.step, self.at = step, now
-        return self.last
-
-    def leave_out(self, seconds: float, steps: int = 0) -> None:
-        """Seconds that were spent otherwise, and steps that took place in them."""
-        self.at += seconds
-        self.step += steps
-
-    def left(self, step: int) -> datetime.timedelta:
-        """Until the last step, at the rate of the last ones."""
-        return datetime.timedelta(seconds=round((self.total - step) / self.rate(step)))
 
 
 def _words(values: dict[str, Any]) -> str:
