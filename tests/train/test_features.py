@@ -123,7 +123,7 @@ def case(place: Path, config: Path) -> Case:
     for split in ("train", "held_out"):
         files = [str(place / f"{split}.jsonl")]
         data = assemble.documents(files, settings.data, origin, Path(settings.output) / "data" / split, lambda _: None)
-        splits[split] = data, rows_of(data, settings)[0]
+        splits[split] = data, rows_of(data, settings)
     target = assemble.load_target(settings, mesh)
     head = assemble.new_model(settings, origin, target, splits["train"][0], lambda _: None)
     return Case(settings, target, head, splits)

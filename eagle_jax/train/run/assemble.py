@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,18 @@ from eagle_jax.models import params
 from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.models.llama import Llama
 from eagle_jax.train import fingerprint
-from eagle_jax.train.config import DataSettings, HeadSettings, LossSettings, TrainSettings
-from eagle_jax.train.data import dataset
+from eagle_jax.train.config import LIMIT, DataSettings, HeadSettings, LossSettings, TrainSettings
+from eagle_jax.train.data import dataset, loader
 from eagle_jax.train.data.dataset import Dataset
+from eagle_jax.train.data.features import Rows
 from eagle_jax.train.data.records import ReadReport, read_records
 from eagle_jax.train.data.rendering import read_template
 from eagle_jax.train.loss.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
 from eagle_jax.train.loss.vocabulary import CHUNK
 from eagle_jax.train.report import Say
+from eagle_jax.train.run import processes, resume
+
+Splits = dict[str, tuple[Dataset, Rows]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,22 @@ def documents(
     return made
 
 
+def splits(settings: TrainSettings, origin: DataSource, say: Say) -> Splits:
+    """Returns the documents of "train" and, where there are such files, of "held_out", with their rows.
+
+    Raises:
+      ValueError, DataError: see `documents`.
+    """
+    output, found = Path(settings.output), {}
+    begun = resume.begun(output)
+    for split, files in (("train", settings.data.train), ("held_out", settings.data.held_out)):
+        if files:
+            prepare = functools.partial(documents, files, settings.data, origin, output / "data" / split, say, begun)
+            data = processes.first_then_others(prepare)
+            found[split] = data, rows_of(data, settings)
+    return found
+
+
 def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:
     """A head's target, sharded over the mesh, in the dtype of the computation."""
     assert settings.target is not None
@@ -205,14 +226,29 @@ def frequent_tokens(train: Dataset, vocab_size: int, count: int) -> tuple[np.nda
     return ids, float(seen[ids].sum() / max(seen.sum(), 1))
 
 
-def rows_of(data: Dataset, settings: TrainSettings) -> tuple[dict[int, list[list[int]]], dict[int, int]]:
-    """How documents fill rows, {row length: documents of each row}, and the rows of a batch by row length."""
+def rows_of(data: Dataset, settings: TrainSettings) -> Rows:
+    """Returns how documents fill rows, {row length: documents of each row}."""
     length = settings.data.row_length
     if settings.data.packing:
-        rows = {length: dataset.pack(data.lengths, length, settings.seed)}
-    else:
-        rows = dataset.in_buckets(data.lengths, settings.data.buckets or (length,))
-    return rows, {width: settings.rows(width) for width in rows}
+        return {length: dataset.pack(data.lengths, length, settings.seed)}
+    return dataset.in_buckets(data.lengths, settings.data.buckets or (length,))
+
+
+def rows_of_a_batch(rows: Rows, settings: TrainSettings) -> dict[int, int]:
+    """Returns the rows of a batch by row length."""
+    return {length: settings.rows(length) for length in rows}
+
+
+def total_steps(settings: TrainSettings, rows: Rows) -> int:
+    """Returns the steps of a run over the rows of "train".
+
+    Raises:
+      ValueError: for epochs of more steps than int32 counts.
+    """
+    total = settings.steps or loader.steps_of(rows, rows_of_a_batch(rows, settings), settings.epochs or 1)
+    if total >= LIMIT:
+        raise ValueError(f"epochs: {settings.epochs} are {total:,} steps, more than can be counted")
+    return total
 
 
 def objective_of(settings: TrainSettings) -> Objective:

@@ -92,8 +92,7 @@ class Checkpoints:
         """
         step = int(state.step)
         self.wait()
-        if not is_finite(state):
-            raise NotFinite(f"the state after step {step} holds numbers that are not finite")
+        check_finite(state)
         if processes.of_the_first(step in self.steps()):
             return
         self._delete_old()
@@ -250,6 +249,16 @@ def damage(path: Path) -> str | None:
         return None if _is_older(path) else f"it was not written or copied whole ({checksums.NAME} is missing)"
     except OSError as error:  # of a disk that cannot be read there
         return f"cannot be read: {_short(error)}"
+
+
+def check_finite(state: TrainState) -> None:
+    """Refuses a state with NaN or infinite numbers.
+
+    Raises:
+      NotFinite: naming its step.
+    """
+    if not is_finite(state):
+        raise NotFinite(f"parameters or optimizer state are NaN or infinite after step {int(state.step)}")
 
 
 def is_finite(state: TrainState) -> bool:

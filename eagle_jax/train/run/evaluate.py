@@ -25,6 +25,7 @@ from eagle_jax.sharding import constrain
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.data import loader
 from eagle_jax.train.data.dataset import Dataset
+from eagle_jax.train.data.features import Rows
 from eagle_jax.train.loss.eagle import in_dtype
 from eagle_jax.train.loss.objective import Objective
 from eagle_jax.train.run import assemble
@@ -148,6 +149,7 @@ class Evaluator:
         frozen: Arrays,
         target: Target | None,
         held_out: Dataset,
+        rows: Rows,
         origin: assemble.DataSource,
         features: Any = None,
     ):
@@ -158,7 +160,7 @@ class Evaluator:
             raise ValueError(
                 f"evaluation.new_tokens {new}: the target's texts have at most {most} tokens, the prompt's too"
             )
-        rows, counts = assemble.rows_of(held_out, settings)
+        counts = assemble.rows_of_a_batch(rows, settings)
         blocks, of = loader.own_blocks(mesh)
         self.batches = loader.batches(held_out, rows, counts, 0, features=features, blocks=blocks, of=of)
         self.count = min(settings.evaluation.loss_batches, loader.steps_of(rows, counts, 1))

@@ -10,36 +10,35 @@ output/plot.png         loss and accepted length over the steps
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import dataclasses
 import functools
-import math
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eagle_jax.convert.engines import check_engine
 from eagle_jax.files.lock import locked_folder
 from eagle_jax.models import params
+from eagle_jax.models.llama import Llama
 from eagle_jax.sharding import make_mesh, path_sharding
-from eagle_jax.train.config import LIMIT, TrainSettings
+from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.data import features, loader
-from eagle_jax.train.data.dataset import Dataset
+from eagle_jax.train.loss.objective import Metrics, Objective
 from eagle_jax.train.report import Say, SignsOfLife, log, signs_of_life
 from eagle_jax.train.run import assemble, metrics, processes, resume, save, step
-from eagle_jax.train.run.checkpoint import Checkpoints, NotFinite, is_finite
-from eagle_jax.train.run.clock import Clock
+from eagle_jax.train.run.checkpoint import Checkpoints, NotFinite, check_finite
 from eagle_jax.train.run.evaluate import Evaluator, NotLossless
+from eagle_jax.train.run.progress import Progress
 from eagle_jax.train.run.step import Arrays, TrainState
 
 INTERRUPTED = processes.EXIT_CODES[signal.SIGINT]
-MEAN_STEPS = 100  # of the running mean of the loss
+Advance = Callable[[TrainState, loader.Batch], tuple[TrainState, Metrics]]
 
 
 def train(settings: TrainSettings, say: Say = log, command: str = "the same command") -> int:
@@ -62,49 +61,16 @@ def train(settings: TrainSettings, say: Say = log, command: str = "the same comm
 
 def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
     output = Path(settings.output)
-    mesh = make_mesh(settings.mesh.model_dump())
     changed = resume.changes(output, settings)
-    origin = assemble.source(settings)
-    begun = resume.begun(output)
-    say.doing("preparing the data")
-
-    def documents(split: str, files: Sequence[str]) -> Dataset:
-        folder = output / "data" / split
-        return processes.first_then_others(lambda: assemble.documents(files, settings.data, origin, folder, say, begun))
-
-    train_data = documents("train", settings.data.train)
-    held_out = documents("held_out", settings.data.held_out) if settings.data.held_out else None
-    rows, counts = assemble.rows_of(train_data, settings)
-    total = settings.steps or loader.steps_of(rows, counts, settings.epochs or 1)
-    if total >= LIMIT:
-        raise ValueError(f"epochs: {settings.epochs} are {total:,} steps, more than can be counted")
-
-    say.doing("loading the models")
-    target = None if settings.kind == "target" else assemble.load_target(settings, mesh)
-    model = assemble.new_model(settings, origin, target, train_data, say)
-    if target is not None:
-        check_engine(model, target, settings.save_format)  # before training what could not be written
-    masters, frozen = step.split(model, () if settings.kind == "target" else step.FROZEN)
-    frozen = {path: jax.device_put(array, path_sharding(path, array.shape, mesh)) for path, array in frozen.items()}
-    model = jax.eval_shape(lambda: model)
+    parts, masters = _prepare(settings, say)
+    total, mesh = parts.total, parts.mesh
     update = step.optimizer(settings.optimizer, total)
     start = functools.partial(step.initial_state, update=update, seed=settings.seed)
     abstract = jax.eval_shape(start, masters)
     shardings = step.state_shardings(abstract, mesh)
-    splits = {"train": (train_data, rows)}
-    if held_out is not None:
-        splits["held_out"] = (held_out, assemble.rows_of(held_out, settings)[0])
-    read = {}  # by split: what a file holds of the rows
-    if settings.features is not None and target is not None:
-        stored = features.stored(settings, model, target, splits)
-        read = {split: functools.partial(stored.batch, split) for split in splits}
-    blocks, of = loader.own_blocks(mesh)
-    batches = loader.iterator(
-        loader.batches(train_data, rows, counts, settings.seed, features=read.get("train"), blocks=blocks, of=of)
-    )
+    batches = parts.batches()
     say.doing("reading the latest checkpoint")
-    checkpoints = Checkpoints(output / "checkpoints", settings.checkpoints.keep)
-    try:
+    with contextlib.closing(Checkpoints(output / "checkpoints", settings.checkpoints.keep)) as checkpoints:
         restored = checkpoints.restore_latest(abstract, mesh, say)
         if restored is None:
             state = jax.jit(start, out_shardings=shardings)(masters)
@@ -115,31 +81,9 @@ def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
         if changed:
             say(f"settings that changed since: {resume.in_words(changed)}")
         processes.by_first(lambda: resume.note(output, settings, changed, int(state.step)))
-        del masters, restored
-
-        objective = assemble.objective_of(settings)
-        evaluator = None
-        if held_out is not None:
-            stored_rows = read.get("held_out")
-            evaluator = Evaluator(settings, mesh, objective, model, frozen, target, held_out, origin, stored_rows)
-
-        def advance(state, frozen, target, batch):
-            return step.train_step(
-                state, model, frozen, target, batch, objective=objective, update=update, pieces=settings.accumulation
-            )
-
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        advance = jax.jit(advance, donate_argnums=0, out_shardings=(shardings, everywhere))
-        state, ended = _loop(
-            settings,
-            state,
-            lambda state, batch: advance(state, frozen, target, loader.on_mesh(batch, mesh)),
-            batches,
-            evaluator,
-            checkpoints,
-            total,
-            say,
-        )
+        del masters, restored  # `state` has its own arrays: free these before the first step
+        advance = parts.advance(update, shardings)
+        state, ended = _Loop(settings, advance, batches, parts.evaluator(), checkpoints, total, say).run(state)
         say.doing("writing what was trained")
         if processes.is_first():
             metrics.plot(output)
@@ -149,107 +93,170 @@ def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
             by = "Ctrl-C" if ended == INTERRUPTED else "SIGTERM"
             say(f"ended by {by} after step {number} of {total}, which is saved; to go on from there: {command}")
             return ended
-
-        def write(masters: Arrays, folder: Path) -> None:
-            trained = processes.gathered(params.load(model, masters | frozen), mesh)
-            if not processes.is_first():
-                return
-            save.check_range(trained, settings.save_dtype)
-            if target is None:
-                save.save_target(trained, Path(str(settings.model)), folder, settings.save_dtype)
-            else:
-                save.save_head(trained, target, folder, settings.save_dtype, settings.save_format)
-            say(f"written: {folder}")
-
-        write(state.masters, output / "final")
+        parts.write(state.masters, output / "final", say)
         best = checkpoints.restore_best(abstract, mesh, say)
         if best is not None:
-            write(best.masters, output / "best")
+            parts.write(best.masters, output / "best", say)
         say(f"done: the run has all of its {total} steps" + (f", and {number - total} more" if number > total else ""))
         return 0
-    finally:
-        checkpoints.close()
 
 
-def _loop(
-    settings: TrainSettings,
-    state: TrainState,
-    advance: Callable[[TrainState, loader.Batch], tuple[TrainState, dict[str, jax.Array]]],
-    batches: Any,
-    evaluator: Evaluator | None,
-    checkpoints: Checkpoints,
-    total: int,
-    say: SignsOfLife,
-) -> tuple[TrainState, int]:
-    """Steps from `state` on until the last, or a signal; returns its exit code, else 0, with the state."""
-    number, ended = int(state.step), 0
-    records = metrics.Metrics(Path(settings.output), number)
-    decay = step.schedule(settings.optimizer, total)
-    decay(number)  # its first call compiles
-    unread: list[jax.Array] = []  # losses since the last line of the log
-    losses: collections.deque[float] = collections.deque(maxlen=MEAN_STEPS)
-    compiled: set[tuple[int, ...]] = set()
-    clock = Clock(number, total)
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The data and the models of a run; everything that its steps do not change.
 
-    @contextlib.contextmanager
-    def apart(what: str, steps: int = 0) -> Iterator[None]:
-        """Excludes the block from the clock's time."""
-        jax.block_until_ready(state)
-        began = time.monotonic()
-        say.doing(what)
-        yield
-        clock.leave_out(time.monotonic() - began, steps)
+    splits: see `assemble.splits`. stored: what reads precomputed features, by split. total: steps. target: None where
+    one is trained. model: the abstract module that is trained. frozen: those of its arrays that are not.
+    """
 
-    with processes.termination(say) as ends_with:
-        while number < total and not ended:
-            batch = next(batches)
-            shape = batch["tokens"].shape
-            if shape in compiled:
-                say.doing(f"step {number + 1} of {total}")
-                state, values = advance(state, batch)
-            else:
-                compiled.add(shape)
-                with apart(f"compiling a step with rows of {shape[1]}, and running it", steps=1):
-                    state, values = jax.block_until_ready(advance(state, batch))
-            number += 1
-            last = number == total
-            unread.append(values["loss"])
-            if number % settings.log_every == 0 or last:
-                losses_read, found = jax.device_get((unread, values))
-                for at, loss in enumerate(losses_read, number - len(unread) + 1):
-                    if not math.isfinite(loss):
-                        raise _diverged(f"the loss is {loss} at step {at}", settings, checkpoints)
-                losses.extend(map(float, losses_read))
-                unread.clear()
-                rate = settings.optimizer.learning_rate * float(decay(number - 1))
-                found = {"loss": losses[-1], "loss_mean": np.mean(losses), **found, "learning_rate": rate}
-                words, speed = _words(found), settings.batch_tokens * clock.rate(number)
-                if not math.isnan(speed):
-                    found["tokens_a_second"] = speed
-                    words += f"  {speed:,.0f} tok/s  ETA {clock.left(number)}"
-                records.add(number, found)
-                say(f"step {number}/{total}  {words}")
-            score = None
-            try:
-                if evaluator is not None and (number % settings.evaluation.every == 0 or last):
-                    with apart(f"evaluating step {number}"):
-                        if not is_finite(state):
-                            raise NotFinite
-                        scores, score = evaluator(state.masters)
-                    records.add(number, scores)
-                    say(f"step {number}/{total}  {_words(scores)}")
-                ended = ends_with(number)
-                if score is not None or number % settings.checkpoints.every == 0 or last or ended:
-                    with apart(f"saving step {number}"):
-                        checkpoints.save(state, batches.get_state(), score)
-            except NotFinite:
-                what = f"parameters or optimizer state are NaN or infinite after step {number}"
-                raise _diverged(what, settings, checkpoints) from None
-            except NotLossless:
-                checkpoints.save(state, batches.get_state(), None)
-                raise
-    records.close()
-    return state, 0 if number == total else ended
+    settings: TrainSettings
+    mesh: Mesh
+    origin: assemble.DataSource
+    splits: assemble.Splits
+    stored: Mapping[str, Callable[..., loader.Batch]]
+    total: int
+    target: Llama | None
+    model: Any
+    frozen: Arrays
+    objective: Objective
+
+    def batches(self) -> Any:
+        """Returns this process's blocks of the training batches, as `loader.iterator`."""
+        data, rows = self.splits["train"]
+        blocks, of = loader.own_blocks(self.mesh)
+        seed, counts = self.settings.seed, assemble.rows_of_a_batch(rows, self.settings)
+        read = self.stored.get("train")
+        return loader.iterator(loader.batches(data, rows, counts, seed, features=read, blocks=blocks, of=of))
+
+    def advance(self, update: optax.GradientTransformation, shardings: TrainState) -> Advance:
+        """Compiles a step, which donates its state."""
+        model, frozen, target, mesh = self.model, self.frozen, self.target, self.mesh
+        fixed = {"objective": self.objective, "update": update, "pieces": self.settings.accumulation}
+
+        def one(state, frozen, target, batch):
+            return step.train_step(state, model, frozen, target, batch, **fixed)
+
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        compiled = jax.jit(one, donate_argnums=0, out_shardings=(shardings, everywhere))
+        return lambda state, batch: compiled(state, frozen, target, loader.on_mesh(batch, mesh))
+
+    def evaluator(self) -> Evaluator | None:
+        """Returns what evaluates masters; None without held-out data."""
+        if "held_out" not in self.splits:
+            return None
+        return Evaluator(
+            self.settings,
+            self.mesh,
+            self.objective,
+            self.model,
+            self.frozen,
+            self.target,
+            *self.splits["held_out"],
+            self.origin,
+            self.stored.get("held_out"),
+        )
+
+    def write(self, masters: Arrays, folder: Path, say: SignsOfLife) -> None:
+        """Writes the trained model as a checkpoint folder."""
+        trained = processes.gathered(params.load(self.model, masters | self.frozen), self.mesh)
+        if processes.is_first():
+            save.save(trained, self.target, folder, self.settings)
+            say(f"written: {folder}")
+
+
+def _prepare(settings: TrainSettings, say: SignsOfLife) -> tuple[_Parts, Arrays]:
+    """Tokenises the data and loads the models; returns the float32 masters apart from the rest, to be freed."""
+    mesh = make_mesh(settings.mesh.model_dump())
+    origin = assemble.source(settings)
+    say.doing("preparing the data")
+    splits = assemble.splits(settings, origin, say)
+    total = assemble.total_steps(settings, splits["train"][1])
+    say.doing("loading the models")
+    target = None if settings.kind == "target" else assemble.load_target(settings, mesh)
+    model = assemble.new_model(settings, origin, target, splits["train"][0], say)
+    if target is not None:
+        check_engine(model, target, settings.save_format)  # refuse a shape that cannot be written before training it
+    masters, frozen = step.split(model, () if settings.kind == "target" else step.FROZEN)
+    frozen = {path: jax.device_put(array, path_sharding(path, array.shape, mesh)) for path, array in frozen.items()}
+    read = {}
+    if settings.features is not None and target is not None:
+        stored = features.stored(settings, model, target, splits)
+        read = {split: functools.partial(stored.batch, split) for split in splits}
+    abstract, objective = jax.eval_shape(lambda: model), assemble.objective_of(settings)
+    return _Parts(settings, mesh, origin, splits, read, total, target, abstract, frozen, objective), masters
+
+
+class _Loop:
+    """Takes the steps of a run, evaluates and saves."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        advance: Advance,
+        batches: Any,
+        evaluator: Evaluator | None,
+        checkpoints: Checkpoints,
+        total: int,
+        say: SignsOfLife,
+    ):
+        self.settings, self.advance, self.batches, self.total, self.say = settings, advance, batches, total, say
+        self.evaluator, self.checkpoints = evaluator, checkpoints
+        self.compiled: set[tuple[int, ...]] = set()
+
+    def run(self, state: TrainState) -> tuple[TrainState, int]:
+        """Takes steps until the last one or a signal; returns the state, and the signal's exit code or 0."""
+        number, ended = int(state.step), 0
+        progress = Progress(self.settings, number, self.total, self.say)
+        with processes.termination(self.say) as ends_with:
+            while number < self.total and not ended:
+                state, values = self.step(state, number + 1, progress)
+                number += 1
+                try:
+                    progress.add(number, values)
+                    score = self.evaluate(state, number, progress)
+                    ended = ends_with(number)
+                    if score is not None or self.due(number, self.settings.checkpoints.every) or ended:
+                        with progress.apart(state, f"saving step {number}"):
+                            self.save(state, score)
+                except NotFinite as error:
+                    raise _diverged(str(error), self.settings, self.checkpoints) from None
+                except NotLossless:
+                    self.save(state, None)
+                    raise
+        progress.close()
+        return state, 0 if number == self.total else ended
+
+    def due(self, number: int, every: int) -> bool:
+        """Whether something is done after step `number`: every so many steps, and after the last one."""
+        return number % every == 0 or number == self.total
+
+    def step(self, state: TrainState, number: int, progress: Progress) -> tuple[TrainState, Metrics]:
+        """Takes step `number`. Rows of another length compile another program, which the clock leaves out."""
+        batch = next(self.batches)
+        shape = batch["tokens"].shape
+        if shape in self.compiled:
+            self.say.doing(f"step {number} of {self.total}")
+            return self.advance(state, batch)
+        self.compiled.add(shape)
+        with progress.apart(state, f"compiling a step with rows of {shape[1]}, and running it", steps=1):
+            return jax.block_until_ready(self.advance(state, batch))
+
+    def evaluate(self, state: TrainState, number: int, progress: Progress) -> float | None:
+        """Evaluates after step `number` if that is due; returns the score.
+
+        Raises:
+          NotFinite: for a state that would not be saved. NotLossless: see `Evaluator`.
+        """
+        if self.evaluator is None or not self.due(number, self.settings.evaluation.every):
+            return None
+        with progress.apart(state, f"evaluating step {number}"):
+            check_finite(state)
+            scores, score = self.evaluator(state.masters)
+        progress.add_scores(number, scores)
+        return score
+
+    def save(self, state: TrainState, score: float | None) -> None:
+        self.checkpoints.save(state, self.batches.get_state(), score)
 
 
 def _diverged(what: str, settings: TrainSettings, checkpoints: Checkpoints) -> ValueError:
@@ -261,10 +268,3 @@ def _diverged(what: str, settings: TrainSettings, checkpoints: Checkpoints) -> V
         f"{what}, and nothing of it is saved; lower optimizer.learning_rate (it is {settings.optimizer.learning_rate})"
         f"{clip}: the same command with the changed setting {begin} in {settings.output}"
     )
-
-
-def _words(values: dict[str, Any]) -> str:
-    def word(value: Any) -> str:
-        return " ".join(f"{number:.4g}" for number in np.atleast_1d(np.asarray(value)))
-
-    return "  ".join(f"{name} {word(value)}" for name, value in values.items())

@@ -15,8 +15,8 @@ from eagle_jax.train.data import features
 from eagle_jax.train.data.features import SHARD_BYTES, Group
 from eagle_jax.train.data.loader import on_mesh
 from eagle_jax.train.report import Say, SignsOfLife, log, signs_of_life
-from eagle_jax.train.run import assemble, resume
-from eagle_jax.train.run.assemble import objective_of, rows_of
+from eagle_jax.train.run import assemble
+from eagle_jax.train.run.assemble import objective_of
 
 
 def precompute(settings: TrainSettings, folder: Path, say: Say = log, shard_bytes: int = SHARD_BYTES) -> int:
@@ -41,14 +41,9 @@ def precompute(settings: TrainSettings, folder: Path, say: Say = log, shard_byte
 def _precompute(settings: TrainSettings, folder: Path, say: SignsOfLife, shard_bytes: int) -> int:
     mesh = make_mesh(settings.mesh.model_dump())
     origin = assemble.source(settings)
-    output, splits = Path(settings.output), {}
     say.doing("preparing the data")
-    with locked_folder(output, say):
-        for split, files in (("train", settings.data.train), ("held_out", settings.data.held_out)):
-            if files:
-                place = output / "data" / split
-                data = assemble.documents(files, settings.data, origin, place, say, resume.begun(output))
-                splits[split] = data, rows_of(data, settings)[0]
+    with locked_folder(Path(settings.output), say):
+        splits = assemble.splits(settings, origin, say)
     say.doing("loading the models")
     target = assemble.load_target(settings, mesh)
     head = assemble.new_model(settings, origin, target, splits["train"][0], say)

@@ -16,7 +16,21 @@ from eagle_jax.convert.small_files import copy_small_files
 from eagle_jax.files.atomic import new_folder, write_json
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
+from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.loss.eagle import in_dtype
+
+
+def save(model: Any, target: Llama | None, folder: Path, settings: TrainSettings) -> None:
+    """Writes a model that a run trained: a head of `target`, or a target (None).
+
+    Raises:
+      ValueError: see `check_range`.
+    """
+    check_range(model, settings.save_dtype)
+    if target is None:
+        save_target(model, Path(str(settings.model)), folder, settings.save_dtype)
+    else:
+        save_head(model, target, folder, settings.save_dtype, settings.save_format)
 
 
 def save_target(model: Llama, config: Path, folder: Path, dtype: str) -> None:
