@@ -23,7 +23,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import jax  # reads XLA_FLAGS at the first use of a device, below
 import pytest
 
-from tests import aot
+from tests import aot, array_types
 
 try:
     import hypothesis
@@ -48,6 +48,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 gc.set_threshold(200_000, 20, 100)
 
 aot.find_compilers()
+array_types.check_rooms()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Workers share programs, and so does the next run. The size limit turns on the lock.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))

@@ -1,7 +1,5 @@
 """Acceptance: which drafted path the target agrees with.
 
-Letters: B batch, N nodes, D tree depth, V vocabulary.
-
 No rule can accept more of a given tree than `accept_sampling` does, on average: an accepted node is a beginning of the
 text, which has probability p(its path), the product of the target's probabilities along it, and `accept_sampling`
 accepts it with just that probability. More is to be had by drafting better: `accept_coupled` lets the draft know the
@@ -16,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped
 
 from eagle_jax.tree.tree import Tree
 
@@ -27,42 +26,48 @@ PAD = -1
 class Acceptance:
     """What verification decided, a row of the batch each.
 
-    path: [B, N] int32 node indices from the root down to the last accepted node, then PAD.
-    length: [B] int32 accepted draft tokens (the root is not one).
-    bonus: [B] int32, the token that the target itself puts after the last accepted node: the next root.
+    path: node indices from the root down to the last accepted node, then PAD.
+    length: accepted draft tokens (the root is not one).
+    bonus: the token that the target itself puts after the last accepted node: the next root.
     """
 
-    path: jax.Array
-    length: jax.Array
-    bonus: jax.Array
+    path: Int32[Array, "batch nodes"]
+    length: Int32[Array, " batch"]
+    bonus: Int32[Array, " batch"]
 
 
-# accept_fn(tree, logits [B, N, V], keys [B]) -> Acceptance, a plain callable under jit.
+# accept_fn(tree, logits [batch, nodes, vocab], keys [batch]) -> Acceptance, a plain callable under jit.
 # logits: the target's after every node, processed: their softmax is the distribution to keep (0 and -inf in a row of
 #   temperature 0). keys: one a row, fresh in every cycle; None when decoding is greedy.
 # A rule must be lossless: accepted tokens and bonus together follow that distribution, whatever the tree holds. It may
 # use the keys in any way, as the tree was drafted without them.
 # A rule whose signature names them gets by keyword, too:
-#   draft_probs [B, N, V]: the distribution q that each node's children were drawn from (see `Proposal.probs`), or None.
-#   noise [B, D + 1, V]: the Gumbel noise of the token after each depth with coupled sampling, else None. The tree was
-#     drafted with this noise, so a rule that gets it has a duty: the token after a node must be argmax(logits + noise)
-#     at the node's depth. A rule that draws otherwise would not be lossless, as the tree depends on the noise.
+#   draft_probs [batch, nodes, vocab]: the distribution q that each node's children were drawn from (see
+#     `Proposal.probs`), or None.
+#   noise [batch, depth + 1, vocab]: the Gumbel noise of the token after each depth with coupled sampling, else None.
+#     The tree was drafted with this noise, so a rule that gets it has a duty: the token after a node must be
+#     argmax(logits + noise) at the node's depth. A rule that draws otherwise would not be lossless, as the tree depends
+#     on the noise.
 AcceptFn = Callable[..., Acceptance]
 
 
-def accept_greedy(tree: Tree, logits: jax.Array, keys: jax.Array | None = None) -> Acceptance:
+def accept_greedy(
+    tree: Tree, logits: Float[Array, "batch nodes vocab"], keys: Key[Array, " batch"] | None = None
+) -> Acceptance:
     """Keeps the deepest node whose every step is its parent's argmax; the bonus is the argmax there.
 
     Of equally deep ones (only possible with duplicate siblings) the first.
     """
     del keys
-    choice = argmax(logits)  # [B, N]
+    choice = argmax(logits)
     agrees = jnp.take_along_axis(choice, jnp.maximum(tree.parents, 0), axis=1) == tree.tokens
     end, path = _deepest(tree, agrees)
     return Acceptance(path, length=_at(tree.depths, end), bonus=_at(choice, end))
 
 
-def accept_sampling(tree: Tree, probs: jax.Array, uniforms: jax.Array) -> tuple[Acceptance, jax.Array]:
+def accept_sampling(
+    tree: Tree, probs: Float[Array, "batch nodes vocab"], uniforms: Float[Array, "batch nodes-1"]
+) -> tuple[Acceptance, Float[Array, "batch vocab"]]:
     """Walks down from the root, tries the children in order, and keeps x with the probability p(x) that it has left.
 
     A rejected x leaves p: p(x) = 0, and the rest is renormalised. A child whose token an earlier sibling had is not
@@ -70,19 +75,19 @@ def accept_sampling(tree: Tree, probs: jax.Array, uniforms: jax.Array) -> tuple[
     arXiv 2305.09781, for drafts chosen with certainty).
 
     Args:
-      probs: [B, N, V] float32, the target's distribution after every node.
-      uniforms: [B, N - 1] in [0, 1), consumed from the left, one for each proposal tried; accept when u < p.
+      probs: the target's distribution after every node.
+      uniforms: in [0, 1), consumed from the left, one for each proposal tried; accept when u < p.
     Returns:
-      Acceptance with a bonus of -1, and the residual [B, V]: the distribution to draw the bonus token from.
+      Acceptance with a bonus of -1, and the residual: the distribution to draw the bonus token from.
     """
     batch, nodes = tree.tokens.shape
     parents = jnp.maximum(tree.parents, 0)
     not_root = jnp.arange(nodes, dtype=jnp.int32)[None] > 0
-    p = jax.vmap(lambda row, parent, token: row[parent, token])(probs, parents, tree.tokens)  # [B, N], after the parent
+    p = jax.vmap(lambda row, parent, token: row[parent, token])(probs, parents, tree.tokens)  # after the parent
 
     # Every node decides as if the walk came by; it comes by where all decisions above it were for it.
     siblings = (parents[:, :, None] == parents[:, None, :]) & not_root[:, :, None] & not_root[:, None, :]
-    earlier = siblings & jnp.tri(nodes, k=-1, dtype=bool)[None]  # [B, N, N], row i: the siblings before node i
+    earlier = siblings & jnp.tri(nodes, k=-1, dtype=bool)[None]  # row i: the siblings before node i
     duplicate = jnp.any(earlier & (tree.tokens[:, :, None] == tree.tokens[:, None, :]), axis=-1)
     tried_before = earlier & ~duplicate[:, None, :]
     # What the tried siblings, rejected if the walk comes here, left of p; not below 0 by rounding.
@@ -107,8 +112,11 @@ def accept_sampling(tree: Tree, probs: jax.Array, uniforms: jax.Array) -> tuple[
 
 
 def accept_drawn(
-    tree: Tree, probs: jax.Array, draft_probs: jax.Array, uniforms: jax.Array
-) -> tuple[Acceptance, jax.Array]:
+    tree: Tree,
+    probs: Float[Array, "batch nodes vocab"],
+    draft_probs: Float[Array, "batch nodes vocab"],
+    uniforms: Float[Array, "batch nodes-1"],
+) -> tuple[Acceptance, Float[Array, "batch vocab"]]:
     """`accept_sampling` for children that were drawn at random from probabilities q, one after the other.
 
     Walks down from the root and tries the children in order: x is accepted with min(1, p(x) / q(x)); if it is rejected,
@@ -117,18 +125,18 @@ def accept_drawn(
     speculative sampling, arXiv 2211.17192 and 2302.01318). Where q has no token left, a child is not tried.
 
     Args:
-      probs: [B, N, V] float32, p, the target's distribution after every node.
-      draft_probs: [B, N, V] float32, q, from which the first child of every node was drawn. A row of zeros: the
-        children were chosen without chance, and are accepted as `accept_sampling` does.
-      uniforms: [B, N - 1] in [0, 1), consumed from the left, one for each proposal tried.
+      probs: p, the target's distribution after every node.
+      draft_probs: q, from which the first child of every node was drawn. A row of zeros: the children were chosen
+        without chance, and are accepted as `accept_sampling` does.
+      uniforms: in [0, 1), consumed from the left, one for each proposal tried.
     Returns:
-      Acceptance with a bonus of -1, and the residual [B, V]: the distribution to draw the bonus token from.
+      Acceptance with a bonus of -1, and the residual: the distribution to draw the bonus token from.
     """
     batch, nodes = tree.tokens.shape
     rows = jnp.arange(batch, dtype=jnp.int32)
 
     def try_node(i, walk):
-        at, p, q, tried = walk  # the node that the walk stands at, and what is left there of p and q [B, V]
+        at, p, q, tried = walk  # the node that the walk stands at, and what is left there of p and q
         token = tree.tokens[:, i]
         chosen = (draft_probs[rows, at] == 0).all(axis=-1)
         this = jax.nn.one_hot(token, p.shape[-1], dtype=bool)
@@ -151,14 +159,19 @@ def accept_drawn(
     return Acceptance(path, length=_at(tree.depths, end), bonus=jnp.full(batch, -1, jnp.int32)), residual
 
 
-def _normalised(weights: jax.Array, otherwise: jax.Array) -> jax.Array:
-    """weights [B, V] with a sum of 1; a row without any is that of `otherwise`."""
+def _normalised(
+    weights: Float[Array, "batch vocab"], otherwise: Float[Array, "batch vocab"]
+) -> Float[Array, "batch vocab"]:
+    """The weights with a sum of 1; a row without any is that of `otherwise`."""
     total = weights.sum(axis=-1, keepdims=True)
     return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), otherwise)
 
 
 def accept_sampled(
-    tree: Tree, logits: jax.Array, keys: jax.Array | None, draft_probs: jax.Array | None = None
+    tree: Tree,
+    logits: Float[Array, "batch nodes vocab"],
+    keys: Key[Array, " batch"] | None,
+    draft_probs: Float[Array, "batch nodes vocab"] | None = None,
 ) -> Acceptance:
     """`accept_sampling` as an accept_fn: the uniforms come from `keys`, and the bonus is drawn from the residual.
 
@@ -177,7 +190,9 @@ def accept_sampled(
     return dataclasses.replace(acceptance, bonus=bonus)
 
 
-def accept_coupled(tree: Tree, logits: jax.Array, noise: jax.Array) -> Acceptance:
+def accept_coupled(
+    tree: Tree, logits: Float[Array, "batch nodes vocab"], noise: Float[Array, "batch path vocab"]
+) -> Acceptance:
     """The greedy rule on logits + noise, which draws each token from softmax(logits) (the Gumbel-max trick).
 
     The token at each depth is a function of the target's logits and of that depth's noise, so whatever the tree holds,
@@ -188,33 +203,31 @@ def accept_coupled(tree: Tree, logits: jax.Array, noise: jax.Array) -> Acceptanc
     Phan and Khisti, "List-Level Distribution Coupling", arXiv 2506.05632).
 
     Args:
-      logits: [B, N, V], processed.
-      noise: [B, D + 1, V] standard Gumbel noise for the token after each depth.
+      logits: processed.
+      noise: standard Gumbel noise for the token after each depth.
     """
     at_depth = jax.vmap(lambda rows, depths: rows[depths])(noise, tree.depths)
     return accept_greedy(tree, logits + at_depth)
 
 
-def choice_noise(keys: jax.Array, vocab_size: int) -> jax.Array:
-    """Standard Gumbel noise [..., V] of typed keys [...]: argmax(logits + noise) draws from softmax(logits)."""
+def choice_noise(keys: Key[Array, "*keys"], vocab_size: int) -> Float32[Array, "*keys {vocab_size}"]:
+    """Standard Gumbel noise of every key: argmax(logits + noise) draws from softmax(logits)."""
     draw = functools.partial(jax.random.gumbel, shape=(vocab_size,), dtype=jnp.float32)
     flat = jax.vmap(lambda key: draw(jax.random.fold_in(key, 1)))(keys.reshape(-1))
     return flat.reshape(*keys.shape, vocab_size)
 
 
-def argmax(x: jax.Array) -> jax.Array:
+def argmax(x: Float[Array, "*axes vocab"]) -> Int32[Array, "*axes"]:
     """`jnp.argmax` over the last axis, int32, the first of equals; x has no NaN. A CPU runs it many times faster."""
     size = x.shape[-1]
     index = jnp.arange(size, dtype=jnp.int32).reshape((1,) * (x.ndim - 1) + (size,))
     return jnp.where(x == x.max(axis=-1, keepdims=True), index, size - 1).min(axis=-1)
 
 
-def _deepest(tree: Tree, agrees: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The deepest node, the first of equals, with `agrees` [B, N] at it and all its ancestors but the root.
-
-    Returns:
-      The node [B] and its path [B, N].
-    """
+def _deepest(
+    tree: Tree, agrees: Bool[Array, "batch nodes"]
+) -> tuple[Int32[Array, " batch"], Int32[Array, "batch nodes"]]:
+    """The deepest node, the first of equals, with `agrees` at it and all its ancestors but the root; and its path."""
     ancestors = tree.ancestors()
     agrees = agrees.at[:, 0].set(True)
     accepted = jnp.all(agrees[:, None, :] | ~ancestors, axis=-1)
@@ -222,17 +235,19 @@ def _deepest(tree: Tree, agrees: jax.Array) -> tuple[jax.Array, jax.Array]:
     return end, path_to(tree, ancestors, end)
 
 
-def path_to(tree: Tree, ancestors: jax.Array, end: jax.Array) -> jax.Array:
-    """The nodes from the root to `end` [B], padded with PAD: [B, N].
+def path_to(
+    tree: Tree, ancestors: Bool[Array, "batch nodes nodes"], end: Int[Array, " batch"]
+) -> Int32[Array, "batch nodes"]:
+    """The nodes from the root to `end`, padded with PAD.
 
     In: parents [-1, 0, 0, 1, 3], end 4. Out: [0, 1, 3, 4, -1].
     """
-    on_path = jnp.take_along_axis(ancestors, end[:, None, None], axis=1)  # [B, 1, N]
+    on_path = jnp.take_along_axis(ancestors, end[:, None, None], axis=1)  # [batch, 1, nodes]
     nodes = jnp.arange(tree.num_nodes, dtype=jnp.int32)
-    at_depth = on_path & (tree.depths[:, None, :] == nodes[None, :, None])  # [B, depth, N]
+    at_depth = on_path & (tree.depths[:, None, :] == nodes[None, :, None])  # [batch, depth, nodes]
     return jnp.max(jnp.where(at_depth, nodes[None, None, :], PAD), axis=-1)
 
 
-def _at(values: jax.Array, index: jax.Array) -> jax.Array:
-    """values [B, N] at index [B] -> [B]."""
+def _at(values: Shaped[Array, "batch nodes"], index: Int[Array, " batch"]) -> Shaped[Array, " batch"]:
+    """One node's value of every row."""
     return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]

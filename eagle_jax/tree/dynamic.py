@@ -1,7 +1,4 @@
-"""Growing draft trees: EAGLE-2's context-aware dynamic tree (arXiv 2406.16858, section 4).
-
-Letters: B batch, k = top_k, V draft vocabulary, C candidates, N nodes.
-"""
+"""Growing draft trees: EAGLE-2's context-aware dynamic tree (arXiv 2406.16858, section 4)."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from eagle_jax.tree.policy import DraftFn, DraftStep, best_children, step_mask
 from eagle_jax.tree.tree import NO_PARENT, Tree
@@ -74,7 +72,12 @@ class TreeConfig:
         return self.top_k
 
     def grow(
-        self, root: jax.Array, logits: jax.Array, carry: Any, draft_fn: DraftFn, target_ids: jax.Array | None = None
+        self,
+        root: Int[Array, " batch"],
+        logits: Float[Array, "batch draft_vocab"],
+        carry: Any,
+        draft_fn: DraftFn,
+        target_ids: Int[Array, " draft_vocab"] | None = None,
     ) -> tuple[Tree, Any]:
         """Grows a tree level by level and keeps its best nodes.
 
@@ -93,7 +96,7 @@ class TreeConfig:
             raise ValueError(f"TreeConfig.top_k = {k} exceeds the draft vocabulary of {vocab} tokens")
         levels = self.depth - 1  # expansions after the root's
 
-        def propose(logits, scores):  # [B, W, V], [B, W] -> cumulative scores and target tokens [B, W * k]
+        def propose(logits, scores):  # cumulative scores and target tokens, [batch, nodes * k], of all nodes' children
             logits = logits if self.score_temperature == 1 else logits / self.score_temperature
             scores, tokens = best_children(logits, scores, k, target_ids)
             return scores.reshape(batch, -1), tokens.reshape(batch, -1)
@@ -114,7 +117,7 @@ class TreeConfig:
         first = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (batch, k))
         mask = jnp.zeros((batch, k, levels * k), bool)
         state: Any = (carry, first, tokens, scores, mask)
-        # beams[i]: which candidates of the level before were expanded at level i. [levels, B, k]
+        # beams[i]: which candidates of the level before were expanded at level i. [levels, batch, k]
         if self.stop_below > 0:
             carry, (more_scores, more_tokens, beams) = _while_promising(expand, state, levels, self.stop_below)
         else:
@@ -122,12 +125,12 @@ class TreeConfig:
                 expand, state, jnp.arange(levels, dtype=jnp.int32)
             )
 
-        all_scores = jnp.concatenate([scores, _flat(more_scores)], axis=1)  # [B, C], in flat candidate order
+        all_scores = jnp.concatenate([scores, _flat(more_scores)], axis=1)  # in flat candidate order
         all_tokens = jnp.concatenate([tokens, _flat(more_tokens)], axis=1)
         return _select(root, all_scores, all_tokens, beams, self), carry
 
 
-def _while_promising(expand, state, levels: int, threshold: float) -> tuple[Any, tuple[jax.Array, ...]]:
+def _while_promising(expand, state, levels: int, threshold: float) -> tuple[Any, tuple[Array, ...]]:
     """As scanning `expand` over the levels, until no row has a node of at least this probability to expand.
 
     Candidates of levels that a row did not grow score -inf, below all others, so they are kept only where a tree has
@@ -163,18 +166,24 @@ def _while_promising(expand, state, levels: int, threshold: float) -> tuple[Any,
     return carry, grown
 
 
-def _promising(scores: jax.Array, threshold: float) -> jax.Array:
-    """Whether each row's best node is likely enough to expand: scores [B, k], best first -> [B]."""
+def _promising(scores: Float[Array, "batch width"], threshold: float) -> Bool[Array, " batch"]:
+    """Whether each row's best node, whose score is the first, is likely enough to expand."""
     return scores[:, 0] >= jnp.log(jnp.float32(threshold))
 
 
-def _flat(levels: jax.Array) -> jax.Array:
-    """[levels, B, k * k] -> [B, levels * k * k]."""
+def _flat(levels: Shaped[Array, "levels batch children"]) -> Shaped[Array, "batch levels*children"]:
+    """All levels' children, one level after the other."""
     return jnp.moveaxis(levels, 0, 1).reshape(levels.shape[1], -1)
 
 
-def _select(root, scores, tokens, beams, config: TreeConfig) -> Tree:
-    """The best num_nodes - 1 candidates as a tree. scores, tokens [B, C]; beams [levels, B, k]."""
+def _select(
+    root: Int[Array, " batch"],
+    scores: Float[Array, "batch candidates"],
+    tokens: Int[Array, "batch candidates"],
+    beams: Int[Array, "levels batch width"],
+    config: TreeConfig,
+) -> Tree:
+    """The best num_nodes - 1 candidates as a tree."""
     batch, k = root.shape[0], config.top_k
     best_scores, flat = jax.lax.top_k(scores, config.num_nodes - 1)
     flat, best_scores = jax.lax.sort((flat, best_scores), dimension=1, num_keys=1)
@@ -201,7 +210,7 @@ def _select(root, scores, tokens, beams, config: TreeConfig) -> Tree:
     )
 
 
-def _level_starts(config: TreeConfig) -> jax.Array:
+def _level_starts(config: TreeConfig) -> Int[Array, " levels"]:
     """First flat id of the level that the beams of expansion i were chosen from: [0, k, k + k^2, ...]."""
     k = config.top_k
     return jnp.array([0 if i == 0 else k + (i - 1) * k**2 for i in range(config.depth - 1)], jnp.int32)

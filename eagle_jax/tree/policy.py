@@ -1,12 +1,10 @@
 """TreePolicy: how a tree grows, the extension point for tree shapes of one's own.
 
-Letters: B batch, k = width, V draft vocabulary, M = (depth - 1) * k scratch rows.
-
 The draft comes in as a function, so that toy drafts can test a policy:
 
-    draft_fn(carry, step) -> (logits [B, k, V], carry)
+    draft_fn(carry, step) -> (logits [batch, width, draft_vocab], carry)
 
-It scores the children of the k nodes in `step`. `carry` is the draft's own (its keys and values, say).
+It scores the children of the nodes in `step`. `carry` is the draft's own (its keys and values, say).
 """
 
 from __future__ import annotations
@@ -16,27 +14,28 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from eagle_jax.tree.tree import Tree
 
 
 class DraftStep(NamedTuple):
-    """The k nodes that one drafting step expands.
+    """The `width` nodes that one drafting step expands.
 
-    tokens: [B, k] target token ids.
-    parents: [B, k] which node of the previous step is the parent (0 at the first step).
-    mask: [B, k, M]: the nodes of every step in the order drafted (node j of step i is row i * k + j), True for
-      those a node may attend to: its ancestors and itself.
-    level: [] int32, 0 for the children of the root; these nodes stand `level` positions past the first.
+    tokens: target token ids.
+    parents: which node of the previous step is the parent (0 at the first step).
+    mask: True for the drafted nodes that a node may attend to: its ancestors and itself. The last axis holds the nodes
+      of every step in the order drafted, (depth - 1) * width in all: node j of step i is entry i * width + j.
+    level: 0 for the children of the root; these nodes stand `level` positions past the first.
     """
 
-    tokens: jax.Array
-    parents: jax.Array
-    mask: jax.Array
-    level: jax.Array
+    tokens: Int[Array, "batch width"]
+    parents: Int[Array, "batch width"]
+    mask: Bool[Array, "batch width drafted"]
+    level: Int32[Array, ""]
 
 
-DraftFn = Callable[[Any, DraftStep], tuple[jax.Array, Any]]
+DraftFn = Callable[[Any, DraftStep], tuple[Float[Array, "batch width draft_vocab"], Any]]
 
 
 class TreePolicy(Protocol):
@@ -54,19 +53,24 @@ class TreePolicy(Protocol):
 
     @property
     def width(self) -> int:
-        """k, the nodes that a drafting step expands."""
+        """The nodes that a drafting step expands."""
         ...
 
     def grow(
-        self, root: jax.Array, logits: jax.Array, carry: Any, draft_fn: DraftFn, target_ids: jax.Array | None = None
+        self,
+        root: Int[Array, " batch"],
+        logits: Float[Array, "batch draft_vocab"],
+        carry: Any,
+        draft_fn: DraftFn,
+        target_ids: Int[Array, " draft_vocab"] | None = None,
     ) -> tuple[Tree, Any]:
         """A tree of num_nodes nodes, and the carry after the last step.
 
         Args:
-          root: [B] target token ids.
-          logits: [B, V], the draft's logits for the children of the root.
+          root: target token ids.
+          logits: the draft's logits for the children of the root.
           carry: handed to the first `draft_fn` call.
-          target_ids: [V] target id of every draft id; None where they are the same.
+          target_ids: target id of every draft id; None where they are the same.
         """
         ...
 
@@ -84,15 +88,15 @@ class FixedTreePolicy(TreePolicy, Protocol):
 
     @property
     def scored_at(self) -> tuple[int, ...] | None:
-        """[N], where each node's children were scored; None: not fixed after all.
+        """Where each node's children were scored, an entry a node; None: not fixed after all.
 
-        0 for the root, 1 + i * k + j for slot j of drafting step i, and NEVER for a node that no step expanded. A chain
-        of depth D, of one slot a step: (0, 1, ..., D - 1, NEVER).
+        0 for the root, 1 + i * width + j for slot j of drafting step i, and NEVER for a node that no step expanded. A
+        chain of depth D, of one slot a step: (0, 1, ..., D - 1, NEVER).
         """
         ...
 
 
-def log_probabilities(logits: jax.Array) -> jax.Array:
+def log_probabilities(logits: Float[Array, "*nodes vocab"]) -> Float32[Array, "*nodes vocab"]:
     """Log-softmax over the last axis in float32; NaN becomes -inf, so that a broken draft still makes a tree.
 
     Never above 0: a likeliest token may come out there by rounding.
@@ -102,19 +106,20 @@ def log_probabilities(logits: jax.Array) -> jax.Array:
 
 
 def best_children(
-    logits: jax.Array, scores: jax.Array, count: int, target_ids: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Cumulative log-probabilities and target tokens [B, W, count] of the best children of W nodes.
-
-    Args:
-      logits: [B, W, V]. scores: [B, W], the nodes' own.
-    """
+    logits: Float[Array, "batch width draft_vocab"],
+    scores: Float[Array, "batch width"],
+    count: int,
+    target_ids: Int[Array, " draft_vocab"] | None,
+) -> tuple[Float[Array, "batch width {count}"], Int[Array, "batch width {count}"]]:
+    """Cumulative log-probabilities and target tokens of the best children of nodes with these scores."""
     log_probs, ids = jax.lax.top_k(log_probabilities(logits), count)
     return scores[:, :, None] + log_probs, ids if target_ids is None else target_ids[ids]
 
 
-def step_mask(previous: jax.Array, parents: jax.Array, level: jax.Array) -> jax.Array:
-    """The mask [B, k, M] of a step: each node sees what its parent saw, and itself."""
+def step_mask(
+    previous: Bool[Array, "batch width drafted"], parents: Int[Array, "batch width"], level: Int[Array, ""]
+) -> Bool[Array, "batch width drafted"]:
+    """The mask of a step: each node sees what its parent saw, and itself."""
     k, rows = previous.shape[1:]
     own = jax.nn.one_hot(level * k + jnp.arange(k, dtype=jnp.int32), rows, dtype=bool)
     return jnp.take_along_axis(previous, parents[:, :, None], axis=1) | own[None]

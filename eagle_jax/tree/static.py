@@ -1,7 +1,4 @@
-"""Static trees: the same shape in every cycle (EAGLE-1, arXiv 2401.15077; Medusa, arXiv 2401.10774, section 2.1.2).
-
-Letters: B batch, N nodes, k = width, L = depth - 1 drafting steps, R ranks proposed a node.
-"""
+"""Static trees: the same shape in every cycle (EAGLE-1, arXiv 2401.15077; Medusa, arXiv 2401.10774, section 2.1.2)."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from eagle_jax.tree.policy import NEVER, DraftFn, DraftStep, best_children, step_mask
 from eagle_jax.tree.tree import NO_PARENT, Tree
@@ -73,7 +71,7 @@ class StaticTree:
 
     @property
     def ranks(self) -> int:
-        """R, the children that a node may have, at most."""
+        """The children that a node may have, at most."""
         return 1 + max(path[-1] for path in self.paths)
 
     @functools.cached_property
@@ -98,7 +96,12 @@ class StaticTree:
         return tuple(row.get(path, NEVER) for path in self.node_of)
 
     def grow(
-        self, root: jax.Array, logits: jax.Array, carry: Any, draft_fn: DraftFn, target_ids: jax.Array | None = None
+        self,
+        root: Int[Array, " batch"],
+        logits: Float[Array, "batch draft_vocab"],
+        carry: Any,
+        draft_fn: DraftFn,
+        target_ids: Int[Array, " draft_vocab"] | None = None,
     ) -> tuple[Tree, Any]:
         """A tree whose node of path [..., r] is its parent's child of rank r.
 
@@ -110,7 +113,7 @@ class StaticTree:
         if self.ranks > vocab:
             raise ValueError(f"rank {self.ranks - 1} of the static tree exceeds the draft vocabulary of {vocab} tokens")
         # Of each node that a step expands: its parent's place in the step before, and its rank there; 0 beyond the
-        # last node. The root is the one node of the step before the first. [L, k]
+        # last node. The root is the one node of the step before the first. [depth - 1, width]
         before: list[list[Path]] = [[()], *self.steps]
         slots, ranks = np.zeros((2, self.depth - 1, self.width), np.int32)
         for level, paths in enumerate(self.steps):
@@ -120,7 +123,7 @@ class StaticTree:
         children = functools.partial(best_children, count=self.ranks, target_ids=target_ids)
 
         def expand(state, step):
-            carry, mask, scores, tokens = state  # of the children of the step before, [B, k, R]
+            carry, mask, scores, tokens = state  # of the children of the step before, [batch, width, ranks]
             level, slots, ranks = step
             tokens, scores = tokens[:, slots, ranks], scores[:, slots, ranks]
             parents = jnp.broadcast_to(slots, (batch, self.width))
@@ -141,8 +144,13 @@ class StaticTree:
             grown = tuple(jnp.concatenate(pair) for pair in zip(grown, more, strict=True))
         return self._tree(root, *grown), carry
 
-    def _tree(self, root: jax.Array, scores: jax.Array, tokens: jax.Array) -> Tree:
-        """The tree of the scores and tokens [L + 1, B, k, R] of every step's children."""
+    def _tree(
+        self,
+        root: Int[Array, " batch"],
+        scores: Float[Array, "depth batch width ranks"],
+        tokens: Int[Array, "depth batch width ranks"],
+    ) -> Tree:
+        """The tree of the scores and tokens of every step's children."""
         before: list[list[Path]] = [[()], *self.steps]
         # Where in them each node is.
         levels = np.array([len(path) - 1 for path in self.paths], np.int32)

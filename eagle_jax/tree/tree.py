@@ -1,6 +1,6 @@
 """Tree: a batch of draft trees.
 
-Letters: B batch, N nodes.
+Every sequence has one, all with the same number of nodes:
 
       0 root        tokens  [t0, t1, t2, t3, t4]
      / \\            parents [-1,  0,  0,  1,  3]
@@ -17,6 +17,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
 NO_PARENT = -1
 
@@ -26,20 +27,20 @@ NO_PARENT = -1
 class Tree:
     """A draft tree a batch row. Masks and positions are derived from `parents`, never stored beside them.
 
-    tokens: [B, N] int32 target token ids. Node 0 is the root, a token the target itself chose.
-    parents: [B, N] int32 node indices, NO_PARENT for the root; a parent precedes its children.
-    depths: [B, N] int32, 0 for the root.
-    scores: [B, N] float32 cumulative log-probabilities under the draft, 0 for the root.
+    tokens: target token ids. Node 0 is the root, a token the target itself chose.
+    parents: node indices, NO_PARENT for the root; a parent precedes its children.
+    depths: 0 for the root.
+    scores: cumulative log-probabilities under the draft, 0 for the root.
     """
 
-    tokens: jax.Array
-    parents: jax.Array
-    depths: jax.Array
-    scores: jax.Array
+    tokens: Int32[Array, "batch nodes"]
+    parents: Int32[Array, "batch nodes"]
+    depths: Int32[Array, "batch nodes"]
+    scores: Float32[Array, "batch nodes"]
 
     @classmethod
-    def root(cls, tokens: jax.Array) -> Tree:
-        """A tree of the root alone, from tokens [B]: verifying it is plain decoding."""
+    def root(cls, tokens: Int[Array, " batch"]) -> Tree:
+        """A tree of the root alone: verifying it is plain decoding."""
         zeros = jnp.zeros((tokens.shape[0], 1), jnp.int32)
         return cls(tokens[:, None], zeros + NO_PARENT, zeros, zeros.astype(jnp.float32))
 
@@ -47,8 +48,8 @@ class Tree:
     def num_nodes(self) -> int:
         return self.tokens.shape[1]
 
-    def ancestors(self) -> jax.Array:
-        """[B, N, N] bool: node i's row marks i itself and its ancestors; the attention mask of the tree.
+    def ancestors(self) -> Bool[Array, "batch nodes nodes"]:
+        """Node i's row marks i itself and its ancestors; the attention mask of the tree.
 
         By squaring: a matrix that knows 2^s generations, times itself, knows 2^(s + 1).
         """

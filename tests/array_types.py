@@ -1,0 +1,40 @@
+"""Shapes stated by signatures are checked while tests run: jaxtyping's import hook, with beartype behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
+
+# A module imported while a checked one runs would get bytecode of its own, so the largest is imported before.
+import flax.nnx  # noqa: F401
+import jaxtyping
+
+try:
+    import beartype
+except ImportError:  # on a machine with a GPU, set up for nothing but decoding
+    beartype = None  # type: ignore[assignment]
+
+ROOMS = ("eagle_jax.tree",)
+
+F = TypeVar("F", bound=Callable)
+
+
+def check_rooms() -> None:
+    """Has the functions of the rooms checked. Call this before any of them is imported."""
+    if beartype is not None:
+        jaxtyping.install_import_hook(ROOMS, f"{__name__}.{check.__name__}")
+
+
+def check(function: F) -> F:
+    """Checks arguments and result of a function whose annotations state a shape.
+
+    Constructors are not checked: JAX rebuilds pytrees with None, shardings or markers in place of arrays.
+    """
+    stated = any(_states_shape(hint) for hint in function.__annotations__.values())
+    return beartype.beartype(function) if stated and function.__name__ != "__init__" else function
+
+
+def _states_shape(hint: Any) -> bool:
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    return any(_states_shape(part) for part in get_args(hint))
