@@ -24,7 +24,7 @@ from eagle_jax.sampling import SamplingConfig
 from eagle_jax.sharding import DATA, FSDP, TENSOR, path_name, path_sharding
 from eagle_jax.train.config import OptimizerSettings
 from eagle_jax.train.loss.objective import Eagle3Objective
-from eagle_jax.train.run import step
+from eagle_jax.train.run import optimizer, step
 from eagle_jax.tree import TreeConfig
 
 # What a mesh holds of an argument: place(argument, mesh) -> the sharding of every leaf, as a tree like the argument.
@@ -159,7 +159,7 @@ def train_step(shape: Shape, rows: int, width: int, steps: int = 7) -> Program:
         if path not in step.FROZEN
     }
     frozen = {path: array for path, array in arrays.items() if path in step.FROZEN}
-    update = step.optimizer(OptimizerSettings(), 100)
+    update = optimizer.optimizer(OptimizerSettings(), 100)
     state = jax.eval_shape(functools.partial(step.initial_state, update=update, seed=0), masters)
     batch = {name: jax.ShapeDtypeStruct((rows, width), jnp.int32) for name in ("tokens", "loss_mask", "documents")}
     batch["lengths"] = jax.ShapeDtypeStruct((rows,), jnp.int32)

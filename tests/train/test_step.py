@@ -20,7 +20,7 @@ from eagle_jax.train.data.dataset import Dataset, pack
 from eagle_jax.train.data.loader import on_mesh
 from eagle_jax.train.loss.objective import Eagle1Objective, Eagle3Objective, TargetObjective
 from eagle_jax.train.loss.vocabulary import Labels, Soft, likeliest_tokens, vocabulary_loss, vocabulary_losses
-from eagle_jax.train.run import step
+from eagle_jax.train.run import optimizer, step
 from tests.toy import scaled
 
 TARGET = LlamaConfig(
@@ -221,14 +221,14 @@ def test_bfloat16_computes_near_float32_masters():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_schedules_and_clipping(name):
     settings = OptimizerSettings(name=name, learning_rate=0.1, warmup_steps=4, schedule="trapezoid", clip_value=1.0)
-    rates = [float(step.schedule(settings, 54)(i)) for i in range(54)]
+    rates = [float(optimizer.schedule(settings, 54)(i)) for i in range(54)]
     np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
     assert rates[43] == 1.0 and rates[44] <= 1.0 and 0 < rates[53] < 0.15
-    linear = step.schedule(OptimizerSettings(warmup_steps=0, final_fraction=0.5), 10)
+    linear = optimizer.schedule(OptimizerSettings(warmup_steps=0, final_fraction=0.5), 10)
     np.testing.assert_allclose([float(linear(i)) for i in (0, 5, 10)], [1.0, 0.75, 0.5], rtol=1e-6)
 
     masters = {"layers.0.mlp.up": jnp.ones((4, 6)), "layers.0.attention.q": jnp.ones((2, 3, 6)), "norm": jnp.ones(6)}
-    update = step.optimizer(settings, 54)
+    update = optimizer.optimizer(settings, 54)
     gradient = jax.tree.map(lambda a: 100 * jax.random.normal(jax.random.key(1), a.shape), masters)
     changes, _ = update.update(gradient, update.init(masters), masters)
     assert all(0 < np.abs(change).max() < 0.1 for change in jax.tree.leaves(changes))

@@ -31,7 +31,7 @@ from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.data import features, loader
 from eagle_jax.train.loss.objective import Metrics, Objective
 from eagle_jax.train.report import Say, SignsOfLife, log, signs_of_life
-from eagle_jax.train.run import assemble, metrics, processes, resume, save, step
+from eagle_jax.train.run import assemble, metrics, optimizer, processes, resume, save, step
 from eagle_jax.train.run.checkpoint import Checkpoints, NotFinite, check_finite
 from eagle_jax.train.run.evaluate import Evaluator, NotLossless
 from eagle_jax.train.run.progress import Progress
@@ -64,7 +64,7 @@ def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
     changed = resume.changes(output, settings)
     parts, masters = _prepare(settings, say)
     total, mesh = parts.total, parts.mesh
-    update = step.optimizer(settings.optimizer, total)
+    update = optimizer.optimizer(settings.optimizer, total)
     start = functools.partial(step.initial_state, update=update, seed=settings.seed)
     abstract = jax.eval_shape(start, masters)
     shardings = step.state_shardings(abstract, mesh)

@@ -16,7 +16,7 @@ import numpy as np
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.loss.objective import Metrics
 from eagle_jax.train.report import SignsOfLife
-from eagle_jax.train.run import metrics, step
+from eagle_jax.train.run import metrics, optimizer
 from eagle_jax.train.run.checkpoint import NotFinite
 from eagle_jax.train.run.clock import Clock
 
@@ -29,7 +29,7 @@ class Progress:
     def __init__(self, settings: TrainSettings, number: int, total: int, say: SignsOfLife):
         self.settings, self.total, self.say = settings, total, say
         self.records = metrics.Metrics(Path(settings.output), number)
-        self.decay = step.schedule(settings.optimizer, total)
+        self.decay = optimizer.schedule(settings.optimizer, total)
         self.decay(number)  # compile it before the clock starts
         self.unread: list[jax.Array] = []  # losses on the device since the last line of the log
         self.losses: collections.deque[float] = collections.deque(maxlen=MEAN_STEPS)
