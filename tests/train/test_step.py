@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig
 from eagle_jax.models import params
 from eagle_jax.sharding import path_name, path_sharding
+from eagle_jax.train import optimizer_state, optimizer_step
 from eagle_jax.train.config import OptimizerSettings
 from eagle_jax.train.data.dataset import Dataset, pack
 from eagle_jax.train.data.loader import on_mesh
@@ -232,3 +233,51 @@ def test_schedules_and_clipping(name):
     gradient = jax.tree.map(lambda a: 100 * jax.random.normal(jax.random.key(1), a.shape), masters)
     changes, _ = update.update(gradient, update.init(masters), masters)
     assert all(0 < np.abs(change).max() < 0.1 for change in jax.tree.leaves(changes))
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle1"])
+def test_a_step_of_a_head_is_the_run_s_and_compiles_once(kind):
+    """With SGD of rate 1 the head moves by the run's gradient; the target's and the head's weights are arguments."""
+    head, target = models(kind)
+    traces, sgd, batch = [], optax.sgd(1.0), padded()
+
+    @functools.partial(jax.jit, donate_argnames="state")
+    def move(draft, state, target, tokens, lengths, loss_mask, documents):
+        traces.append(kind)
+        return optimizer_step(
+            draft,
+            state,
+            target,
+            tokens,
+            lengths,
+            loss_mask,
+            optimizer=sgd,
+            objective=OBJECTIVES[kind],
+            documents=documents,
+        )
+
+    moved, state, metrics = move(head, optimizer_state(head, sgd), target, **batch)
+    before, after, theirs = params.flatten(head), params.flatten(moved), padded_gradient(kind)
+    np.testing.assert_allclose(metrics["loss"], theirs[0]["loss"], rtol=1e-6)
+    assert before.keys() - theirs[1].keys() <= {"embed", "target_ids"}
+    for path, array in before.items():
+        expected = array - theirs[1].get(path, 0)
+        np.testing.assert_allclose(after[path], expected, atol=1e-5 * np.abs(expected).max(), err_msg=path)
+    changed = jax.tree.map(lambda weight: weight * 1.5, target)
+    _, state, other = move(moved, state, changed, **batch)
+    assert traces == [kind] and state.step == 2 and other["loss"] != metrics["loss"]
+
+
+def test_steps_below_the_rounding_of_a_bfloat16_head_add_up():
+    head, target = models("eagle1")
+    rounded = jax.tree.map(lambda array: array.astype(jnp.bfloat16), head)
+    sgd = optax.sgd(1e-5)
+    state = optimizer_state(rounded, sgd)
+    with pytest.raises(ValueError, match="the state is of another head"):
+        optimizer_step(models("eagle3")[0], state, target, *[None] * 3, optimizer=sgd, objective=Eagle3Objective())
+    texts = [padded()[name] for name in ("tokens", "lengths", "loss_mask")]
+    step_of = functools.partial(optimizer_step, optimizer=sgd, objective=Eagle1Objective(noise=False))
+    moved, after, _ = jax.jit(step_of)(rounded, state, target, *texts)
+    assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype(jnp.bfloat16)}
+    assert (moved.fc[...] == rounded.fc[...]).mean() > 0.9
+    assert (after.masters["fc"] != state.masters["fc"]).mean() > 0.5

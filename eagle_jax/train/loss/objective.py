@@ -21,7 +21,7 @@ from eagle_jax.ops.layout import layout
 from eagle_jax.train.loss import eagle
 from eagle_jax.train.loss.vocabulary import CHUNK, Labels, vocabulary_loss
 
-Batch = Mapping[str, jax.Array]  # tokens, loss_mask, documents [B, S], lengths [B]; features too where they are given
+Batch = Mapping[str, jax.Array]  # tokens, loss_mask [B, S], lengths [B]; documents and features where they are given
 Metrics = dict[str, jax.Array]
 
 
@@ -135,7 +135,7 @@ class TargetObjective:
 
 def _examples(model, target, batch, chunk, documents=True):
     """The target's pass over a batch, or what a file holds of it."""
-    packed = batch["documents"] if documents else None
+    packed = batch.get("documents") if documents else None
     if "features" not in batch:
         return eagle.examples(model, target, batch["tokens"], batch["lengths"], batch["loss_mask"], packed, chunk)
     text = layout(batch["lengths"], batch["tokens"].shape[1], packed)

@@ -6,20 +6,24 @@ table of rules shards both.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
+from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models import params
 from eagle_jax.models.target import Target
 from eagle_jax.sharding import path_sharding
-from eagle_jax.train.loss.objective import Batch, Metrics, Objective
+from eagle_jax.train.loss.objective import Batch, Eagle1Objective, Eagle3Objective, Metrics, Objective
 
 Arrays = dict[str, jax.Array]
+Head = TypeVar("Head", Eagle1Draft, Eagle3Draft)
 FROZEN = ("embed", "target_ids")  # of a head: its embedding is the target's, its vocabulary is chosen
 
 
@@ -103,6 +107,65 @@ def _gradient(
 def initial_state(masters: Arrays, update: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step."""
     return TrainState(jnp.int32(0), masters, update.init(masters), jax.random.key(seed))
+
+
+def optimizer_state(
+    draft: Eagle1Draft | Eagle3Draft, optimizer: optax.GradientTransformation, seed: int = 0
+) -> TrainState:
+    """Returns the state that `optimizer_step` starts from: float32 copies of the head's weights, and the optimizer's.
+
+    Args:
+      seed: of the noise that EAGLE-1's objective adds to the features.
+    """
+    masters, _ = split(draft, FROZEN)
+    return initial_state(jax.tree.map(jnp.copy, masters), optimizer, seed)
+
+
+def optimizer_step(
+    draft: Head,
+    state: TrainState,
+    target: Target,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    loss_mask: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    objective: Eagle1Objective | Eagle3Objective,
+    documents: jax.Array | None = None,
+    micro_batches: int = 1,
+) -> tuple[Head, TrainState, Metrics]:
+    """Takes one optimizer step of a draft head on sequences such as rollouts. Runs the target, which stays constant.
+
+    Pure, with the mathematics of `eagle-jax train`. New weights of `draft` and `target` do not recompile it:
+
+        step = jax.jit(optimizer_step, static_argnames=("optimizer", "objective"), donate_argnames="state")
+
+    Args:
+      draft: an EAGLE-3 head, or one of EAGLE-1 and EAGLE-2. Its embedding and its vocabulary stay.
+      state: see `optimizer_state`. It holds the float32 master weights, of which the returned head is a copy in the
+        dtypes of `draft`; so steps smaller than bfloat16's rounding add up.
+      tokens: [B, S] right-padded. lengths: [B].
+      loss_mask: [B, S], 1 for the tokens to learn, 0 for the others, such as those of a prompt.
+      objective: the loss, `Eagle3Objective()` or `Eagle1Objective()`. Its dtype None means that of `draft`.
+      documents: [B, S], a number for each document where a sequence packs several; None: one.
+      micro_batches: number of gradient-accumulation steps, which divides B; affects rounding only.
+    Returns:
+      The head, the new state, and metrics: "loss", those of the objective, and "grad_norm".
+    """
+    arrays = params.flatten(draft)
+    masters, frozen = split(draft, FROZEN)
+    if state.masters.keys() != masters.keys():
+        raise ValueError("the state is of another head: make it by optimizer_state(draft, optimizer)")
+    if objective.dtype is None:
+        objective = dataclasses.replace(objective, dtype=draft.dtype)
+    batch = {"tokens": tokens, "lengths": lengths, "loss_mask": loss_mask}
+    if documents is not None:
+        batch["documents"] = documents
+    state, metrics = train_step(
+        state, draft, frozen, target, batch, objective=objective, update=optimizer, pieces=micro_batches
+    )
+    trained = {path: master.astype(arrays[path].dtype) for path, master in state.masters.items()}
+    return params.load(draft, trained | frozen), state, metrics
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
