@@ -1,4 +1,4 @@
-"""Training of draft heads: data/ prepares what is learned from, loss/ says what is learned, run/ does it.
+"""Training of draft heads: data/ reads and packs documents, loss/ has the losses, run/ the training loop.
 
 May import the decoder, conversion and measuring, never the commands.
 """

@@ -1,4 +1,4 @@
-"""The settings of a training run: typed, read from YAML, every field with its default; unknown keys are refused."""
+"""Settings of a training run: typed fields with defaults, read from YAML; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
 class Settings(pydantic.BaseModel):
-    """Frozen; an unknown key, a value of another type, or a number that is not finite is an error that names it."""
+    """Base class: frozen. Unknown keys, wrong types and numbers that are not finite are errors that name the key."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSettings(Settings):
-    """What is learned from.
+    """The training data.
 
-    train, held_out: JSON Lines files or JSON arrays; see data/records.py for their records. held_out is for evaluation.
-    row_length: tokens of a row. packing: several documents a row; else one, padded to the shortest of `buckets` (row
-    lengths, ascending; empty: row_length alone) that holds it.
-    on_error, too_long: what to do with bad lines, and with documents longer than a row.
-    chat_template: a Jinja file, in place of the tokenizer's own. add_end: end a text with the end-of-text token.
+    train: JSON Lines files or JSON arrays; data/records.py lists the forms of records.
+    held_out: such files for evaluation.
+    row_length: tokens of a sequence of the batch.
+    packing: pack several documents into a sequence. Otherwise each is padded to the shortest of `buckets` that fits.
+    buckets: sequence lengths, ascending; empty: row_length alone.
+    on_error: "refuse" stops at the first bad line, "skip" counts it.
+    too_long: the treatment of documents longer than row_length.
+    chat_template: a Jinja file that replaces the tokenizer's template.
+    add_end: append the end-of-text token to texts and completions.
     """
 
     train: tuple[str, ...]
@@ -53,9 +57,10 @@ class DataSettings(Settings):
 class HeadSettings(Settings):
     """The shape of a new head.
 
-    draft_vocab_size: EAGLE-3's, chosen by frequency; None: the target's vocabulary.
-    intermediate_size, num_heads, num_kv_heads, head_dim, rope_theta: the target's own by default (rope_theta: 10000,
-    which the official trainer uses). taps: the target layers that EAGLE-3 reads; None: 2, n // 2 and n - 3.
+    draft_vocab_size: EAGLE-3's vocabulary, the most frequent tokens; None: the target's.
+    intermediate_size, num_heads, num_kv_heads, head_dim: None: the target's.
+    rope_theta: 10000 as in the official trainer.
+    taps: the target layers whose input EAGLE-3 reads; None: 2, n // 2 and n - 3.
     """
 
     draft_vocab_size: pydantic.PositiveInt | None = None
@@ -68,11 +73,14 @@ class HeadSettings(Settings):
 
 
 class LossSettings(Settings):
-    """See loss/eagle.py.
+    """The losses; loss/eagle.py defines them.
 
-    EAGLE-3: steps, step_weights (one a step; None: step_decay ** k), alignment, divergence, and feature_weight, of a
-    regression to the target's last hidden states beside the cross-entropy: 0 as in the paper, more for little data.
-    EAGLE-1: token_weight, of the cross-entropy beside the feature regression, and noise on the features.
+    steps: of EAGLE-3's training-time test. Step k weighs step_weights[k]; None: step_decay ** k.
+    alignment, divergence: of EAGLE-3, see `eagle3_loss`.
+    feature_weight: of EAGLE-3's regression to the target's last hidden states. The paper has none (0); with little data
+      it teaches faster.
+    token_weight: of EAGLE-1's cross-entropy, added to the feature regression.
+    noise: add the official uniform noise to EAGLE-1's features.
     """
 
     steps: pydantic.PositiveInt = 7
@@ -92,17 +100,17 @@ class LossSettings(Settings):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the steps."""
+        """Returns the weight of each step."""
         return self.step_weights or tuple(self.step_decay**step for step in range(self.steps))
 
 
 class OptimizerSettings(Settings):
-    """AdamW (or Muon for the matrices with Adam for the rest), its schedule and clipping.
+    """AdamW, or Muon for the matrices and Adam for the rest, with schedule and clipping.
 
-    learning_rate: the peak. adam_learning_rate: of what Muon leaves to Adam; None: the same.
-    schedule: after a linear warm-up over warmup_steps: "linear" or "cosine" down to final_fraction of the peak at the
-    run's end (or at decay_steps), "constant", or "trapezoid": constant, then linear over the last fifth.
-    clip_norm: of the whole gradient. clip_value: of every entry.
+    learning_rate: the peak. adam_learning_rate: of Adam's part under Muon; None: the same.
+    schedule: follows a linear warm-up over warmup_steps. "linear" and "cosine" decay to final_fraction of the peak at
+      the run's end, or at decay_steps. "trapezoid" is constant, then linear over the last fifth.
+    clip_norm: limits the norm of the whole gradient. clip_value: limits each entry.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -119,7 +127,7 @@ class OptimizerSettings(Settings):
 
 
 class MeshSettings(Settings):
-    """Devices an axis: data splits the batch; fsdp splits the batch and the parameters; tensor splits the products."""
+    """Devices per mesh axis: data shards the batch, fsdp batch and parameters, tensor the matrix products."""
 
     data: pydantic.PositiveInt = 1
     fsdp: pydantic.PositiveInt = 1
@@ -127,18 +135,20 @@ class MeshSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """every: steps between checkpoints. keep: how many of the latest; the best by evaluation is kept beside them."""
+    """every: steps between checkpoints. keep: number of latest ones; the best by evaluation is kept as well."""
 
     every: pydantic.PositiveInt = 500
     keep: pydantic.PositiveInt = 2
 
 
 class EvaluationSettings(Settings):
-    """Decoding of held-out prompts while training.
+    """Evaluation during training: the held-out loss, and decoding of held-out prompts.
 
-    every: steps. prompts: how many held-out documents; their first prompt_tokens tokens (a conversation's up to its
-    first answer) are the prompt. new_tokens: decoded of each. tree: as --tree, "depth,top_k,num_nodes" or "chain:5".
-    loss_batches: of held-out rows, for the loss.
+    every: steps between evaluations.
+    prompts: number of held-out documents to continue, from their first prompt_tokens tokens or a chat's first question.
+    new_tokens: tokens decoded per prompt.
+    tree: as --tree: "depth,top_k,num_nodes" or "chain:5".
+    loss_batches: number of batches for the held-out loss.
     """
 
     every: pydantic.PositiveInt = 500
@@ -150,16 +160,18 @@ class EvaluationSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """A run.
+    """All settings of a run.
 
-    kind: what is trained: an EAGLE-3 head, an EAGLE-1 head, or a target (next-token loss).
-    target: a head's target, a folder or hub id. model: a target's config.json, for random weights, beside which its
-    tokenizer lies.
-    start: a model of the kind to go on from, a folder or hub id; None: random weights.
-    output: the run's folder. features: a folder that `eagle-jax train --precompute` wrote; None: the live target.
-    steps or epochs: how long. batch_tokens: tokens a step, in all rows. accumulation: pieces that a step's batch is
-    gone through in. dtype: of the computation; masters are float32. save_dtype: of the model that is written;
-    save_format: whose names and config fields a head is written with, see docs/export.md.
+    kind: trains an EAGLE-3 head, an EAGLE-1 head, or a target by its next-token loss.
+    target: of a head: a folder or hub id.
+    model: of kind target: the config.json of random weights, next to which the tokenizer lies.
+    start: a model of this kind to continue from, a folder or hub id; None: random weights.
+    output: the run's folder.
+    features: a folder written by `eagle-jax train --precompute`; None: run the target in each step.
+    steps, epochs: the length of the run, one of them.
+    batch_tokens: tokens of a step. accumulation: micro-batches of a step.
+    dtype: of the computation; master weights are float32.
+    save_dtype, save_format: of the written model; docs/export.md lists the formats.
     """
 
     kind: Literal["eagle3", "eagle1", "target"]
@@ -201,10 +213,10 @@ class TrainSettings(Settings):
         return self
 
     def rows(self, length: int) -> int:
-        """Rows of a batch whose rows are of this length.
+        """Returns the batch size for sequences of this length.
 
         Raises:
-          ValueError: if they do not divide by the pieces and the devices.
+          ValueError: if it does not divide by the micro-batches and the devices.
         """
         rows, parts = self.batch_tokens // length, self.accumulation * self.mesh.data * self.mesh.fsdp
         if not rows or rows % parts:
@@ -216,10 +228,10 @@ class TrainSettings(Settings):
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> TrainSettings:
-    """The settings in a YAML file, with overrides such as "optimizer.learning_rate=1e-4".
+    """Reads settings from a YAML file, with overrides such as "optimizer.learning_rate=1e-4".
 
     Raises:
-      ValueError: naming the file and the key, for what is no setting.
+      ValueError: naming the file and the keys that are unknown or wrong.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

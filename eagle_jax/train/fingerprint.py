@@ -1,4 +1,4 @@
-"""What a model and data are, in a few characters: to notice that files were made from others."""
+"""Checksums of models, configs and tokenizers, to detect files computed from different inputs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 from eagle_jax.files import checksums
 from eagle_jax.sharding import path_name
 
-# The fields of the configs when fingerprints of them were first stored. They are always part of the text, so that those
-# fingerprints stay valid; a field that was added since is part of it where it differs from its default.
+# The config fields when fingerprints were first stored. They are always part of the text, so that stored fingerprints
+# stay valid; a field that was added later is included only where it differs from its default.
 FIRST_FIELDS = {
     "RopeConfig": "theta kind factor low_freq_factor high_freq_factor original_length",
     "LlamaConfig": (
@@ -33,7 +33,7 @@ FIRST_FIELDS["DraftConfig"] = FIRST_FIELDS["LlamaConfig"] + (
 
 
 def of_config(config: Any) -> str:
-    """Returns a config as text that stays the same when a field with a default is added; else the repr."""
+    """Returns a config as text that does not change when a field with a default is added; else its repr."""
     kind = type(config)
     if not dataclasses.is_dataclass(kind) or not any(base.__module__.startswith("eagle_jax.") for base in kind.__mro__):
         return repr(config)
@@ -55,45 +55,48 @@ def _is_default(config: Any, field: dataclasses.Field[Any]) -> bool:
 
 
 def of_model(model: Any) -> str:
-    """Of a model's config and parameters; the same on any device, and however the parameters are sharded."""
+    """Returns the checksum of a model's config and parameters, whatever its devices and sharding."""
     parts = [of_config(getattr(model, "config", None))]
     tied = getattr(getattr(getattr(model, "model", model), "config", None), "tie_word_embeddings", False)
     for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
         if tied and path_name(path).endswith("lm_head"):
-            continue  # `input_first` gives a tied model this copy of its embedding
+            continue  # a transposed copy of a tied embedding, which `input_first` adds
         sums = np.asarray(_checksums(leaf)).tolist()
         parts.append(f"{jax.tree_util.keystr(path)} {leaf.dtype.name} {list(leaf.shape)} {sums}")
     return checksums.of_text("\n".join(parts))
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """Of a tokenizer with its chat template."""
+    """Returns the checksum of a tokenizer with its chat template."""
     if tokenizer.is_fast:
         content = tokenizer.backend_tokenizer.to_str()
-    else:  # what a class in Python does with its vocabulary is not known
+    else:  # a slow tokenizer is Python code and cannot be serialised: use its class and vocabulary
         content = [type(tokenizer).__name__, of_vocabulary(tokenizer), tokenizer.special_tokens_map]
     return checksums.of_text(json.dumps([content, tokenizer.chat_template]))
 
 
 def of_vocabulary(tokenizer: Any) -> str:
-    """Of a tokenizer's tokens with their ids: 16 characters, the same for every version of its library."""
+    """Returns 16 characters for a tokenizer's tokens and ids, independent of the version of its library."""
     return _of_vocabulary(tokenizer, len(tokenizer))
 
 
 @functools.lru_cache(maxsize=4)
 def _of_vocabulary(tokenizer: Any, size: int) -> str:
-    del size  # part of the cache's key: tokens may be added
+    del size  # only a cache key: adding tokens must invalidate the entry
     return checksums.of_text(json.dumps(sorted(tokenizer.get_vocab().items())))[:16]
 
 
 @jax.jit
 def _checksums(array: jax.Array) -> jax.Array:
-    """Two sums [2] uint32 of the entries' bits, mixed with their places: in integers, so that no order matters."""
+    """Returns two sums [2] uint32 of the entries' bits, hashed with their indices.
+
+    Integer sums do not depend on the order of the reduction, hence not on the sharding.
+    """
     if array.dtype == bool:
         array = array.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
     place = jnp.zeros(array.shape, jnp.uint32)
-    for axis, size in enumerate(array.shape):  # without a reshape, which would gather a sharded array
+    for axis, size in enumerate(array.shape):  # per-axis iota: a reshape would all-gather a sharded array
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
     mixed = (bits ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)

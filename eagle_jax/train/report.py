@@ -1,4 +1,4 @@
-"""What long work tells while it goes on."""
+"""Logs the progress of long work."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Say = Callable[[str], None]
-QUIET = 30.0  # seconds without a word, at most
+QUIET = 30.0  # the longest silence, in seconds
 
 
 def log(message: str) -> None:
-    """To standard error, with the time."""
+    """Prints to standard error, with the time of day."""
     print(f"{datetime.datetime.now():%H:%M:%S} {message}", file=sys.stderr, flush=True)
 
 
 class SignsOfLife:
-    """Passes messages on; where none comes for `every` seconds, says what is going on, and for how long."""
+    """Passes messages on. After `every` silent seconds, reports the current activity and its duration (a heartbeat)."""
 
     def __init__(self, say: Say, every: float):
         self.say, self.every = say, every
@@ -32,11 +32,11 @@ class SignsOfLife:
         self.say(message)
 
     def doing(self, what: str) -> None:
-        """Names what goes on from now; "" for nothing to tell."""
+        """Names the current activity; "" turns the heartbeat off."""
         self.what, self.began = what, time.monotonic()
 
     def watch(self) -> None:
-        """Runs in a thread until `ended`."""
+        """Runs in a thread until `ended` is set."""
         while not self.ended.wait(self.every / 4):
             what, now = self.what, time.monotonic()
             if what and now - max(self.said, self.began) >= self.every:
@@ -45,7 +45,7 @@ class SignsOfLife:
 
 @contextmanager
 def signs_of_life(say: Say, what: str = "", every: float | None = None) -> Iterator[SignsOfLife]:
-    """Yields `say` with a thread that breaks long silences: see `SignsOfLife`."""
+    """Yields a `SignsOfLife` around `say`, with its thread running."""
     life = SignsOfLife(say, QUIET if every is None else every)
     life.doing(what)
     thread = threading.Thread(target=life.watch, name="signs of life", daemon=True)

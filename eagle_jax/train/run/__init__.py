@@ -1,4 +1,4 @@
-"""Runs: the loop, its optimiser step, checkpoints, evaluation and what goes on after an interruption.
+"""Training runs: the loop, the optimizer step, checkpoints, evaluation and resuming.
 
 May import train's data and losses.
 """

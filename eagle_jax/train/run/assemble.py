@@ -1,4 +1,4 @@
-"""What a run starts with: tokenised documents, the target, and the model to train."""
+"""Builds data, target, model and objective of a run from its settings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Splits = dict[str, tuple[Dataset, Rows]]
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """Where the target (of heads), or its config and tokenizer (of a target's own training), come from.
+    """The folder of the target, its tokenizer and config; of kind target: of the model that is trained.
 
     predicted: the positions of a document that the run's loss predicts, see `predicted_by`.
     """
@@ -54,7 +54,7 @@ class DataSource:
 
 
 def source(settings: TrainSettings) -> DataSource:
-    """Opens what settings.target or settings.model name."""
+    """Opens the folder that settings.target or settings.model names."""
     if settings.kind == "target":
         assert settings.model is not None
         path = Path(settings.model)
@@ -68,10 +68,11 @@ def source(settings: TrainSettings) -> DataSource:
 
 
 def predicted_by(settings: TrainSettings) -> slice:
-    """The positions of a document whose loss mask has a weight in the loss.
+    """Returns the positions of a document whose loss mask counts in the loss.
 
-    A target predicts all tokens but the first. EAGLE-3 reads a feature and the token after it, and predicts the next
-    one; its official alignment weighs the rows by their own mask. EAGLE-1 regresses the feature after each position.
+    A target predicts all tokens except the first. EAGLE-3 reads a feature and the token after it, and predicts the
+    next token; its official alignment applies the mask of the input position instead. EAGLE-1 regresses the feature
+    after each position.
     """
     return training_of(settings).predicted(settings.loss)
 
@@ -79,12 +80,12 @@ def predicted_by(settings: TrainSettings) -> slice:
 def documents(
     files: Sequence[str], settings: DataSettings, origin: DataSource, folder: Path, say: Say, begun: bool = False
 ) -> Dataset:
-    """The tokenised documents of some files; from `folder` if it holds those of the same files and settings.
+    """Tokenises files into `folder`, or reuses it if files, settings and tokenizer have the same checksums.
 
     Args:
-      begun: whether a run has learned from the folder's documents.
+      begun: whether a run has already trained on the folder's documents; they must not change then.
     Raises:
-      ValueError: if the files are no longer those of a run that has begun, or hold nothing to learn.
+      ValueError: if the files of such a run changed, or hold nothing to learn.
       DataError: see `read_records`.
     """
     template = read_template(settings.chat_template)
@@ -129,7 +130,7 @@ def documents(
 
 
 def splits(settings: TrainSettings, origin: DataSource, say: Say) -> Splits:
-    """Returns the documents of "train" and, where there are such files, of "held_out", with their rows.
+    """Returns the tokenised and packed documents of "train" and, where the settings name files, of "held_out".
 
     Raises:
       ValueError, DataError: see `documents`.
@@ -145,7 +146,7 @@ def splits(settings: TrainSettings, origin: DataSource, say: Say) -> Splits:
 
 
 def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:
-    """A head's target, sharded over the mesh, in the dtype of the computation."""
+    """Loads a head's target, sharded over the mesh, in the dtype of the computation."""
     assert settings.target is not None
     if converted.is_conversion(Path(settings.target)):
         return convert.load(settings.target, dtype=settings.dtype, mesh=mesh)[0]
@@ -153,7 +154,7 @@ def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:
 
 
 def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None, train: Dataset, say: Say) -> Any:
-    """The model to train, float32: that of settings.start, else with random weights."""
+    """Returns the model to train, in float32: settings.start, or one with random weights."""
     key = jax.random.key(settings.seed)
     if settings.kind == "target" and settings.start is not None:
         model = convert.from_pretrained(settings.start, dtype="float32")[0]
@@ -174,9 +175,9 @@ def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None,
 
 
 def new_eagle3(config: DraftConfig, key: jax.Array, target: Llama, train: Dataset, say: Say) -> Eagle3Draft:
-    """Makes a head that begins with the target's own last norm and output rows.
+    """Initialises a head with the target's final norm and its output rows of the draft vocabulary.
 
-    It has only to learn what to put before them.
+    Only the layer before them starts from random weights.
     """
     taps = 3 if config.taps is None else len(config.taps)
     head = Eagle3Draft(config, taps, key)
@@ -190,7 +191,7 @@ def new_eagle3(config: DraftConfig, key: jax.Array, target: Llama, train: Datase
 
 
 def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
-    """A head of the target's shape, but for what settings.head says."""
+    """Returns the config of a head: the target's shape with the changes in settings.head."""
     head = settings.head
     fields = dataclasses.asdict(target) | dict(
         num_layers=1,
@@ -217,7 +218,7 @@ def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
 
 
 def frequent_tokens(train: Dataset, vocab_size: int, count: int) -> tuple[np.ndarray, float]:
-    """The most frequent tokens to learn, ties by id, ascending; and their share of all of those."""
+    """Returns the ids of the most frequent tokens to learn, ascending, ties by id; and the share that they cover."""
     seen = np.zeros(vocab_size, np.int64)
     for start in range(0, len(train.tokens), 1 << 24):
         part = slice(start, start + (1 << 24))
@@ -227,7 +228,7 @@ def frequent_tokens(train: Dataset, vocab_size: int, count: int) -> tuple[np.nda
 
 
 def rows_of(data: Dataset, settings: TrainSettings) -> Rows:
-    """Returns how documents fill rows, {row length: documents of each row}."""
+    """Packs documents into sequences: {sequence length: documents of each sequence}."""
     length = settings.data.row_length
     if settings.data.packing:
         return {length: dataset.pack(data.lengths, length, settings.seed)}
@@ -235,12 +236,12 @@ def rows_of(data: Dataset, settings: TrainSettings) -> Rows:
 
 
 def rows_of_a_batch(rows: Rows, settings: TrainSettings) -> dict[int, int]:
-    """Returns the rows of a batch by row length."""
+    """Returns the batch size by sequence length."""
     return {length: settings.rows(length) for length in rows}
 
 
 def total_steps(settings: TrainSettings, rows: Rows) -> int:
-    """Returns the steps of a run over the rows of "train".
+    """Returns the number of steps of a run.
 
     Raises:
       ValueError: for epochs of more steps than int32 counts.
@@ -252,19 +253,20 @@ def total_steps(settings: TrainSettings, rows: Rows) -> int:
 
 
 def objective_of(settings: TrainSettings) -> Objective:
-    """The loss that the settings ask for."""
+    """Builds the objective; its chunk grows with the devices that shard the batch."""
     chunk = CHUNK * settings.mesh.data * settings.mesh.fsdp
     return training_of(settings).objective(settings.loss, jnp.dtype(settings.dtype), chunk)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a kind of model is trained.
+    """The functions that train one kind of model.
 
-    predicted: the positions that its loss predicts, see `predicted_by`. objective: its loss, from the settings, the
-      dtype of the computation and the positions of a chunk.
-    new_head: a head with random weights. head_fields: what its config says beyond the target's shape, from the settings
-      and the size of the draft vocabulary. None for a target.
+    predicted: returns the positions that the loss predicts, see `predicted_by`.
+    objective: builds the loss from the settings, the dtype of the computation and the chunk size.
+    new_head: initialises a head; None for a target.
+    head_fields: returns the config fields beyond the target's shape, from the settings and the size of the draft
+      vocabulary; None for a target.
     """
 
     predicted: Callable[[LossSettings], slice]
@@ -273,7 +275,7 @@ class Training:
     head_fields: Callable[[HeadSettings, int], dict[str, Any]] | None = None
 
 
-# By the name that settings have: a target, and every kind of draft with weights; None: it cannot be trained.
+# Keyed by settings.kind: "target", and every kind of draft with weights. None: no training.
 TRAINED: dict[str, Training | None] = {
     "target": Training(
         predicted=lambda loss: slice(1, None),
@@ -299,7 +301,7 @@ TRAINED: dict[str, Training | None] = {
 
 
 def training_of(settings: TrainSettings) -> Training:
-    """Returns how the settings' kind is trained; settings name no other kinds."""
+    """Returns the entry of settings.kind, which is never a kind without training."""
     training = TRAINED[settings.kind]
     assert training is not None
     return training

@@ -1,10 +1,10 @@
-"""Checkpoints of a run, by orbax: state, place in the data, score; written in the background, atomically.
+"""Checkpoints of a run by orbax: state, position in the data, score. Written asynchronously and atomically.
 
-    folder/STEP/state/, place/, metrics/   what orbax writes
+    folder/STEP/state/, place/, metrics/   orbax items
     folder/STEP/checksums.json             size and SHA-256 of each of those files, written last
-    folder/STEP.unusable                   a damaged checkpoint that a run went on without
+    folder/STEP.unusable                   a damaged checkpoint that a resumed run skipped
 
-A folder gets the name STEP when all of it is there. Checkpoints of older versions have no checksums.
+A folder is renamed to STEP once it is complete. Checkpoints of older versions have no checksums.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ OURS = (
     "state",
     "place",
     "metrics",
-)  # the items that are read; orbax changes its own metadata beside them after the checksums
+)  # the items with checksums; orbax changes its metadata files after these are computed
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, holds numbers that are not finite, or could not be written."""
+    """Raised for a checkpoint that is damaged, not finite, or could not be written."""
 
 
 class DoesNotFit(ValueError):
@@ -47,11 +47,11 @@ class DoesNotFit(ValueError):
 
 
 class NotFinite(ValueError):
-    """A state with NaN or infinite numbers, which is not saved."""
+    """Raised for a state with NaN or infinite numbers, which is not saved."""
 
 
 class _Handler(ocp.CompositeCheckpointHandler):
-    """Writes the checksums once everything else is written, before the folder gets its name."""
+    """Writes the checksums after all items, before orbax renames the folder to its final name."""
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
@@ -65,9 +65,9 @@ class _Items(ocp.args.Composite):
 
 
 class Checkpoints:
-    """A folder of checkpoints: the latest `keep`, and the best by its evaluation.
+    """A folder that keeps the latest `keep` checkpoints and the one with the best score.
 
-    All processes call every method alike; the first one writes, deletes and compares checksums.
+    All processes must call every method; process 0 writes, deletes and verifies checksums.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -75,7 +75,7 @@ class Checkpoints:
         if processes.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in (*self.folder.glob("*.orbax-checkpoint-tmp*"), *self.folder.glob(".*.removed")):
-                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)  # partial folders of a killed process
         json_file = ocp.JsonCheckpointHandler
         handler = _Handler(state=ocp.StandardCheckpointHandler(), place=json_file(), metrics=json_file("metrics"))
         self.writer = ocp.AsyncCheckpointer(handler)
@@ -83,12 +83,13 @@ class Checkpoints:
         self.reader = ocp.StandardCheckpointHandler()
 
     def save(self, state: TrainState, place: dict[str, Any], score: float | None) -> None:
-        """Starts to write; `state` may be donated afterwards. Does nothing if its step is saved already.
+        """Starts an asynchronous save; `state` may be donated afterwards. Skips a step that is already saved.
 
         Args:
-          score: higher is better; None, or a number that is not finite: not evaluated.
+          score: higher is better. None or a number that is not finite means not evaluated.
         Raises:
-          NotFinite: if the state is not finite; nothing is written. CheckpointError: if the last save failed.
+          NotFinite: if the state is not finite; nothing is written.
+          CheckpointError: if the previous save failed.
         """
         step = int(state.step)
         self.wait()
@@ -106,10 +107,10 @@ class Checkpoints:
         self.writer.save(self.folder / str(step), args=items)
 
     def wait(self) -> None:
-        """Waits until everything is written.
+        """Waits for the asynchronous save.
 
         Raises:
-          CheckpointError: if that failed.
+          CheckpointError: if it failed.
         """
         try:
             self.writer.wait_until_finished()
@@ -129,24 +130,24 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step with the highest score; None where nothing was evaluated."""
+        """Returns the step with the highest score; None if none was evaluated."""
         return next(iter(self._by_score()), None)
 
     def _by_score(self) -> list[int]:
-        """Returns the evaluated steps by descending score; among equals the latest first."""
+        """Returns the evaluated steps by descending score; ties by the latest step."""
         self.wait()
         scores = {step: _score(self.folder / str(step)) for step in self.steps()}
         evaluated = [step for step, score in scores.items() if score > NOT_EVALUATED]
         return sorted(evaluated, key=lambda step: (scores[step], step), reverse=True)
 
     def restore(self, step: int, like: TrainState, mesh: Any) -> tuple[TrainState, dict[str, Any]]:
-        """The state of a step, straight into its shardings on `mesh`, and the place in the data.
+        """Restores a step directly into its shardings on `mesh`; returns the state and the position in the data.
 
         Args:
-          like: an abstract state; gradient clipping, which has no state, may differ from the checkpoint's.
+          like: an abstract state. Its gradient clipping, which is stateless, may differ from the checkpoint's.
         Raises:
-          CheckpointError: naming the checkpoint and its file, if that is damaged or not finite.
-          DoesNotFit: if it is whole, but of another shape than `like`, or too large.
+          CheckpointError: naming the checkpoint and the file that is damaged or not finite.
+          DoesNotFit: if its shapes differ from `like`, or memory is too small.
         """
         path = self.folder / str(step)
         self._refuse(path, damage(path) if processes.is_first() else None)
@@ -162,14 +163,14 @@ class Checkpoints:
         return state, place
 
     def _refuse(self, path: Path, fault: str | None, kind: type[ValueError] = CheckpointError) -> None:
-        """Raises an error in all processes if one of them found a fault."""
+        """Raises in all processes if any of them found a fault."""
         if processes.any_of(fault is not None):
             raise kind(f"checkpoint {path}: {fault or 'another process cannot use it'}")
 
     def _restored(self, path: Path, like: TrainState, mesh: Any) -> TrainState:
         saved = like
         count = len(self.reader.metadata(path).tree["optimizer"]) if isinstance(like.optimizer, tuple) else 0
-        if count and count != len(like.optimizer):  # chained with other clipping
+        if count and count != len(like.optimizer):  # another number of clipping transforms in the chain
             saved = like._replace(optimizer=(*[optax.EmptyState()] * (count - 1), like.optimizer[-1]))
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -182,12 +183,12 @@ class Checkpoints:
         return state._replace(key=jax.random.wrap_key_data(state.key))
 
     def restore_latest(self, like: TrainState, mesh: Any, say: Say) -> tuple[TrainState, dict[str, Any]] | None:
-        """Restores the latest usable checkpoint; None if there is none at all.
+        """Restores the latest usable checkpoint; None if there are none.
 
-        Reports damaged ones that it skips, and renames them to STEP.unusable: the run can save those steps again.
+        Damaged ones are reported and renamed to STEP.unusable, which lets the run save these steps again.
 
         Raises:
-          CheckpointError: if there are only unusable ones.
+          CheckpointError: if all are unusable.
         """
         self.wait()
         steps, faults = self.steps()[::-1], {}
@@ -208,7 +209,7 @@ class Checkpoints:
         return None
 
     def restore_best(self, like: TrainState, mesh: Any, say: Say) -> TrainState | None:
-        """The usable state with the highest score; None where nothing was evaluated."""
+        """Restores the usable state with the highest score; None if none was evaluated."""
         for step in self._by_score():
             try:
                 return self.restore(step, like, mesh)[0]
@@ -228,12 +229,12 @@ class Checkpoints:
             return
         kept = {*self.steps()[-self.keep :], *self._by_score()[:1]}
         for step in set(self.steps()) - kept:
-            removed = self.folder / f".{step}.removed"  # renamed first, as a folder with a number must be complete
+            removed = self.folder / f".{step}.removed"  # rename first: a folder with a number must be complete
             os.rename(self.folder / str(step), removed)
             shutil.rmtree(removed, ignore_errors=True)
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Waits for the last save and closes orbax."""
         try:
             self.wait()
             self._delete_old()
@@ -242,12 +243,12 @@ class Checkpoints:
 
 
 def damage(path: Path) -> str | None:
-    """The first fault of a checkpoint's files; None if there is none, or no checksums of an older version."""
+    """Returns the first fault of a checkpoint's files; None if they are intact, or older than checksums."""
     try:
         return checksums.fault(path)
     except FileNotFoundError:
         return None if _is_older(path) else f"it was not written or copied whole ({checksums.NAME} is missing)"
-    except OSError as error:  # of a disk that cannot be read there
+    except OSError as error:  # unreadable sectors are damage, too
         return f"cannot be read: {_short(error)}"
 
 
@@ -262,7 +263,7 @@ def check_finite(state: TrainState) -> None:
 
 
 def is_finite(state: TrainState) -> bool:
-    """Whether no number of a state is NaN or infinite."""
+    """Returns whether all numbers of a state are finite."""
     return bool(_all_finite((state.masters, state.optimizer)))
 
 
@@ -273,7 +274,7 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _is_older(path: Path) -> bool:
-    """Whether a checkpoint without checksums was written by a version that made none."""
+    """Returns whether a checkpoint without checksums comes from a version that wrote none."""
     try:
         return "checksums" not in _read_json(path / "place/metadata")
     except (OSError, ValueError, TypeError):
@@ -294,7 +295,7 @@ def _read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _without_leftovers() -> Iterator[None]:
-    """Silences reads that orbax abandons at the first error; they print when they are garbage-collected."""
+    """Silences the reads that orbax abandons at the first error, which print when they are garbage-collected."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
@@ -304,13 +305,13 @@ def _without_leftovers() -> Iterator[None]:
 
 
 def _short(error: Exception) -> str:
-    """An error in a line: TensorStore's have many."""
+    """Shortens a multi-line TensorStore error to one line."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).split(" See full TensorStore")[0]
     return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
-    """A state as orbax stores it: keys as their data."""
+    """Converts a state for orbax: typed keys become their key data."""
     values = state._asdict()
     if isinstance(state.key, jax.sharding.Sharding):
         return values

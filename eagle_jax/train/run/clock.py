@@ -1,4 +1,4 @@
-"""The clock of a training run."""
+"""Measures the speed of a training run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import time
 
 
 class Clock:
-    """Speed since the last look, and the time left. What compiles, evaluates and saves is left out."""
+    """Steps a second since the last call of `rate`, and the time left, without compilation, evaluation and saving."""
 
     def __init__(self, step: int, total: int):
         self.step, self.total, self.at, self.last = step, total, time.monotonic(), math.nan
 
     def rate(self, step: int) -> float:
-        """Steps a second since the last look at an earlier step; NaN if all since then were left out."""
+        """Returns steps a second since the last call at an earlier step; NaN if all steps since were left out."""
         if step > self.step:
             now = time.monotonic()
             self.last = (step - self.step) / max(now - self.at, 1e-9)
@@ -22,10 +22,10 @@ class Clock:
         return self.last
 
     def leave_out(self, seconds: float, steps: int = 0) -> None:
-        """Seconds that were spent otherwise, and steps that took place in them."""
+        """Excludes some seconds, and the steps that ran in them."""
         self.at += seconds
         self.step += steps
 
     def left(self, step: int) -> datetime.timedelta:
-        """Until the last step, at the rate of the last ones."""
+        """Estimates the time until the last step, at the latest rate."""
         return datetime.timedelta(seconds=round((self.total - step) / self.rate(step)))

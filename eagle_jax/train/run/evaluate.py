@@ -1,4 +1,4 @@
-"""Evaluation while training: the loss on held-out rows, and real decoding of held-out prompts by the tree decoder.
+"""Evaluation during training: the held-out loss, and speculative decoding of held-out prompts.
 
 Letters: B prompts, P padded prompt.
 """
@@ -35,12 +35,12 @@ from eagle_jax.tree.named import tree_named
 
 
 class NotLossless(RuntimeError):
-    """Speculative greedy text that is not the plain one."""
+    """Raised if speculative greedy text differs from the plain greedy text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """tokens [B, P], lengths [B]; plain [B, P + new]: the target's own greedy text, ends [B] its length."""
+    """Prompts tokens [B, P] of lengths [B], and the target's greedy texts plain [B, P + new] of lengths ends [B]."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -49,16 +49,16 @@ class Prompts:
 
     @property
     def new_tokens(self) -> list[list[int]]:
-        """What the target wrote after each prompt."""
+        """Returns the target's continuation of each prompt."""
         rows = zip(self.lengths, self.ends, self.plain, strict=True)
         return [row[start:end].tolist() for start, end, row in rows]
 
 
 def prompts_of(held_out: Dataset, count: int, prompt_tokens: int) -> list[np.ndarray]:
-    """Beginnings of held-out documents, spread evenly: a conversation up to its first answer, or prompt_tokens tokens.
+    """Returns prompts from evenly spaced documents: a chat up to its first answer, else the first prompt_tokens tokens.
 
     Raises:
-      ValueError: if there are none.
+      ValueError: if no document is long enough.
     """
     found = []
     for index in range(len(held_out)):
@@ -73,7 +73,7 @@ def prompts_of(held_out: Dataset, count: int, prompt_tokens: int) -> list[np.nda
 
 
 def plain_text(target: Target, prompts: list[np.ndarray], new_tokens: int, stop_tokens: tuple[int, ...]) -> Prompts:
-    """The prompts with the target's own greedy continuation."""
+    """Decodes the prompts greedily without a draft."""
     tokens, lengths = pad([prompt.tolist() for prompt in prompts])
     out = generate(target, None, tokens, lengths, max_new_tokens=new_tokens, stop_tokens=stop_tokens)
     return Prompts(*map(np.asarray, (tokens, lengths, out.tokens, out.lengths)))
@@ -87,10 +87,10 @@ def accepted_length(
     new_tokens: int,
     stop_tokens: tuple[int, ...],
 ) -> dict[str, Any]:
-    """Decodes greedily with a head: tokens a cycle, bonus counted, and the share of cycles that got to each depth.
+    """Decodes greedily with a head; returns tokens a cycle (with the bonus) and the share of cycles that reach a depth.
 
     Raises:
-      NotLossless: if a text is not the plain one, near-ties of the logits aside.
+      NotLossless: if a text differs from the plain one other than at a near-tie of the logits.
     """
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
     out = generate(target, draft, tokens, lengths, tree=tree, max_new_tokens=new_tokens, stop_tokens=stop_tokens)
@@ -102,10 +102,10 @@ def accepted_length(
 
 
 def check_equal(target: Target, prompts: Prompts, tokens: np.ndarray, ends: np.ndarray) -> int:
-    """How many rows part from the plain text, each at a near-tie.
+    """Returns the number of sequences that leave the plain text at a near-tie.
 
     Raises:
-      NotLossless: at anything else.
+      NotLossless: at any other difference.
     """
     parted, dtype = 0, jnp.dtype(target.dtype).name
     for row, (ours, theirs) in enumerate(zip(tokens, prompts.plain, strict=True)):
@@ -129,15 +129,15 @@ def _row_logits(target, tokens, lengths):
 
 
 def _logits_at(target: Target, tokens: np.ndarray, place: int) -> np.ndarray:
-    """The target's logits for the token at `place` of a row."""
+    """Returns the target's logits for the token at position `place`."""
     logits = _row_logits(target, tokens[None], np.array([place]))
     return np.asarray(logits[0, place - 1])
 
 
 class Evaluator:
-    """Called with the masters: metrics of held-out data, and their score, higher is better.
+    """Maps masters to metrics of held-out data and a score; higher is better.
 
-    A head's score is the tokens a cycle that it brings, a target's is its loss, negative.
+    The score is a head's tokens a cycle, or a target's negative loss.
     """
 
     def __init__(
@@ -153,7 +153,12 @@ class Evaluator:
         origin: assemble.DataSource,
         features: Any = None,
     ):
-        """model: abstract; frozen: its arrays that are not trained. features: as in `loader.batches`."""
+        """Builds batches and prompts.
+
+        Args:
+          model: abstract. frozen: its arrays that are not trained.
+          held_out, rows: see `assemble.splits`. features: see `loader.batches`.
+        """
         self.settings, self.mesh, self.model, self.frozen, self.target = settings, mesh, model, frozen, target
         new, most = settings.evaluation.new_tokens, origin.config.max_position_embeddings
         if new >= most:
@@ -167,7 +172,7 @@ class Evaluator:
         self.tree = tree_named(settings.evaluation.tree)
         self.stop_tokens = eos_tokens(origin.folder, origin.config.vocab_size, origin.tokenizer)
         self.prompts = prompts_of(held_out, settings.evaluation.prompts, settings.evaluation.prompt_tokens)
-        self.plain: Prompts | None = None  # a head's target writes it once, at the first evaluation
+        self.plain: Prompts | None = None  # greedy texts of a frozen target, decoded once
 
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
         def measure(masters, frozen, target, batch):
@@ -191,7 +196,7 @@ class Evaluator:
         return values, float(values["tokens_a_cycle"])
 
     def loss(self, masters: Arrays) -> dict[str, Any]:
-        """The mean loss and metrics over the first batches of held-out rows."""
+        """Returns the mean loss and metrics over the first held-out batches."""
         found = []
         for index in range(self.count):
             batch = loader.on_mesh(self.batches[index], self.mesh)

@@ -1,10 +1,10 @@
-"""A training run: data, models and state from settings, then steps with checkpoints, evaluation and metrics.
+"""A training run from its settings: builds data, models and state, then takes steps and saves, evaluates and logs.
 
-output/settings.yaml    what the run goes on with, and its history, see resume.py
+output/settings.yaml    the settings, and their history, see resume.py
 output/data/            tokenised documents, see ../data/dataset.py
-output/checkpoints/     see checkpoint.py; a run that was ended goes on from the latest
-output/metrics.jsonl    a line every log_every steps and every evaluation; output/tensorboard/ the same
-output/final/, best/    the trained model as official checkpoint files, of the last step and of the best evaluation
+output/checkpoints/     see checkpoint.py; an interrupted run resumes from the latest
+output/metrics.jsonl    a line per log_every steps and per evaluation; output/tensorboard/ the same
+output/final/, best/    checkpoint folders of the model after the last step and at the best evaluation
 output/plot.png         loss and accepted length over the steps
 """
 
@@ -42,16 +42,16 @@ Advance = Callable[[TrainState, loader.Batch], tuple[TrainState, Metrics]]
 
 
 def train(settings: TrainSettings, say: Say = log, command: str = "the same command") -> int:
-    """Starts the run in settings.output, or goes on with it. Several processes call it alike; the first one writes.
+    """Starts or resumes the run in settings.output. All processes of a distributed run call this; process 0 writes.
 
     Args:
-      command: what starts it again, for messages.
+      command: the command line that resumes the run, for messages.
     Returns:
-      An exit code: 0, or 143 after SIGTERM and 130 after Ctrl-C, which end a run at its next step, saved.
+      The exit code: 0, or 143 after SIGTERM and 130 after Ctrl-C. These save the next step and end the run.
     Raises:
-      ValueError: bad data (DataError), models that do not fit, settings that another run was started with, an output
-        that another process writes to (Locked), damaged checkpoints only (CheckpointError), or a loss that diverged.
-      NotLossless: see `Evaluator`; the step is saved.
+      ValueError: for bad data (DataError), models that do not fit each other, settings that differ from the run's, an
+        output in use (Locked), unusable checkpoints (CheckpointError), or a loss that diverged.
+      NotLossless: see `Evaluator`; the step is saved first.
     """
     say = processes.of_first(say)
     with contextlib.ExitStack() as held:
@@ -103,10 +103,13 @@ def _train(settings: TrainSettings, say: SignsOfLife, command: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """The data and the models of a run; everything that its steps do not change.
+    """The data and models of a run, which its steps do not change.
 
-    splits: see `assemble.splits`. stored: what reads precomputed features, by split. total: steps. target: None where
-    one is trained. model: the abstract module that is trained. frozen: those of its arrays that are not.
+    splits: see `assemble.splits`.
+    stored: the readers of precomputed features, by split.
+    total: the number of steps.
+    target: of a head; None if a target is trained.
+    model: the trained module, abstract. frozen: its arrays that are not trained.
     """
 
     settings: TrainSettings
@@ -121,7 +124,7 @@ class _Parts:
     objective: Objective
 
     def batches(self) -> Any:
-        """Returns this process's blocks of the training batches, as `loader.iterator`."""
+        """Returns an iterator over this process's shards of the training batches."""
         data, rows = self.splits["train"]
         blocks, of = loader.own_blocks(self.mesh)
         seed, counts = self.settings.seed, assemble.rows_of_a_batch(rows, self.settings)
@@ -129,7 +132,7 @@ class _Parts:
         return loader.iterator(loader.batches(data, rows, counts, seed, features=read, blocks=blocks, of=of))
 
     def advance(self, update: optax.GradientTransformation, shardings: TrainState) -> Advance:
-        """Compiles a step, which donates its state."""
+        """Returns the jitted step, which donates the state."""
         model, frozen, target, mesh = self.model, self.frozen, self.target, self.mesh
         fixed = {"objective": self.objective, "update": update, "pieces": self.settings.accumulation}
 
@@ -141,7 +144,7 @@ class _Parts:
         return lambda state, batch: compiled(state, frozen, target, loader.on_mesh(batch, mesh))
 
     def evaluator(self) -> Evaluator | None:
-        """Returns what evaluates masters; None without held-out data."""
+        """Returns the evaluator; None without held-out data."""
         if "held_out" not in self.splits:
             return None
         return Evaluator(
@@ -165,7 +168,10 @@ class _Parts:
 
 
 def _prepare(settings: TrainSettings, say: SignsOfLife) -> tuple[_Parts, Arrays]:
-    """Tokenises the data and loads the models; returns the float32 masters apart from the rest, to be freed."""
+    """Tokenises the data and loads the models.
+
+    Returns the float32 masters separately: the caller frees them once the state has its copy.
+    """
     mesh = make_mesh(settings.mesh.model_dump())
     origin = assemble.source(settings)
     say.doing("preparing the data")
@@ -187,7 +193,7 @@ def _prepare(settings: TrainSettings, say: SignsOfLife) -> tuple[_Parts, Arrays]
 
 
 class _Loop:
-    """Takes the steps of a run, evaluates and saves."""
+    """The loop over steps, with evaluation and checkpoints."""
 
     def __init__(
         self,
@@ -227,11 +233,11 @@ class _Loop:
         return state, 0 if number == self.total else ended
 
     def due(self, number: int, every: int) -> bool:
-        """Whether something is done after step `number`: every so many steps, and after the last one."""
+        """Returns whether step `number` is a multiple of `every`, or the last step."""
         return number % every == 0 or number == self.total
 
     def step(self, state: TrainState, number: int, progress: Progress) -> tuple[TrainState, Metrics]:
-        """Takes step `number`. Rows of another length compile another program, which the clock leaves out."""
+        """Takes step `number`. Each sequence length compiles one program; the clock excludes that time."""
         batch = next(self.batches)
         shape = batch["tokens"].shape
         if shape in self.compiled:
@@ -242,10 +248,10 @@ class _Loop:
             return jax.block_until_ready(self.advance(state, batch))
 
     def evaluate(self, state: TrainState, number: int, progress: Progress) -> float | None:
-        """Evaluates after step `number` if that is due; returns the score.
+        """Returns the score after step `number`; None if no evaluation is due.
 
         Raises:
-          NotFinite: for a state that would not be saved. NotLossless: see `Evaluator`.
+          NotFinite: before evaluating a diverged state. NotLossless: see `Evaluator`.
         """
         if self.evaluator is None or not self.due(number, self.settings.evaluation.every):
             return None
@@ -260,7 +266,7 @@ class _Loop:
 
 
 def _diverged(what: str, settings: TrainSettings, checkpoints: Checkpoints) -> ValueError:
-    """An error that says how to go on."""
+    """Returns an error that names the settings to change and the step to resume from."""
     good = checkpoints.latest
     begin = "begins anew" if good is None else f"goes on from step {good}, the last good checkpoint,"
     clip = " or set optimizer.clip_norm" if settings.optimizer.clip_norm is None else ""

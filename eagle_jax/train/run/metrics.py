@@ -1,4 +1,4 @@
-"""Metrics of a run: JSON lines, TensorBoard, and a plot."""
+"""Writes the metrics of a run: JSON lines, TensorBoard, and a plot."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from eagle_jax.files.atomic import new_file, write_text
 
 
 class Metrics:
-    """Appends {"step": ..., name: number or list} lines to metrics.jsonl, and the numbers to tensorboard/.
+    """Appends {"step": ..., name: number or list} to metrics.jsonl, and the same numbers to tensorboard/.
 
-    Of several processes the first does it.
+    Only process 0 writes.
     """
 
     def __init__(self, folder: Path, step: int):
-        """step: the one that a run goes on from; lines behind it, of a run that was killed, are dropped."""
+        """Drops the lines after `step`, the step that a killed run resumes from."""
         self.board = None
         if jax.process_index() != 0:
             return
@@ -32,7 +32,7 @@ class Metrics:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers, and lists of them, which TensorBoard shows as name/0, name/1, ..."""
+        """Writes numbers, and lists of numbers, which TensorBoard shows as name/0, name/1, ..."""
         if self.board is None:
             return
         plain = {name: np.asarray(value, np.float64).tolist() for name, value in values.items()}
@@ -49,7 +49,7 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; what is damaged, such as a last one that was cut off, is left out."""
+    """Reads a metrics file; skips damaged lines, such as a truncated last one."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
@@ -62,7 +62,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def plot(folder: Path) -> Path | None:
-    """Draws loss and accepted length over the steps to plot.png; None where matplotlib is not installed."""
+    """Plots loss and accepted length over the steps to plot.png; returns None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

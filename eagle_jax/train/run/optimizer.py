@@ -1,4 +1,4 @@
-"""The optimiser of a run, from its settings."""
+"""Builds the Optax optimizer of a run from its settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eagle_jax.train.run.step import Arrays
 
 
 def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
-    """The learning rate of every step as a fraction of its peak."""
+    """Returns the schedule of the learning rate, as a fraction of its peak."""
     warmup, last = settings.warmup_steps, settings.decay_steps or steps
     decay = max(last - warmup, 1)
     final = settings.final_fraction
@@ -25,7 +25,7 @@ def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
 
 
 def optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW or Muon, over {path: array}."""
+    """Returns clipping, then AdamW or Muon, over {path: array}. AdamW decays matrices only."""
     shape = schedule(settings, steps)
 
     def rate(peak: float) -> optax.Schedule:
@@ -56,11 +56,11 @@ def optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransfor
 
 
 def _matrices(masters: Arrays) -> dict[str, Any]:
-    """What Muon makes orthogonal: products inside the layers, [out, in] or [heads, head dim, in]."""
+    """Returns how Muon sees the layers' matrices, [out, in] or [heads, head dim, in]; None: Adam's part."""
     dims = {2: optax.contrib.MuonDimensionNumbers((1,), (0,)), 3: optax.contrib.MuonDimensionNumbers((2,), (0, 1))}
     outside = ("embed", "lm_head")
 
-    def of(path: str, array: Any) -> Any:  # Muon asks with parts of the dictionary masked, too
+    def of(path: str, array: Any) -> Any:  # Muon also calls this with masked leaves, which have no ndim
         return None if path in outside or "bias" in path else dims.get(getattr(array, "ndim", 0))
 
     return {path: of(path, array) for path, array in masters.items()}

@@ -1,4 +1,4 @@
-"""Writes the target's hidden states of all rows of a run: `eagle-jax train --precompute`."""
+"""Precomputes the target's hidden states of all sequences of a run: `eagle-jax train --precompute`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from eagle_jax.train.run.assemble import objective_of
 
 
 def precompute(settings: TrainSettings, folder: Path, say: Say = log, shard_bytes: int = SHARD_BYTES) -> int:
-    """Runs the target over the rows of train and held_out; goes on with what an earlier call began.
+    """Runs the target over all sequences of train and held_out; resumes an earlier call.
 
-    Rows go through it as many at a time as in a step's piece, so that the numbers are those of the live target.
+    Uses the training micro-batch size, so that features equal those computed online.
 
     Args:
-      shard_bytes: most bytes of a file of features.
+      shard_bytes: the largest size of a file of features.
     Raises:
-      ValueError: for a run that has no head, or on several hosts; Locked: while another process writes to the folder;
-        FeaturesError, OSError: see `features.write`.
+      ValueError: for kind target, or on several hosts.
+      Locked: while another process writes to the folder.
+      FeaturesError, OSError: see `features.write`.
     """
     if settings.kind == "target":
         raise ValueError("--precompute is for heads: a target has no features")
@@ -57,7 +58,7 @@ def _precompute(settings: TrainSettings, folder: Path, say: SignsOfLife, shard_b
         return prepared.features, prepared.answers
 
     def compute(group: Group, chosen: range) -> np.ndarray:
-        """In pieces of one shape; the last one is filled up with its last row."""
+        """Runs micro-batches of one shape; pads the last by repeating its last sequence."""
         data, rows = splits[group.split]
         own, count = rows[group.length], features.pass_rows(settings, group.length)
         parts = []

@@ -1,6 +1,6 @@
-"""Several processes that train together, each on its own devices: what the first one does alone, what all agree on.
+"""Coordinates the processes of a distributed run: work for process 0 alone, agreement on errors and signals.
 
-They share the run's folder. Alone, a process is the first one.
+All processes share the run's folder. A single process is process 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 EXIT_CODES: dict[int, int] = {
     signal.SIGTERM: 143,
     signal.SIGINT: 130,
-}  # what a shell reports for programs that these ended
+}  # 128 + the signal, as shells report it
 
 
 def is_first() -> bool:
@@ -32,15 +32,15 @@ def is_first() -> bool:
 
 
 def of_first(say: Say) -> Say:
-    """Says in the first process what all would say."""
+    """Returns `say` in process 0, and a function that drops messages in the others."""
     return say if is_first() else lambda message: None
 
 
 def by_first(work: Callable[[], object]) -> None:
-    """Has the first process do something, while the others wait.
+    """Runs `work` in process 0, while the others wait.
 
     Raises:
-      ValueError: in the others, if the first one's raised anything.
+      ValueError: in the others, if `work` raised in process 0.
     """
     error = None
     if is_first():
@@ -56,10 +56,10 @@ def by_first(work: Callable[[], object]) -> None:
 
 
 def first_then_others(work: Callable[[], Result]) -> Result:
-    """What `work` returns, run in the first process before the others, which find the files that it wrote.
+    """Runs `work` in process 0 first, then in the others, which can read the files that it wrote.
 
     Raises:
-      ValueError: in the others, if the first one's raised anything.
+      ValueError: in the others, if `work` raised in process 0.
     """
     results: list[Result] = []
     by_first(lambda: results.append(work()))
@@ -72,22 +72,22 @@ def any_of(flag: bool) -> bool:
 
 
 def of_the_first(number: int) -> int:
-    """The first process's number."""
+    """Broadcasts a number from process 0."""
     return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.array(number)))
 
 
 def gathered(model: Any, mesh: Mesh) -> Any:
-    """A model with NumPy arrays, whole in every process; all of them call it."""
+    """All-gathers a model into NumPy arrays in every process; all of them must call this."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda array: np.asarray(jax.device_put(array, everywhere)), model)
 
 
 @contextmanager
 def termination(say: Say) -> Iterator[Callable[[int], int]]:
-    """Yields `ends_with(step)`: the exit code if a signal ends the run with this step, else 0.
+    """Yields `ends_with(step)`: the exit code if a signal ends the run after this step, else 0.
 
-    SIGTERM and Ctrl-C end nothing in the meantime, but a second Ctrl-C ends the process at once. Of several processes
-    one may get the signal; JAX's own service for SIGTERM agrees on a step that all of them end with.
+    SIGTERM and Ctrl-C are only noted; a second Ctrl-C exits at once. If one process of several gets the signal, JAX's
+    preemption service makes all of them agree on the last step.
     """
     several = jax.process_count() > 1
     came: list[int] = []
@@ -114,7 +114,7 @@ def termination(say: Say) -> Iterator[Callable[[int], int]]:
 
 @contextmanager
 def _told_at_once(say: Say) -> Iterator[None]:
-    """Answers signals in a thread: Python's handlers wait for the end of a compilation, which may take minutes."""
+    """Answers signals from a thread: Python's handlers only run after a compilation, which may take minutes."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -123,7 +123,7 @@ def _told_at_once(say: Say) -> Iterator[None]:
         interrupted = False
         while number := reader.recv(1):
             if number[0] == signal.SIGINT and interrupted:
-                os._exit(EXIT_CODES[signal.SIGINT])  # files are written whole or not at all
+                os._exit(EXIT_CODES[signal.SIGINT])  # safe without cleanup: files are written atomically
             if number[0] == signal.SIGINT:
                 interrupted = True
                 say("Ctrl-C: this step is finished and saved first; Ctrl-C again ends at once, without saving")

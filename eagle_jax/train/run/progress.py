@@ -1,4 +1,4 @@
-"""Reports the steps of a run: to the log, metrics.jsonl and TensorBoard."""
+"""Reports the progress of a run to the log, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from eagle_jax.train.run import metrics, optimizer
 from eagle_jax.train.run.checkpoint import NotFinite
 from eagle_jax.train.run.clock import Clock
 
-MEAN_STEPS = 100  # of the running mean of the loss
+MEAN_STEPS = 100  # window of the running mean of the loss
 
 
 class Progress:
-    """Losses, learning rate and speed of the steps from `number` on, and what evaluations find."""
+    """Reports losses, learning rate, speed and evaluations from step `number` on."""
 
     def __init__(self, settings: TrainSettings, number: int, total: int, say: SignsOfLife):
         self.settings, self.total, self.say = settings, total, say
@@ -36,7 +36,7 @@ class Progress:
         self.clock = Clock(number, total)
 
     def add(self, number: int, values: Metrics) -> None:
-        """Takes the metrics of step `number`; reads them from the device, and reports, every log_every steps.
+        """Adds the metrics of step `number`. Every log_every steps, fetches them from the device and reports them.
 
         Raises:
           NotFinite: if a loss since the last report is not finite.
@@ -68,7 +68,7 @@ class Progress:
 
     @contextlib.contextmanager
     def apart(self, state: Any, what: str, steps: int = 0) -> Iterator[None]:
-        """Excludes the block, in which `steps` steps run, from the clock's time. Waits for `state` first."""
+        """Excludes the time of the block, and the `steps` steps in it, from the speed. Waits for `state` first."""
         jax.block_until_ready(state)
         began = time.monotonic()
         self.say.doing(what)

@@ -1,7 +1,7 @@
-"""Going on with a run: which of its settings may differ from before, and where that is noted.
+"""Resuming a run: checks which settings changed, and records the changes.
 
-output/settings.yaml            those that the run goes on with
-output/settings_history.jsonl   a line for every change: when, after which step, and {setting: [before, since]}
+output/settings.yaml            the current settings
+output/settings_history.jsonl   a line per change: time, last step before it, and {setting: [before, since]}
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from eagle_jax.train.config import TrainSettings, read_settings
 
 SETTINGS = "settings.yaml"
 HISTORY = "settings_history.jsonl"
-# Settings and sections that may change when a run goes on. The others say what is learned, from which data and in which
-# order. batch_tokens may not change: the place in the data is counted in batches.
+# Settings and sections that may change when a run resumes. The others define the loss, the data and its order.
+# batch_tokens must not change: the position in the data is counted in batches.
 MAY_CHANGE = {
     "output",
     "features",
@@ -36,25 +36,25 @@ MAY_CHANGE = {
     "evaluation",
     "log_every",
 }
-PATHS = {"target", "model", "start", "data.train", "data.held_out", "data.chat_template"}  # "m/" is "m"
-STAYS = {"optimizer.name"}  # its state has another form
-NOT_NOTED = {"output"}  # a run that was moved is the same
+PATHS = {"target", "model", "start", "data.train", "data.held_out", "data.chat_template"}  # "m/" equals "m"
+STAYS = {"optimizer.name"}  # another optimizer has another state
+NOT_NOTED = {"output"}  # moving a run is no change
 
 
 def begun(output: Path) -> bool:
-    """Whether the folder holds a run."""
+    """Returns whether the folder holds a run."""
     return (output / SETTINGS).is_file()
 
 
 def changes(output: Path, settings: TrainSettings) -> dict[str, tuple[Any, Any]]:
-    """{setting: (before, now)} of a run that goes on; empty for a new one.
+    """Returns {setting: (before, now)} for a run to resume; empty for a new run.
 
     Raises:
-      ValueError: if one changed that must not.
+      ValueError: if a setting changed that must not.
     """
     if not begun(output):
         return {}
-    # A setting that is newer than the run has its default.
+    # A setting that was added after the run began takes its default.
     before, now = (_flat(s.model_dump(mode="json")) for s in (read_settings(output / SETTINGS), settings))
     changed = {
         name: (before[name], now[name])
@@ -73,7 +73,7 @@ def changes(output: Path, settings: TrainSettings) -> dict[str, tuple[Any, Any]]
 
 
 def note(output: Path, settings: TrainSettings, changed: dict[str, tuple[Any, Any]], step: int) -> None:
-    """Writes the settings, and a line of the history if some changed. step: the last one under the settings before."""
+    """Writes the settings and, after a change, a line of the history. step: the last one under the old settings."""
     if changed:
         path = output / HISTORY
         earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -83,12 +83,12 @@ def note(output: Path, settings: TrainSettings, changed: dict[str, tuple[Any, An
 
 
 def in_words(changed: dict[str, tuple[Any, Any]]) -> str:
-    """The changes, for the log."""
+    """Formats changes for the log."""
     return ", ".join(f"{name} {_word(before)} -> {_word(now)}" for name, (before, now) in changed.items())
 
 
 def _path(value: Any) -> Any:
-    """One spelling of a path, or of a list of them."""
+    """Normalises a path, or a list of paths."""
     return list(map(_path, value)) if isinstance(value, list) else value and os.path.normpath(value)
 
 
@@ -97,7 +97,7 @@ def _word(value: Any) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optimizer.learning_rate": ..., ...}."""
+    """Flattens nested settings: {"optimizer.learning_rate": ..., ...}."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}

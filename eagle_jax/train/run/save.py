@@ -1,4 +1,4 @@
-"""Trained models as official checkpoint folders, which every reader of heads and of Llama models takes."""
+"""Writes trained models as checkpoint folders of the official formats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from eagle_jax.train.loss.eagle import in_dtype
 
 
 def save(model: Any, target: Llama | None, folder: Path, settings: TrainSettings) -> None:
-    """Writes a model that a run trained: a head of `target`, or a target (None).
+    """Writes a trained head of `target`; a trained target if `target` is None.
 
     Raises:
       ValueError: see `check_range`.
@@ -34,7 +34,7 @@ def save(model: Any, target: Llama | None, folder: Path, settings: TrainSettings
 
 
 def save_target(model: Llama, config: Path, folder: Path, dtype: str) -> None:
-    """Writes a language model with its config.json and the tokenizer files that lie beside `config`."""
+    """Writes a language model, its config.json, and the tokenizer files in the folder of `config`."""
     with new_folder(folder.resolve()) as place:
         write_tensors(place / SAFETENSORS, to_official(in_dtype(jax.device_get(model), dtype)))
         write_json(place / CONFIG, read_json(config) | {"torch_dtype": dtype})
@@ -42,12 +42,12 @@ def save_target(model: Llama, config: Path, folder: Path, dtype: str) -> None:
 
 
 def save_head(head: Any, target: Llama, folder: Path, dtype: str, format: str = "official") -> None:
-    """Writes a head in a format of `export`, as .safetensors, and reads it back."""
+    """Writes a head as .safetensors in a format of `export`, which also reads it back as a check."""
     export(jax.device_get(head), target, folder, format=format, dtype=dtype, overwrite=True, safetensors=True)
 
 
 def check_range(model: Any, dtype: str) -> None:
-    """Refuses a model with a number that `dtype` cannot hold.
+    """Refuses a model whose numbers overflow `dtype`.
 
     Raises:
       ValueError: naming the parameter and the setting.

@@ -1,7 +1,7 @@
-"""One step of training: gradients of a batch in pieces, and the optimiser's update of float32 masters.
+"""One training step: gradients with micro-batch accumulation, and the optimizer's update of float32 master weights.
 
-Trainable arrays are a flat {path: array} dictionary, float32; so the optimiser's state has the same paths, and one
-table of rules shards both.
+Master weights are a flat {path: array} dictionary. The optimizer's state has the same paths, so one table of rules
+shards both.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from eagle_jax.train.loss.objective import Batch, Eagle1Objective, Eagle3Objecti
 
 Arrays = dict[str, jax.Array]
 Head = TypeVar("Head", Eagle1Draft, Eagle3Draft)
-FROZEN = ("embed", "target_ids")  # of a head: its embedding is the target's, its vocabulary is chosen
+FROZEN = ("embed", "target_ids")  # of a head: the target's embedding, and the ids of the draft vocabulary
 
 
 class TrainState(NamedTuple):
-    """step: int32. masters: {path: float32}. optimizer: optax's. key: of the run; step s uses fold_in(key, s)."""
+    """The state that steps update. key: of the run; step s uses fold_in(key, s)."""
 
     step: jax.Array
     masters: Arrays
@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
 
 def split(model: Any, frozen: tuple[str, ...]) -> tuple[Arrays, Arrays]:
-    """A model's arrays to train, as float32, and those to leave."""
+    """Splits a model's arrays into float32 master weights and the frozen ones."""
     arrays = params.flatten(model)
     kept = {path: array for path, array in arrays.items() if path in frozen}
     return {path: array.astype(jnp.float32) for path, array in arrays.items() if path not in kept}, kept
@@ -54,15 +54,15 @@ def train_step(
     update: optax.GradientTransformation,
     pieces: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update. Pure; jit it with `state` donated.
+    """Takes one step. Pure; jit it and donate `state`.
 
     Args:
-      model: abstract, of the kind that is trained. frozen: its arrays that are not in state.masters.
-      target: a head's target, held constant; None where a target is trained.
-      batch: rows [B, ...], B a multiple of `pieces`.
-      pieces: how many the batch is gone through in; the result is the same, but for rounding.
+      model: the trained module, may be abstract. frozen: its arrays that are not in state.masters.
+      target: of a head, held constant; None if a target is trained.
+      batch: arrays [B, ...].
+      pieces: number of micro-batches, which divides B; affects rounding only.
     Returns:
-      The new state, and the metrics of the batch with "grad_norm", before clipping.
+      The new state, and the metrics of the batch with "grad_norm", the norm before clipping.
     """
     key = jax.random.fold_in(state.key, state.step)
 
@@ -74,7 +74,7 @@ def train_step(
         prepared = prepare(batch)
         result = gradient(prepared, objective.counts(prepared), key)
     else:
-        # Row i goes to piece i % pieces: rows that a device holds stay there.
+        # Sequence i goes to micro-batch i % pieces: no sequence moves to another device.
         split_rows = {name: jnp.swapaxes(a.reshape(-1, pieces, *a.shape[1:]), 0, 1) for name, a in batch.items()}
         prepared = jax.lax.map(prepare, split_rows)
         counts = jax.tree.map(lambda c: c.sum(axis=0), jax.vmap(objective.counts)(prepared))
@@ -105,7 +105,7 @@ def _gradient(
 
 
 def initial_state(masters: Arrays, update: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     return TrainState(jnp.int32(0), masters, update.init(masters), jax.random.key(seed))
 
 
@@ -169,7 +169,7 @@ def optimizer_step(
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """The sharding of every array of an (abstract) state, by the table of rules in sharding.py."""
+    """Returns the shardings of a state, which may be abstract, by the path rules of sharding.py."""
 
     def of(path, leaf):
         names = [str(getattr(key, "key", "")) for key in path]
