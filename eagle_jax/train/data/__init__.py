@@ -1,4 +1,4 @@
-"""Training data: records, chats and their templates, documents packed into sequences, features written once.
+"""Training data: reads records, renders chats, packs documents into sequences, and stores features.
 
 May import train's settings and reports, never its losses or runs.
 """

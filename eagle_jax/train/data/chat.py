@@ -1,10 +1,10 @@
-"""Turns conversations into tokens, and says which of them are the assistant's own.
+"""Tokenises conversations with a loss mask over the assistant's answers.
 
-What the assistant writes is known in one of two ways. A chat template may mark it, by {% generation %} and
-{% endgeneration %}. Without marks the conversation is rendered again up to each answer and up to its end: where each is
-a prefix of the whole, in text and in tokens, the answer is what lies between. A template that changes what it wrote
-before (leaves out earlier reasoning, say) has no such prefixes: then every answer makes a document of its own. An
-answer that is not found whole in what would be learned is refused rather than guessed at.
+A chat template may mark the answers by {% generation %} and {% endgeneration %}. Without marks the conversation is
+rendered up to each answer's start and end. Where both are prefixes of the whole, in text and in tokens, the answer is
+the span between them. Some templates change earlier turns, for example drop their reasoning, which breaks the prefixes.
+Then each answer becomes a document, after the turns before it. An answer that is incomplete in the rendered text is
+refused rather than guessed.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ Kind: TypeAlias = Literal[
 def conversation_tokens(
     tokenizer: Any, messages: Any, *, chat_template: str | None = None, tools: list[Any] | None = None
 ) -> Encoded:
-    """Returns the tokens of a conversation, and which of them the assistant wrote: `conversation_documents`' last one.
+    """Returns tokens and loss mask of a conversation: the last of `conversation_documents`.
 
-    Where the template changes earlier answers, only the last answer is learned. The Fault of an answer that cannot be
-    learned is raised.
+    Where the template changes earlier answers, only the last answer is learned. A Fault in its place is raised.
     """
     documents = conversation_documents(tokenizer, messages, chat_template=chat_template, tools=tools)
     learned = []
@@ -72,26 +71,24 @@ def conversation_tokens(
 def conversation_documents(
     tokenizer: Any, messages: Any, *, chat_template: str | None = None, tools: list[Any] | None = None
 ) -> list[Encoded | Fault]:
-    """Returns the tokens of a conversation by the chat template, and which of them the assistant wrote.
+    """Returns tokens and loss masks of a conversation, rendered by the chat template.
 
-    An answer is learned whole: its content, its reasoning and its tool calls stand in the learned text, or the
-    conversation is refused. It is learned with the mark that ends it, which a model must learn to write, but without
-    white space that a template puts after that mark. Marks of a template count exactly as they are. What follows the
-    last answer (a user's turn) is there and not learned, and so are answers of weight 0.
+    Content, reasoning and tool calls of an answer must all stand in the learned text; otherwise the conversation is
+    refused. The end-of-turn token is learned, too, because a model must write it; template white space after it is not.
+    Marks of a template count exactly as they are. Other turns and answers of weight 0 are context only.
 
     Args:
       tokenizer: of transformers.
-      messages: OpenAI's [{"role", "content"}, ...] or ShareGPT's [{"from", "value"}, ...]: first a system message or
-        none, then user and assistant in turn; tool messages may stand between two of the assistant's. A content is a
-        string or a list of text parts. Other keys ("tool_calls", "reasoning_content") are the template's to read.
-      chat_template: Jinja, in place of the tokenizer's own.
+      messages: OpenAI's [{"role", "content"}, ...] or ShareGPT's [{"from", "value"}, ...]. An optional system message,
+        then user and assistant in turn; tool messages may stand between two of the assistant's. A content is a string
+        or a list of text parts. Other keys ("tool_calls", "reasoning_content") are passed to the template.
+      chat_template: Jinja that replaces the tokenizer's template.
       tools: JSON schemas, for the template.
     Returns:
-      tokens [T] int32 and mask [T] uint8: one pair for all answers, or a pair for each answer, with what was said
-      before, if the template writes earlier answers otherwise than the last one. Then a Fault stands in place of an
-      answer that cannot be learned, unless that holds for all.
+      tokens [T] int32 and mask [T] uint8: one pair for all answers. If the template changes earlier answers: one pair
+      per answer with the turns before it, or a Fault for an answer that cannot be learned.
     Raises:
-      Fault: if the conversation cannot be used, or it is not sure which tokens are the assistant's.
+      Fault: if no answer can be learned, or the assistant's tokens cannot be told for certain.
       ValueError: if there is no chat template, or it is not valid Jinja.
     """
     chat = normal_messages(messages)
@@ -120,7 +117,7 @@ def conversation_documents(
 
 
 def _encoded(rendering: Rendering, text: str, spans: list[Span]) -> Encoded:
-    """The tokens of a text and the mask of its spans of characters."""
+    """Tokenises a text; converts spans of characters to a loss mask."""
     tokens, found = _token_spans(rendering.tokenizer, text, spans, straddling=rendering.marked)
     mask = np.zeros(len(tokens), np.uint8)
     for span in found:
@@ -130,7 +127,7 @@ def _encoded(rendering: Rendering, text: str, spans: list[Span]) -> Encoded:
 
 
 def _check_whole(message: dict[str, Any], name: str, text: str, before: str = "") -> None:
-    """Refuses an answer of which the template left something out of the text that is learned."""
+    """Refuses an answer that is incomplete in the learned text."""
     missing = missing_part(message, text, before)
     if missing is not None:
         whole = f"give one that writes all of it, or {KEEP_TOKENS}"
@@ -138,7 +135,7 @@ def _check_whole(message: dict[str, Any], name: str, text: str, before: str = ""
 
 
 def _rendered_again(rendering: Rendering, chat: list[dict[str, Any]], learned: list[int]) -> tuple[str, list[Span]]:
-    """The text of a conversation, and the span of each answer by rendering its beginnings."""
+    """Returns the text, and the span of each answer, found by rendering prefixes of the conversation."""
     text = rendering.text(chat)
     spans = []
     for index in learned:
@@ -153,7 +150,7 @@ def _rendered_again(rendering: Rendering, chat: list[dict[str, Any]], learned: l
         if not text.startswith(after):
             unsure(f"the chat template changes the text up to {name} when more messages follow")
         content, answer = (chat[index]["content"] or "").strip(), after[len(before) :].strip()
-        # Without a generation prompt, a header such as "assistant:" would seem to be the answer's.
+        # Without the generation prompt, a header such as "assistant:" would count as part of the answer.
         if not (content and answer.startswith(content)) and before == rendering.text(chat[:index]):
             unsure(
                 f"the chat template has no generation prompt, and {name} begins with something else than its content"
@@ -164,10 +161,10 @@ def _rendered_again(rendering: Rendering, chat: list[dict[str, Any]], learned: l
 
 
 def _alone(rendering: Rendering, chat: list[dict[str, Any]]) -> tuple[str, list[Span]]:
-    """The text up to the last message, an answer, and its span: as the template writes it, or as a model does.
+    """Returns the text up to the last message, an answer, and the answer's span.
 
-    A template for models that reason drops the reasoning of every answer, or opens it in the generation prompt. A model
-    wrote its answer after that prompt nevertheless, and then the mark that ends it.
+    The text is the template's if it holds the whole answer, otherwise the one that the model wrote. They differ for
+    reasoning models: templates drop the reasoning of answers, or open it in the generation prompt.
     """
     try:
         return _rendered_again(rendering, chat, [len(chat) - 1])
@@ -181,7 +178,7 @@ def _alone(rendering: Rendering, chat: list[dict[str, Any]]) -> tuple[str, list[
 
 
 def _as_written(rendering: Rendering, chat: list[dict[str, Any]]) -> tuple[str, list[Span]] | None:
-    """The generation prompt, the last message's content and the mark that ends it; None if that is not certain.
+    """Returns generation prompt + content + end-of-turn mark of the last message; None if these are ambiguous.
 
     the template on a probe   <|user|>q<|assistant|>PROBE<|end|>          head, probe, tail
     the generation prompt     <|user|>q<|assistant|><think>               head, opening
@@ -211,7 +208,7 @@ def _as_written(rendering: Rendering, chat: list[dict[str, Any]]) -> tuple[str, 
 
 
 def _marked(rendering: Rendering, chat: list[dict[str, Any]], learned: list[int]) -> tuple[str, list[Span]]:
-    """The text of a conversation, and the spans that the template marks."""
+    """Returns the text, and the spans between the template's marks."""
     rendering.check_marks(chat)
     text, spans = rendering.marks(chat)
     answers = sum(message["role"] == "assistant" for message in chat)
@@ -228,7 +225,7 @@ def _marked(rendering: Rendering, chat: list[dict[str, Any]], learned: list[int]
 
 
 def _marked_alone(rendering: Rendering, chat: list[dict[str, Any]]) -> tuple[str, list[Span]]:
-    """The text up to the last message, an answer, and the spans in it that the template marks."""
+    """Returns the text up to the last message, an answer, and the marked spans of that answer."""
     rendering.check_marks(chat)
     text, spans = rendering.marks(chat)
     spans = _inside(rendering, chat[:-1], chat, text, spans)
@@ -240,7 +237,7 @@ def _marked_alone(rendering: Rendering, chat: list[dict[str, Any]]) -> tuple[str
 def _inside(
     rendering: Rendering, before: list[dict[str, Any]], through: list[dict[str, Any]], text: str, spans: list[Span]
 ) -> list[Span]:
-    """The spans of the last of the messages `through`; the others are `before`."""
+    """Returns the spans that belong to the last message of `through`, which follows `before`."""
     start, end = rendering.text(before), rendering.text(through)
     if not (text.startswith(end) and end.startswith(start)):
         unsure(f"the chat template changes the text up to message {len(through)} when more messages follow")
@@ -251,16 +248,16 @@ def _inside(
 
 
 def _token_spans(tokenizer: Any, text: str, spans: list[Span], straddling: bool) -> tuple[list[int], list[Span]]:
-    """The tokens of a text, and its spans of characters as spans of tokens.
+    """Tokenises a text, and converts spans of characters to spans of tokens.
 
-    A span begins or ends between two tokens if the pieces of the text, tokenised each alone, give the same tokens. If
-    they do not (many tokenizers write something before any text), the text up to there must give the tokens before it:
-    surer of single places, but the work grows with the square of the turns.
+    Fast path: if tokenising the pieces between span edges gives the same tokens, the edges are token boundaries. Many
+    tokenizers prepend something to any text, which breaks this. Then the prefix up to each edge is tokenised, which
+    is quadratic in the number of turns.
 
     Args:
-      straddling: a token that reaches over the edge of a span belongs to it; else such a span is refused.
+      straddling: include a token that crosses the edge of a span; otherwise such a span is refused.
     """
-    encode = functools.partial(text_tokens, tokenizer, add_special_tokens=False)  # the template wrote the special ones
+    encode = functools.partial(text_tokens, tokenizer, add_special_tokens=False)  # the template wrote the specials
     tokens = encode(text)
     edges = sorted({0, len(text), *(place for span in spans for place in span)})
     pieces = encode([text[start:end] for start, end in itertools.pairwise(edges)])
@@ -287,7 +284,7 @@ def _token_spans(tokenizer: Any, text: str, spans: list[Span], straddling: bool)
 
 
 def _without_tail(tokenizer: Any, tokens: list[int], span: Span) -> Span:
-    """A span of tokens without the white space after its last special token, which only a template writes."""
+    """Cuts the white space after a span's last special token: only templates write it, never the model."""
     start, end = span
     special = _special_tokens(tokenizer)
     last = next((index for index in reversed(range(start, end)) if tokens[index] in special), None)

@@ -1,9 +1,9 @@
-"""Tokenised documents in memory-mapped files, and how they fill the rows of batches.
+"""Tokenised documents in memory-mapped files, and their packing into sequences (rows) of a batch.
 
-    folder/tokens.npy     int32 [T]      all documents, one after the other
+    folder/tokens.npy     int32 [T]      all documents, concatenated
     folder/mask.npy       uint8 [T]      1 for the tokens to learn
     folder/offsets.npy    int64 [N + 1]  where each document starts
-    folder/about.json                    what it was made from
+    folder/about.json                    checksums of files and settings that it was made from
     folder/checksums.json                see checksums.py; older versions wrote none
 
 Letters: N documents, T tokens in all, S positions of a row.
@@ -25,12 +25,12 @@ from eagle_jax.files import checksums
 from eagle_jax.files.atomic import new_folder, write_json
 
 ANEW = "remove this folder: its documents are made anew from the data files"
-OPEN_ROWS = 64  # rows that a document may still go into
+OPEN_ROWS = 64  # rows that packing considers for the next document
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Documents: tokens [T], mask [T], offsets [N + 1]."""
+    """Concatenated documents: tokens [T], mask [T], offsets [N + 1]."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -44,12 +44,12 @@ class Dataset:
         return np.diff(self.offsets)
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and mask of one."""
+        """Returns tokens and mask of a document."""
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[part], self.mask[part]
 
     def row(self, documents: Sequence[int], width: int) -> dict[str, np.ndarray]:
-        """A row of `width` positions that holds these documents, and padding."""
+        """Concatenates documents into a row of `width` positions, right-padded."""
         row = {name: np.zeros(width, np.int32) for name in ("tokens", "loss_mask", "documents")}
         start = 0
         for number, index in enumerate(documents):
@@ -62,11 +62,11 @@ class Dataset:
 
 
 class NothingToLearn(ValueError):
-    """Records without a single document."""
+    """Raised if there is no document to train on."""
 
 
 def write(folder: Path, records: Iterable[Any], about: dict[str, Any]) -> Dataset:
-    """Writes records (their `tokens` and `loss_mask`) to a folder, whole or not at all."""
+    """Writes the `tokens` and `loss_mask` of records to a folder, atomically."""
     lengths = [0]
     with new_folder(folder.resolve()) as place:
         with open(place / "tokens", "wb") as tokens, open(place / "mask", "wb") as mask:
@@ -86,13 +86,13 @@ def write(folder: Path, records: Iterable[Any], about: dict[str, Any]) -> Datase
 
 
 def read(folder: Path) -> Dataset:
-    """What `write` wrote.
+    """Opens a folder of `write`, memory-mapped.
 
     Raises:
-      ValueError: naming the file, if one is damaged.
+      ValueError: naming a damaged file.
     """
     try:
-        fault = checksums.fault(folder) if jax.process_index() == 0 else None  # one process is enough
+        fault = checksums.fault(folder) if jax.process_index() == 0 else None  # one process verifies for all
     except FileNotFoundError:
         fault = None
     try:
@@ -105,7 +105,7 @@ def read(folder: Path) -> Dataset:
 
 
 def about(folder: Path) -> dict[str, Any] | None:
-    """What a folder's documents were made from; None if there are none.
+    """Returns the about.json of a folder; None if it does not exist.
 
     Raises:
       ValueError: naming the file, if it is damaged.
@@ -123,14 +123,14 @@ def about(folder: Path) -> dict[str, Any] | None:
 
 
 def pack(lengths: Sequence[int] | np.ndarray, width: int, seed: int = 0) -> list[list[int]]:
-    """Documents by row, none cut: each goes into the fullest of some open rows that has room for it.
+    """Packs whole documents into rows by best fit among OPEN_ROWS open rows; returns the documents of each row.
 
     Args:
-      lengths: [N], none above `width`.
-      seed: of the order in which documents are looked at.
+      lengths: [N], at most `width` each.
+      seed: of the order in which documents are placed.
     """
     rows: list[list[int]] = []
-    room: list[int] = []  # of every open row; rows[-len(room):] are open, the oldest is closed first
+    room: list[int] = []  # free positions of the open rows, which are rows[-len(room):]; the oldest is closed first
     for index in np.random.default_rng(seed).permutation(len(lengths)).tolist():
         length = int(lengths[index])
         best = min((place for place in range(len(room)) if room[place] >= length), key=room.__getitem__, default=None)
@@ -146,7 +146,7 @@ def pack(lengths: Sequence[int] | np.ndarray, width: int, seed: int = 0) -> list
 
 
 def in_buckets(lengths: Sequence[int] | np.ndarray, buckets: Sequence[int]) -> dict[int, list[list[int]]]:
-    """One document a row: {row length: rows}, each document in the shortest bucket that holds it."""
+    """Puts each document into a row of the shortest bucket that fits: {row length: documents of each row}."""
     which = np.searchsorted(np.asarray(buckets), np.asarray(lengths))
     rows = {bucket: np.flatnonzero(which == i)[:, None].tolist() for i, bucket in enumerate(buckets)}
     return {bucket: chosen for bucket, chosen in rows.items() if chosen}

@@ -1,11 +1,11 @@
-"""The target's hidden states of a run's rows, in files: written once, read by every run over the same rows.
+"""Precomputed features: the target's hidden states of a run's rows, written once and reused by later runs.
 
-    folder/manifest.json           what the files were made from, and their checksums
-    folder/train-2048-00000.npy    rows of a length, of train or held_out: [positions, F + H] or [positions, H]
+    folder/manifest.json           fingerprints of model and data, and checksums of the files
+    folder/train-2048-00000.npy    a shard of train or held_out, rows of one length: [positions, F + H or H]
 
-A shard holds a few rows, one after the other, without their padding but for its first position (see STORED_PADDING): of
-each position the F numbers that the head reads, then the H of the target's last hidden state; of EAGLE-1, which reads
-that one, it is there once. bfloat16 is stored as uint16, bit by bit.
+A shard concatenates a few rows without padding, except the first padded position (see STORED_PADDING). A position holds
+the F features that the head reads, then the target's last hidden state (H). For EAGLE-1 both are the same and stored
+once. bfloat16 is stored as uint16, bit by bit.
 
 Letters: N rows, S positions of a row, F width of the features, H width of the target.
 """
@@ -32,21 +32,21 @@ from eagle_jax.train.data.dataset import Dataset
 from eagle_jax.train.report import Say
 
 SHARD_BYTES = 256 << 20
-# The official alignment reads the answer behind a document's last token.
+# The official alignment reads the answer one position after a document's last token.
 STORED_PADDING = 1
 MANIFEST = "manifest.json"
 AGAIN = "run `eagle-jax train` with the same settings and --precompute"
 
-Rows = Mapping[int, Sequence[Sequence[int]]]  # {row length: documents of each row}, as `assemble.rows_of` has them
+Rows = Mapping[int, Sequence[Sequence[int]]]  # {row length: documents of each row}, see `assemble.rows_of`
 
 
 class FeaturesError(ValueError):
-    """A folder of features that is not this run's, not finished, or damaged."""
+    """Raised for features of another run, unfinished or damaged ones."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What the positions hold. features: F, or 0 where the head reads the last hidden state. hidden: H."""
+    """The layout of a position. features: F, or 0 if the head reads the last hidden state. hidden: H."""
 
     dtype: str
     features: int
@@ -58,7 +58,7 @@ class Contents:
 
     @property
     def stored(self) -> np.dtype:
-        """The dtype of the files."""
+        """Returns the dtype of the files."""
         return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
 
     @property
@@ -68,7 +68,7 @@ class Contents:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Rows of one length. starts: [N + 1], where each row's positions begin. shard_rows: rows of a shard."""
+    """The rows of one length. starts: [N + 1], offsets of the rows' positions. shard_rows: rows of a shard."""
 
     split: str
     length: int
@@ -82,11 +82,11 @@ class Group:
         return range(-(-(len(self.starts) - 1) // self.shard_rows))
 
     def rows(self, shard: int) -> range:
-        """Those of a shard."""
+        """Returns the rows of a shard."""
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, len(self.starts) - 1))
 
     def positions(self, shard: int) -> int:
-        """How many a shard holds."""
+        """Returns the number of positions in a shard."""
         rows = self.rows(shard)
         return int(self.starts[rows.stop] - self.starts[rows.start])
 
@@ -99,7 +99,7 @@ class Group:
 
 
 def contents_of(settings: TrainSettings, head: Any, target: Target) -> Contents:
-    """What this run's head reads."""
+    """Returns the layout of the features that this run's head reads."""
     hidden = target.config.hidden_size
     return Contents(settings.dtype, len(head.taps(target)) * hidden, hidden)
 
@@ -110,26 +110,26 @@ def groups_of(
     contents: Contents,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Group]:
-    """The rows of a run, {"train" or "held_out": documents and how they fill rows}, and how they go into new shards."""
+    """Divides the rows of each split and length into shards of about `shard_bytes`."""
     groups = []
     for split, (data, rows) in splits.items():
         lengths = data.lengths
         for length, own in sorted(rows.items()):
             stored = [min(int(lengths[list(row)].sum()) + STORED_PADDING, length) for row in own]
             starts = np.concatenate([[0], np.cumsum(stored, dtype=np.int64)])
-            together = pass_rows(settings, length)  # so many rows are computed at once: a shard holds them all
+            together = pass_rows(settings, length)  # rows computed at once must go to one shard
             fitting = shard_bytes // (length * contents.width * contents.stored.itemsize)
             groups.append(Group(split, length, starts, max(1, fitting // together) * together))
     return groups
 
 
 def pass_rows(settings: TrainSettings, length: int) -> int:
-    """Rows that go through the target at a time, in training too."""
+    """Returns the micro-batch size, with which training runs the target, too."""
     return settings.rows(length) // settings.accumulation
 
 
 def stored(settings: TrainSettings, head: Any, target: Target, splits: Mapping[str, tuple[Dataset, Rows]]) -> Features:
-    """Opens settings.features for a run."""
+    """Opens settings.features, and checks that it holds this run's features."""
     contents = contents_of(settings, head, target)
     made, groups = made_from(settings, head, target, splits, contents), groups_of(settings, splits, contents)
     return Features(Path(str(settings.features)), made, contents, groups)
@@ -142,7 +142,7 @@ def made_from(
     splits: Mapping[str, tuple[Dataset, Rows]],
     contents: Contents,
 ) -> dict[str, Any]:
-    """All that the numbers depend on, as JSON has it."""
+    """Returns everything that the features depend on, as JSON values."""
     made: dict[str, Any] = {
         "kind": settings.kind,
         "taps": list(head.taps(target)),
@@ -154,7 +154,7 @@ def made_from(
     for split, (data, rows) in splits.items():
         digest = hashlib.sha256()
         for array in (data.tokens, data.offsets):
-            for start in range(0, len(array), 1 << 24):  # they may be larger than memory
+            for start in range(0, len(array), 1 << 24):  # memory-mapped arrays may exceed memory
                 digest.update(array[start : start + (1 << 24)].tobytes())
         digest.update(json.dumps(sorted((length, list(map(list, own))) for length, own in rows.items())).encode())
         made[f"{split} rows"] = digest.hexdigest()
@@ -169,12 +169,14 @@ def write(
     compute: Callable[[Group, range], np.ndarray],
     say: Say,
 ) -> None:
-    """Writes the shards that are not there yet.
+    """Writes the missing shards.
 
     Args:
-      made: `made_from`. compute: the positions of some rows of a group, [positions, F + H or H].
+      made: from `made_from`.
+      compute: returns the positions of some rows of a group, [positions, F + H or H].
     Raises:
-      FeaturesError: if the folder holds other features. OSError: if the disk is too small.
+      FeaturesError: if the folder holds features of another run.
+      OSError: if the disk is too small.
     """
     folder.mkdir(parents=True, exist_ok=True)
     manifest = _manifest(folder) or {"made_from": {}, "shard_rows": {}, "shards": {}}
@@ -210,10 +212,10 @@ def write(
 
 
 class Features:
-    """Reads a folder that `write` wrote; a shard's checksum is compared when it is first read.
+    """Reads a folder of `write`. The checksum of a shard is verified at its first use.
 
     Raises:
-      FeaturesError: if the folder is not there, holds features of another run's rows, or lacks some.
+      FeaturesError: if the folder is missing, incomplete, or of another run.
     """
 
     def __init__(self, folder: Path, made: dict[str, Any], contents: Contents, groups: Sequence[Group]):
@@ -235,7 +237,7 @@ class Features:
         return f"{AGAIN} {self.folder}, which writes what is missing"
 
     def batch(self, split: str, length: int, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Features [rows, S, F] and answers [rows, S, H] of rows of a length; zeros in what was padding."""
+        """Returns features [rows, S, F] and answers [rows, S, H] of rows of one length; padding is zero."""
         contents, group = self.contents, self.groups[split, length]
         made = np.zeros((len(rows), length, contents.width), contents.real)
         for place, row in enumerate(map(int, rows)):
@@ -247,7 +249,7 @@ class Features:
         return {"features": made[..., : contents.features] if contents.features else answers, "answers": answers}
 
     def _shard(self, name: str) -> np.ndarray:
-        """A shard, memory-mapped. Not kept open: there may be more than a process can hold."""
+        """Memory-maps a shard for one use: keeping all open could exceed the limit on open files."""
         path = self.folder / name
         if name not in self.verified:
             if checksums.of_file(path) != self.known[name].get("sha256"):
@@ -271,7 +273,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Refuses features that were made from something else, but for rows of a split that they have none of."""
+    """Refuses features that were computed from other inputs. A split that the folder lacks is allowed to differ."""
     different = [name for name in ours if name in theirs and theirs[name] != ours[name]]
     if different:
         raise FeaturesError(
@@ -281,7 +283,7 @@ def _check_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> N
 
 
 def _as_written(groups: Sequence[Group], manifest: dict[str, Any]) -> list[Group]:
-    """The groups with the shards of a folder: a run with batches of another size may have made them."""
+    """Returns the groups with the shard sizes of the manifest, which another batch size may have determined."""
     rows = manifest["shard_rows"]
     return [dataclasses.replace(group, shard_rows=rows.get(group.title, group.shard_rows)) for group in groups]
 

@@ -1,4 +1,4 @@
-"""Batches of a run, in a fixed order: by grain, so that any step's batch is known without those before it."""
+"""Batches of a run by grain, in a fixed order with random access: resuming needs no replay of earlier batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eagle_jax.sharding import BATCH
 from eagle_jax.train.data.dataset import Dataset
 
 Batch = dict[str, np.ndarray]
-EPOCHS = 2**20  # endless; grain cannot mix datasets that say so of themselves
+EPOCHS = 2**20  # practically infinite: grain cannot mix infinite datasets
 
 
 def batches(
@@ -28,14 +28,14 @@ def batches(
     blocks: Sequence[int] = (0,),
     of: int = 1,
 ) -> grain.MapDataset:
-    """Endless batches, shuffled anew every epoch; `to_iter_dataset` of it saves and restores its place.
+    """Returns infinite batches, reshuffled every epoch. Iterators of `to_iter_dataset` save and restore their position.
 
     Args:
-      rows: {row length: documents of each row}. batch_rows: {row length: rows of a batch, of all processes}.
-      features: adds what a file holds of rows: called with their length and their places in rows[length].
-      blocks: which of `of` equal blocks of every batch's rows to make: see `own_blocks`.
+      rows: {row length: documents of each row}. batch_rows: {row length: global batch size}.
+      features: returns precomputed features for a row length and indices into rows[length].
+      blocks: the shards of each batch, of `of` equal ones, that this process reads; see `own_blocks`.
     Returns:
-      Of {"tokens", "loss_mask", "documents": [rows, S], "lengths": [rows]}, int32; and `features`.
+      Batches {"tokens", "loss_mask", "documents": [rows, S], "lengths": [rows]}, int32, and the features.
     """
     parts, weights = [], []
     for number, (width, own) in enumerate(sorted(rows.items())):
@@ -55,17 +55,17 @@ def batches(
 
 
 def iterator(dataset: grain.MapDataset) -> Any:
-    """Reads ahead in threads; has `get_state` and `set_state`."""
+    """Returns an iterator that prefetches in a thread, with `get_state` and `set_state`."""
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
 def steps_of(rows: Mapping[int, Sequence[Any]], batch_rows: Mapping[int, int], epochs: float) -> int:
-    """Steps that go through the rows `epochs` times."""
+    """Returns the number of steps in `epochs` passes over the rows."""
     return max(1, round(epochs * sum(len(own) / batch_rows[width] for width, own in rows.items())))
 
 
 def own_blocks(mesh: Mesh) -> tuple[list[int], int]:
-    """Which blocks of a batch's rows this process's devices hold, in order, and how many blocks there are."""
+    """Returns the batch shards on this process's devices, in order, and the total number of shards."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH))
     count = math.prod(mesh.shape[axis] for axis in BATCH)
     held = sharding.addressable_devices_indices_map((count,)).values()
@@ -73,7 +73,7 @@ def own_blocks(mesh: Mesh) -> tuple[list[int], int]:
 
 
 def on_mesh(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch, of which every process holds its own blocks, spread over the mesh."""
+    """Assembles a global sharded batch from each process's shards."""
 
     def place(array):
         spec = PartitionSpec(BATCH, *[None] * (array.ndim - 1))

@@ -1,4 +1,4 @@
-"""Messages of a conversation in one form, whatever their data set's own; and whether a text holds all of an answer."""
+"""Normalises the messages of conversations, and checks that a rendered text contains a whole answer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
-MAY_FOLLOW = {  # "": at the beginning
+MAY_FOLLOW = {  # role: the roles that may come next; "" is the start
     "": ("system", "user"),
     "system": ("user",),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-NOT_KEPT = ("from", "value", "weight", "function_call")  # of a message's keys
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message: what was thought before its content
-REASONING = {  # how reasoning begins and ends inside a content
+NOT_KEPT = ("from", "value", "weight", "function_call")  # keys of a message that the normal form drops
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # keys of a message's reasoning
+REASONING = {  # opening and closing marks of reasoning inside a content
     "<think>": "</think>",
     "<thinking>": "</thinking>",
     "<thought>": "</thought>",
@@ -37,10 +37,10 @@ REASONING_MARK = re.compile(rf"\s*({'|'.join(map(re.escape, [*REASONING, *REASON
 
 
 def normal_messages(messages: Any, answered: bool = True) -> list[dict[str, Any]]:
-    """The messages with "role", a "content" that is a string, and a list of tool calls; checked for their order.
+    """Returns messages with "role", "content" as a string and "tool_calls" as a list; checks the order of roles.
 
     Args:
-      answered: whether one of them must be the assistant's; else the last one may be a user's that waits for it.
+      answered: require an assistant message; otherwise the last one may be a user's that awaits an answer.
     """
     if not isinstance(messages, list):
         raise Fault("bad message", "the messages are no list")
@@ -61,16 +61,16 @@ def normal_messages(messages: Any, answered: bool = True) -> list[dict[str, Any]
 
 
 def is_learned(message: Mapping[str, Any], chat_message: Mapping[str, Any]) -> bool:
-    """Whether a message, as given and in its normal form, is an answer to learn: its weight is not 0."""
+    """Returns whether a message, given raw and normalised, is an assistant's with a weight other than 0."""
     return chat_message["role"] == "assistant" and message.get("weight") != 0
 
 
 def with_calls(chat: list[dict[str, Any]], objects: bool, empty: str | None) -> list[dict[str, Any]]:
-    """The messages with their tool calls in one of the forms that templates read.
+    """Converts tool calls to one of the forms that templates expect.
 
     Args:
-      objects: the arguments of calls become objects, else JSON text; they stay as they are if they are no JSON.
-      empty: what stands for a content that a message with calls lacks.
+      objects: convert arguments to objects, otherwise to JSON text; arguments that are not JSON stay unchanged.
+      empty: the content of a message that has calls only.
     """
 
     def changed(call: Any) -> Any:
@@ -94,13 +94,13 @@ def with_calls(chat: list[dict[str, Any]], objects: bool, empty: str | None) -> 
 
 
 def missing_part(message: Mapping[str, Any], text: str, before: str = "") -> str | None:
-    """Describes the part of an answer that a text lacks; None if the text holds all of it.
+    """Describes the first part of an answer that a text lacks; None if the text contains all of it.
 
-    White space around contents, and around the marks of reasoning in them, is the template's.
+    White space around contents and around reasoning marks is ignored: templates change it.
 
     Args:
-      message: in its normal form.
-      before: what stands before the text; a mark at its end that begins reasoning may begin the content, too.
+      message: normalised.
+      before: the text before. If it ends in an opening reasoning mark, the content may repeat that mark.
     """
     for key in REASONING_KEYS:
         reasoning = message.get(key)
@@ -109,7 +109,7 @@ def missing_part(message: Mapping[str, Any], text: str, before: str = "") -> str
     found = find_content(message["content"] or "", text, before)
     if found is None:
         return "its content"
-    text = text[: found[0]] + "\n" + text[found[1] :]  # a call is not found in what is said beside it
+    text = text[: found[0]] + "\n" + text[found[1] :]  # cut the content out: it may mention a call
     for call in message.get("tool_calls", ()):
         function = function_of(call)
         named = isinstance(function.get("name"), str)
@@ -120,9 +120,9 @@ def missing_part(message: Mapping[str, Any], text: str, before: str = "") -> str
 
 
 def find_content(content: str, text: str, before: str = "") -> tuple[int, int] | None:
-    """Finds a content in a text; returns its start and its end. See `missing_part`."""
+    """Returns start and end of a content in a text, ignoring white space as `missing_part` does."""
     pieces = [*filter(None, REASONING_MARK.split(without_opening(content, before).strip()))]
-    if len(pieces) < 2:  # the rule; patterns of long contents take long to compile
+    if len(pieces) < 2:  # the common case: compiling a pattern of a long content is slow
         start = text.find("".join(pieces))
         return None if start < 0 else (start, start + sum(map(len, pieces)))
     found = re.search(r"\s*".join(map(re.escape, pieces)), text)
@@ -130,7 +130,7 @@ def find_content(content: str, text: str, before: str = "") -> tuple[int, int] |
 
 
 def without_opening(content: str, before: str) -> str:
-    """A content without the mark that begins its reasoning, if the text before it ends in that."""
+    """Drops a content's opening reasoning mark if the text before it already ends in that mark."""
     mark = next((mark for mark in REASONING if before.rstrip().endswith(mark)), None)
     if mark is None or not content.lstrip().startswith(mark):
         return content
@@ -140,7 +140,7 @@ def without_opening(content: str, before: str) -> str:
 
 
 def function_of(call: Any) -> Mapping[str, Any]:
-    """The name and arguments of a tool call, which may stand under "function"."""
+    """Returns the mapping with name and arguments of a tool call, which may be nested under "function"."""
     if not isinstance(call, Mapping):
         return {}
     function = call.get("function")
@@ -148,7 +148,7 @@ def function_of(call: Any) -> Mapping[str, Any]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The single values in a tool call's arguments."""
+    """Yields the scalar values in a tool call's arguments."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
@@ -159,9 +159,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _forms(value: Any) -> list[str]:
-    """How a template may write a single value: as it is, as JSON, or as Python."""
+    """Returns the ways in which a template may write a scalar: str, JSON, or Python repr."""
     if value is None:
-        return [""]  # arguments of null are often left out
+        return [""]  # templates often omit null arguments
     if isinstance(value, str):
         dumped = [json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
         return [value.strip(), *dumped, *[text.replace("'", "\\u0027") for text in dumped], repr(value)[1:-1]]
@@ -184,7 +184,7 @@ def _normal_message(message: Any, name: str) -> dict[str, Any]:
         texts = [part for part in parts if isinstance(part, str)]
         content = "".join(texts) if len(texts) == len(parts) else parts
     calls = parsed_list(message.get("tool_calls"), f'{name}: "tool_calls"')
-    if message.get("function_call") is not None:  # OpenAI's older form of a single call
+    if message.get("function_call") is not None:  # OpenAI's deprecated single-call form
         calls = [*(calls or []), {"type": "function", "function": message["function_call"]}]
     if content is None and role == "assistant":
         content = ""
@@ -193,7 +193,7 @@ def _normal_message(message: Any, name: str) -> dict[str, Any]:
     if is_learned(message, {"role": role}) and not content.strip() and not calls:
         raise Fault("empty answer", f"{name}: the assistant says nothing")
     kept = {key: value for key, value in message.items() if value is not None and key not in NOT_KEPT}
-    kept.pop("tool_calls", None)  # templates ask whether there are any, not how many
+    kept.pop("tool_calls", None)  # templates test for the key, not for its length
     if calls:
         kept["tool_calls"] = calls
     return {**kept, "role": role, "content": content}

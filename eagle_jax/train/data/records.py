@@ -1,4 +1,4 @@
-"""Reads training data: files of texts, token ids or conversations, as tokens and the mask of those to learn.
+"""Reads training data: files of texts, token ids or conversations, as tokens with a loss mask.
 
 A file is JSON Lines or one JSON array (see `eagle_jax.files.jsonl`). A record is an object of one of these forms; its
 other keys are ignored:
@@ -9,10 +9,10 @@ other keys are ignored:
   {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}        OpenAI; tools are optional
   {"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}   ShareGPT; a system text is optional
 
-Of a conversation the assistant's answers are learned, if their "weight" is not 0: see `eagle_jax.train.data.chat`. What
-`eagle-jax train regenerate` writes has tokens and loss_mask beside the messages, and "vocabulary", the fingerprint of
-the tokenizer that they belong to. Then these tokens are learned, exactly as they were decoded. Where the chat template
-changes earlier answers, tokens and loss_mask are lists of several documents.
+The assistant's answers of a conversation are learned unless their "weight" is 0: see `eagle_jax.train.data.chat`. Files
+of `eagle-jax train regenerate` contain the messages, the decoded tokens with their loss_mask, and "vocabulary", the
+fingerprint of the tokenizer. The tokens are learned exactly as decoded, then. Where the chat template changes earlier
+answers, tokens and loss_mask are lists of documents.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from eagle_jax.train.data.chat import conversation_documents
 OnError: TypeAlias = Literal["refuse", "skip"]
 TooLong: TypeAlias = Literal["refuse", "skip", "truncate", "split"]
 
-MESSAGES_KEPT = 3  # of each kind of fault, in a report
+MESSAGES_KEPT = 3  # messages a report keeps per kind of fault
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A sequence to train on. tokens: [T] int32. loss_mask: [T] uint8, 1 for the tokens to learn; at least one is."""
+    """A document. tokens: [T] int32. loss_mask: [T] uint8, 1 for the tokens to learn, at least one."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -57,14 +57,14 @@ class Record:
 
 @dataclasses.dataclass
 class ReadReport:
-    """What `read_records` has read so far.
+    """Counts of `read_records` so far.
 
-    files: begun. lines: read, without blank ones; of a JSON array, its entries. entries: how many of them are such, and
-    could be read. records, tokens, learned: given out; learned counts the mask's ones.
-    truncated, split: over-long lines that were cut; left_out: parts of split ones without anything to learn.
-    unseen: documents that were left out because no loss predicts one of their tokens to learn.
-    unrolled: conversations of which every answer makes a document of its own.
-    faults: {kind: lines}, of those skipped or refused. messages: {kind: the first few}. unused: {path: its faults}.
+    files: opened. lines: lines that are not blank, and entries of JSON arrays. entries: the latter that are valid.
+    records, tokens, learned: yielded; learned counts the mask's ones.
+    truncated, split: over-long lines that were cut. left_out: parts of split ones without a token to learn.
+    unseen: documents dropped because the loss predicts none of their tokens to learn.
+    unrolled: conversations with one document per answer.
+    faults: {kind: lines} skipped or refused. messages: {kind: the first few}. unused: {path: its faults}.
     """
 
     files: int = 0
@@ -91,23 +91,23 @@ class ReadReport:
             kept.append(str(error))
 
     def add_record(self, record: Record) -> None:
-        """Counts a record that is given out."""
+        """Counts a record that is yielded."""
         self.records += 1
         self.tokens += len(record.tokens)
         self.learned += int(record.loss_mask.sum())
 
     def counted(self, number: int) -> str:
-        """Returns a number of lines in words: "3 lines", or "3 entries" if some were read from a JSON array."""
+        """Formats a number of lines: "3 lines", or "3 entries" if some come from a JSON array."""
         return _count(number, "entry" if self.entries else "line")
 
     def reasons(self) -> list[str]:
-        """Returns how many lines were not used for each kind of fault, with its first message; the commonest first."""
+        """Returns a sentence per kind of fault: its count and first message; the most common first."""
         return [f"{count:,} {kind}, first {self.messages[kind][0]}" for kind, count in self.faults.most_common()]
 
     def summary(self) -> str:
-        """Words for a log: a line of counts, then one for each file and each kind of fault, with its first message.
+        """Formats the counts for a log, then a line per file and kind of fault with its first message.
 
-        If no record was given out, a kind has all the messages that were kept.
+        If there is no record at all, all kept messages are shown.
         """
         line = f"{_count(self.records, 'record')} of {self.counted(self.lines)} in {_count(self.files, 'file')}: "
         line += f"{_count(self.tokens, 'token')}, {self.learned:,} to learn"
@@ -148,24 +148,24 @@ def read_records(
     predicted: slice = slice(None),
     report: ReadReport | None = None,
 ) -> Iterator[Record]:
-    """Yields the records of files, in their order; read as they are asked for.
+    """Yields the records of files in order, lazily.
 
     Args:
       files: JSON Lines or JSON arrays; see `eagle_jax.files.jsonl.read_values`.
-      tokenizer: of transformers; None if all lines are token ids.
-      vocab_size: ids are below it.
-      max_length: most tokens of a record.
-      on_error: what to do with a line that cannot be used. "refuse" raises, "skip" counts it in the report.
-      too_long: the same for a line of more tokens; None: as on_error. "truncate" keeps its beginning. "split" makes
-        parts of it, all of max_length but the last, and leaves out those without anything to learn.
-      chat_template: Jinja, in place of the tokenizer's own.
-      add_end: texts and completions end with the tokenizer's end-of-text token, if it has one.
-      predicted: the positions of a document that a loss predicts; one with no token to learn there is left out, and
-        counted.
-      report: counts as records are given out. Read it when all are.
+      tokenizer: of transformers; None suffices for token ids.
+      vocab_size: the exclusive bound of ids.
+      max_length: the most tokens of a record.
+      on_error: for unusable lines. "refuse" raises, "skip" counts them in the report.
+      too_long: for lines above max_length; None: as on_error. "truncate" keeps the first max_length tokens. "split"
+        yields parts of max_length, and drops parts without a token to learn.
+      chat_template: Jinja that replaces the tokenizer's template.
+      add_end: append the tokenizer's end-of-text token, if it has one, to texts and completions.
+      predicted: the positions of a document that the loss predicts. Documents without a token to learn there are
+        dropped and counted.
+      report: updated as records are yielded; complete after the last.
     Raises:
-      DataError: at a line that cannot be used, if that is refused.
-      ValueError: at once for a wrong setting; at the first line that needs a tokenizer or a chat template without one.
+      DataError: at the first unusable line, if on_error is "refuse".
+      ValueError: immediately for a wrong setting; at the first line that needs a missing tokenizer or chat template.
     """
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error must be one of {', '.join(get_args(OnError))}, got {on_error!r}")
@@ -218,7 +218,7 @@ def _records(
 
 
 def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, add_end: bool) -> list[Encoded | Fault]:
-    """The documents of a record: tokens and masks, or a Fault where an answer cannot be learned."""
+    """Returns the documents of a record: tokens and masks, or a Fault for an answer that cannot be learned."""
     if entry.get("vocabulary") is not None and entry.get("tokens") is not None:
         return list(decoded_tokens(entry, tokenizer))
     kind = form_of(entry)
@@ -237,7 +237,7 @@ def _encode(entry: dict[str, Any], tokenizer: Any, chat_template: str | None, ad
 
 
 def decoded_tokens(entry: dict[str, Any], tokenizer: Any) -> list[Encoded]:
-    """The documents that `eagle-jax train regenerate` wrote as tokens, if they are this tokenizer's."""
+    """Returns the documents that `eagle-jax train regenerate` stored as tokens, if its tokenizer was this one."""
     theirs, ours = entry["vocabulary"], None if tokenizer is None else fingerprint.of_vocabulary(tokenizer)
     if ours not in (None, theirs):
         raise Fault(
@@ -255,7 +255,7 @@ def decoded_tokens(entry: dict[str, Any], tokenizer: Any) -> list[Encoded]:
 
 
 def _prompt_and_completion(tokenizer: Any, prompt: str, completion: str, add_end: bool) -> Encoded:
-    """The tokens of both together, if the prompt's are the first of them; else of each apart, as a decoder has them."""
+    """Tokenises prompt and completion together if that keeps the prompt's tokens as a prefix; else separately."""
     before = beginning_tokens(tokenizer, prompt)
     tokens = text_tokens(tokenizer, prompt + completion)
     if tokens[: len(before)] != before:
@@ -267,9 +267,9 @@ def _prompt_and_completion(tokenizer: Any, prompt: str, completion: str, add_end
 
 
 def beginning_tokens(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that goes on."""
+    """Tokenises a prefix: without a final end-of-text token."""
     tokens = text_tokens(tokenizer, text)
-    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens  # some tokenizers end every text
+    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens  # some tokenizers append it to every text
 
 
 def _with_end(tokens: list[int], tokenizer: Any, add_end: bool) -> list[int]:
@@ -280,9 +280,9 @@ def _with_end(tokens: list[int], tokenizer: Any, add_end: bool) -> list[int]:
 def _fit(
     encoded: Encoded, report: ReadReport, *, vocab_size: int, max_length: int, cut: str | None, predicted: slice
 ) -> list[Record]:
-    """A record of at most max_length tokens, or if it is split several; checked."""
+    """Checks a document, and cuts it to max_length; returns several records if it is split, none if it is dropped."""
     tokens, mask = encoded
-    ids = np.asarray(tokens)  # of a width that holds them all
+    ids = np.asarray(tokens)  # before int32: ids may overflow it
     outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(outside):
         first = outside[0]

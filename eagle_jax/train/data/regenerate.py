@@ -1,23 +1,23 @@
-"""Writes training data whose answers are the target's own: a head learns best from the text it will draft.
+"""Regenerates the answers of training data with the target: a head learns best from the text that it will draft.
 
-Of a conversation every answer is replaced, in turn, each with the new ones before it. Answers that are calls of tools
-stay, as the results that follow belong to them, and so do answers of weight 0. Without any answer, the last user's turn
-gets one; a prompt alone is such a turn if there is a chat template. Of a text, tokens, or a prompt with a completion
-the beginning stays and the target goes on.
+All answers of a conversation are replaced in turn, each after the new ones before it. Answers with tool calls stay,
+because the tool results after them would not match, and so do answers of weight 0. A conversation that ends in a user's
+turn gets an answer; a prompt alone is such a turn if there is a chat template. Texts, tokens, and prompts with a
+completion keep their prefix, which the target continues.
 
-A line of input becomes at most one line of output, in the same order. Its keys beside those of the input's form:
+A line of input becomes at most one line of output, in the same order. It adds these keys:
 
-    tokens, loss_mask   what was decoded: prompt and new tokens, and 1 for the new ones. Lists of several documents,
-                        where the chat template changes earlier answers, so that no text holds all as they were decoded
-    vocabulary          of which tokenizer these are, if there is one; training refuses them with another one
-    source              the input's file and line
-    finish              how each new text ended: "stop" at an end token, or "length"
-    cut_short           why a conversation ends before its last answer: no room was left, or the target said nothing
+    tokens, loss_mask   the decoded tokens, prompts included, and 1 for the new ones. Lists of several documents where
+                        the chat template changes earlier answers, because no single text contains all of them then
+    vocabulary          the tokenizer's fingerprint, if there is one; training refuses another tokenizer
+    source              file and line of the input
+    finish              the end of each new text: "stop" at an end token, or "length"
+    cut_short           why a conversation ends before its last answer: it is full, or the target wrote nothing
 
-    OUT.partial         the lines that are done, a window of input lines at a time
-    OUT.progress.json   how far that is, and what it was made from
+    OUT.partial         finished lines, a window of input lines at a time
+    OUT.progress.json   the number of finished lines, and checksums of the inputs
 
-Windows are decoded one at a time, so that a run which was killed and resumed writes the same bytes as any other.
+Windows are decoded one after another, so that a killed and resumed run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ from eagle_jax.train.data.records import ReadReport, beginning_tokens, decoded_t
 from eagle_jax.train.data.rendering import Rendering, chat_template_of
 from eagle_jax.train.report import Say
 
-LINES_A_SLOT = 8  # of a window: more leave fewer slots idle at its end, fewer lose less when a run is killed
+LINES_A_SLOT = 8  # input lines of a window per slot: more keep slots busier, fewer lose less when a run is killed
 SAY_EVERY = 10.0  # seconds
 FAILED = "failed"
-UNFINISHED = "\ufffd"  # what a tokenizer decodes part of a character to
-NO_ANSWER = {"role": "assistant", "content": ""}  # where one is to be written
+UNFINISHED = "\ufffd"  # how tokenizers decode an incomplete character
+NO_ANSWER = {"role": "assistant", "content": ""}  # the place of an answer to write
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """max_length: most tokens of a prompt with what follows it. prompt_tokens: of texts and tokens without a prompt."""
+    """max_length: the most tokens of a prompt and its answer. prompt_tokens: the prefix kept of texts and token ids."""
 
     max_length: int = 2048
     max_new_tokens: int = 512
@@ -76,9 +76,9 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSource:
-    """What the texts are made with: a tokenizer, the vocabulary's size, and the ids that end a text.
+    """The tokenizer, the size of the vocabulary, and the ids that end a text.
 
-    tokenizer: None takes lines of token ids only.
+    tokenizer: None allows lines of token ids only.
     """
 
     tokenizer: Any
@@ -86,13 +86,13 @@ class PromptSource:
     stop_tokens: Sequence[int]
 
 
-# Yields prompts, is sent their answers, returns the new record; a Fault where there is none.
+# A generator that yields prompts, is sent their answers, and returns the new record or raises a Fault.
 Work: TypeAlias = Generator[list[int], Answer, dict[str, Any]]
 
 
 @dataclasses.dataclass
 class Job:
-    """A line of input in the making: its next prompt; at the end a record or an error. turn: answers so far."""
+    """The state of one input line: its next prompt, or at the end a record or an error. turn: answers so far."""
 
     index: int
     entry: Entry
@@ -107,7 +107,7 @@ class Job:
         return self.record is not None or self.error is not None
 
     def go_on(self, answer: Answer | None = None) -> None:
-        """To the next prompt, or to the end."""
+        """Advances to the next prompt, or to the end."""
         try:
             self.prompt = next(self.work) if answer is None else self.work.send(answer)
             self.turn += 1
@@ -129,18 +129,18 @@ def regenerate(
     total: int | None = None,
     lines_a_slot: int = LINES_A_SLOT,
 ) -> int:
-    """Writes `out`, or goes on with what an earlier call left of it. Ctrl-C keeps the lines that are done.
+    """Writes `out`, or resumes an earlier call. Ctrl-C keeps the finished lines.
 
     Args:
-      batch: with a capacity of at least the options' max_length, and the source's stop_tokens.
-      settings: what else the texts depend on (the models, the sampling), as JSON has it.
-      total: what `check_lines` returned, if it was called already.
-      lines_a_slot: of a window, after which what is done is written.
+      batch: has a capacity of at least the options' max_length, and the source's stop_tokens.
+      settings: everything else that the texts depend on (models, sampling), as JSON values.
+      total: the result of `check_lines`, if the caller has it.
+      lines_a_slot: input lines of a window per slot; each window is written when it is done.
     Returns:
-      Lines whose texts end early or are left out because the target's logits were NaN or infinite.
+      The number of lines that are cut or dropped because the target's logits were NaN or infinite.
     Raises:
-      DataError: at a line that cannot be used, if that is refused; before anything is decoded where that shows it.
-      ValueError: if `out` is there, or was begun with other settings or files, or no line can be used.
+      DataError: at an unusable line, if these are refused; before decoding where reading shows it.
+      ValueError: if `out` exists, was begun with other settings or files, or no line is usable.
     """
     made_from = settings | dataclasses.asdict(options)
     made_from["files"] = [checksums.of_file(path) for path in files]
@@ -170,11 +170,11 @@ def regenerate(
 
 
 def check_lines(files: Sequence[str], source: PromptSource, options: Options) -> int:
-    """Returns how many lines there are to work on.
+    """Returns the number of usable lines.
 
     Raises:
-      DataError: at the first line that cannot be used, if that is refused.
-      ValueError: if no line can be used; with the reasons.
+      DataError: at the first unusable line, if these are refused.
+      ValueError: if no line is usable; with the reasons.
     """
     total, report = 0, ReadReport()
     for job in jobs(files, source, options):
@@ -191,7 +191,7 @@ def check_lines(files: Sequence[str], source: PromptSource, options: Options) ->
 
 
 def _keep(progress: StagedLines, done: Sequence[Job], say: Say) -> None:
-    """Writes the records of lines that are done, and says what was left out of them."""
+    """Writes the records of finished lines, and reports the dropped ones."""
     for job in done:
         if job.error is not None:
             say(f"left out: {job.error}")
@@ -202,7 +202,7 @@ def _keep(progress: StagedLines, done: Sequence[Job], say: Say) -> None:
 
 
 def jobs(files: Sequence[str], source: PromptSource, options: Options, first: int = 0) -> Iterator[Job]:
-    """The lines of the files from the `first` on, each with its first prompt or its error."""
+    """Yields the lines of the files from number `first` on, each with its first prompt or its error."""
     entries = itertools.chain.from_iterable(map(read_values, files))
     for index, entry in enumerate(itertools.islice(entries, first, options.limit), start=first):
         job = Job(index, entry, _work(entry.value, source, options))
@@ -211,7 +211,7 @@ def jobs(files: Sequence[str], source: PromptSource, options: Options, first: in
 
 
 def _decode(batch: RunningBatch, window: Sequence[Job], options: Options, key: jax.Array, meter: _Meter) -> None:
-    """Brings the jobs of a window to their ends."""
+    """Decodes all answers of a window."""
 
     def answers(job: Job) -> Task[None]:
         while not job.done:
@@ -229,7 +229,7 @@ def _decode(batch: RunningBatch, window: Sequence[Job], options: Options, key: j
 
 
 def _work(value: Any, source: PromptSource, options: Options) -> Work:
-    """What is to be done for a line."""
+    """Returns the generator of prompts for a line."""
     entry = as_object(value)
     kind = _form(entry)
     if kind != "tokens" and source.tokenizer is None:
@@ -241,7 +241,7 @@ def _work(value: Any, source: PromptSource, options: Options) -> Work:
         record = yield from _conversation(entry, source, options)
     else:
         if entry.get("vocabulary") is not None:
-            decoded_tokens(entry, source.tokenizer)  # refuses those of another tokenizer
+            decoded_tokens(entry, source.tokenizer)  # raises for another tokenizer
         prompt = _checked(_beginning(entry, kind, source.tokenizer, options.prompt_tokens), source, options)
         answer = yield prompt
         if answer.finish == "failed":
@@ -252,7 +252,7 @@ def _work(value: Any, source: PromptSource, options: Options) -> Work:
 
 
 def _form(entry: dict[str, Any]) -> str:
-    """The one of the FORMS that a line is, or "prompt"; a conversation, if it has decoded tokens beside it."""
+    """Returns which of the FORMS a line has, or "prompt". Messages come before decoded tokens of the same line."""
     held = {key for keys in FORMS.values() for key in keys if entry.get(key) is not None}
     if held & {*CONVERSATIONS} and entry.get("vocabulary") is not None:
         entry = {key: value for key, value in entry.items() if key != "tokens"}
@@ -260,7 +260,7 @@ def _form(entry: dict[str, Any]) -> str:
 
 
 def _beginning(entry: dict[str, Any], kind: str, tokenizer: Any, count: int) -> list[int]:
-    """What stays of a text, tokens or a prompt."""
+    """Returns the tokens of the prefix that a text, token ids or a prompt keeps."""
     if kind == "tokens":
         tokens, mask = given_tokens(entry["tokens"], entry.get("loss_mask"))
         learned = list(mask).index(1) if 1 in mask else len(tokens)
@@ -272,7 +272,7 @@ def _beginning(entry: dict[str, Any], kind: str, tokenizer: Any, count: int) -> 
 
 
 def _checked(prompt: list[int], source: PromptSource, options: Options) -> list[int]:
-    """A prompt that can be decoded."""
+    """Returns the prompt; raises a Fault if it cannot be decoded."""
     if not prompt:
         raise Fault("empty text", "the prompt has no tokens")
     outside = next((token for token in prompt if not 0 <= token < source.vocab_size), None)
@@ -284,20 +284,20 @@ def _checked(prompt: list[int], source: PromptSource, options: Options) -> list[
 
 
 def _conversation(entry: dict[str, Any], source: PromptSource, options: Options) -> Work:
-    """A conversation up to the last answer that could be had; a Fault if that is none."""
+    """Regenerates a conversation up to the last possible answer; raises a Fault if none is possible."""
     messages, tools = conversation_of(entry)
     chat = normal_messages(messages, answered=False)
     learned = [is_learned(given, message) for given, message in zip(messages, chat, strict=True)]
-    shown = messages if entry.get("messages") is not None else chat  # other turns stay as they were given
+    shown = messages if entry.get("messages") is not None else chat  # other turns are written as they were read
     template = chat_template_of(source.tokenizer, options.chat_template, tools, "--chat-template")
     rendering = Rendering(source.tokenizer, template, tools)
     chat = rendering.with_calls(chat)
     if not any(message["role"] == "assistant" for message in chat):
         chat, shown, learned = [*chat, NO_ANSWER], [*shown, NO_ANSWER], [*learned, True]
 
-    history: list[dict[str, Any]] = []  # for the template
+    history: list[dict[str, Any]] = []  # normalised turns so far, for the template
     written: list[dict[str, Any]] = []
-    whole = 0  # of `written`, up to the last new answer
+    whole = 0  # length of `written` after the last new answer
     finish: list[str] = []
     documents: list[Encoded] = []
     end: dict[str, Any] = {"tools": tools} if tools else {}
@@ -308,7 +308,7 @@ def _conversation(entry: dict[str, Any], source: PromptSource, options: Options)
                 written.append(given)
                 continue
             before = rendering.text(history, prompt=True)
-            ids = text_tokens(source.tokenizer, before, add_special_tokens=False)  # the specials are in it
+            ids = text_tokens(source.tokenizer, before, add_special_tokens=False)  # the template wrote the specials
             answer = yield _checked(ids, source, options)
             text = _text(answer, source)
             new = {"role": "assistant", "content": _content(text, rendering, history, before)}
@@ -330,7 +330,7 @@ def _conversation(entry: dict[str, Any], source: PromptSource, options: Options)
 
 
 def _add_document(documents: list[Encoded], prompt: list[int], answer: list[int]) -> None:
-    """Adds what was decoded: to the last document if the prompt goes on with that, else as another one."""
+    """Extends the last document if it is a prefix of the prompt; otherwise adds a document."""
     mask: list[int] = []
     if documents and prompt[: len(documents[-1].tokens)] == documents[-1].tokens:
         mask += documents.pop().mask
@@ -339,7 +339,7 @@ def _add_document(documents: list[Encoded], prompt: list[int], answer: list[int]
 
 
 def _text(answer: Answer, source: PromptSource) -> str:
-    """An answer as text, without the token that ended it."""
+    """Detokenises an answer without its stop token."""
     if answer.finish == "failed":
         raise Fault(FAILED, "the target's logits are NaN or infinite")
     tokens = answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
@@ -351,7 +351,7 @@ def _text(answer: Answer, source: PromptSource) -> str:
 
 
 def _content(text: str, rendering: Rendering, history: list[dict[str, Any]], before: str) -> str:
-    """The content that has the template write `text` after `before`: some put a space before every answer."""
+    """Returns the content that the template renders as `text` after `before`: some add a space before answers."""
     for content in (text, text.strip()):
         new = {"role": "assistant", "content": content}
         if rendering.text([*history, new]).startswith(before + text.rstrip()):
@@ -360,7 +360,7 @@ def _content(text: str, rendering: Rendering, history: list[dict[str, Any]], bef
 
 
 class _Meter:
-    """Tells how fast it goes, and how long it will take. lines: done so far. tokens: new ones of this call."""
+    """Logs speed and remaining time. lines: done so far. tokens: new ones of this call."""
 
     def __init__(self, say: Say, total: int, lines: int):
         self.say, self.total, self.first, self.lines, self.tokens = say, total, lines, lines, 0

@@ -1,4 +1,4 @@
-"""Renders conversations by a chat template, and finds what the template marks as the assistant's."""
+"""Renders conversations with a chat template, and finds the spans of its {% generation %} marks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeAlias
 from eagle_jax.files.jsonl import Fault
 from eagle_jax.train.data.messages import function_of, missing_part, with_calls
 
-Span: TypeAlias = tuple[int, int]  # characters of a text, or tokens: the first, and the one after the last
+Span: TypeAlias = tuple[int, int]  # start and exclusive end, in characters or tokens
 
 MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 KEEP_TOKENS = "let `eagle-jax train regenerate` write the answers, which keeps their tokens"
@@ -23,7 +23,7 @@ USE_MARKS = f"give a chat template that marks them with {{% generation %}} and {
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of a chat template's file; None without a path. Raises ValueError if it is not UTF-8."""
+    """Reads a chat template's file; None without a path. Raises ValueError if it is not UTF-8."""
     if path is None:
         return None
     try:
@@ -35,10 +35,10 @@ def read_template(path: str | None) -> str | None:
 def chat_template_of(
     tokenizer: Any, chat_template: str | None, tools: list[Any] | None, option: str = "chat_template"
 ) -> str:
-    """The chat template to render with: the given one, or the tokenizer's own.
+    """Returns the given chat template, or the tokenizer's.
 
     Raises:
-      ValueError: if there is none, naming the `option` that gives one.
+      ValueError: if there is neither, naming the `option` that sets one.
     """
     try:
         return tokenizer.get_chat_template(chat_template, tools)
@@ -48,7 +48,7 @@ def chat_template_of(
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """A tokenizer, a chat template in Jinja, and the tools that it is told of."""
+    """A tokenizer, a chat template in Jinja, and the tools that it is given."""
 
     tokenizer: Any
     template: str
@@ -56,21 +56,21 @@ class Rendering:
 
     @property
     def marked(self) -> bool:
-        """Whether the template marks what the assistant writes."""
+        """Returns whether the template has {% generation %} marks."""
         return MARK.search(self.template) is not None
 
     def text(self, chat: list[dict[str, Any]], prompt: bool = False) -> str:
-        """Renders messages. prompt: up to where the assistant's next answer begins."""
+        """Renders messages. prompt: append the generation prompt."""
         with template_errors():
             return self.tokenizer.apply_chat_template(
                 chat, tools=self.tools, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
             )
 
     def with_calls(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with their tool calls in the form that the template writes, of those in `messages.with_calls`.
+        """Converts tool calls to the form of `messages.with_calls` that the template renders completely.
 
         Raises:
-          Fault: if the template refuses all of them.
+          Fault: if the template fails on all forms.
         """
         if not any("tool_calls" in message for message in chat):
             return chat
@@ -83,23 +83,23 @@ class Rendering:
                 faults.append(fault)
         if not rendered:
             raise faults[0]
-        fewest = min(text.count("None") for _, text in rendered)  # some templates write a content of None as a word
+        fewest = min(text.count("None") for _, text in rendered)  # some templates print a content of None as "None"
         sound = [(made, text) for made, text in rendered if text.count("None") == fewest]
         return next((made for made, text in sound if _writes_calls(made, text)), sound[0][0])
 
     def marks(self, chat: list[dict[str, Any]]) -> tuple[str, list[Span]]:
-        """Renders messages; the text, and the spans of the template's marks."""
+        """Renders messages; returns the text and the marked spans."""
         return _render_marks(self.template, json.dumps(self.tokenizer.special_tokens_map), chat, self.tools)
 
     def check_marks(self, chat: list[dict[str, Any]]) -> None:
-        """Refuses marks in the wrong places: see `_check_marks`."""
+        """Refuses a template whose marks are misplaced: see `_check_marks`."""
         probes = [{**message, "content": probe(index)} for index, message in enumerate(chat)]
         special = json.dumps(self.tokenizer.special_tokens_map)
         _check_marks(self.template, special, json.dumps(probes), json.dumps(self.tools))
 
 
 def _writes_calls(chat: list[dict[str, Any]], text: str) -> bool:
-    """Whether all of the tool calls stand in a text, and no arguments as Python writes an object."""
+    """Returns whether a text contains all tool calls, with no arguments as the repr of a Python dictionary."""
     calling = [message for message in chat if "tool_calls" in message]
     arguments = [function_of(call).get("arguments") for message in calling for call in message["tool_calls"]]
     as_python = any(isinstance(value, dict) and value and repr(value) in text for value in arguments)
@@ -112,24 +112,24 @@ def unsure(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def template_errors() -> Iterator[None]:
-    """Turns what a template raises into a Fault of the conversation, or an error of the template itself."""
+    """Converts exceptions of a template to a Fault of the conversation, or to an error of the template."""
     import jinja2
 
     try:
         yield
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
-    except Exception as error:  # a template is a program: it may raise anything
+    except Exception as error:  # a template may raise any exception
         said = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise Fault("template refuses", f"the chat template refuses this conversation: {said}") from error
 
 
 def _render_marks(template: str, special: str, chat: Any, tools: Any) -> tuple[str, list[Span]]:
-    """The text of a conversation, and the spans of its marks that hold any text.
+    """Renders a conversation; returns the text and the marked spans that are not empty.
 
-    The mask of `apply_chat_template(return_assistant_tokens_mask=True)` is not used. Where a mark begins at a character
-    without a token, it lacks all that follows; where a mark ends at one, it includes all that follows. Of a character
-    of several tokens it has the first only.
+    `apply_chat_template(return_assistant_tokens_mask=True)` is wrong in three cases. If a mark begins at a character
+    without a token, its mask omits everything after; if one ends there, it includes everything after. A character of
+    several tokens only gets its first token.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -151,9 +151,9 @@ def probe(index: int) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _check_marks(template: str, special: str, probes: str, tools: str) -> None:
-    """Checks that the marks hold every answer, and nothing of the others, on a conversation of the same roles.
+    """Checks on probe messages of the same roles that the marks contain every answer and nothing else.
 
-    Marks inside a macro, for example, give wrong positions. The result is cached, by the roles.
+    Marks inside a macro, for example, give wrong positions. Results are cached by the roles.
 
     Args:
       special: JSON of the special tokens. probes: JSON of the messages, with probes as contents. tools: JSON.
@@ -169,6 +169,6 @@ def _check_marks(template: str, special: str, probes: str, tools: str) -> None:
         own, name = message["role"] == "assistant", f"message {index + 1}, of role {message['role']!r},"
         if marked and not own:
             unsure(f"{name} stands inside the chat template's marks")
-        # A template may leave out the content of a message with tool calls.
+        # A template may omit the content of a message with tool calls.
         if own and not marked and (places or not message.get("tool_calls")):
             unsure(f"{name} stands outside the chat template's marks")

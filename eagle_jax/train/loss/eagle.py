@@ -3,11 +3,11 @@
 Letters: B batch, S positions, k step, D width of the head, F width of its features, H width of the target,
 V target vocabulary, Vd draft vocabulary.
 
-Step 0 of the training-time test reads the target's own features, step k what the head made of them k times: what a
-decoder's k-th drafting step reads. Row j of step k stands at position j + k and predicts the token at j + 2 + k.
+Step 0 of the training-time test reads the target's features; step k reads the head's own output after k steps, as the
+decoder's k-th drafting step does. Row j of step k has the RoPE position j + k and predicts the token at j + 2 + k.
 
-Each loss comes in three parts, so that a large batch can be had in pieces: `examples` of a batch (the target's pass),
-the weight of every position, and sums over positions, of which the loss is a quotient.
+Each loss has three parts, for micro-batch accumulation: `examples` (the target's forward pass), the weights of all
+positions, and weighted sums over positions. The loss is the quotient of the sums.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Alignment = Literal["corrected", "official"]
 
 
 class Examples(NamedTuple):
-    """A batch and what the target makes of it; held constant.
+    """A batch and the target's outputs for it, without gradient.
 
-    tokens, loss_mask: [B, S]. text: where the documents lie. features: [B, S, F], what the head reads.
+    tokens, loss_mask: [B, S]. text: the layout of the documents. features: [B, S, F], the head's input.
     answers: [B, S, H], the target's hidden states after its final norm.
-    known: [B, S + 1], 1 where the target's likeliest next token is in the draft's vocabulary; the last one says so of
-      an answer of zeros, whose likeliest token is id 0.
+    known: [B, S + 1], 1 where the target's argmax is in the draft vocabulary. The last entry is that of a padded answer
+      of zeros, whose argmax is id 0.
     """
 
     tokens: jax.Array
@@ -48,7 +48,7 @@ class Examples(NamedTuple):
 
 
 class Eagle3Sums(NamedTuple):
-    """Sums over positions, each times its weight. features: SmoothL1 from the target's hidden states, 0 if unasked."""
+    """Weighted sums over positions. features: SmoothL1 to the target's hidden states; 0 if not requested."""
 
     tokens: LossSums
     features: jax.Array
@@ -63,7 +63,7 @@ def examples(
     documents: jax.Array | None = None,
     chunk: int = CHUNK,
 ) -> Examples:
-    """Runs the target over whole rows, for `draft`; see `eagle3_loss`."""
+    """Runs the target over a batch, with the features that `draft` reads; see `eagle3_loss`."""
     text = layout(lengths, tokens.shape[1], documents)
     taps = draft.taps(target)
 
@@ -86,7 +86,7 @@ def with_features(
     answers: jax.Array,
     chunk: int = CHUNK,
 ) -> Examples:
-    """Examples of a target pass that was made already."""
+    """Builds examples from precomputed features and answers."""
     ids = draft.target_ids
     if ids is None:
         known = jnp.ones((tokens.shape[0], tokens.shape[1] + 1), jnp.float32)
@@ -111,24 +111,24 @@ def eagle3_loss(
     divergence: Literal["cross_entropy", "kl"] = "cross_entropy",
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """The training-time test's loss at every step, against the target's own distribution. Runs the target.
+    """Returns the loss of each step of the training-time test against the target's distribution. Runs the target.
 
-    Memory does not grow with the steps but by their own keys and values, and no [B, S, V] logits exist: steps and
-    chunks of the vocabulary loss are computed again for the gradient.
+    Memory grows with the steps only by their hidden states, keys and values: the backward pass recomputes steps, and
+    logits exist for one chunk of positions only.
 
     Args:
-      draft: differentiable in it; the target is held constant.
+      draft: the gradient is with respect to it; the target is constant.
       tokens: [B, S] right-padded. lengths: [B].
       loss_mask: [B, S], 1 for the tokens to learn (an assistant's), 0 for the others.
-      alignment: "corrected": row j of step k counts where token j + 2 + k, which it predicts, is to be learned, lies
-        inside the document, and the target's own choice is in the draft's vocabulary; the loss is the mean over those.
-        "official": as the official trainer, for parity: weighed by loss_mask[j + k], mean over all B * S positions.
-      documents: [B, S], see `layout`, for several documents in a row; None: one a row.
-      divergence: "kl" takes the target's entropy off the cross-entropy; the gradient is the same.
+      alignment: "corrected": row j of step k counts if token j + 2 + k, which it predicts, is to be learned, lies
+        inside the document, and the target's argmax there is in the draft vocabulary. The loss is the mean over those.
+        "official": as the official trainer, for parity: weighted by loss_mask[j + k], mean over all B * S positions.
+      documents: [B, S], see `layout`, for several documents in a sequence; None: one.
+      divergence: "kl" subtracts the target's entropy from the cross-entropy, which leaves the gradient unchanged.
       chunk: positions whose logits exist at a time.
     Returns:
-      losses and accuracies [steps] float32, unweighted. Accuracy: the share of positions to learn where the draft's
-      likeliest token is the target's.
+      losses and accuracies [steps] float32, not weighted by step. Accuracy is the share of positions to learn where
+      draft and target have the same argmax.
     """
     if type(steps) is not int or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
@@ -145,12 +145,15 @@ def eagle3_loss(
 
 
 def eagle3_weights(made: Examples, steps: int, alignment: Alignment = "corrected") -> tuple[jax.Array, jax.Array]:
-    """Which rows of every step are to be learned, and which of them can be: [steps, B, S] each, float32."""
+    """Returns masks of the rows to learn at every step, and of those whose answer the draft can express.
+
+    Both are [steps, B, S] float32. The second weighs the loss.
+    """
     if alignment not in ("corrected", "official"):
         raise ValueError(f'alignment must be "corrected" or "official", got {alignment!r}')
     width = made.tokens.shape[1]
     row = jnp.arange(width, dtype=jnp.int32)[None]
-    # Past a row's end there are zeros, as in the reference.
+    # Zero padding past the end, as in the reference.
     mask = jnp.pad(made.loss_mask, [(0, 0), (0, steps + 1)])
     known = jnp.pad(made.known, [(0, 0), (0, steps)], mode="edge")
     learned, weights = [], []
@@ -177,11 +180,11 @@ def eagle3_sums(
     dtype: Any = None,
     chunk: int = CHUNK,
 ) -> Eagle3Sums:
-    """The steps' cross-entropies, matches and the target's entropies, times `weights` [steps, B, S]: [steps] each.
+    """Returns sums of the steps' losses, weighted by `weights` [steps, B, S]: [steps] each.
 
     Args:
-      features: sum up, too, how far the normalised hidden states are from the target's own; the head has its width.
-      dtype: the head computes in it; None: its own.
+      features: also regress the normalised hidden states to the target's, which must have the head's width.
+      dtype: of the head's computation; None: the head's.
     """
     steps, _, width = weights.shape
     if features and draft.config.hidden_size != target.config.hidden_size:
@@ -212,14 +215,14 @@ def eagle3_sums(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Steps:
-    """The steps of the training-time test, as functions of a head's arrays and of all that is held constant."""
+    """The steps of the training-time test, as functions of the head's arrays and of constants, for `later_steps`."""
 
     draft: Eagle3Draft
     dtype: Any
     width: int
 
     def run(self, target: Target, made: Examples, following: jax.Array, steps: int) -> jax.Array:
-        """The head's output at every step, [steps, B, S, D]."""
+        """Returns the head's output at every step, [steps, B, S, D]."""
         floats, constants = _floats(self.draft)
         constants |= {"target": target, "text": made.text, "tokens": following}
         hidden, kept = jax.checkpoint(self.first)(floats, constants | {"features": made.features})
@@ -243,7 +246,7 @@ class _Steps:
         return self.one(floats, constants, hidden, step, attend)
 
     def one(self, floats, constants, hidden, step, attend):
-        """A step on its input hidden [B, S, D], or on features (None): its output, and what `attend` keeps."""
+        """Runs a step on hidden [B, S, D], or on the features (None); returns its output and that of `attend`."""
         head = in_dtype(params.load(self.draft, floats | constants["integers"]), self.dtype)
         if hidden is None:
             hidden = head.fuse(constants["features"])
@@ -253,12 +256,12 @@ class _Steps:
 
 
 def _shifted(values: jax.Array, step: int | jax.Array, width: int) -> jax.Array:
-    """`width` positions of values [B, S', ...] from `step` on."""
+    """Slices `width` positions of values [B, S', ...] from `step` on."""
     return jax.lax.dynamic_slice_in_dim(values, step, width, axis=1)
 
 
 def _floats(model: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """A model's arrays: those that have a gradient, and {"integers": the others}."""
+    """Splits a model's arrays: those with a gradient, and {"integers": the others}."""
     arrays = params.flatten(model)
     integers = {path: array for path, array in arrays.items() if not jnp.issubdtype(array.dtype, jnp.floating)}
     return {path: array for path, array in arrays.items() if path not in integers}, {"integers": integers}
@@ -275,14 +278,14 @@ def eagle1_loss(
     documents: jax.Array | None = None,
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """EAGLE-1's feature regression and soft cross-entropy (arXiv 2401.15077, section 4.2). Runs the target.
+    """Returns EAGLE-1's feature regression and soft cross-entropy (arXiv 2401.15077, section 4.2). Runs the target.
 
     Args:
-      As `eagle3_loss`. loss_mask of a document's last token does not count: there is no feature after it.
-      key: adds the official uniform noise to the features, (u - 0.5) * 0.2 * 512 / length; None: none.
+      As `eagle3_loss`. The loss_mask of a document's last token is ignored: no feature follows it.
+      key: adds the official uniform noise (u - 0.5) * 0.2 * 512 / length to the features; None: no noise.
     Returns:
       The mean SmoothL1 between predicted and true features, and the mean cross-entropy of their distributions over the
-      target's vocabulary; the official loss is the first + 0.1 times the second.
+      target's vocabulary. The official loss is the first + 0.1 times the second.
     """
     made = examples(draft, target, tokens, lengths, loss_mask, documents, chunk)
     weights = eagle1_weights(made)
@@ -292,7 +295,7 @@ def eagle1_loss(
 
 
 def eagle1_weights(made: Examples) -> jax.Array:
-    """Which positions are to be learned, [B, S] float32: those with a feature after them."""
+    """Returns the weights of positions, [B, S] float32: the loss mask where a feature follows."""
     return made.loss_mask * (jnp.arange(made.tokens.shape[1], dtype=jnp.int32)[None] < made.text.end - 1)
 
 
@@ -307,7 +310,7 @@ def eagle1_sums(
     dtype: Any = None,
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, LossSums]:
-    """The SmoothL1 of features, and the tokens' cross-entropies and matches, times `weights` [B, S], summed."""
+    """Returns sums, weighted by `weights` [B, S], of the features' SmoothL1 and of the tokens' losses."""
     text, features = made.text, made.features
     draft = in_dtype(draft, dtype)
     following = jnp.pad(made.tokens, [(0, 0), (0, 1)])[:, 1:]
@@ -329,13 +332,13 @@ def eagle1_sums(
 
 @jax.named_scope("feature_loss")
 def smooth_l1(hidden: jax.Array, answers: jax.Array) -> jax.Array:
-    """SmoothL1 between hidden states [..., D]: [...], the mean over their entries, float32."""
+    """Returns the SmoothL1 distance of hidden states [..., D], averaged over D, float32."""
     difference = jnp.abs(hidden.astype(jnp.float32) - answers.astype(jnp.float32))
     return jnp.where(difference < 1, 0.5 * difference**2, difference - 0.5).mean(axis=-1)
 
 
 def in_dtype(model: Any, dtype: Any) -> Any:
-    """A model with its floating-point arrays in `dtype`; None leaves them."""
+    """Casts a model's floating-point arrays to `dtype`; None: no cast."""
     if dtype is None:
         return model
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, model)

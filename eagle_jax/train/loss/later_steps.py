@@ -1,11 +1,11 @@
-"""The steps of the training-time test after the first, one after the other, with a reverse pass of their own.
+"""The steps of the training-time test after the first, in a loop with a custom gradient (rematerialisation).
 
 Letters: B batch, S positions, D width of the head, K key-value heads, H head dim, N steps, M = N - 1 later steps.
 
-A step reads the hidden states that the one before made, the first step's keys and values, and every row's own keys and
-values of the steps before. Autodiff of a scan would keep the own keys and values of all steps once for every step;
-kept here are every step's hidden states [N, B, S, D] and one array of keys and of values [B, S, K, M, H]: a step is
-computed again when its gradient is due.
+A step reads the previous step's hidden states, the first step's keys and values, and its position's own keys and values
+of earlier steps. Autodiff of a scan would save the array of own keys and values once per step. The residuals here are
+the hidden states of all steps [N, B, S, D] and one array each of keys and values [B, S, K, M, H]. The backward pass
+recomputes one step at a time from these.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def later_steps(
     hidden: jax.Array,
     first: StepKV,
 ) -> jax.Array:
-    """The hidden states of all steps, [N, B, S, D]. Differentiable in floats, hidden and first.
+    """Returns the hidden states of all steps, [N, B, S, D]. Differentiable in floats, hidden and first.
 
     Args:
-      one: (floats, constants, hidden [B, S, D], first, own, step) -> (hidden, the step's keys and values). It reads of
-        `own`, [B, S, K, M, H] each, the places below step - 1 only.
-      floats: what is trained. constants: what is not.
-      hidden: [B, S, D], that step 0 made. first: its keys and values, [B, K, S, H] each.
+      one: (floats, constants, hidden [B, S, D], first, own, step) -> (hidden, the step's keys and values). It reads
+        `own`, [B, S, K, M, H] each, below index step - 1 only.
+      floats: the trained arrays. constants: the others.
+      hidden: [B, S, D], the output of step 0. first: its keys and values, [B, K, S, H] each.
     """
     return _forward(one, steps, floats, constants, hidden, first)[0]
 
@@ -88,5 +88,5 @@ later_steps.defvjp(_forward, _backward)
 
 
 def with_step(own: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
-    """own [B, S, K, M, H] with a step's [B, K, S, H] in its place."""
+    """Writes a step's [B, K, S, H] into own [B, S, K, M, H] at index step - 1."""
     return put(own, jnp.moveaxis(new, 2, 1)[:, :, :, None], (0, 0, 0, step - 1, 0))

@@ -1,7 +1,7 @@
-"""What a run minimises: the losses of EAGLE-3, EAGLE-1 and of a target, in one form.
+"""The objectives of training: the losses of EAGLE-3, EAGLE-1 and of a target behind one protocol.
 
-An objective is a sum over positions divided by what they weigh, so that a batch can be had in pieces: `prepare` makes
-of each piece what needs no gradient, `counts` weighs it, and `sums` is divided by the counts of all the pieces.
+An objective is a weighted mean over positions, computed per micro-batch: `prepare` runs the frozen part, `counts`
+returns the weights' sums, and `sums` the weighted losses over the counts of the whole batch.
 
 Letters: B batch, S positions, k steps.
 """
@@ -26,25 +26,29 @@ Metrics = dict[str, jax.Array]
 
 
 class Objective(Protocol):
-    """Three pure functions; `model` is what is trained, `target` a head's target (None for a target's own training)."""
+    """Three pure functions of `model`, which is trained, and a head's `target` (None if a target is trained)."""
 
     def prepare(self, model: Any, target: Target | None, batch: Batch) -> Any:
-        """What is learned from, made without a gradient: a pytree."""
+        """Computes everything that needs no gradient, such as the target's features: a pytree."""
 
     def counts(self, prepared: Any) -> Any:
-        """What the positions weigh, to divide by: a pytree of sums."""
+        """Returns the sums of the positions' weights, the denominators: a pytree."""
 
     def sums(
         self, model: Any, target: Target | None, prepared: Any, counts: Any, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The loss and metrics of a piece: its sums over positions, divided by the counts of the whole batch."""
+        """Returns loss and metrics of a micro-batch: its sums, divided by the counts of the whole batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Eagle3Objective:
-    """sum_k weights[k] * (loss of step k + feature_weight * its feature regression).
+    """The loss of an EAGLE-3 head: the sum over steps k of weights[k] * (loss + feature_weight * feature regression).
 
-    dtype: of the computation, None for the head's own.
+    weights: one per step of the training-time test.
+    alignment, divergence: see `eagle3_loss`.
+    feature_weight: of a regression to the target's last hidden states; 0 as in the paper.
+    dtype: of the computation; None: the model's.
+    chunk: positions whose logits exist at a time.
     """
 
     weights: tuple[float, ...] = tuple(0.8**step for step in range(7))
@@ -79,7 +83,11 @@ class Eagle3Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Eagle1Objective:
-    """SmoothL1 of the features + token_weight * cross-entropy; noise: see `eagle1_loss`."""
+    """The loss of an EAGLE-1 head: SmoothL1 of the features + token_weight * cross-entropy.
+
+    noise: add the official uniform noise to the features, see `eagle1_loss`.
+    dtype, chunk: as in `Eagle3Objective`.
+    """
 
     token_weight: float = 0.1
     noise: bool = True
@@ -104,7 +112,7 @@ class Eagle1Objective:
 
 @dataclasses.dataclass(frozen=True)
 class TargetObjective:
-    """The cross-entropy of the next token, where it is to be learned."""
+    """The loss of a target: the cross-entropy of the next token where the loss mask is 1."""
 
     dtype: Any = None
     chunk: int = CHUNK
@@ -134,7 +142,7 @@ class TargetObjective:
 
 
 def _examples(model, target, batch, chunk, documents=True):
-    """The target's pass over a batch, or what a file holds of it."""
+    """Runs the target over a batch, or takes its precomputed features."""
     packed = batch.get("documents") if documents else None
     if "features" not in batch:
         return eagle.examples(model, target, batch["tokens"], batch["lengths"], batch["loss_mask"], packed, chunk)
