@@ -45,6 +45,7 @@ CIRCLES: list[set[str]] = []
 
 # Packages that take long to import, and the rooms that need them as a whole; other rooms import them in functions.
 HEAVY = {
+    "gguf": set(),
     "torch": set(),
     "transformers": set(),
     "orbax": {"train"},

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         required=True,
         metavar="DIR_OR_ID",
-        help="the target model: a folder or a hub id (HF_TOKEN opens gated ones)",
+        help="the target model: a folder, a hub id (HF_TOKEN opens gated ones), or a .gguf file",
     )
     parser.add_argument(
         "--draft",

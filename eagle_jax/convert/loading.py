@@ -75,7 +75,7 @@ def from_pretrained(
     """Loads official checkpoints without writing anything.
 
     Args:
-      target: a Hugging Face folder or hub id.
+      target: a Hugging Face folder or hub id, or a GGUF file of Llama's architecture.
       draft: another, or None. Its tensors' names tell what it is: an EAGLE head, Medusa heads, or a whole model, which
         comes as a DraftModel.
       dtype: of both models; None means the target's own.

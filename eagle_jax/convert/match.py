@@ -84,7 +84,8 @@ def match_pair(
 def match_target(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
     """Matches a Llama checkpoint."""
     model = build("llama", checkpoint.config, str(checkpoint.config_path), dtype)
-    return _match("llama", names.LLAMA, model, checkpoint)
+    table = names.llama_table(checkpoint.tensors.keys() | checkpoint.faults.keys()) or names.LLAMA
+    return _match("llama", table, model, checkpoint, checkpoint.sized_by)
 
 
 def match_draft(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
@@ -103,7 +104,7 @@ def match_draft(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
     if tied and "lm_head" not in held and "embed" in held:
         held.append("lm_head")
         table = table | {"lm_head": table["embed"]}
-    sized_by, sizes_in, shapes = "config.json", str(checkpoint.config_path), {}
+    sized_by, sizes_in, shapes = checkpoint.sized_by, str(checkpoint.config_path), {}
     if dialect.sized_by is not None:
         _require(table.values(), checkpoint, "the file is incomplete")
         shapes = {path: checkpoint.tensors[name].shape for path, name in table.items()}
@@ -197,23 +198,22 @@ def finite_values(tensor: Tensor, dtype: Any) -> np.ndarray:
     return out.reshape(source.shape)
 
 
-def _match(
-    kind: str, table: Mapping[str, str], model: Any, checkpoint: Checkpoint, sized_by: str = "config.json"
-) -> Match:
+def _match(kind: str, table: Mapping[str, str], model: Any, checkpoint: Checkpoint, sized_by: str) -> Match:
     dialect = DIALECTS[kind]
     leaves = params.flatten(model)
     tensors = checkpoint.tensors
     weights = {path: names.official_name(table, path) for path in leaves if path != "target_ids"}
     tied = dialect.ties_lm_head and model.config.tie_word_embeddings
-    if tied and weights["embed"] not in tensors and LM_HEAD in tensors:
-        weights["embed"] = LM_HEAD  # of two names for one tensor a file may keep either
+    lm_head = table.get("lm_head", LM_HEAD)
+    if tied and weights["embed"] not in tensors and lm_head in tensors:
+        weights["embed"] = lm_head  # of two names for one tensor a file may keep either
     unread = dialect.unread(model, checkpoint)
 
-    _require(weights.values(), checkpoint, "the files are incomplete, or config.json belongs to another model")
+    _require(weights.values(), checkpoint, f"the files are incomplete, or {sized_by} belongs to another model")
     for path, name in weights.items():
         _check(tensors[name], names.official_shape(path, leaves[path].shape), FLOATS, sized_by)
     for name in sorted(tensors.keys() - set(weights.values()) - unread):
-        if tied and name == LM_HEAD:
+        if tied and name == lm_head:
             _check_repeats(tensors[name], tensors[weights["embed"]])
         elif not names.IGNORED.fullmatch(name):
             raise CheckpointError(

@@ -41,6 +41,25 @@ LLAMA: dict[str, str] = {
     "norm": "model.norm.weight",
     "lm_head": "lm_head.weight",
 }
+# The same in GGUF files.
+_GGUF_LAYER: dict[str, str] = {
+    "input_norm": "attn_norm",
+    "post_attention_norm": "ffn_norm",
+    "attention.q": "attn_q",
+    "attention.k": "attn_k",
+    "attention.v": "attn_v",
+    "attention.o": "attn_output",
+    "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+}
+GGUF: dict[str, str] = {
+    "embed": "token_embd.weight",
+    **{f"layers.{{i}}.{path}": f"blk.{{i}}.{name}.weight" for path, name in _GGUF_LAYER.items()},
+    **{f"layers.{{i}}.{path}_bias": f"blk.{{i}}.{name}.bias" for path, name in _GGUF_LAYER.items() if "." in path},
+    "norm": "output_norm.weight",
+    "lm_head": "output.weight",
+}
 EAGLE3: dict[str, str] = {
     "embed": "embed_tokens.weight",
     "fc": "fc.weight",
@@ -165,4 +184,6 @@ def medusa_table(tensor_names: Collection[str]) -> dict[str, str] | None:
 
 def llama_table(tensor_names: Collection[str]) -> dict[str, str] | None:
     """The table of a language model; None if these are not the names of one."""
-    return LLAMA if any(name.startswith("model.layers.") for name in tensor_names) else None
+    if any(name.startswith("model.layers.") for name in tensor_names):
+        return LLAMA
+    return GGUF if any(name.startswith("blk.") for name in tensor_names) else None

@@ -14,8 +14,9 @@ import numpy as np
 from eagle_jax.convert import converted
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.match import Match
-from eagle_jax.convert.read import read_json
+from eagle_jax.convert.read import CONFIG, read_json
 from eagle_jax.convert.small_files import small_files
+from eagle_jax.files import checksums
 from eagle_jax.files.atomic import added_to, files_below, new_folder
 
 SMALL = "small_files"  # in a manifest: {path below target/: sha256} of the files copied beside the weights
@@ -58,7 +59,7 @@ class Previous:
         """
         sources = {converted.TARGET: target} | ({} if draft is None else {converted.DRAFT: draft})
         for source in sources.values():
-            if Path(source).is_dir() and Path(source).resolve().is_relative_to(self.out):
+            if Path(source).exists() and Path(source).resolve().is_relative_to(self.out):
                 raise CheckpointError(
                     f"{self.out}: is or contains the source {Path(source).resolve()}; choose another output folder"
                 )
@@ -162,11 +163,11 @@ class Previous:
         files, stored, config = entry.get("files"), entry.get("parts"), entry.get("config_sha256")
         if not isinstance(files, Mapping) or not isinstance(stored, Mapping):
             return False
-        small = {path: converted.file_sha256(source.folder / path) for path in small_files(source.folder)}
+        small = {path: checksums.of_bytes(source.read_small(path)) for path in source.small_files()}
         return (
             entry.get("kind") == match.kind
             and files.keys() == {file.name for file in source.files}
-            and {converted.file_sha256(path) for path in (source.config_path, folder / "config.json")} == {config}
+            and checksums.of_bytes(source.read_small(CONFIG)) == config == converted.file_sha256(folder / CONFIG)
             and (role != converted.TARGET or self.copied == small)
             and all(converted.file_sha256(file) == files[file.name] for file in source.files)
             and all(

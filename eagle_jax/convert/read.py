@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint folder: config.json and lazily read tensors.
+"""Reading a Hugging Face checkpoint folder, or a GGUF file: config.json and lazily read tensors.
 
 Weights come as `.safetensors` or `.bin`, one file or shards, with or without an index; Medusa heads as
 `medusa_lm_head.pt`, too. Opening reads headers only; a tensor is mapped or read when it is asked for, so memory holds
@@ -20,7 +20,9 @@ import ml_dtypes
 import numpy as np
 
 from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.gguf import checkpoint as gguf
 from eagle_jax.convert.hub import MEDUSA_FILE, Hub, first_line, resolve
+from eagle_jax.convert.small_files import small_files
 
 # Data types by their safetensors names. Others (float8, ...) are listed under their own name and never read.
 DTYPES: dict[str, np.dtype] = {
@@ -35,6 +37,7 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+CONFIG = "config.json"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
@@ -58,6 +61,7 @@ class Checkpoint:
     """An open folder.
 
     source: what the caller called it. files: the weight files that are read.
+    made: {path: bytes} of config.json and the small files that a GGUF file has in its metadata; empty for a folder.
     faults: {tensor name: why it cannot be read}, such as a shard that is not there. Only a tensor that a model needs
     makes its fault an error.
     """
@@ -68,25 +72,44 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     files: tuple[Path, ...]
     faults: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    made: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def config_path(self) -> Path:
-        return self.folder / "config.json"
+        """The file that holds the config."""
+        return self.files[0] if self.made else self.folder / CONFIG
+
+    @property
+    def sized_by(self) -> str:
+        """What messages call the config."""
+        return "its metadata" if self.made else CONFIG
+
+    def small_files(self) -> list[str]:
+        """The paths of the small files, sorted; see `small_files.SMALL_FILES`."""
+        return sorted(self.made.keys() - {CONFIG}) if self.made else small_files(self.folder)
+
+    def read_small(self, path: str) -> bytes:
+        """The bytes of config.json, or of one of the small files."""
+        return self.made[path] if self.made else (self.folder / path).read_bytes()
 
 
 def open_checkpoint(source: str | Path, hub: Hub | None = None) -> Checkpoint:
-    """Opens a local folder, or downloads a Hugging Face repository and opens that.
+    """Opens a local folder or GGUF file, or downloads a Hugging Face repository and opens that.
 
     Args:
       hub: how a repository is fetched.
 
     Raises:
       CheckpointError: naming the file that is missing or damaged, and what to do about it.
+      ConfigError: for a GGUF file of mathematics that is not implemented.
     """
+    file = find_gguf(source)
+    if file is not None:
+        return _open_gguf(source, file)
     folder = resolve(source, hub)
     if not (folder / "config.json").is_file() and (folder / "target" / "config.json").is_file():
         raise CheckpointError(f"{source}: is a converted folder; load it with eagle_jax.load, or name it with --model")
-    config = read_json(folder / "config.json")
+    config = read_json(folder / CONFIG)
     files, weight_map = weight_files(folder)
     tensors: dict[str, Tensor] = {}
     faults: dict[str, str] = {}
@@ -105,6 +128,22 @@ def open_checkpoint(source: str | Path, hub: Hub | None = None) -> Checkpoint:
         else:
             faults[name] = f"{shard}: this shard, which holds tensor {name!r}, is missing; download or copy it again"
     return Checkpoint(str(source), folder, config, tensors, tuple(files), faults)
+
+
+def find_gguf(source: str | Path) -> Path | None:
+    """The GGUF file that a name stands for: itself, or the one of a folder without other weights; None without one."""
+    path = Path(source)
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    if not path.is_dir() or any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin", MEDUSA_FILE)):
+        return None
+    return gguf.gguf_file(path)
+
+
+def _open_gguf(source: str | Path, path: Path) -> Checkpoint:
+    described = gguf.describe(path)
+    tensors = {name: Tensor(name, path, *rest) for name, rest in described.tensors.items()}
+    return Checkpoint(str(source), path.parent, described.config, tensors, (path,), described.faults, described.files)
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -136,7 +175,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         return [folder / MEDUSA_FILE], {}
     if absent:
         raise CheckpointError(f"{absent}: this shard is missing; download or copy it again")
-    raise CheckpointError(f"{folder}: holds no weights (*.safetensors, *.bin or {MEDUSA_FILE})")
+    raise CheckpointError(f"{folder}: holds no weights (*.safetensors, *.bin, *.gguf or {MEDUSA_FILE})")
 
 
 def read_index(path: Path) -> dict[str, str]:

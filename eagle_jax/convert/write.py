@@ -1,7 +1,7 @@
 """convert: official checkpoints -> a folder that loads straight into shardings.
 
     out/manifest.json                        what is here, its sources, and checksums
-    out/target/config.json, tokenizer.json   as they came, and further small files of the target
+    out/target/config.json, tokenizer.json   as they came (a GGUF file's: written from its metadata), and further ones
     out/target/parameters/<part>/            orbax items: embed, layers.0, ..., lm_head, rest
     out/draft/config.json, parameters/       the same for the draft, if there is one
 
@@ -23,7 +23,7 @@ from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.match import Match, match_pair
 from eagle_jax.convert.previous import SMALL, Previous
-from eagle_jax.convert.small_files import copy_small_files
+from eagle_jax.convert.read import CONFIG, Checkpoint
 from eagle_jax.files.atomic import settle, write_json
 from eagle_jax.models import params
 from eagle_jax.version import __version__
@@ -48,7 +48,7 @@ def convert(
     """Converts a target and its draft (or a target alone) to a folder for `load`.
 
     Args:
-      target: a Hugging Face folder or hub id.
+      target: a Hugging Face folder or hub id, or a GGUF file of Llama's architecture.
       draft: another, which holds an EAGLE head, Medusa heads, or a smaller model of the target's vocabulary.
       out: the folder to write, absent or empty. One that holds this very conversion already is left as it is.
       dtype: "float32", "bfloat16" or "float16"; None keeps the target's own, for both models.
@@ -81,8 +81,7 @@ def convert(
         _check_room(partial, parameter_bytes)
         report = _Report(progress, parameter_bytes + sum(_source_bytes(match) for match in matches.values()))
         models = {role: _write_model(match, partial / role, report) for role, match in matches.items()}
-        copied = copy_small_files(target_match.checkpoint.folder, partial / converted.TARGET)
-        small = {path: converted.file_sha256(partial / converted.TARGET / path) for path in copied}
+        small = _write_small_files(target_match.checkpoint, partial / converted.TARGET)
         manifest = _manifest(np.dtype(target_match.model.dtype).name, models, small)
         # Last: a folder without a manifest does not load.
         write_json(partial / converted.MANIFEST, manifest)
@@ -130,10 +129,20 @@ def _source_bytes(match: Match) -> int:
     return sum(file.stat().st_size for file in match.checkpoint.files)
 
 
+def _write_small_files(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+    """Writes the small files of a target; returns {path below the folder: sha256}."""
+    sums = {}
+    for path in checkpoint.small_files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(checkpoint.read_small(path))
+        sums[path] = converted.file_sha256(folder / path)
+    return sums
+
+
 def _write_model(match: Match, folder: Path, report: _Report) -> dict[str, Any]:
     """Writes one model below `folder`; returns its entry in the manifest."""
     folder.mkdir()
-    shutil.copyfile(match.checkpoint.config_path, folder / "config.json")
+    (folder / CONFIG).write_bytes(match.checkpoint.read_small(CONFIG))
     files = {}
     for file in match.checkpoint.files:
         files[file.name] = converted.file_sha256(file)
@@ -152,7 +161,7 @@ def _write_model(match: Match, folder: Path, report: _Report) -> dict[str, Any]:
         "kind": match.kind,
         "source": match.checkpoint.source,
         "files": files,
-        "config_sha256": converted.file_sha256(folder / "config.json"),
+        "config_sha256": converted.file_sha256(folder / CONFIG),
         "own_embedding": getattr(match.model.config, "own_embedding", False),
         "own_lm_head": getattr(match.model.config, "own_lm_head", True),
         "parts": entries,

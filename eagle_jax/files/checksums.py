@@ -26,9 +26,14 @@ def of_folder(folder: Path, of_file: Callable[[Path], str] = of_file) -> str:
     return total.hexdigest()
 
 
+def of_bytes(data: bytes) -> str:
+    """Returns the SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def of_text(text: str) -> str:
     """Returns the SHA-256 of a text in UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return of_bytes(text.encode())
 
 
 def write(folder: Path, files: Iterable[Path]) -> None:

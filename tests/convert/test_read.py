@@ -107,7 +107,9 @@ def test_files_of_medusa_heads(tmp_path: Path, file: str, zipped: bool):
 @pytest.mark.parametrize("file", ["optimizer.pt", "medusa_lm_head_2.pt", "model.pt"])
 def test_other_pt_files_are_not_read(tmp_path: Path, file: str):
     folder = folders.write_medusa(tmp_path, folders.medusa_arrays(), file=file)
-    with pytest.raises(CheckpointError, match=r"holds no weights \(\*.safetensors, \*.bin or medusa_lm_head.pt\)"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no weights \(\*.safetensors, \*.bin, \*.gguf or medusa_lm_head.pt\)"
+    ):
         open_checkpoint(folder)
 
 

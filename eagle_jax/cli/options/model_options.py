@@ -49,7 +49,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "models", "a converted folder, or official checkpoints as they are; HF_TOKEN opens gated hub repositories"
     )
     group.add_argument("--model", metavar="DIR", help="a folder that `eagle-jax convert` wrote")
-    group.add_argument("--target", metavar="DIR_OR_ID", help="instead: the target, a Hugging Face folder or hub id")
+    group.add_argument(
+        "--target", metavar="DIR_OR_ID", help="instead: the target, a Hugging Face folder or hub id, or a .gguf file"
+    )
     group.add_argument(
         "--draft",
         metavar="DIR_OR_ID",
