@@ -28,6 +28,7 @@ from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Draft, check_models, shown
 from eagle_jax.models.target import Target
 from eagle_jax.ops.attention import attention
+from eagle_jax.ops.spec import PLAIN
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.sharding import constrain
 from eagle_jax.tree import AcceptFn, Tree, TreeConfig, TreePolicy
@@ -317,14 +318,11 @@ def draft_forward(
     """
     check_head(draft)
     positions, mask = _causal(tokens)
-    hidden, _ = draft(
-        target,
-        draft.fuse(features),
-        tokens,
-        positions,
-        lambda q, k, v: (attention(q, k, v, mask), None),
-        prompt_lengths=lengths,
-    )
+
+    def attend(q, k, v, spec=PLAIN):
+        return attention(q, k, v, mask, spec=spec, positions=positions), None
+
+    hidden, _ = draft(target, draft.fuse(features), tokens, positions, attend, prompt_lengths=lengths)
     return hidden, draft.logits(target, hidden)
 
 

@@ -22,6 +22,7 @@ from eagle_jax.keys import row_keys
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.ops.attention import attention
+from eagle_jax.ops.spec import PLAIN
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.sharding import constrain
 from eagle_jax.tree import Tree, TreePolicy
@@ -162,11 +163,11 @@ def run_prompts(
 
         past = cache.with_length(begin)
 
-        def attend(index, q, k, v):
+        def attend(index, q, k, v, spec=PLAIN):
             # Write the new rows first, then attend below `begin`. Reading first lets XLA schedule the write early and
             # copy the cache.
             old = past.write_layer(index, k, v, begin)
-            return attention(q, k, v, causal, old, in_blocks=True), (old.k, old.v)
+            return attention(q, k, v, causal, old, spec=spec, positions=positions, in_blocks=True), (old.k, old.v)
 
         tokens = _tokens_at(state, positions)
         out, written = target.run(tokens, positions, attend, prompt_lengths=state.prompt_lengths, taps=taps)

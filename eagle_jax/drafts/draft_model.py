@@ -21,6 +21,7 @@ from eagle_jax.models.config import require_same
 from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.ops.attention import attention
+from eagle_jax.ops.spec import PLAIN
 from eagle_jax.sampling import SamplingConfig, warp
 from eagle_jax.tree import DraftStep, Tree, TreePolicy, choice_noise
 from eagle_jax.tree.policy import NEVER
@@ -100,14 +101,16 @@ class DraftModel(Draft):
 
         def draft_fn(carry, step: DraftStep):
             scratch, probs = carry
+            positions = jnp.broadcast_to((context.lengths + step.level)[:, None], step.tokens.shape)
 
-            def attend(index, q, k, v):
+            def attend(index, q, k, v, spec=PLAIN):
                 place = (0, 0, step.level * tree.width, 0)
                 old_k, old_v = scratch[index]
                 rows = put(old_k, k, place), put(old_v, v, place)
-                return attention(q, *rows, step.mask, past.layer(index)), rows
+                # A window limits cached positions; drafted nodes see all their ancestors.
+                old = past.layer(index)
+                return attention(q, *rows, step.mask, old, spec=spec, positions=positions, limit_new=False), rows
 
-            positions = jnp.broadcast_to((context.lengths + step.level)[:, None], step.tokens.shape)
             out, written = self.model.run(step.tokens, positions, attend, prompt_lengths=context.prompt_lengths)
             logits, own = guesses(step.level + 1, self.model.logits(out.hidden))
             probs = put(probs, own, (0, 1 + step.level * tree.width, 0))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from eagle_jax.ops.attention import CacheLayer
+from eagle_jax.ops.cached import CacheLayer
 from eagle_jax.sharding import CACHE_RULE, fitting, mesh_of
 
 # Cache rows come in whole tiles of the accelerators' matrix products; else XLA pads, that is copies, the cache.

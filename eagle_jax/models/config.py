@@ -19,6 +19,7 @@ from eagle_jax.models.fields import (
     require_equal,
     size,
 )
+from eagle_jax.ops.spec import Spec
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
 
@@ -123,6 +124,10 @@ class LlamaConfig:
         """
         refuse_unknown_mathematics(hf, NEUTRAL_VALUES, where)
         return cls(**llama_fields(hf, where))
+
+    def attention_spec(self, layer: int) -> Spec:
+        """What the queries of a layer see, and how its scores are made; a layer that has sinks adds its own."""
+        return Spec()
 
 
 def require_same(what: str, ours: int, theirs: int) -> None:

@@ -18,13 +18,14 @@ from flax import nnx
 
 from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.ops.linear import Weight, linear
+from eagle_jax.ops.spec import PLAIN, Spec
 
-# attend(q [B, T, N, H], k [B, K, T, H], v [B, K, T, H]) -> (attention's result [B, T, N, H], what the caller keeps).
-# A layer does not know where older keys live; the caller's closure does. What it keeps (k and v, a cache that holds
-# them, or nothing) the layer returns unchanged.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-# The same for all layers of a model: attend(layer index, q, k, v).
-AttendLayer = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# attend(q [B, T, N, H], k [B, K, T, H], v [B, K, T, H], spec) -> (attention's result [B, T, N, H], what the caller
+# keeps). A layer knows what its queries may see, its `Spec`; the caller's closure knows where older keys live. What it
+# keeps (k and v, a cache that holds them, or nothing) the layer returns unchanged.
+Attend = Callable[..., tuple[jax.Array, Any]]
+# The same for all layers of a model: attend(layer index, q, k, v, spec).
+AttendLayer = Callable[..., tuple[jax.Array, Any]]
 
 
 @jax.named_scope("norm")
@@ -113,7 +114,9 @@ class Attention(nnx.Module):
         self.o_bias = zeros((d,), dtype) if o_bias else None
 
     @jax.named_scope("attention")
-    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend, spec: Spec = PLAIN
+    ) -> tuple[jax.Array, Any]:
         """x [B, T, input_size] -> ([B, T, D], what `attend` keeps). Keys are rotated before `attend` sees them."""
         q = _project("q", x, self.q, self.q_bias)
         k = _project("k", x, self.k, self.k_bias)
@@ -121,7 +124,8 @@ class Attention(nnx.Module):
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         # What is kept until the commit is k and v themselves, not the larger partial sums they are made of.
         k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
-        mixed, kept = attend(q, k, v)
+        # A closure that takes no spec serves the layers that need none, and is an error for the others.
+        mixed, kept = attend(q, k, v) if spec.plain else attend(q, k, v, spec)
         return _project("o", mixed.reshape(*mixed.shape[:2], -1), self.o, self.o_bias), kept
 
 

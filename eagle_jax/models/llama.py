@@ -18,6 +18,7 @@ from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, normal,
 from eagle_jax.models.target import TargetOutput
 from eagle_jax.ops.attention import attention
 from eagle_jax.ops.linear import Weight, linear
+from eagle_jax.ops.spec import PLAIN, Spec
 
 
 class DecoderLayer(nnx.Module):
@@ -34,11 +35,13 @@ class DecoderLayer(nnx.Module):
         self.post_attention_norm = ones((config.hidden_size,), dtype)
         self.mlp = MLP(config, keys[1], dtype)
 
-    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend, spec: Spec = PLAIN
+    ) -> tuple[jax.Array, Any]:
         """x [B, T, D] -> ([B, T, D], what `attend` keeps)."""
         eps = self.config.rms_norm_eps
         normed = x if self.input_norm is None else rms_norm(x, self.input_norm[...], eps)
-        mixed, kept = self.attention(normed, rotation, attend)
+        mixed, kept = self.attention(normed, rotation, attend, spec)
         x = x + mixed
         return x + self.mlp(rms_norm(x, self.post_attention_norm[...], eps)), kept
 
@@ -80,9 +83,9 @@ class Llama(nnx.Module):
     ) -> TargetOutput:
         """One pass over T new tokens, which attend to the cache and to each other under `mask`; see `Target`."""
 
-        def attend(index, q, k, v):
+        def attend(index, q, k, v, spec=PLAIN):
             old = None if cache is None else cache.layer(index)
-            return attention(q, k, v, mask, old, in_blocks=in_blocks), (k, v)
+            return attention(q, k, v, mask, old, spec=spec, positions=positions, in_blocks=in_blocks), (k, v)
 
         out, new_kv = self.run(tokens, positions, attend, prompt_lengths=prompt_lengths, taps=taps)
         return out._replace(new_kv=new_kv)
@@ -103,7 +106,8 @@ class Llama(nnx.Module):
         stream, kept = [x], []
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layers.{index}"):
-                x, of_layer = layer(x, rotation, functools.partial(attend, index))
+                spec = self.config.attention_spec(index)
+                x, of_layer = layer(x, rotation, functools.partial(attend, index), spec)
             stream.append(x)
             kept.append(of_layer)
         tapped = jnp.concatenate([stream[tap] for tap in taps], axis=-1) if taps else None

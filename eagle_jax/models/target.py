@@ -95,7 +95,7 @@ class Target(Protocol):
             positions of `cache` below the cache's length.
           prompt_lengths: [B] int32, see `rope_angles`.
           taps: as in `run`.
-          in_blocks: see `layers.attention`; for chunks of a prompt.
+          in_blocks: see `ops.attention.attention`; for chunks of a prompt.
         """
 
     def run(
@@ -110,7 +110,8 @@ class Target(Protocol):
         """A pass whose attention the caller computes.
 
         Args:
-          attend: called once a layer, in order: attend(layer index, q, k, v), see `layers.Attend`. Keys are rotated.
+          attend: called once a layer, in order: attend(layer index, q, k, v), see `layers.Attend`. Keys are rotated. A
+            layer whose attention is not Llama's adds its `Spec`.
           taps: indices of layers; of each, the input is returned. Index num_layers is the last layer's output.
         Returns:
           The output, without `new_kv`, and what `attend` kept of each layer, unchanged.

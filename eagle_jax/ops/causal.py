@@ -1,4 +1,4 @@
-"""Attention of training: causal inside each document, and in later steps each row's own keys.
+"""Causal attention inside documents in blocks of plain XLA, and attention to each position's own later keys.
 
 Letters: B batch, S positions, N query heads, K key-value heads, G = N / K, H head dim, M later steps, Q queries of a
 block.
@@ -6,68 +6,36 @@ block.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.ops import flash
-from eagle_jax.ops.attention import merge_parts, softmax_part
 from eagle_jax.ops.layout import Layout
 from eagle_jax.ops.linear import dot
+from eagle_jax.ops.softmax import Part, softmax_part
+from eagle_jax.ops.spec import PLAIN, Spec
 
 BLOCK = 512  # queries whose scores exist at a time
 
 
-@jax.named_scope("causal")
-def causal_part(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple[jax.Array, ...]:
-    """Causal attention inside each document: a part of a softmax, to merge with others.
+class OwnKV(NamedTuple):
+    """Each position's own keys and values k, v [B, S, K, M, H], of which the first `steps` are seen."""
 
-    In half precision on a CUDA GPU or a TPU by the backend's flash kernel; else in blocks of plain XLA, as are heads
-    that are too narrow for a kernel. No scores or mask of S x S exist, forward or backward. The kernels know documents,
-    not lengths: where `text` says of one document a row that its padding is not seen, padding sees padding before it.
-
-    Args:
-      q: [B, K, G, S, H]. k, v: [B, K, S, H]. text: which keys a query sees, at least one.
-    Returns:
-      As `softmax_part`, [B, K, G, S, 1], [B, K, G, S, 1] and [B, K, G, S, H].
-    """
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] >= flash.NARROWEST
-    return by_backend(q, k, v, text) if fits else in_blocks(q, k, v, text)
+    k: jax.Array
+    v: jax.Array
+    steps: jax.Array
 
 
-@jax.custom_vjp
-def by_backend(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> tuple[jax.Array, ...]:
-    """`causal_part` by the flash kernel of the backend, where it has one. The weighted values come in q's dtype."""
-
-    def by(kernel):
-        return lambda q, k, v, text: flash.flash_part(kernel, q, k, v, text.first)
-
-    return jax.lax.platform_dependent(q, k, v, text, cuda=by(flash.triton), tpu=by(flash.splash), default=_rounded)
-
-
-def _rounded(q, k, v, text):
-    top, total, out = in_blocks(q, k, v, text)
-    return top, total, out.astype(q.dtype)
-
-
-def _forward(q, k, v, text):
-    return by_backend(q, k, v, text), (q, k, v, text)
-
-
-def _backward(kept, of_part):
-    def by(kernel):
-        return lambda q, k, v, text, of_part: flash.gradient(kernel, q, k, v, text.first, of_part)
-
-    def of_blocks(q, k, v, text, of_part):
-        return jax.vjp(lambda q, k, v: _rounded(q, k, v, text), q, k, v)[1](of_part)
-
-    kernels = {"cuda": by(flash.triton), "tpu": by(flash.splash)}
-    return *jax.lax.platform_dependent(*kept, of_part, **kernels, default=of_blocks), None
-
-
-by_backend.defvjp(_forward, _backward)
-
-
-def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, block: int = BLOCK) -> tuple[jax.Array, ...]:
+def in_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    text: Layout,
+    spec: Spec = PLAIN,
+    ahead: int | jax.Array = 0,
+    block: int = BLOCK,
+) -> Part:
     """`causal_part` for `block` queries at a time; a block's scores are computed again for its gradient."""
     batch, kv_heads, groups, width, head_dim = q.shape
     block = min(block, width)
@@ -84,8 +52,12 @@ def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, block: int
             jnp.arange(width, dtype=jnp.int32)[None, None],
         )
         seen = (keys <= rows) & (keys >= first[:, :, None]) & (keys < end[:, :, None])
+        if spec.window is not None:
+            # Padding sees what the last token sees: a softmax over no key would be NaN.
+            at = jnp.minimum(rows, end[:, :, None] - 1) - first[:, :, None]
+            seen &= spec.sees(at + ahead, keys - first[:, :, None])
         flat = queries.reshape(batch, kv_heads, groups * block, head_dim)
-        return softmax_part(flat, k, v, seen, block)
+        return softmax_part(flat, k, v, seen, block, spec)
 
     starts = jnp.arange(count, dtype=jnp.int32) * block
     parts = jax.lax.map(part, (starts, blocks, _cut(text.first, block, 0), _cut(text.end, block, width)))
@@ -105,27 +77,29 @@ def _cut(places: jax.Array, block: int, fill: int) -> jax.Array:
     return jnp.moveaxis(places.reshape(batch, count, block), 1, 0)
 
 
-def causal(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout) -> jax.Array:
-    """Causal attention inside each document: q [B, S, N, H], k, v [B, K, S, H] -> [B, S, N, H]."""
-    return finished(causal_part(grouped(q, k.shape[1]), k, v, text)).astype(q.dtype)
+def rounded_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec) -> Part:
+    """`in_blocks` with the weighted values in q's dtype, as kernels give them."""
+    top, total, out = in_blocks(q, k, v, text, spec)
+    return top, total, out.astype(q.dtype)
 
 
-@jax.checkpoint
-def with_own(part: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array) -> jax.Array:
-    """`part` merged with `own_part`: [B, S, N, H] in q's dtype. What is float32 is computed again for its gradient."""
-    return finished(part, own_part(q, k, v, count)).astype(q.dtype)
+def blocks_gradient(
+    q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec, of_part: Part
+) -> tuple[jax.Array, ...]:
+    """The gradients of `rounded_blocks` in q, k and v."""
+    return jax.vjp(lambda q, k, v: rounded_blocks(q, k, v, text, spec), q, k, v)[1](of_part)
 
 
 @jax.named_scope("own_keys")
-def own_part(q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array) -> tuple[jax.Array, ...]:
-    """Attention of every row to its own keys of the first `count` later steps; as `causal_part`.
+def own_part(q: jax.Array, own: OwnKV, spec: Spec = PLAIN) -> Part:
+    """Attention of every position's queries q [B, K, G, S, H] to its own keys: a part, as of `in_blocks`.
 
-    Args:
-      q: [B, K, G, S, H]. k, v: [B, S, K, M, H].
+    A window hides none of them: the decoder does not hide drafted nodes from one another either.
     """
+    k, v, steps = own
     q = jnp.moveaxis(q, 3, 1)
-    scores = dot("bskgh,bskmh->bskgm", q, k, jnp.float32) * q.shape[-1] ** -0.5
-    scores = jnp.where(jnp.arange(k.shape[3], dtype=jnp.int32) < count, scores, -jnp.inf)
+    scores = spec.scores(dot("bskgh,bskmh->bskgm", q, k, jnp.float32), q.shape[-1])
+    scores = jnp.where(jnp.arange(k.shape[3], dtype=jnp.int32) < steps, scores, -jnp.inf)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - top)
     out = dot("bskgm,bskmh->bskgh", weights.astype(v.dtype), v, jnp.float32)
@@ -138,10 +112,8 @@ def grouped(q: jax.Array, kv_heads: int) -> jax.Array:
     return jnp.moveaxis(q.reshape(batch, width, kv_heads, -1, head_dim), 1, 3)
 
 
-def finished(part: tuple[jax.Array, ...], *more: tuple[jax.Array, ...]) -> jax.Array:
-    """Parts of one softmax [B, K, G, S, ...] as its result [B, S, N, H], float32."""
-    for other in more:
-        part = merge_parts(part, other)
+def finished(part: Part) -> jax.Array:
+    """A whole softmax [B, K, G, S, ...] as its result [B, S, N, H], float32."""
     _, total, out = part
     batch, _, _, width, head_dim = out.shape
     return jnp.moveaxis(out / total, 3, 1).reshape(batch, width, -1, head_dim)

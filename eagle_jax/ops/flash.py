@@ -23,46 +23,60 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from eagle_jax.ops.layout import Layout
+from eagle_jax.ops.softmax import Part
+from eagle_jax.ops.spec import Spec
 from eagle_jax.sharding import CACHE_RULE, fitting, mesh_of
 
 BLOCK = 128  # rows are padded to a multiple of it
 NARROWEST = 16  # head dim that Triton multiplies
 LANES = 128  # of a TPU: head dims are padded to a multiple
-Parts = tuple[jax.Array, ...]
 
-# Attention, causal among positions of the same segment: (q [B, K, G, S, H], k, v [B, K, S, H], segments [B, S],
+# Attention, causal among positions of the same segment: (q [B, K, G, S, H], k, v [B, K, S, H], segments [B, S], scale,
 # log_sum_exp) -> [B, K, G, S, H], with a gradient in q, k and v; or, if log_sum_exp, that and the log-sum-exp
 # [B, K, G, S] float32, without one.
 Kernel = Callable[..., Any]
 
 
-def flash_part(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> Parts:
-    """A part of a softmax: causal attention inside each segment. Has no gradient of its own; see `gradient`.
+def supports(spec: Spec, q: jax.Array) -> bool:
+    """Whether the kernels compute a spec: any scale and sinks (which are merged later), no window and no softcap.
+
+    The gradient through the log-sum-exp holds for scores that are linear in q and k.
+    """
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] >= NARROWEST
+    return fits and spec.window is None and spec.softcap is None
+
+
+def flash_part(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec) -> Part:
+    """A part of a softmax: causal attention inside each document. Has no gradient of its own; see `gradient`.
 
     Args:
-      q: [B, K, G, S, H]. k, v: [B, K, S, H]. segments: [B, S] int32, a number for every position that only its own
-        document has.
+      q: [B, K, G, S, H]. k, v: [B, K, S, H].
+      text: its `first` is a number that all positions of a document share, and no other.
     Returns:
       As `softmax_part`, [B, K, G, S, 1], [B, K, G, S, 1] and [B, K, G, S, H]: the log-sum-exp in place of the largest
       score, 1 in place of the sum of exponentials, and the normalised result, in q's dtype.
     """
 
     def attend(segments, q, k, v):
-        out, log_sum = kernel(q, k, v, segments, log_sum_exp=True)
+        out, log_sum = kernel(q, k, v, segments, scale=spec.scale_of(q.shape[-1]), log_sum_exp=True)
         return log_sum[..., None], out
 
-    log_sum, out = _by_row_and_head(attend, 2, segments, q, k, v)
+    log_sum, out = _by_row_and_head(attend, 2, text.first, q, k, v)
     return log_sum, jnp.ones_like(log_sum), out
 
 
-def gradient(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, of_part: Parts) -> Parts:
+def gradient(
+    kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec, of_part: Part
+) -> tuple[jax.Array, ...]:
     """The gradients of `flash_part` in q, k and v, from those of its result."""
+    scale = spec.scale_of(q.shape[-1])
 
     def of_rows(segments, q, k, v, of_log_sum, of_out):
         def attend(q, k, v):
-            return kernel(q, k, v, segments, log_sum_exp=False)
+            return kernel(q, k, v, segments, scale=scale, log_sum_exp=False)
 
-        scaled = of_log_sum * q.shape[-1] ** -0.5
+        scaled = of_log_sum * scale
         _, pull = jax.vjp(attend, q, k, v)
         of_q, of_k, of_v = pull(of_out)
         keys, pull = jax.vjp(lambda values: attend(q, k, values), k)
@@ -70,7 +84,7 @@ def gradient(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments:
         return (of_q + scaled * keys).astype(q.dtype), of_k + more, of_v
 
     of_log_sum, _, of_out = of_part
-    return _by_row_and_head(of_rows, 3, segments, q, k, v, of_log_sum, of_out)
+    return _by_row_and_head(of_rows, 3, text.first, q, k, v, of_log_sum, of_out)
 
 
 def _by_row_and_head(fn, results, segments, *arrays):
@@ -89,7 +103,7 @@ def _by_row_and_head(fn, results, segments, *arrays):
     return tuple(array[..., :width, :] for array in fn(segments, *padded))
 
 
-def triton(q, k, v, segments, *, log_sum_exp, interpret=False):
+def triton(q, k, v, segments, *, scale, log_sum_exp, interpret=False):
     """A CUDA GPU's kernel."""
     with warnings.catch_warnings():
         # From jax 0.11 on it points at another package; both versions have it.
@@ -106,7 +120,7 @@ def triton(q, k, v, segments, *, log_sum_exp, interpret=False):
         heads_inside(k, groups),
         heads_inside(v, groups),
         segments,
-        sm_scale=head_dim**-0.5,
+        sm_scale=scale,
         causal=True,
         return_residuals=log_sum_exp,
         interpret=interpret,
@@ -115,7 +129,7 @@ def triton(q, k, v, segments, *, log_sum_exp, interpret=False):
     return (out, result[1].reshape(q.shape[:-1]) * math.log(2)) if log_sum_exp else out
 
 
-def splash(q, k, v, segments, *, log_sum_exp, interpret=False):
+def splash(q, k, v, segments, *, scale, log_sum_exp, interpret=False):
     """A TPU's kernel."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
@@ -123,7 +137,7 @@ def splash(q, k, v, segments, *, log_sum_exp, interpret=False):
     kernel = _splash_kernel(width, log_sum_exp, interpret)
     more = -head_dim % LANES
     q, k, v = (jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, more)]) for array in (q, k, v))
-    flat = (q * head_dim**-0.5).astype(q.dtype).reshape(batch, kv_heads * groups, width, -1)
+    flat = (q * scale).astype(q.dtype).reshape(batch, kv_heads * groups, width, -1)
     result = jax.vmap(kernel)(flat, k, v, SegmentIds(segments, segments))
     out = (result[0] if log_sum_exp else result).reshape(q.shape)[..., :head_dim]
     return (out, result[1][0].reshape(q.shape[:-1])) if log_sum_exp else out

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eagle_jax.ops.causal import by_backend, finished, in_blocks, own_part
+from eagle_jax.ops.attention import by_backend
+from eagle_jax.ops.causal import OwnKV, finished, in_blocks, own_part
 from eagle_jax.ops.layout import layout
+from eagle_jax.ops.softmax import merge_parts
+from eagle_jax.ops.spec import PLAIN
 from tests.gpu.devices import DEVICES
 
 
@@ -25,7 +28,8 @@ def test_flash_attention_and_its_gradients_are_near_float32(device, width):
     def by(attend):
         @jax.jit
         def of(q, k, v, own_k, own_v):
-            mixed = finished(attend(q, k, v, text), own_part(q, own_k, own_v, jnp.int32(2)))
+            own = OwnKV(own_k, own_v, jnp.int32(2))
+            mixed = finished(merge_parts(attend(q, k, v, text, PLAIN), own_part(q, own)))
             return (mixed * weights).sum(), mixed
 
         return jax.value_and_grad(of, argnums=range(5), has_aux=True)

@@ -15,9 +15,7 @@ import eagle_jax
 from eagle_jax.convert import names, to_official
 from eagle_jax.drafts.protocol import Text
 from eagle_jax.models import params
-from eagle_jax.ops import causal as blocks
 from eagle_jax.ops.attention import attention
-from eagle_jax.ops.layout import layout
 from eagle_jax.train import eagle1_loss, eagle3_loss
 from eagle_jax.train.loss import eagle
 from tests.toy import GOLDEN, golden_pair, random_eagle1, random_eagle3, random_prompts, random_target
@@ -216,26 +214,6 @@ def test_chunks_of_positions_change_nothing():
     np.testing.assert_allclose(split, whole, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(whole_gradient), jax.tree.leaves(split_gradient), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
-
-
-def test_blocks_of_queries_change_nothing():
-    """The last block is padded; documents begin within blocks."""
-    q, k, v, of_out = (jax.random.normal(jax.random.key(i), (2, 1, 2, 23, 16)) for i in range(4))
-    k, v = k[:, :, 0], v[:, :, 0]
-    documents = (jnp.arange(23)[None] >= jnp.array([[10], [4]])).astype(jnp.int32)
-    text = layout(jnp.array([23, 9]), 23, documents)
-
-    @functools.partial(jax.jit, static_argnames="block")
-    def measure(q, k, v, block):
-        def attended(q, k, v):
-            _, total, out = blocks.in_blocks(q, k, v, text, block)
-            return out / total
-
-        out, pull = jax.vjp(attended, q, k, v)
-        return out, *pull(of_out)
-
-    for a, b in zip(measure(q, k, v, 512), measure(q, k, v, 8), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_the_feature_regression_is_of_the_hidden_states_that_logits_are_made_of():

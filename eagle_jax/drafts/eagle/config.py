@@ -9,6 +9,7 @@ from typing import Any
 from eagle_jax.drafts.eagle.flat_config import TAPS, flat_config
 from eagle_jax.models.config import LlamaConfig, llama_fields
 from eagle_jax.models.fields import ConfigError, flag, size
+from eagle_jax.ops.spec import Spec
 
 OFFICIAL_TAPS = 3  # target layers that an EAGLE-3 head reads, unless its config names them
 
@@ -91,6 +92,13 @@ class DraftConfig(LlamaConfig):
             qkv_bias=flag(hf, "qkv_bias", where),
             own_lm_head=own_lm_head or hf.get("draft_vocab_size", vocab_size) != vocab_size,
         )
+
+    def attention_spec(self, layer: int) -> Spec:
+        """What the head's queries see: all positions, or those of `window`."""
+        if self.window is None:
+            return Spec()
+        first, recent = self.window
+        return Spec(window=recent, first=first)
 
 
 def tap_layers(config: DraftConfig | None, num_layers: int) -> tuple[int, ...]:

@@ -25,7 +25,8 @@ from eagle_jax.models.config import ConfigError
 from eagle_jax.models.layers import Attend
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.arrays import take_one
-from eagle_jax.ops.attention import Window, attention
+from eagle_jax.ops.attention import attention
+from eagle_jax.ops.spec import PLAIN
 from eagle_jax.tree import DraftStep, TreePolicy
 
 
@@ -91,16 +92,14 @@ class EagleDraft(Draft):
         past = memory.cache.with_length(committed.start)
         positions = committed.start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
         mask = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
-        visible = self._window(positions)
-        if visible is not None:
-            mask &= visible.sees(positions)
 
-        def attend(q, k, v):
+        def attend(q, k, v, spec=PLAIN):
             # Write the new rows first, then attend below `start`. Reading first lets XLA schedule the write early and
             # copy the cache.
             cache = past.write([(k, v)], committed.start)
             in_blocks = committed.tree is None and width > 1
-            return attention(q, k, v, mask, cache.layer(0), window=visible, in_blocks=in_blocks), cache
+            layer = cache.layer(0)
+            return attention(q, k, v, mask, layer, spec=spec, positions=positions, in_blocks=in_blocks), cache
 
         fused, lengths = self.fuse(self.features(committed.output)), committed.prompt_lengths
         hidden, cache = self(target, fused, committed.next_tokens, positions, attend, prompt_lengths=lengths)
@@ -125,10 +124,12 @@ class EagleDraft(Draft):
             hidden, scratch_k, scratch_v = carry  # hidden [B, k, D]: outputs of the previous step's nodes
             positions = jnp.broadcast_to((past.length + step.level)[:, None], step.tokens.shape)
 
-            def attend(q, k, v):
+            def attend(q, k, v, spec=PLAIN):
                 start = (0, 0, step.level * tree.width, 0)
                 rows = put(scratch_k, k, start), put(scratch_v, v, start)
-                return attention(q, *rows, step.mask, past.layer(0), window=self._window(positions)), rows
+                # A window limits cached pairs; drafted nodes see all their ancestors.
+                old = past.layer(0)
+                return attention(q, *rows, step.mask, old, spec=spec, positions=positions, limit_new=False), rows
 
             hidden = jnp.take_along_axis(hidden, step.parents[:, :, None], axis=1)
             hidden, rows = self(target, hidden, step.tokens, positions, attend, prompt_lengths=context.prompt_lengths)
@@ -138,13 +139,6 @@ class EagleDraft(Draft):
         logits = noisy(depth=0, logits=self.logits(target, memory.hidden[:, None]))[:, 0]
         grown, _ = tree.grow(root, logits, (first, scratch, scratch), draft_fn, ids)
         return Proposal(grown)
-
-    def _window(self, positions: jax.Array) -> Window | None:
-        """The rows that queries at positions [B, T] may see of the cache, if the config limits them."""
-        if self.config.window is None:
-            return None
-        first, recent = self.config.window
-        return Window(first, positions - recent + 1)
 
 
 AnyEagle = TypeVar("AnyEagle", bound=EagleDraft)

@@ -82,7 +82,7 @@ class Eagle1Draft(EagleDraft, nnx.Module):
             x = add_bias(x, self.fc_bias)
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         with jax.named_scope("layer"):
-            return self.layer(x, rotation, attend)
+            return self.layer(x, rotation, attend, self.config.attention_spec(0))
 
     def before_logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] stands for the target's own, after its final norm."""

@@ -21,6 +21,7 @@ from eagle_jax.models.config import ConfigError, require_same
 from eagle_jax.models.layers import MLP, Attend, Attention, normal, ones, rms_norm, rope_angles
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.linear import Weight, linear
+from eagle_jax.ops.spec import PLAIN, Spec
 
 
 class Eagle3Layer(nnx.Module):
@@ -38,14 +39,19 @@ class Eagle3Layer(nnx.Module):
         self.mlp = MLP(config, keys[1], dtype)
 
     def __call__(
-        self, embedding: jax.Array, hidden: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend
+        self,
+        embedding: jax.Array,
+        hidden: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        spec: Spec = PLAIN,
     ) -> tuple[jax.Array, Any]:
         """embedding, hidden [B, T, D] -> ([B, T, D], what `attend` keeps)."""
         eps = self.config.rms_norm_eps
         normed = rms_norm(hidden, self.hidden_norm[...], eps)
         residual = normed if self.config.norm_before_residual else hidden
         x = jnp.concatenate([rms_norm(embedding, self.input_norm[...], eps), normed], axis=-1)
-        mixed, kept = self.attention(x, rotation, attend)
+        mixed, kept = self.attention(x, rotation, attend, spec)
         x = residual + mixed
         return x + self.mlp(rms_norm(x, self.post_attention_norm[...], eps)), kept
 
@@ -126,7 +132,7 @@ class Eagle3Draft(EagleDraft, nnx.Module):
             embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         with jax.named_scope("layer"):
-            return self.layer(embedding, hidden, rotation, attend)
+            return self.layer(embedding, hidden, rotation, attend, self.config.attention_spec(0))
 
     def before_logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> what `output_weight` is multiplied with, [..., D]."""

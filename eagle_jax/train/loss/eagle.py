@@ -22,8 +22,10 @@ from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models import params
 from eagle_jax.models.target import Target
-from eagle_jax.ops.causal import causal, causal_part, grouped, with_own
+from eagle_jax.ops.attention import causal
+from eagle_jax.ops.causal import OwnKV
 from eagle_jax.ops.layout import Layout, layout
+from eagle_jax.ops.spec import PLAIN
 from eagle_jax.train.loss.later_steps import later_steps, with_step
 from eagle_jax.train.loss.vocabulary import CHUNK, LossSums, Soft, likeliest_tokens, vocabulary_loss, vocabulary_losses
 
@@ -67,9 +69,9 @@ def examples(
     text = layout(lengths, tokens.shape[1], documents)
     taps = draft.taps(target)
 
-    def attend(index, q, k, v):
+    def attend(index, q, k, v, spec=PLAIN):
         del index
-        return causal(q, k, v, text), None
+        return causal(q, k, v, text, spec), None
 
     with jax.named_scope("target"):
         out, _ = target.run(tokens, text.positions, attend, prompt_lengths=text.end - text.first, taps=taps)
@@ -230,18 +232,17 @@ class _Steps:
 
     @jax.named_scope("first_step")
     def first(self, floats, constants):
-        def attend(q, k, v):
-            return causal(q, k, v, constants["text"]), (k, v)
+        def attend(q, k, v, spec=PLAIN):
+            return causal(q, k, v, constants["text"], spec), (k, v)
 
         return self.one(floats, constants, None, 0, attend)
 
     @jax.named_scope("later_step")
     def later(self, floats, constants, hidden, first_kv, own, step):
-        def attend(q, k, v):
-            queries = grouped(q, k.shape[1])
+        def attend(q, k, v, spec=PLAIN):
             own_k, own_v = (with_step(old, new, step) for old, new in zip(own, (k, v), strict=True))
-            part = causal_part(queries, first_kv[0], first_kv[1], constants["text"])
-            return with_own(part, queries, own_k, own_v, step), (k, v)
+            first_k, first_v = first_kv
+            return causal(q, first_k, first_v, constants["text"], spec, OwnKV(own_k, own_v, step)), (k, v)
 
         return self.one(floats, constants, hidden, step, attend)
 
@@ -319,8 +320,8 @@ def eagle1_sums(
         noise = jax.random.uniform(key, features.shape, jnp.float32, -0.5, 0.5) * 0.2 * 512
         features = features + (noise / (text.end - text.first)[:, :, None]).astype(features.dtype)
 
-    def attend(q, k, v):
-        return causal(q, k, v, text), None
+    def attend(q, k, v, spec=PLAIN):
+        return causal(q, k, v, text, spec), None
 
     hidden, _ = draft(
         target, draft.fuse(features), following, text.positions, attend, prompt_lengths=text.end - text.first

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from eagle_jax.models.target import Target
-from eagle_jax.ops.causal import causal
+from eagle_jax.ops.attention import causal
 from eagle_jax.ops.layout import layout
+from eagle_jax.ops.spec import PLAIN
 from eagle_jax.train.loss import eagle
 from eagle_jax.train.loss.vocabulary import CHUNK, Labels, vocabulary_loss
 
@@ -132,8 +133,8 @@ class TargetObjective:
         tokens, text, following, weights = prepared
         model = eagle.in_dtype(model, self.dtype)
 
-        def attend(index, q, k, v):
-            return causal(q, k, v, text), None
+        def attend(index, q, k, v, spec=PLAIN):
+            return causal(q, k, v, text, spec), None
 
         out, _ = model.run(tokens, text.positions, attend, prompt_lengths=text.end - text.first)
         sums = vocabulary_loss(out.hidden, model.output_weight(), Labels(following), weights, self.chunk)
