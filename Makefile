@@ -91,7 +91,7 @@ $(VENV)/.installed: $(PINNED) | $(VENV)/bin/python
 $(VENV)/.test-installed: $(PINNED) | $(VENV)/bin/python
 	$(VENV)/bin/python $(PIP) --constraint constraints.txt --editable '.[torch,train,test]'
 	touch $(VENV)/.installed
-# The compilers of other machines' accelerators lie beside the packages: see bench/compilers.py. x86 Linux only.
+# The compilers of other machines' accelerators lie beside the packages: see bench/aot/compilers.py. x86 Linux only.
 ifeq ($(shell uname -sm),Linux x86_64)
 	rm -rf $(VENV)/aot
 	$(VENV)/bin/python $(PIP) --constraint constraints.txt --no-deps --target $(VENV)/aot $$($(COMPILERS))

@@ -1,4 +1,4 @@
-"""The compilers of accelerators that are not there (bench/compilers.py); a test that needs one it lacks is skipped."""
+"""Compilers of accelerators that are not there (bench/aot/compilers.py); a test that lacks its compiler is skipped."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bench import compilers
-from bench.compilers import compile_for, find_compilers
+from bench.aot import compilers
+from bench.aot.compilers import compile_for, find_compilers
 
 __all__ = ["compile_for", "find_compilers", "gpu_devices", "tpu_devices"]
 

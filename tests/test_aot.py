@@ -1,4 +1,4 @@
-"""bench/compilers.py: the compilers of a TPU and of an H200 run here, and this process stays on its CPU."""
+"""bench/aot/compilers.py: the compilers of a TPU and of an H200 run here, and this process stays on its CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bench import compilers, hlo
+from bench.aot import compilers, hlo
 from tests.aot import compile_for, gpu_devices, tpu_devices
 
 WEIGHT = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)

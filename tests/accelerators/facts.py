@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from bench import compilers, hlo
-from bench.programs import Program
+from bench.aot import compilers, hlo
+from bench.aot.programs import Program
 from bench.shapes import SHAPES, Shape
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def _digest(program: Program, lowered: jax.stages.Lowered, device: Any) -> str:
     sources = (
         Path(__file__),
         compilers.H200,
-        *(ROOT / "bench" / name for name in ("compilers.py", "hlo.py", "programs.py")),
+        *(ROOT / "bench" / "aot" / name for name in ("compilers.py", "hlo.py", "programs.py")),
     )
     for source in sources:
         digest.update(source.read_bytes())

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 
 import eagle_jax
-from bench import compilers, gpu_aot, hlo, programs, report, tpu_aot
+from bench import report
+from bench.aot import compilers, gpu, hlo, programs, tpu
 from eagle_jax import SamplingConfig, TreeConfig
 from eagle_jax.decode.cycle import step
 from tests.accelerators.facts import ALL, FEW, MORE, ROOT, facts, shape
@@ -85,7 +86,7 @@ def rows() -> Iterator[tuple[str, Callable[[], Found]]]:
         target, _, tree = CPU_PAIRS[name]
         yield f"CPU plain, {name.split()[0]}", functools.partial(on_cpu, target, None, tree)
     for layers in (FEW, MORE):
-        for sampling, config in gpu_aot.SAMPLINGS.items():
+        for sampling, config in gpu.SAMPLINGS.items():
             cycle = functools.partial(programs.cycle, shape(layers), 8192, sampling=config)
             yield f"H200 cycle {sampling}, {layers} layers", functools.partial(compiled, cycle, h200)
         generate = functools.partial(programs.generate, shape(layers), 8192, 512)
@@ -93,8 +94,8 @@ def rows() -> Iterator[tuple[str, Callable[[], Found]]]:
     for layers, steps in ((FEW, 1), (FEW, 7), (MORE, 7)):
         train = functools.partial(programs.train_step, shape(layers), 4, 2048, steps)
         yield f"H200 train, {steps} steps, {layers} layers", functools.partial(compiled, train, h200)
-    row = next(row for row in tpu_aot.ROWS if (row.topology, row.program) == ("v5e:2x2", "cycle"))
-    cycle = functools.partial(tpu_aot.PROGRAMS["cycle"], shape(ALL), row.batch)
+    row = next(row for row in tpu.ROWS if (row.topology, row.program) == ("v5e:2x2", "cycle"))
+    cycle = functools.partial(tpu.PROGRAMS["cycle"], shape(ALL), row.batch)
     yield f"v5e:2x2 cycle greedy, {ALL} layers", functools.partial(compiled, cycle, row.mesh)
     sampled = SamplingConfig(temperature=1.0)
     generate = functools.partial(programs.generate, shape(FEW), 8192, 512, sampling=sampled)

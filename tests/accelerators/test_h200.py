@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import gpu_aot, programs
+from bench.aot import gpu, programs
 from tests.accelerators.facts import ALL, FEW, MORE, caches, extended, facts, shape
 from tests.aot import gpu_devices
 
@@ -12,10 +12,10 @@ MIB = 2**20
 
 
 def cycle(layers: int, sampling: str) -> programs.Program:
-    return programs.cycle(shape(layers), 8192, sampling=gpu_aot.SAMPLINGS[sampling])
+    return programs.cycle(shape(layers), 8192, sampling=gpu.SAMPLINGS[sampling])
 
 
-@pytest.mark.parametrize("sampling", gpu_aot.SAMPLINGS)
+@pytest.mark.parametrize("sampling", gpu.SAMPLINGS)
 def test_a_cycle_updates_its_caches_in_place_and_needs_little_else(sampling):
     made = [cycle(layers, sampling) for layers in (FEW, MORE)]
     few, more = (facts(program, gpu_devices()[0]) for program in made)
@@ -40,7 +40,7 @@ def test_generate_needs_little_beside_its_caches():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", gpu_aot.SAMPLINGS)
+@pytest.mark.parametrize("sampling", gpu.SAMPLINGS)
 def test_a_cycle_of_all_layers(sampling):
     program = cycle(ALL, sampling)
     found, (target_cache, both) = facts(program, gpu_devices()[0]), caches(program)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from bench import tpu_aot
+from bench.aot import tpu
 from tests.accelerators.facts import ALL, FEW, caches, facts, shape
 from tests.aot import tpu_devices
 
 
-def four_chips(program: str) -> tpu_aot.Row:
+def four_chips(program: str) -> tpu.Row:
     tpu_devices("v5e:2x2")
-    return next(row for row in tpu_aot.ROWS if (row.topology, row.program) == ("v5e:2x2", program))
+    return next(row for row in tpu.ROWS if (row.topology, row.program) == ("v5e:2x2", program))
 
 
 def test_a_cycle_fits_four_chips():
     """Weights and caches of all layers are split: 16 GB of weights over four chips of 16 GiB."""
     row = four_chips("cycle")
-    program = tpu_aot.PROGRAMS[row.program](shape(ALL), row.batch)
+    program = tpu.PROGRAMS[row.program](shape(ALL), row.batch)
     found = facts(program, row.mesh())
-    assert 4 < found.arguments / tpu_aot.GIB < 5
-    assert found.peak / tpu_aot.GIB < 6
+    assert 4 < found.arguments / tpu.GIB < 5
+    assert found.peak / tpu.GIB < 6
     assert found.aliased >= caches(program)[1] / 4  # they are updated in place
     assert found.copies == []
 
@@ -28,5 +28,5 @@ def test_a_cycle_fits_four_chips():
 @pytest.mark.slow  # libtpu takes minutes for its loss; test_training.py has an H200's
 def test_a_training_step_fits_four_chips():
     """Every chip has the flash kernel for its own sequences; no weight is copied."""
-    measured = tpu_aot.measure(four_chips("train"), layers=FEW)
+    measured = tpu.measure(four_chips("train"), layers=FEW)
     assert measured["fits"] and measured["copies"] == 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from bench import programs, train_memory
+from bench.aot import programs
+from bench.train import memory
 from tests.accelerators.facts import FEW, MORE, extended, facts, shape
 from tests.aot import gpu_devices
 
@@ -19,7 +20,7 @@ def step(layers: int, steps: int):
 def test_memory_does_not_grow_with_the_steps():
     """Beyond the steps' own keys and values: a step keeps less than six arrays as large as the hidden states."""
     one, seven, more = step(FEW, 1), step(FEW, 7), step(MORE, 7)
-    own = train_memory.keys_and_values(7, ROWS * WIDTH) - train_memory.keys_and_values(1, ROWS * WIDTH)
+    own = memory.keys_and_values(7, ROWS * WIDTH) - memory.keys_and_values(1, ROWS * WIDTH)
     hidden_states = ROWS * WIDTH * shape(FEW).target.hidden_size * 2  # bfloat16
     assert seven.peak - own - one.peak < 6 * 6 * hidden_states
     assert extended(seven.arguments, more.arguments) > 16e9

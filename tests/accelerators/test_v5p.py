@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import programs
+from bench.aot import programs
 from eagle_jax import SamplingConfig
 from tests.accelerators.facts import FEW, MORE, caches, facts, shape
 from tests.aot import tpu_devices

@@ -1,8 +1,8 @@
-"""bench/before_after.py: what it makes of the seconds and texts of two checkouts."""
+"""bench/decode/before_after.py: what it makes of the seconds and texts of two checkouts."""
 
 import pytest
 
-from bench import before_after
+from bench.decode import before_after
 
 
 class Checkout:

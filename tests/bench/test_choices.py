@@ -1,4 +1,4 @@
-"""bench.choices at a tiny shape on the CPU: every choice gets a time, and XLA knows the flags."""
+"""bench.decode.choices at a tiny shape on the CPU: every choice gets a time, and XLA knows the flags."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import choices
+from bench.decode import choices
 from bench.shapes import SHAPES
 
 TINY = SHAPES["tiny"].target

@@ -1,4 +1,4 @@
-"""bench/hlo.py: on programs written by hand, and on what XLA makes of a decoder for this machine's CPU."""
+"""bench/aot/hlo.py: on programs written by hand, and on what XLA makes of a decoder for this machine's CPU."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import eagle_jax
-from bench import hlo, programs
+from bench.aot import hlo, programs
 from bench.shapes import SHAPES, abstract_pair
 from eagle_jax.decode.cycle import step
 

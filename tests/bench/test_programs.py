@@ -1,4 +1,4 @@
-"""bench/programs.py: what each chip of a mesh holds of a program's arguments."""
+"""bench/aot/programs.py: what each chip of a mesh holds of a program's arguments."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from bench import programs
+from bench.aot import programs
 from bench.shapes import SHAPES
 
 TINY = SHAPES["tiny"]

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from bench import gpu_aot, report, tpu_aot
+from bench import report
+from bench.aot import gpu, tpu
 
 ROWS = {
     name: lambda layers, name=name: {"name": name, "layers": layers, "GiB": 1.234, "fits": True}
@@ -44,6 +45,6 @@ def test_what_does_not_fit_or_copies_is_an_error(monkeypatch, fits, copies, stat
     assert run(monkeypatch, rows=rows) == status
 
 
-@pytest.mark.parametrize("names", [[row.name for row in tpu_aot.ROWS], list(gpu_aot.ROWS)])
+@pytest.mark.parametrize("names", [[row.name for row in tpu.ROWS], list(gpu.ROWS)])
 def test_names_of_rows_differ(names):
     assert len(set(names)) == len(names)

@@ -1,4 +1,4 @@
-"""The roofline command on the tiny shape: its table and its JSON agree with each other and with bench/work.py."""
+"""The roofline command on the tiny shape: its table and its JSON agree with each other and with work.py."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import json
 
 import pytest
 
-from bench import ceilings, roofline
+from bench.decode import ceilings, roofline
+from bench.decode.work import cycle_work, plain_work
 from bench.shapes import SHAPES
-from bench.work import cycle_work, plain_work
 from eagle_jax import TreeConfig
 from eagle_jax.measure import timing
 

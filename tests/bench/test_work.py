@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from bench.decode.work import Work, cycle_work, plain_work, verify_work
 from bench.shapes import SHAPES, abstract_pair
-from bench.work import Work, cycle_work, plain_work, verify_work
 from eagle_jax import TreeConfig
 from eagle_jax.decode.cycle import verify
 from eagle_jax.decode.state import empty_state

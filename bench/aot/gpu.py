@@ -1,12 +1,12 @@
 """The decoder on an H200 that is not there: kernels a pass, copies and temporaries, by the real compiler.
 
-    python -m bench.gpu_aot                     every row; some minutes on two cores
-    python -m bench.gpu_aot --only cycle --json h200.json
-    python -m bench.gpu_aot --only "8b plain" --layers 8    the same with fewer layers
+    python -m bench.aot.gpu                     every row; some minutes on two cores
+    python -m bench.aot.gpu --only cycle --json h200.json
+    python -m bench.aot.gpu --only "8b plain" --layers 8    the same with fewer layers
 
 A launch takes a microsecond or more, so kernels are a floor of a pass's time beside its bytes. Without a GPU there is
 neither cuBLAS nor autotuning: products are Triton fusions here, which tells nothing of times. Needs the `aot` extra
-(see bench/compilers.py).
+(see bench/aot/compilers.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from bench import compilers, hlo, programs, report
-from bench.programs import Program
+from bench import report
+from bench.aot import compilers, hlo, programs
+from bench.aot.programs import Program
 from bench.shapes import SHAPES, Shape
 from eagle_jax.sampling import SamplingConfig
 

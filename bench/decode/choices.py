@@ -1,7 +1,8 @@
 """What a GPU is to choose by time: weights joined or not, how attention reads a cache, and flags of XLA.
 
-    python -m bench.choices --json choices.json
-    JAX_PLATFORMS=cpu python -m bench.choices --shape tiny --dtype float32 --contexts 64 --capacities 128 --rows 1 4
+    python -m bench.decode.choices --json choices.json
+    JAX_PLATFORMS=cpu python -m bench.decode.choices --shape tiny --dtype float32 --contexts 64 --capacities 128 \\
+        --rows 1 4
 
 Every line is a choice beside the others of its case: the time, and how that stands to the first one, which is what the
 library does.
@@ -10,7 +11,7 @@ library does.
     attention           of a tree's nodes to a cache of more rows than are filled: all of its rows; the filled ones, in
                         blocks; and the fused kernel that `jax.nn.dot_product_attention` has for the device, without the
                         tree's own rows and the merging, so a bound on what one could win
-    plain, cycle        a whole step under flags of XLA, each in a process of its own, by `bench.roofline`
+    plain, cycle        a whole step under flags of XLA, each in a process of its own, by `bench.decode.roofline`
 
 The weights and caches of several layers take turns, so that they come from memory.
 """
@@ -158,11 +159,11 @@ def flag_rows(shape: str, dtype: str, contexts: Sequence[int], repeats: int) -> 
 
 
 def _roofline(shape: str, dtype: str, context: int, repeats: int, flags: str) -> dict[str, Any]:
-    """The parts that bench.roofline finds under these flags; empty, with a word to stderr, if it fails."""
+    """The parts that bench.decode.roofline finds under these flags; empty, with a word to stderr, if it fails."""
     environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "roofline.json"
-        command = [sys.executable, "-m", "bench.roofline", "--shape", shape, "--dtype", dtype, "--batches", "1"]
+        command = [sys.executable, "-m", "bench.decode.roofline", "--shape", shape, "--dtype", dtype, "--batches", "1"]
         command += ["--contexts", str(context), "--repeats", str(repeats), "--json", str(path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -191,7 +192,7 @@ def _kernel() -> Literal["cudnn", "xla"]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.choices", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.decode.choices", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

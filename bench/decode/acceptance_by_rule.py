@@ -1,6 +1,6 @@
 """Tokens a cycle under the two sampled acceptance rules, and the gain of the coupled one.
 
-    python -m bench.acceptance_by_rule --target DIR --draft DIR [--prompts FILE.jsonl]
+    python -m bench.decode.acceptance_by_rule --target DIR --draft DIR [--prompts FILE.jsonl]
 
 Both rules see the same prompts and keys; the error is the standard error over texts.
 """

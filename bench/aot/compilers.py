@@ -170,7 +170,7 @@ def _apart_from_this_process() -> Iterator[None]:
 
 
 def text(compiled: jax.stages.Compiled) -> str:
-    """The program as HLO, after all of the compiler's passes: what bench/hlo.py reads.
+    """The program as HLO, after all of the compiler's passes: what bench/aot/hlo.py reads.
 
     libtpu may make instructions that jaxlib refuses (an `async-update` of three operands, jaxlib 0.10.2): then it is
     the text that libtpu wrote of a program that `compile_for` made.

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eagle_jax
-from bench import hlo
-from bench.compilers import compile_lowered, lower_for, text
+from bench.aot import hlo
+from bench.aot.compilers import compile_lowered, lower_for, text
 from bench.shapes import Shape, abstract_pair
 from eagle_jax.decode import cycle as decoding
 from eagle_jax.models import params

@@ -1,10 +1,10 @@
 """How near decoding comes to the physical limit: bytes and FLOPs, the device's ceilings, measured times, their ratio.
 
-    python -m bench.roofline --shape 8b --json roofline.json
-    python -m bench.roofline --shape 70b --tensor 8 --batches 1 4 --contexts 1024
+    python -m bench.decode.roofline --shape 8b --json roofline.json
+    python -m bench.decode.roofline --shape 70b --tensor 8 --batches 1 4 --contexts 1024
 
 A part's limit is the larger of its bytes at the speed of a copy and its FLOPs at that of a matrix product, divided by
-the number of devices; bench/work.py has the formulae. A cycle's limit is the sum of its parts', which run one after the
+the number of devices; work.py has the formulae. A cycle's limit is the sum of its parts', which run one after the
 other. Its `rest` is what it takes beyond them: acceptance and bookkeeping. Weights are random, so acceptance cannot be
 real: tokens a second are given for every mean accepted length tau (the bonus token counted), as tau tokens a cycle and
 row, and with them the tau at which speculation begins to pay.
@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bench.ceilings import Ceilings, measure_ceilings
+from bench.decode.ceilings import Ceilings, measure_ceilings
+from bench.decode.parts import filled_state, measure_parts
+from bench.decode.work import Work, cycle_work, plain_work
 from bench.options import parse_tree, positive
-from bench.parts import filled_state, measure_parts
 from bench.shapes import SHAPES, Shape, abstract_pair, random_pair
-from bench.work import Work, cycle_work, plain_work
 from eagle_jax import Eagle3Draft, Llama, Target, TreeConfig
 from eagle_jax.files.atomic import write_json
 from eagle_jax.measure.machine import describe_setting, setting
@@ -180,7 +180,9 @@ def _memory() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.decode.roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 4, 16, 32])

@@ -49,7 +49,7 @@ def measure_parts(
     Args:
       state: from `filled_state` with this context and tree; donated.
     Returns:
-      Seconds by the names of bench/work.py.
+      Seconds by the names of bench/decode/work.py.
     """
     found: dict[str, float] = {}
     models = target, draft

@@ -1,7 +1,7 @@
 """Two checkouts of this package decode the same texts in turn: tok/s of each, and the ratio.
 
     git worktree add ../before COMMIT
-    python -m bench.before_after --before ../before --after .
+    python -m bench.decode.before_after --before ../before --after .
 
 Each checkout has a process of its own that stays alive and works only when it is its turn; the first to go changes from
 turn to turn. Plain and speculative decoding of the embedded pair and of the tests' parity pair, greedy, one prompt at a
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS, PROMPT_TOKENS, PROMPTS = 96, 32, 6
 
 

@@ -1,8 +1,8 @@
 """All that a machine with a GPU can tell, in one command: parity tests, roofline, choices to make, transformers.
 
-    python -m bench.on_gpu --out results/                        at most 27 minutes
-    python -m bench.on_gpu --out results/ --steps tests roofline
-    python -m bench.on_gpu --out results/ --target DIR --draft DIR      real models against transformers
+    python -m bench.decode.on_gpu --out results/                        at most 27 minutes
+    python -m bench.decode.on_gpu --out results/ --steps tests roofline
+    python -m bench.decode.on_gpu --out results/ --target DIR --draft DIR      real models against transformers
 
 Runs from a bare checkout with JAX for CUDA, flax, PyTorch and transformers. Every step is a process of its own with a
 limit in seconds, since one that hangs should cost no more; what it printed until then stays. Writes STEP.txt, and
@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,12 @@ class Step:
 
 STEPS = {
     "tests": Step("pytest -m gpu -v --durations 10", 360, json=False),
-    "roofline": Step("bench.roofline --shape 8b --batches 1 4 16 32 --contexts 1024 8192 32768 --repeats 3", 540),
-    "choices": Step("bench.choices --cases products attention --repeats 3", 120),
-    "flags": Step("bench.choices --cases flags --repeats 3", 420),
-    "against_transformers": Step("bench.against_transformers", 180),
+    "roofline": Step(
+        "bench.decode.roofline --shape 8b --batches 1 4 16 32 --contexts 1024 8192 32768 --repeats 3", 540
+    ),
+    "choices": Step("bench.decode.choices --cases products attention --repeats 3", 120),
+    "flags": Step("bench.decode.choices --cases flags --repeats 3", 420),
+    "against_transformers": Step("bench.decode.against_transformers", 180),
 }
 
 
@@ -77,12 +79,12 @@ def run(name: str, step: Step, more: list[str], out: Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.on_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.decode.on_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for tables and JSON")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all")
     for name in ("--target", "--draft", "--official-eagle"):
-        parser.add_argument(name, metavar="PATH", help="for bench.against_transformers")
+        parser.add_argument(name, metavar="PATH", help="for bench.decode.against_transformers")
     return parser
 
 

@@ -1,7 +1,7 @@
 """Products of few rows with a weight, in several forms: what `ops.linear` chose by, on a CPU.
 
-    python -m bench.products                          # a weight of 512 x 192, 1 to 16 rows
-    python -m bench.products --weight 4096x4096 --rows 1 8 60 --dtype bfloat16
+    python -m bench.decode.products                          # a weight of 512 x 192, 1 to 16 rows
+    python -m bench.decode.products --weight 4096x4096 --rows 1 8 60 --dtype bfloat16
 
 Each time is of one product in a chain of them with 24 weights in turn, so that weights come from where they would in a
 model: microseconds, the median of 9 calls. Forms, for rows [R, D] and a weight [F, D]:

@@ -1,12 +1,12 @@
 """The decoder and a training step on TPU slices that are not there: compiled by libtpu, on a CPU machine.
 
-    python -m bench.tpu_aot                          every row; many minutes on two cores
-    python -m bench.tpu_aot --only v5e --json v5e.json
-    python -m bench.tpu_aot --list
+    python -m bench.aot.tpu                          every row; many minutes on two cores
+    python -m bench.aot.tpu --only v5e --json v5e.json
+    python -m bench.aot.tpu --list
 
 A row is a program on a slice of chips: what it needs of each chip's memory, whether that fits, how many weights or
 whole caches it copies in a cycle, and how long it compiled. Ends with 1 if a row does not fit or copies any. Parameters
-lie by the rules of eagle_jax/sharding.py. Needs the `aot` extra: bench/compilers.py.
+lie by the rules of eagle_jax/sharding.py. Needs the `aot` extra: bench/aot/compilers.py.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from bench import compilers, programs, report
-from bench.programs import Program
+from bench import report
+from bench.aot import compilers, programs
+from bench.aot.programs import Program
 from bench.shapes import SHAPES, Shape
 from eagle_jax.sharding import DATA, FSDP, TENSOR
 

@@ -1,6 +1,6 @@
 """What an exact top-k and top-p threshold costs, by bisection (as eagle_jax does it) and by a sort.
 
-    python -m bench.threshold_cost [--nodes 60] [--repeats 20]
+    python -m bench.decode.threshold_cost [--nodes 60] [--repeats 20]
 
 A row is one distribution: a cycle needs one for every node of its tree. Prints medians, and the ratio.
 """

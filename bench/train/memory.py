@@ -1,10 +1,10 @@
 """Memory of a training step of an EAGLE-3 head for Llama-3.1-8B, by the number of steps of the training-time test.
 
-    python -m bench.train_memory                      H200, 8192 tokens
-    python -m bench.train_memory --device v5p --rows 2 --width 4096
+    python -m bench.train.memory                      H200, 8192 tokens
+    python -m bench.train.memory --device v5p --rows 2 --width 4096
 
 The step is compiled by the real compiler of the device, which need not be there (extra `aot`; see
-bench/compilers.py), and what it says of its memory is printed: parameters and optimiser (of which the target is
+bench/aot/compilers.py), and what it says of its memory is printed: parameters and optimiser (of which the target is
 16 GB), and temporaries. bfloat16 target and products, float32 masters, AdamW.
 """
 
@@ -18,8 +18,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
-from bench import compilers, programs
-from bench.compilers import Memory
+from bench.aot import compilers, programs
+from bench.aot.compilers import Memory
 from bench.shapes import SHAPES
 
 DEVICES = {"h200": lambda: compilers.gpu_devices()[0], "v5p": lambda: compilers.tpu_devices("v5p:2x2x1")[0]}

@@ -1,7 +1,7 @@
 """The same prompts, greedy, by transformers (PyTorch) and by this package, plain and speculative: tok/s, equal texts.
 
-    python -m bench.against_transformers --target DIR --draft DIR
-    python -m bench.against_transformers                             the embedded pair
+    python -m bench.decode.against_transformers --target DIR --draft DIR
+    python -m bench.decode.against_transformers                             the embedded pair
 
 Both run in one process, in turn, on the same kind of device and in the same dtype, one prompt at a time, without stop
 tokens. A first call compiles or warms up; times are of whole calls, the prompt's pass too, medians of the repeats.
@@ -193,7 +193,7 @@ def _common(ours: list[int], theirs: list[int]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.against_transformers",
+        prog="python -m bench.decode.against_transformers",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
