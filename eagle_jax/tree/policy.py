@@ -117,7 +117,7 @@ def best_children(
 
 
 def step_mask(
-    previous: Bool[Array, "batch width drafted"], parents: Int[Array, "batch width"], level: Int[Array, ""]
+    previous: Bool[Array, "batch width drafted"], parents: Int[Array, "batch width"], level: Int[Array, ""] | int
 ) -> Bool[Array, "batch width drafted"]:
     """The mask of a step: each node sees what its parent saw, and itself."""
     k, rows = previous.shape[1:]
