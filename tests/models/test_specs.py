@@ -32,20 +32,14 @@ def mixed(config: LlamaConfig, *specs: Spec) -> Mixed:
     return Mixed(**dataclasses.asdict(config) | {"rope": config.rope}, specs=specs)
 
 
-def mistral() -> transformers.MistralForCausalLM:
-    """Random weights of a model that differs from a Llama by its window alone. Skips the test without PyTorch."""
+def test_a_window_is_that_of_mistral():
+    """transformers' model, which differs from a Llama by its window alone."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     config = transformers.MistralConfig(
         **SMALL | dict(num_key_value_heads=2, sliding_window=4, initializer_range=0.2, attn_implementation="eager")
     )
-    return transformers.MistralForCausalLM(config).eval()
-
-
-def test_a_window_is_that_of_mistral():
-    import torch
-
-    theirs = mistral()
+    theirs = transformers.MistralForCausalLM(config).eval()
     fields = theirs.config.to_dict() | dict(model_type="llama", sliding_window=None)
     config = mixed(LlamaConfig.from_hf(fields), Spec(window=theirs.config.sliding_window))
     ours = load_target(config, {name: weight.detach().numpy() for name, weight in theirs.state_dict().items()})
