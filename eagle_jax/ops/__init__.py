@@ -1,4 +1,4 @@
-"""Functions of arrays alone, and what depends on the platform.
+"""Functions of arrays, and whatever depends on the platform: products, attention, flash kernels.
 
-May import sharding: a compiler cannot divide a kernel over a mesh by itself.
+May import sharding, because a compiler cannot shard a kernel by itself.
 """

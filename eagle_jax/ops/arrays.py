@@ -9,5 +9,5 @@ import jax
 
 
 def take_one(values: jax.Array, index: jax.Array) -> jax.Array:
-    """values [B, T, ...] at index [B] -> [B, ...]."""
+    """Gathers one position of each sequence: values [B, T, ...] at index [B] -> [B, ...]."""
     return jax.vmap(lambda row, i: row[i])(values, index)

@@ -1,9 +1,9 @@
-"""Attention: the one door, to a cache while decoding and causal while training, and where a backend is picked.
+"""The one door to attention: `attention` with a KV cache for decoding, `causal` with a gradient for training.
 
 Letters: B batch, T new tokens, M new keys, S positions, N query heads, K key-value heads, G = N / K, H head dim.
 
-What a layer's queries see and how its scores are made is its `Spec`. A backend says which specs it computes; those
-that do not know a spec leave it to plain XLA.
+A layer's `Spec` says what its queries see and how its scores are made. A backend says which specs it supports, and
+`pick` chooses among them. Plain XLA supports every spec.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from eagle_jax.ops.layout import Layout
 from eagle_jax.ops.softmax import Part, add_sinks, merge_parts, softmax_part
 from eagle_jax.ops.spec import PLAIN, Spec
 
-# Positions of a cache attended to at a time when going through it in blocks: for a chunk of a prompt, and on a CPU.
+# Positions of a cache in a block: for a chunk of a prompt, and on a CPU.
 CACHE_BLOCK = 512
 CPU_CACHE_BLOCK = 128
 
@@ -31,8 +31,8 @@ CPU_CACHE_BLOCK = 128
 class Backend(NamedTuple):
     """A way to compute attention.
 
-    compute: what it does; its table says how it is called.
-    platform: where it is picked, "cpu", "cuda" or "tpu"; None: where no other is.
+    compute: the implementation; each table below states its signature.
+    platform: the platform that it runs on, "cpu", "cuda" or "tpu". None: all that no other backend claims.
     supports: (spec, q) -> whether it computes this spec for queries of q's dtype and head dim.
     """
 
@@ -41,22 +41,22 @@ class Backend(NamedTuple):
     supports: Callable[[Spec, jax.Array], bool] = lambda spec, q: True
 
 
-# (queries, the new keys' part, cache) -> their merged part. A CPU saves the arithmetic on unused positions;
-# accelerators, bound by bytes and launches, want one product.
+# compute(queries, part of the new keys, cache) -> the two merged. On a CPU, blocks skip the arithmetic on unused
+# positions. An accelerator is bound by memory and kernel launches, so one product is faster.
 CACHED = (Backend(functools.partial(add_blocks, CPU_CACHE_BLOCK), "cpu"), Backend(add_whole))
-# The same for many queries (a chunk of a prompt): their scores over the whole cache would be large beside it.
+# The same for a chunk of a prompt: scores of so many queries over the whole cache would be larger than the cache.
 CACHED_LONG = (Backend(functools.partial(add_blocks, CACHE_BLOCK)),)
 
 
 class Causal(NamedTuple):
-    """Causal attention with a gradient: part(q, k, v, text, spec) and gradient(q, k, v, text, spec, of_part)."""
+    """A forward and a backward function: part(q, k, v, text, spec) and gradient(q, k, v, text, spec, of_part)."""
 
     part: Callable[..., Part]
     gradient: Callable[..., tuple[jax.Array, ...]]
 
 
 def by_kernel(kernel: flash.Kernel) -> Causal:
-    """Causal attention by a flash kernel."""
+    """Makes causal attention of a flash kernel."""
     return Causal(functools.partial(flash.flash_part, kernel), functools.partial(flash.gradient, kernel))
 
 
@@ -68,12 +68,12 @@ CAUSAL = (
 
 
 def pick(backends: Sequence[Backend], spec: Spec, q: jax.Array) -> dict[str | None, Any]:
-    """The backends that support a spec: {platform: what computes it}, None for every other platform."""
+    """Returns {platform: implementation} of the backends that support a spec; None stands for all other platforms."""
     return {backend.platform: backend.compute for backend in backends if backend.supports(spec, q)}
 
 
 def by_platform(ways: dict[str | None, Callable[..., Any]], *args: Any) -> Any:
-    """Calls what `pick` found for the platform that a program is compiled for."""
+    """Calls the implementation for the platform that the program is compiled for; `ways` is from `pick`."""
     others = {platform: way for platform, way in ways.items() if platform is not None}
     return jax.lax.platform_dependent(*args, default=ways[None], **others) if others else ways[None](*args)
 
@@ -90,19 +90,19 @@ def attention(
     limit_new: bool = True,
     in_blocks: bool = False,
 ) -> jax.Array:
-    """Attends to the positions of a cache and to new ones: one softmax, computed in parts and merged.
+    """Attends to a KV cache and to new keys: one softmax, computed in two parts and merged.
 
     Args:
       q: [B, T, N, H].
       k, v: [B, K, M, H] new keys and values.
       mask: [B, T, M], True where a query sees a new key. Every query must see at least one.
-      cache: every query sees its positions below `length`, as far as its window shows them.
-      spec: what the layer's queries see, and how its scores are made.
-      positions: [B, T] of the queries; a layer with a window needs them.
-      limit_new: the window limits the new keys, too, which then stand at the queries' positions (M = T). Else the mask
-        alone says which of them a query sees.
-      in_blocks: go through the cache in blocks, and only as far as it is filled. For many queries (a chunk of a
-        prompt), whose scores over the whole cache would be large beside it.
+      cache: every query sees its positions below `length` that are inside the window.
+      spec: the layer's window, sinks, softcap and scale.
+      positions: [B, T] of the queries; required if the spec has a window.
+      limit_new: apply the window to the new keys, too, at the queries' positions (M = T). False: the mask alone says
+        which new keys a query sees.
+      in_blocks: go through the cache in blocks, up to its filled length. For a chunk of a prompt, whose scores over the
+        whole cache would be larger than the cache.
     Returns:
       [B, T, N, H].
     """
@@ -113,7 +113,7 @@ def attention(
             raise ValueError("a layer with a window needs the positions of its queries")
         if limit_new:
             mask &= spec.sees(positions[:, :, None], positions[:, None])
-    # Query heads that share a key-value head become more queries of it, [B, K, G * T, H]: a plain batched product.
+    # Query heads that share a key-value head become more queries of it, [B, K, G * T, H]: a plain batched matmul.
     flat = jnp.moveaxis(q.reshape(batch, tokens, kv_heads, -1, head_dim), 1, 3)
     flat = flat.reshape(batch, kv_heads, -1, head_dim)
 
@@ -134,13 +134,12 @@ def attention(
 def causal(
     q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec = PLAIN, own: OwnKV | None = None
 ) -> jax.Array:
-    """Causal attention inside each document, with a gradient in q, k, v and `own`.
+    """Attends causally inside each document, with a gradient in q, k, v and `own`.
 
     Args:
       q: [B, S, N, H]. k, v: [B, K, S, H].
-      text: which keys a query sees, at least one.
-      own: every position's own keys and values of later steps, which only it sees. Queries stand `own.steps` positions
-        further on.
+      text: where documents lie; a query must see at least one key.
+      own: keys and values of later training steps. The queries then stand `own.steps` positions after k and v.
     Returns:
       [B, S, N, H].
     """
@@ -153,15 +152,15 @@ def causal(
 def causal_part(
     q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec = PLAIN, ahead: int | jax.Array = 0
 ) -> Part:
-    """Causal attention inside each document: a part of a softmax, to merge with others.
+    """Attends causally inside each document, and returns a part of a softmax to merge with others.
 
-    In half precision on a CUDA GPU or a TPU by the backend's flash kernel; else in blocks of plain XLA, as are heads
-    that are too narrow for a kernel. No scores or mask of S x S exist, forward or backward. The kernels know documents,
-    not lengths: where `text` says of one document a row that its padding is not seen, padding sees padding before it.
+    Flash kernels compute it in half precision on a CUDA GPU or a TPU, if they support the spec. Else it runs in blocks
+    of plain XLA. No S x S scores or mask are materialised, forward or backward. Kernels take segment ids, not lengths:
+    with one document a sequence, padding sees the padding before it, so outputs at padding mean nothing.
 
     Args:
-      q: [B, K, G, S, H]. k, v: [B, K, S, H]. text: which keys a query sees, at least one.
-      ahead: how many positions after its key a query stands; a window reads it.
+      q: [B, K, G, S, H]. k, v: [B, K, S, H]. text: where documents lie; a query must see at least one key.
+      ahead: how many positions after k and v the queries stand; a window reads it.
     Returns:
       As `softmax_part`, [B, K, G, S, 1], [B, K, G, S, 1] and [B, K, G, S, H].
     """
@@ -172,7 +171,10 @@ def causal_part(
 
 @jax.custom_vjp
 def by_backend(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec) -> Part:
-    """`causal_part` by the flash kernel of the backend, where it has one. The weighted values come in q's dtype."""
+    """Computes `causal_part` by the platform's flash kernel, or in blocks; the weighted values are in q's dtype.
+
+    The gradient is a custom one, because the kernels have none through the log-sum-exp.
+    """
     ways = {platform: way.part for platform, way in pick(CAUSAL, spec, q).items()}
     return by_platform(ways, q, k, v, text, spec)
 
@@ -196,5 +198,5 @@ def _finished(part: Part, spec: Spec) -> jax.Array:
 
 @jax.checkpoint
 def _with_own(part: Part, q: jax.Array, own: OwnKV, spec: Spec) -> jax.Array:
-    """`part` merged with `own_part`: [B, S, N, H] in q's dtype. What is float32 is computed again for its gradient."""
+    """Merges `part` with `own_part`: [B, S, N, H] in q's dtype. Float32 values are rematerialised for the gradient."""
     return _finished(merge_parts(part, own_part(q, own, spec)), spec).astype(q.dtype)

@@ -1,4 +1,4 @@
-"""Attention to the positions of a cache: in one product, or in blocks as far as the cache is filled.
+"""Attention to a KV cache: in one product over all its positions, or in blocks up to the filled length.
 
 Letters: B batch, T new tokens, M keys, S cache positions, K key-value heads, G query heads of each, H head dim.
 """
@@ -15,7 +15,7 @@ from eagle_jax.ops.spec import Spec
 
 
 class CacheLayer(NamedTuple):
-    """One layer of a cache: k, v [B, K, S, H], of which the first `length` [B] positions are committed."""
+    """One layer of a KV cache: k, v [B, K, S, H], whose first `length` [B] positions are committed."""
 
     k: jax.Array
     v: jax.Array
@@ -23,7 +23,7 @@ class CacheLayer(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Queries [B, K, G * T, H] of `tokens` T new tokens, and their positions [B, T], which a window reads."""
+    """Queries [B, K, G * T, H] of `tokens` = T new tokens. A window reads their positions [B, T]."""
 
     grouped: jax.Array
     tokens: int
@@ -31,7 +31,7 @@ class Queries(NamedTuple):
     positions: jax.Array | None
 
     def part(self, keys: jax.Array, values: jax.Array, positions: jax.Array, filled: jax.Array) -> Part:
-        """Attends to keys at positions [1, M], where `filled` [B, M]."""
+        """Attends to keys at positions [1, M], masking those that are not `filled` [B, M]."""
         seen = filled[:, None]
         if self.positions is not None and self.spec.window is not None:
             seen = seen & self.spec.sees(self.positions[:, :, None], positions[:, None])
@@ -39,13 +39,13 @@ class Queries(NamedTuple):
 
 
 def add_whole(queries: Queries, result: Part, cache: CacheLayer) -> Part:
-    """Merges `result` with attention to the cache, all its positions in one product."""
+    """Merges `result` with attention to the cache, in one product over all its positions."""
     positions = jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
     return merge_parts(result, queries.part(cache.k, cache.v, positions, positions < cache.length[:, None]))
 
 
 def add_blocks(size: int, queries: Queries, result: Part, cache: CacheLayer) -> Part:
-    """As `add_whole`, in blocks of `size` positions, as far as any sequence fills the cache."""
+    """Does as `add_whole`, in blocks of `size` positions, up to the longest sequence of the batch."""
     size = min(size, cache.k.shape[2])
 
     def add_block(index, result):

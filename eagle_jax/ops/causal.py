@@ -1,7 +1,10 @@
-"""Causal attention inside documents in blocks of plain XLA, and attention to each position's own later keys.
+"""Causal attention inside documents in blocks of plain XLA, and attention of later training steps to their own keys.
 
 Letters: B batch, S positions, N query heads, K key-value heads, G = N / K, H head dim, M later steps, Q queries of a
 block.
+
+A later step of the training-time test queries the first step's keys causally. Of the later steps so far it queries the
+keys at its own position only.
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ from eagle_jax.ops.linear import dot
 from eagle_jax.ops.softmax import Part, softmax_part
 from eagle_jax.ops.spec import PLAIN, Spec
 
-BLOCK = 512  # queries whose scores exist at a time
+BLOCK = 512  # queries whose scores are materialised at a time
 
 
 class OwnKV(NamedTuple):
-    """Each position's own keys and values k, v [B, S, K, M, H], of which the first `steps` are seen."""
+    """Keys and values k, v [B, S, K, M, H] of M later steps, the first `steps` valid; only their position sees them."""
 
     k: jax.Array
     v: jax.Array
@@ -36,7 +39,7 @@ def in_blocks(
     ahead: int | jax.Array = 0,
     block: int = BLOCK,
 ) -> Part:
-    """`causal_part` for `block` queries at a time; a block's scores are computed again for its gradient."""
+    """Computes `attention.causal_part` for `block` queries at a time, and rematerialises a block for its gradient."""
     batch, kv_heads, groups, width, head_dim = q.shape
     block = min(block, width)
     count = -(-width // block)
@@ -70,7 +73,7 @@ def in_blocks(
 
 
 def _cut(places: jax.Array, block: int, fill: int) -> jax.Array:
-    """A number for every position as one for the queries of each block: [B, S] -> [blocks, B, Q]."""
+    """Splits numbers of positions into those of each block's queries, padded: [B, S] -> [blocks, B, Q]."""
     batch, width = places.shape
     count = -(-width // block)
     places = jnp.pad(places, [(0, 0), (0, count * block - width)], constant_values=fill)
@@ -78,7 +81,7 @@ def _cut(places: jax.Array, block: int, fill: int) -> jax.Array:
 
 
 def rounded_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec) -> Part:
-    """`in_blocks` with the weighted values in q's dtype, as kernels give them."""
+    """Computes `in_blocks` with the weighted values rounded to q's dtype, as kernels return them."""
     top, total, out = in_blocks(q, k, v, text, spec)
     return top, total, out.astype(q.dtype)
 
@@ -86,15 +89,15 @@ def rounded_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec:
 def blocks_gradient(
     q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec, of_part: Part
 ) -> tuple[jax.Array, ...]:
-    """The gradients of `rounded_blocks` in q, k and v."""
+    """Returns the gradients of `rounded_blocks` in q, k and v."""
     return jax.vjp(lambda q, k, v: rounded_blocks(q, k, v, text, spec), q, k, v)[1](of_part)
 
 
 @jax.named_scope("own_keys")
 def own_part(q: jax.Array, own: OwnKV, spec: Spec = PLAIN) -> Part:
-    """Attention of every position's queries q [B, K, G, S, H] to its own keys: a part, as of `in_blocks`.
+    """Attends from queries q [B, K, G, S, H] to the keys of later steps at their own position; a part, as `in_blocks`.
 
-    A window hides none of them: the decoder does not hide drafted nodes from one another either.
+    A window hides none of them, because the decoder hides no drafted ancestor from a node.
     """
     k, v, steps = own
     q = jnp.moveaxis(q, 3, 1)
@@ -107,13 +110,13 @@ def own_part(q: jax.Array, own: OwnKV, spec: Spec = PLAIN) -> Part:
 
 
 def grouped(q: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, S, N, H] -> [B, K, G, S, H]."""
+    """Groups query heads by their key-value head: [B, S, N, H] -> [B, K, G, S, H]."""
     batch, width, _, head_dim = q.shape
     return jnp.moveaxis(q.reshape(batch, width, kv_heads, -1, head_dim), 1, 3)
 
 
 def finished(part: Part) -> jax.Array:
-    """A whole softmax [B, K, G, S, ...] as its result [B, S, N, H], float32."""
+    """Normalises a part [B, K, G, S, ...] and joins its heads: [B, S, N, H], float32."""
     _, total, out = part
     batch, _, _, width, head_dim = out.shape
     return jnp.moveaxis(out / total, 3, 1).reshape(batch, width, -1, head_dim)

@@ -1,14 +1,14 @@
-"""Causal attention of training by the backend's own flash kernel, with the log-sum-exp and a gradient through it.
+"""Causal attention by JAX's flash kernels, with the log-sum-exp and a gradient through it.
 
 Letters: B batch, S positions, K key-value heads, G query heads of each, H head dim.
 
-The kernels are JAX's: Pallas's Triton attention on a CUDA GPU, splash attention on a TPU. Both give the log-sum-exp,
-neither a gradient through it, which merging with the keys of later steps needs. A second attention has it, one whose
-values are the keys. With P = softmax(s q k'), o = P v, l the log-sum-exp and gradients do, dl:
+The kernels are Pallas's Triton attention on a CUDA GPU and splash attention on a TPU. Both return the log-sum-exp.
+Neither has a gradient through it, which merging with the keys of later steps needs. A second attention supplies it: one
+whose values are the keys. With P = softmax(s q k'), o = P v, l the log-sum-exp, and gradients do and dl:
 
     dq = (that of o) + s dl * (P k)        dk = (that of o) + P' (s dl * q)
 
-and the last term is what the kernel gives as the gradient of the second attention's values for an output's of s dl * q.
+P k is the second attention's output. P' (s dl * q) is the gradient of its values if its output has gradient s dl * q.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from eagle_jax.ops.softmax import Part
 from eagle_jax.ops.spec import Spec
 from eagle_jax.sharding import CACHE_RULE, fitting, mesh_of
 
-BLOCK = 128  # rows are padded to a multiple of it
-NARROWEST = 16  # head dim that Triton multiplies
-LANES = 128  # of a TPU: head dims are padded to a multiple
+BLOCK = 128  # sequences are padded to a multiple
+NARROWEST = 16  # the smallest head dim that Triton multiplies
+LANES = 128  # a TPU's lanes; head dims are padded to a multiple
 
-# Attention, causal among positions of the same segment: (q [B, K, G, S, H], k, v [B, K, S, H], segments [B, S], scale,
-# log_sum_exp) -> [B, K, G, S, H], with a gradient in q, k and v; or, if log_sum_exp, that and the log-sum-exp
-# [B, K, G, S] float32, without one.
+# Causal attention among positions of the same segment: (q [B, K, G, S, H], k, v [B, K, S, H], segments [B, S], scale,
+# log_sum_exp) -> [B, K, G, S, H], with a gradient in q, k and v. If log_sum_exp, it returns the log-sum-exp, too,
+# [B, K, G, S] float32, and has no gradient.
 Kernel = Callable[..., Any]
 
 
 def supports(spec: Spec, q: jax.Array) -> bool:
-    """Whether the kernels compute a spec: any scale and sinks (which are merged later), no window and no softcap.
+    """Returns whether the kernels compute a spec: any scale and sinks (which are merged later), no window or softcap.
 
-    The gradient through the log-sum-exp holds for scores that are linear in q and k.
+    The gradient through the log-sum-exp above needs scores that are linear in q and k.
     """
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] >= NARROWEST
     return fits and spec.window is None and spec.softcap is None
 
 
 def flash_part(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec) -> Part:
-    """A part of a softmax: causal attention inside each document. Has no gradient of its own; see `gradient`.
+    """Computes a part of a softmax: causal attention inside each document. `gradient` is its backward pass.
 
     Args:
       q: [B, K, G, S, H]. k, v: [B, K, S, H].
-      text: its `first` is a number that all positions of a document share, and no other.
+      text: `first` serves as segment ids.
     Returns:
-      As `softmax_part`, [B, K, G, S, 1], [B, K, G, S, 1] and [B, K, G, S, H]: the log-sum-exp in place of the largest
-      score, 1 in place of the sum of exponentials, and the normalised result, in q's dtype.
+      As `softmax_part`, [B, K, G, S, 1], [B, K, G, S, 1] and [B, K, G, S, H]. The log-sum-exp stands in place of the
+      largest score, and 1 in place of the sum of exponentials. The values are normalised, in q's dtype.
     """
 
     def attend(segments, q, k, v):
@@ -69,7 +69,7 @@ def flash_part(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, text: L
 def gradient(
     kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec, of_part: Part
 ) -> tuple[jax.Array, ...]:
-    """The gradients of `flash_part` in q, k and v, from those of its result."""
+    """Returns the gradients in q, k and v from that of `flash_part`'s result."""
     scale = spec.scale_of(q.shape[-1])
 
     def of_rows(segments, q, k, v, of_log_sum, of_out):
@@ -88,11 +88,11 @@ def gradient(
 
 
 def _by_row_and_head(fn, results, segments, *arrays):
-    """fn(segments, *arrays) with rows [..., S, X] in whole blocks; on a mesh, every device has its own rows and heads.
+    """Calls fn(segments, *arrays) with [..., S, X] padded to whole blocks, sharded by sequences and heads on a mesh.
 
-    A compiler cannot divide a kernel by itself.
+    A compiler cannot shard a kernel by itself.
     """
-    more = -segments.shape[1] % BLOCK  # nothing before the padding sees it
+    more = -segments.shape[1] % BLOCK  # causality hides the padding from all before it
     padded = [jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, more), (0, 0)]) for array in arrays]
     segments, width = jnp.pad(segments, [(0, 0), (0, more)]), segments.shape[1]
     mesh = mesh_of(arrays[1])
@@ -104,9 +104,9 @@ def _by_row_and_head(fn, results, segments, *arrays):
 
 
 def triton(q, k, v, segments, *, scale, log_sum_exp, interpret=False):
-    """A CUDA GPU's kernel."""
+    """Calls Pallas's Triton attention, on a CUDA GPU."""
     with warnings.catch_warnings():
-        # From jax 0.11 on it points at another package; both versions have it.
+        # From jax 0.11 on this import warns and names another package, but still works.
         warnings.filterwarnings("ignore", message=".*tokamax", category=DeprecationWarning)
         from jax.experimental.pallas.ops.gpu.attention import mha
 
@@ -130,7 +130,7 @@ def triton(q, k, v, segments, *, scale, log_sum_exp, interpret=False):
 
 
 def splash(q, k, v, segments, *, scale, log_sum_exp, interpret=False):
-    """A TPU's kernel."""
+    """Calls splash attention, on a TPU."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
     batch, kv_heads, groups, width, head_dim = q.shape

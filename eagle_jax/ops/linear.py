@@ -13,22 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-CPU_FEW_ROWS = 8  # rows of a product that a CPU goes through one by one
-CPU_EIGEN_ROWS = 16  # rows that a CPU multiplies faster by Eigen than by YNNPACK, with a weight stored input first
+CPU_FEW_ROWS = 8  # up to so many rows a CPU multiplies one at a time, with a weight stored output first
+CPU_EIGEN_ROWS = 16  # up to so many rows Eigen multiplies faster than YNNPACK, with a weight stored input first
 
 
 def dot(equation: str, x: jax.Array, y: jax.Array, out_dtype: Any = None) -> jax.Array:
-    """`einsum` in the operands' own precision: float32 stays float32 on GPUs and TPUs too."""
+    """Computes `einsum` in the operands' own precision: float32 is not rounded to TF32 or bfloat16 on GPUs and TPUs."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=out_dtype or x.dtype)
 
 
 class Weight(nnx.Param):
-    """A parameter [..., D] that multiplies. A subclass may store it otherwise, and says how it multiplies then."""
+    """A parameter [..., D] that knows how it multiplies. A subclass may store it in another layout."""
 
     @property
     def input_size(self) -> int:
-        """D, however the weight is stored."""
+        """D, in any layout."""
         return self.shape[-1]
 
     def multiply(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
@@ -56,7 +56,7 @@ class Weight(nnx.Param):
         value = self[...]
         if isinstance(value, jax.core.Tracer):
             return InputFirst(jnp.moveaxis(value, -1, 0))
-        # By NumPy: JAX would compile a program for every shape.
+        # NumPy transposes without compiling; JAX would compile a program for every shape.
         return InputFirst(jnp.asarray(np.ascontiguousarray(np.moveaxis(np.asarray(value), -1, 0))))
 
 
@@ -71,7 +71,8 @@ class InputFirst(Weight):
         stored, rows = self[...], x.reshape(-1, x.shape[-1])
         matrix = stored.reshape(len(stored), -1)
         if 1 < len(rows) <= CPU_EIGEN_ROWS and rows.dtype == jnp.float32:
-            # XLA:CPU gives this transposed form to Eigen, and a product rows @ weight to YNNPACK.
+            # XLA:CPU dispatches this transposed product to Eigen, and rows @ weight to YNNPACK. Without the barrier it
+            # would fold the transpose back into rows @ weight.
             out = dot("dr,df->rf", jax.lax.optimization_barrier(rows.T), matrix, out_dtype)
         else:
             out = dot("rd,df->rf", rows, matrix, out_dtype)
@@ -84,6 +85,6 @@ class InputFirst(Weight):
 def linear(x: jax.Array, weight: jax.Array | nnx.Param, out_dtype: Any = None) -> jax.Array:
     """Multiplies x [..., D] by a weight: [..., the weight's other dimensions].
 
-    A plain array [..., D], or a parameter that is no `Weight` (an embedding used as output matrix), multiplies as one.
+    A plain array [..., D] multiplies as a `Weight` does, and so does an embedding that is the output matrix, too.
     """
     return (weight if isinstance(weight, Weight) else Weight(weight[...])).multiply(x, out_dtype)

@@ -1,4 +1,4 @@
-"""Parts of one softmax: attention to some of the keys before normalisation, and how parts are merged.
+"""Online softmax in parts: attention to some of the keys, unnormalised, and how two parts are merged.
 
 Letters: B batch, T new tokens, S keys, N query heads, K key-value heads, G = N / K, H head dim.
 """
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from eagle_jax.ops.linear import dot
 from eagle_jax.ops.spec import PLAIN, Spec
 
-# The largest score, the sum of exponentials and the weighted values, [..., 1], [..., 1] and [..., H].
+# (largest score [..., 1], sum of exponentials [..., 1], weighted sum of values [..., H]), unnormalised.
 Part = tuple[jax.Array, ...]
 
 
@@ -21,8 +21,8 @@ def softmax_part(
     """Computes attention of q [B, K, G * T, H] to keys and values [B, K, S, H], before normalisation.
 
     Args:
-      seen: [B, T, S], True where a query sees a key.
-      spec: softcap and scale are read; `seen` and `add_sinks` are its window and its sinks.
+      seen: [B, T, S], True where a query sees a key; a window must be in it.
+      spec: its softcap and scale are applied here; its sinks by `add_sinks`, once for all parts.
     Returns:
       The largest score and the sum of exponentials [B, K, G * T, 1], and the weighted values [B, K, G * T, H]; float32.
     """
@@ -45,7 +45,7 @@ def merge_parts(a: Part, b: Part) -> Part:
 
 
 def add_sinks(part: Part, spec: Spec) -> Part:
-    """Merges a part [B, K, G * T, ...] or [B, K, G, T, ...] with its heads' sinks, if there are any."""
+    """Merges a part [B, K, G * T, ...] or [B, K, G, T, ...] with the sinks, if the spec has any."""
     if spec.sinks is None:
         return part
     batch, kv_heads = part[0].shape[:2]

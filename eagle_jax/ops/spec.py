@@ -1,4 +1,4 @@
-"""Spec: which older positions a layer's queries see, and how scores are made from q and k."""
+"""Spec: the attention of one layer, that is window, sinks, softcap and scale. Every backend of attention reads it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 )
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The attention of one layer. The default is that of Llama; whatever is None costs nothing.
+    """What the queries of a layer see, and how its scores are made. The default is Llama's, and None costs nothing.
 
-    window: a query sees its own position and the `window` - 1 before it (a sliding window). None: all before it.
-    first: the text's first positions, so many, are seen from outside the window, too (arXiv 2309.17453).
-    sinks: [N], a logit for each query head that takes part in the softmax and has no value (gpt-oss).
-    softcap: scores become softcap * tanh(score / softcap), before the mask (Gemma 2).
-    scale: the factor on q k'. None: H ** -0.5.
+    window: sliding window; a query sees its own position and the `window` - 1 before it. None: all positions before it.
+    first: with a window, positions below `first` stay visible to every query (attention sinks of arXiv 2309.17453).
+    sinks: [N], a logit for each query head that enters the softmax and has no value (gpt-oss).
+    softcap: replaces a score by softcap * tanh(score / softcap), before the mask (Gemma 2).
+    scale: factor on q k'. None: H ** -0.5.
     """
 
     window: int | None = None
@@ -31,20 +31,23 @@ class Spec:
 
     @property
     def plain(self) -> bool:
-        """Whether this is Llama's attention."""
+        """Whether this is Llama's attention: full, without sinks or softcap, scaled by H ** -0.5."""
         return self.window is None and self.sinks is None and self.softcap is None and self.scale is None
 
     def sees(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """Marks which key positions the window shows to which query positions; their shapes broadcast."""
+        """Returns whether a query position sees a key position through the window; the two shapes broadcast.
+
+        Ignores causality: later keys are the mask's business.
+        """
         assert self.window is not None
         return (keys < self.first) | (keys >= queries - self.window + 1)
 
     def scale_of(self, head_dim: int) -> float:
-        """The factor on q k' of heads of this width."""
+        """Returns the factor on q k' for this head dim."""
         return head_dim**-0.5 if self.scale is None else self.scale
 
     def scores(self, products: jax.Array, head_dim: int) -> jax.Array:
-        """Scores before the mask from the products q k' of heads of this width."""
+        """Turns products q k' into scores, before the mask."""
         scores = products * self.scale_of(head_dim)
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
