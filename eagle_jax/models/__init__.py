@@ -1,4 +1,4 @@
-"""Models: what a target is, Llama, its config, its cache and its parameters.
+"""Models: the `Target` protocol, Llama, its config, KV cache and parameters.
 
 May import ops, files and sharding, never a draft.
 """

@@ -1,9 +1,9 @@
 """KVCache: the keys and values of committed tokens.
 
-Letters: B batch, K key-value heads, S rows, H head dim, T new tokens.
+Letters: B batch, K key-value heads, S cache positions, H head dim, T new tokens.
 
-Rows at and past a sequence's length hold anything: attention masks them by `length`, and the next commit
-overwrites them. So rejected tree nodes need no cleaning up, and a finished row needs no care.
+Positions at and past a sequence's length hold garbage: attention masks them by `length`, and the next commit overwrites
+them. Rejected tree nodes and finished sequences therefore need no cleaning up.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jax.sharding import PartitionSpec as P
 from eagle_jax.ops.cached import CacheLayer
 from eagle_jax.sharding import CACHE_RULE, fitting, mesh_of
 
-# Cache rows come in whole tiles of the accelerators' matrix products; else XLA pads, that is copies, the cache.
+# Caches hold a multiple of so many positions, a tile of accelerators' matmuls; else XLA pads, and so copies, the cache.
 ROW_TILE = 128
 
-NewKV = Sequence[tuple[jax.Array, jax.Array]]  # the keys and values of T new tokens, a [B, K, T, H] pair a layer
+NewKV = Sequence[tuple[jax.Array, jax.Array]]  # keys and values of T new tokens, a [B, K, T, H] pair for each layer
 
 
 class CacheShape(Protocol):
-    """The numbers of a model's config that give its cache its shape."""
+    """The fields of a model's config that determine the shape of its cache."""
 
     @property
     def num_layers(self) -> int: ...
@@ -44,7 +44,10 @@ class CacheShape(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """k, v: one [B, K, S, H] array a layer (a list, not a stack: no slicing copies); length [B] int32."""
+    """Keys and values k, v, one [B, K, S, H] array for each layer, and the committed length [B] int32.
+
+    A list, not a stacked array: slicing a stack would copy each layer.
+    """
 
     k: list[jax.Array]
     v: list[jax.Array]
@@ -52,7 +55,7 @@ class KVCache:
 
     @classmethod
     def zeros(cls, config: CacheShape, batch: int, rows: int, dtype: Any) -> KVCache:
-        """An empty cache of `rows` rows for each of `batch` sequences."""
+        """Allocates an empty cache of `rows` positions for each of `batch` sequences."""
         shape = (batch, config.num_kv_heads, rows, config.head_dim)
         return cls(
             k=[jnp.zeros(shape, dtype) for _ in range(config.num_layers)],
@@ -62,7 +65,7 @@ class KVCache:
 
     @property
     def rows(self) -> int:
-        """S, the rows a sequence can hold."""
+        """S, the positions that a sequence can hold."""
         return self.k[0].shape[2]
 
     def layer(self, index: int) -> CacheLayer:
@@ -72,14 +75,14 @@ class KVCache:
         return dataclasses.replace(self, length=length)
 
     def write_layer(self, index: int, k: jax.Array, v: jax.Array, start: jax.Array) -> CacheLayer:
-        """One layer with new rows, as `write` puts them there."""
+        """Writes new keys and values at `start` into one layer, as `write` does, and returns that layer."""
         return CacheLayer(_write(self.k[index], k, start), _write(self.v[index], v, start), self.length)
 
     def write(self, new_kv: NewKV, start: jax.Array) -> KVCache:
-        """The cache with new keys and values at `start`, one offset [] for the whole batch or one a sequence [B].
+        """Writes new keys and values at `start`: one offset [] for the whole batch, or one for each sequence [B].
 
-        `length` stays. The caller leaves room: past the last row, `dynamic_update_slice` would clamp and
-        overwrite committed rows.
+        Leaves `length` as it is. The caller ensures that they fit: past the end, `dynamic_update_slice` would clamp and
+        overwrite committed positions.
         """
         return dataclasses.replace(
             self,
@@ -95,24 +98,27 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     mesh = mesh_of(cache)
     if mesh is None:
         return _write_each(cache, new, start)
-    spec = fitting(CACHE_RULE, cache.shape, mesh)  # every device writes its own part
+    spec = fitting(CACHE_RULE, cache.shape, mesh)  # every device writes its own shard
     return jax.shard_map(_write_each, mesh=mesh, in_specs=(spec, spec, P(spec[0])), out_specs=spec)(cache, new, start)
 
 
 def _write_each(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    # One slice a sequence: a batched update would become a scatter, which TPUs answer with copies.
+    # One slice for each sequence: a batched update would become a scatter, which copies the cache on TPUs.
     for row in range(cache.shape[0]):
         cache = put(cache, new[row : row + 1], (row, 0, start[row], 0))
     return cache
 
 
 def put(array: jax.Array, new: jax.Array, start: Sequence[int | jax.Array]) -> jax.Array:
-    """`dynamic_update_slice` with int32 indices: Python's would be int64 where 64-bit types are on, and not mix."""
+    """Calls `dynamic_update_slice` with int32 indices.
+
+    With 64-bit types enabled, Python ints would become int64, which may not be mixed with traced int32 indices.
+    """
     place = [np.int32(index) if isinstance(index, int) else index.astype(jnp.int32) for index in start]
     return jax.lax.dynamic_update_slice(array, new, place)
 
 
 def take_tokens(new_kv: NewKV, index: jax.Array) -> NewKV:
-    """The keys and values [B, K, T, H] of the new tokens at index [B, R]: [B, K, R, H], for every layer."""
+    """Gathers new tokens at index [B, R] from every layer's keys and values: [B, K, T, H] -> [B, K, R, H]."""
     gather = jax.vmap(lambda array, i: array[:, i])
     return [(gather(k, index), gather(v, index)) for k, v in new_kv]

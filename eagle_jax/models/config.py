@@ -1,7 +1,7 @@
 """Model configurations: frozen, read from a Hugging Face `config.json`.
 
-A field that changes the mathematics and is not implemented is refused by name: a config that loads is a
-config that is computed as written.
+A field that would change the forward pass and is not implemented is refused by name. A config that loads is therefore
+computed as written.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
 class RopeConfig:
     """Rotary position embedding: the base and its scaling.
 
-    kind: one of ROPE_KINDS. `factor` is read by linear, dynamic and llama3, the two frequency factors by
-    llama3. `original_length` is in tokens: the pretraining length of llama3, and the length above which
-    dynamic stretches its base.
+    theta: the base. kind: one of ROPE_KINDS.
+    factor: read by linear, dynamic and llama3.
+    low_freq_factor, high_freq_factor: read by llama3.
+    original_length: in tokens. For llama3 the pretraining length; dynamic scales the base of longer texts.
     """
 
     theta: float = 10000.0
@@ -42,7 +43,7 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], max_position_embeddings: int, where: str) -> RopeConfig:
-        """Reads both spellings, `rope_theta` with `rope_scaling`, and `rope_parameters`. They may not contradict."""
+        """Reads `rope_theta` with `rope_scaling`, or `rope_parameters`. If both are stated, they must agree."""
         stated = {name: hf[name] for name in ("rope_scaling", "rope_parameters") if hf.get(name)}
         for name, settings in stated.items():
             if not isinstance(settings, Mapping):
@@ -64,7 +65,7 @@ class RopeConfig:
     def _scaled(
         cls, theta: float, settings: Mapping[str, Any], original: Any, max_position_embeddings: int, where: str
     ) -> RopeConfig:
-        """Reads a rope_scaling; `original` is the config's own original_max_position_embeddings, if it has one."""
+        """Reads a rope_scaling; `original` is original_max_position_embeddings at the config's top level, or None."""
         if any(isinstance(value, Mapping) for value in settings.values()):
             raise ConfigError(f"{where}: RoPE settings per layer type ({sorted(settings)}) are not implemented")
         kinds = {name: settings[name] for name in ("rope_type", "type") if settings.get(name) is not None}
@@ -118,26 +119,26 @@ class LlamaConfig:
 
         Args:
           hf: the parsed `config.json`.
-          where: its name, for messages.
+          where: its name, for error messages.
         Raises:
-          ConfigError: a missing or impossible size, or a field that is not implemented; the message names it.
+          ConfigError: naming a size that is missing or impossible, or a field that is not implemented.
         """
         refuse_unknown_mathematics(hf, NEUTRAL_VALUES, where)
         return cls(**llama_fields(hf, where))
 
     def attention_spec(self, layer: int) -> Spec:
-        """What the queries of a layer see, and how its scores are made; a layer that has sinks adds its own."""
+        """Returns a layer's window, softcap and scale. Sinks are weights, so a layer with sinks adds them itself."""
         return Spec()
 
 
 def require_same(what: str, ours: int, theirs: int) -> None:
-    """Raises ConfigError, naming both sizes, unless the draft's is the target's."""
+    """Raises ConfigError, naming both sizes, unless draft (`ours`) and target (`theirs`) agree."""
     if ours != theirs:
         raise ConfigError(f"the draft does not fit the target: {what} is {ours} in the draft, {theirs} in the target")
 
 
 def llama_fields(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a LlamaConfig, by name; see `LlamaConfig.from_hf`."""
+    """Reads the fields of a LlamaConfig by name; see `LlamaConfig.from_hf`."""
 
     def need(name: str) -> int:
         return size(name, hf.get(name), where)

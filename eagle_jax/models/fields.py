@@ -1,6 +1,6 @@
-"""Fields of a config.json: values that leave the forward pass as it is, and readers of single fields.
+"""Fields of a config.json: which values do not change the forward pass, and readers of single fields.
 
-A table maps a field to its accepted values; any other value is refused by name. None and an absent field are always
+A table maps a field to its accepted values, and any other value is refused by name. Null and absent fields are always
 accepted.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 Table = Mapping[str, tuple[Any, ...]]
 
-# Fields of other architectures, or of Llama derivatives.
+# Fields of other architectures and of Llama derivatives, with the values that mean plain Llama.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama", "eagle", "eagle3"),
     "hidden_act": ("silu", "swish"),
@@ -62,14 +62,14 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 class ConfigError(ValueError):
-    """A configuration that this package does not implement, or that contradicts itself."""
+    """A configuration that is not implemented, or that contradicts itself."""
 
 
 def refuse_unknown_mathematics(hf: Mapping[str, Any], neutral: Table, where: str, place: str = "") -> None:
-    """Raises ConfigError for a field whose value changes the forward pass in a way not implemented here.
+    """Raises ConfigError for a field whose value changes the forward pass in a way that is not implemented.
 
     Args:
-      place: the object of the config.json that `hf` is, such as "eagle_config."; "" for the whole.
+      place: prefix of a nested object's fields in messages, such as "eagle_config."; "" for the top level.
     """
     for name, values in neutral.items():
         value = hf.get(name)
@@ -84,15 +84,15 @@ def refuse_unknown_mathematics(hf: Mapping[str, Any], neutral: Table, where: str
 
 
 def says_something(value: Any) -> bool:
-    """Whether a field's value states anything: null and empty lists and objects do not."""
+    """Returns whether a field's value states anything: null, empty lists and empty objects do not."""
     return value is not None and value not in ([], (), {})
 
 
 def require_equal(found: Mapping[str, Any], where: str) -> Any:
-    """The one value of a field that is stated under several names, {name: value}; None if it is nowhere.
+    """Returns the value of a field that is stated under several names, {name: value}; None if `found` is empty.
 
     Raises:
-      ConfigError: if two of them differ; the message names both.
+      ConfigError: naming two values that differ.
     """
     (first, value), *others = list(found.items()) or [("", None)]
     for name, other in others:
@@ -102,7 +102,7 @@ def require_equal(found: Mapping[str, Any], where: str) -> Any:
 
 
 def size(name: str, value: Any, where: str) -> int:
-    """A positive integer."""
+    """Returns the value if it is a positive integer; else raises ConfigError."""
     if value is None:
         raise ConfigError(f"{where}: {name} is missing")
     if type(value) is not int or value < 1:
@@ -111,7 +111,7 @@ def size(name: str, value: Any, where: str) -> int:
 
 
 def flag(hf: Mapping[str, Any], name: str, where: str, default: bool = False) -> bool:
-    """A bool; the default where it is null or absent."""
+    """Reads a bool; null and absent mean the default."""
     value = hf.get(name)
     if value is None:
         return default
@@ -121,14 +121,14 @@ def flag(hf: Mapping[str, Any], name: str, where: str, default: bool = False) ->
 
 
 def positive(name: str, value: Any, where: str) -> float:
-    """A positive number."""
+    """Returns the value as a float if it is a positive number; else raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ConfigError(f"{where}: {name} must be a positive number, got {value!r}")
     return float(value)
 
 
 def layer_indices(name: str, value: Any, where: str) -> tuple[int, ...]:
-    """A list of indices of layers, which may be empty."""
+    """Returns the value if it is a list of layer indices, which may be empty; else raises ConfigError."""
     valid = isinstance(value, list | tuple) and all(type(v) is int and v >= 0 for v in value)
     if not valid:
         raise ConfigError(f"{where}: {name} must list layer indices, got {value!r}")
@@ -136,5 +136,5 @@ def layer_indices(name: str, value: Any, where: str) -> tuple[int, ...]:
 
 
 def joined(*tables: Iterable[str]) -> frozenset[str]:
-    """The names in any of the tables."""
+    """Returns the union of the tables' names."""
     return frozenset(name for table in tables for name in table)

@@ -1,9 +1,9 @@
-"""The parts of a decoder layer: pure functions, and the two modules that hold its weights.
+"""Parts of a decoder layer: RMSNorm and RoPE as pure functions, attention and MLP as modules that hold weights.
 
 Letters: B batch, T new tokens, D model width, F MLP width, N query heads, K key-value heads, H head dim.
 
-Weights keep PyTorch's order, output dimension first: o [D, N * H], gate [F, D], and q [N, H, D] with the heads
-split out (on TPUs neither q in two dimensions nor o in three goes without a copy). Conversion is a reshape.
+Weights keep PyTorch's order, output dimension first: o [D, N * H], gate [F, D], q [N, H, D]. Conversion is a reshape.
+On TPUs, q in two dimensions or o in three would be copied.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.ops.linear import Weight, linear
 from eagle_jax.ops.spec import PLAIN, Spec
 
-# attend(q [B, T, N, H], k [B, K, T, H], v [B, K, T, H], spec) -> (attention's result [B, T, N, H], what the caller
-# keeps). A layer knows what its queries may see, its `Spec`; the caller's closure knows where older keys live. What it
-# keeps (k and v, a cache that holds them, or nothing) the layer returns unchanged.
+# attend(q [B, T, N, H], k [B, K, T, H], v [B, K, T, H], spec) -> (attention's result [B, T, N, H], any pytree).
+# The caller's closure, which knows the cache and the mask; the layer adds its `Spec`. The pytree (k and v, a cache that
+# holds them, or None) is returned by the layer unchanged.
 Attend = Callable[..., tuple[jax.Array, Any]]
 # The same for all layers of a model: attend(layer index, q, k, v, spec).
 AttendLayer = Callable[..., tuple[jax.Array, Any]]
@@ -30,16 +30,16 @@ AttendLayer = Callable[..., tuple[jax.Array, Any]]
 
 @jax.named_scope("norm")
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis, computed in float32, scaled in x's dtype (as the reference does)."""
+    """Computes RMSNorm over the last axis in float32; multiplies by the weight in x's dtype, as the reference does."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Inverse frequencies [H / 2] in float32, with linear or llama3 scaling applied.
+    """Returns inverse frequencies [H / 2] in float32, with linear or llama3 scaling applied.
 
-    Dynamic scaling depends on the length of the text and is applied in `rope_angles`.
+    Dynamic scaling depends on the text's length, so `rope_angles` applies it.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = (np.float32(1.0) / np.float32(rope.theta) ** exponent).astype(np.float32)
@@ -47,7 +47,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         return frequencies / np.float32(rope.factor)
     if rope.kind != "llama3":
         return frequencies
-    # Long wavelengths are divided by `factor`, short ones kept, those between interpolated.
+    # Long wavelengths are divided by `factor`, short ones unchanged, those between interpolated.
     wavelength = 2 * np.pi / frequencies
     blend = (rope.original_length / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
@@ -58,13 +58,13 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def rope_angles(
     rope: RopeConfig, head_dim: int, positions: jax.Array, prompt_lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, H / 2], float32, of the rotation at each position.
+    """Returns cos and sin [B, T, 1, H / 2], float32, of the rotation at each position.
 
     Args:
       positions: [B, T].
-      prompt_lengths: [B], or [B, T] in rows of several documents; read by dynamic scaling only. A prompt is rotated
-        as one text of its own length, and every later token as the text that ends with it: what step-by-step
-        decoding computes, so that a pass over a tree and single steps agree.
+      prompt_lengths: [B], or [B, T] for packed documents; read by dynamic scaling only, which depends on the text's
+        length. For a prompt's tokens that is the prompt's length; for a later token, its position + 1. Step-by-step
+        decoding computes the same, so a pass over a tree agrees with single steps.
     """
     frequencies = jnp.asarray(rope_frequencies(rope, head_dim))
     positions = positions[:, :, None, None]
@@ -84,10 +84,10 @@ def rope_angles(
 
 @jax.named_scope("rope")
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of x [B, T, heads, H]: the first half of H pairs with the second. In float32.
+    """Applies rotary embedding to x [B, T, heads, H] in float32; the first half of H pairs with the second.
 
-    [a, b] -> [a cos - b sin, b cos + a sin]. The halves change places by a reversal, which fuses into the products;
-    a concatenation does not on a CPU.
+    [a, b] -> [a cos - b sin, b cos + a sin]. Swaps the halves by a reversal, which XLA:CPU fuses into the products; it
+    would not fuse a concatenation.
     """
     halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
     signed_sin = jnp.stack([-sin, sin], axis=-2)
@@ -96,7 +96,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Projections of grouped-query attention; `input_size` is 2 D in an EAGLE-3 head."""
+    """Grouped-query attention: q, k, v and o projections. `input_size` is D, but 2 D in an EAGLE-3 head."""
 
     def __init__(
         self, config: LlamaConfig, input_size: int, key: jax.Array, dtype: Any, *, qkv_bias: bool, o_bias: bool
@@ -117,14 +117,14 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend, spec: Spec = PLAIN
     ) -> tuple[jax.Array, Any]:
-        """x [B, T, input_size] -> ([B, T, D], what `attend` keeps). Keys are rotated before `attend` sees them."""
+        """x [B, T, input_size] -> ([B, T, D], what `attend` returned beside it). `attend` gets rotated q and k."""
         q = _project("q", x, self.q, self.q_bias)
         k = _project("k", x, self.k, self.k_bias)
         v = _project("v", x, self.v, self.v_bias)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        # What is kept until the commit is k and v themselves, not the larger partial sums they are made of.
+        # Barrier: materialise k and v here; otherwise XLA keeps the (larger) projection inputs alive until the commit.
         k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
-        # A closure that takes no spec serves the layers that need none, and is an error for the others.
+        # A closure that takes no spec works for plain layers, and raises for all others rather than ignore theirs.
         mixed, kept = attend(q, k, v) if spec.plain else attend(q, k, v, spec)
         return _project("o", mixed.reshape(*mixed.shape[:2], -1), self.o, self.o_bias), kept
 
@@ -155,7 +155,7 @@ class MLP(nnx.Module):
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """x [B, T, ...] plus a bias [...], if there is one."""
+    """Adds a bias [...] to x [B, T, ...], unless it is None."""
     return x if bias is None else x + bias[None, None]
 
 

@@ -22,7 +22,7 @@ from eagle_jax.ops.spec import PLAIN, Spec
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and MLP, each with its residual. The layer of an EAGLE-1 head has no input norm."""
+    """Pre-norm attention and MLP, each with a residual. The layer of an EAGLE-1 head lacks the input norm."""
 
     def __init__(
         self, config: LlamaConfig, key: jax.Array, dtype: Any, *, input_norm: bool = True, qkv_bias: bool = False
@@ -38,7 +38,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend, spec: Spec = PLAIN
     ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> ([B, T, D], what `attend` keeps)."""
+        """x [B, T, D] -> ([B, T, D], what `attend` returned beside its result)."""
         eps = self.config.rms_norm_eps
         normed = x if self.input_norm is None else rms_norm(x, self.input_norm[...], eps)
         mixed, kept = self.attention(normed, rotation, attend, spec)
@@ -47,10 +47,10 @@ class DecoderLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A Llama-architecture language model: a stateless pytree of weights and its config. Methods as in `Target`."""
+    """A Llama-architecture language model, as a stateless pytree of weights. Implements `Target`."""
 
     def __init__(self, config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32):
-        """Random weights; `params.load` fills in real ones."""
+        """Initialises random weights; `params.load` replaces them."""
         keys = jax.random.split(key, config.num_layers + 2)
         self.config = config
         self.embed = nnx.Param(normal(keys[0], (config.vocab_size, config.hidden_size), dtype))
@@ -81,7 +81,7 @@ class Llama(nnx.Module):
         taps: tuple[int, ...] = (),
         in_blocks: bool = False,
     ) -> TargetOutput:
-        """One pass over T new tokens, which attend to the cache and to each other under `mask`; see `Target`."""
+        """Runs T new tokens, which attend to the cache and to each other under `mask`; see `Target`."""
 
         def attend(index, q, k, v, spec=PLAIN):
             old = None if cache is None else cache.layer(index)
@@ -99,7 +99,7 @@ class Llama(nnx.Module):
         prompt_lengths: jax.Array,
         taps: tuple[int, ...] = (),
     ) -> tuple[TargetOutput, list[Any]]:
-        """A pass whose attention the caller computes; see `Target`."""
+        """Runs a pass whose attention the caller computes; see `Target`."""
         with jax.named_scope("embed"):
             x = self.embed[tokens]
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
@@ -114,10 +114,10 @@ class Llama(nnx.Module):
         return TargetOutput(rms_norm(x, self.norm[...], self.config.rms_norm_eps), tapped), kept
 
     def output_weight(self) -> jax.Array:
-        """[V, D]: lm_head, or the embedding if they are tied."""
+        """Returns lm_head [V, D], or the embedding if they are tied."""
         return (self.embed if self.lm_head is None else self.lm_head)[...]
 
     @jax.named_scope("lm_head")
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] after the final norm -> logits [..., V] in float32."""
+        """Multiplies hidden [..., D] after the final norm by the output weight: logits [..., V] in float32."""
         return linear(hidden, self.embed if self.lm_head is None else self.lm_head, jnp.float32)

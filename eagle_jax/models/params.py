@@ -1,4 +1,4 @@
-"""Parameters as a flat `{path: array}` dictionary: the currency of conversion, checkpoints and shardings.
+"""Parameters as a flat `{path: array}` dictionary, which conversion, checkpoints and shardings read and write.
 
 A path names the attribute that holds the array, such as "layers.3.attention.q" or "norm".
 """
@@ -19,10 +19,10 @@ Model = TypeVar("Model")
 
 
 def flatten(model: Any) -> dict[str, Any]:
-    """Every array of a model (or of a gradient, or of an abstract model) by path.
+    """Returns {path: array} of a model, a gradient or an abstract model.
 
     Raises:
-      ValueError: if it is a copy by `input_first`, whose arrays have other shapes.
+      ValueError: for a copy by `input_first`, whose arrays have other shapes.
     """
     if any(
         isinstance(leaf, InputFirst) for leaf in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, InputFirst))
@@ -32,15 +32,15 @@ def flatten(model: Any) -> dict[str, Any]:
 
 
 def abstract(build: Callable[[jax.Array], Model]) -> Model:
-    """The model that `build(key)` would make, with shapes and dtypes in place of arrays."""
+    """Returns the model that `build(key)` would make, with ShapeDtypeStructs in place of arrays."""
     return jax.eval_shape(build, jax.random.key(0))
 
 
 def load(model: Model, arrays: Mapping[str, Any]) -> Model:
-    """`model` (real or abstract) with its arrays replaced by those of the same path.
+    """Replaces the arrays of a model, real or abstract, by those of the same path.
 
     Raises:
-      ValueError: naming the path, if an array is missing, extra, or of another shape.
+      ValueError: naming the paths of arrays that are missing, extra, or of another shape.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(model)
     expected = {path_name(path): leaf for path, leaf in leaves}
@@ -56,12 +56,11 @@ def load(model: Model, arrays: Mapping[str, Any]) -> Model:
 
 
 def input_first(model: Model) -> Model:
-    """The same model (or draft) for decoding on a CPU: its weights stored with their input dimension first.
+    """Copies a model or draft for decoding on a CPU, with weights stored transposed: input dimension first.
 
-    A CPU multiplies a few rows with such a weight as it lies, and rearranges any other one first. Results differ by
-    rounding. Accelerators gain nothing. The copy is for decoding alone: convert, shard or train the model it came from.
-    A target whose output matrix is its embedding gets an output matrix of its own, V * D numbers more, for lookups read
-    the embedding by rows.
+    XLA:CPU multiplies a few rows by this layout without transposing the weight first. Results differ by rounding, and
+    accelerators gain nothing. The copy is for decoding only: convert, shard or train the original. A target with tied
+    embeddings gets a separate output matrix, V * D more numbers, because lookups gather rows of the embedding.
     """
 
     def untie(node):
@@ -88,7 +87,7 @@ def _turn(node: Any) -> Any:
 
 
 def for_this_machine(model: Any) -> Any:
-    """A model as it decodes fastest here: `input_first` on a CPU, unless it is sharded."""
+    """Returns the layout that decodes fastest on this machine: `input_first` on a CPU, unless the model is sharded."""
     on_cpu = jax.default_backend() == "cpu"
     has_weights = bool(jax.tree.leaves(model))
     return input_first(model) if on_cpu and has_weights and mesh_of(model) is None else model

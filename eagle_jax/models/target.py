@@ -1,8 +1,8 @@
-"""Target: what decoding, drafting and training ask of the model whose text is generated.
+"""Target: the protocol of the model whose text is generated, as decoding, drafting and training use it.
 
 Letters: B batch, T new tokens, N query heads, K key-value heads, H head dim, D hidden size, V vocabulary.
 
-`Llama` is a target. Another architecture is any class with the members of `Target`; it inherits nothing from here.
+`Llama` implements it. So does any class with the members of `Target`; it need not inherit.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from eagle_jax.models.layers import AttendLayer
 
 
 class TargetOutput(NamedTuple):
-    """What a pass over T new tokens returns.
+    """The outputs of a pass over T new tokens.
 
     hidden: [B, T, D] after the final norm.
-    taps: [B, T, len(taps) * D], the tapped hidden states side by side; None where none was asked for.
-    new_kv: the new keys and values, a [B, K, T, H] pair a layer. Empty from `Target.run`, which hands them to `attend`.
+    taps: [B, T, len(taps) * D], the tapped layers' hidden states, concatenated; None without taps.
+    new_kv: keys and values of the new tokens, a [B, K, T, H] pair for each layer. Empty from `Target.run`, which hands
+      them to `attend`.
     """
 
     hidden: jax.Array
@@ -30,7 +31,7 @@ class TargetOutput(NamedTuple):
 
 
 class TargetConfig(CacheShape, Protocol):
-    """The numbers that are read of a target: these, and what `CacheShape` names."""
+    """The fields that are read of a target's config: these, and those of `CacheShape`."""
 
     @property
     def vocab_size(self) -> int:
@@ -42,25 +43,25 @@ class TargetConfig(CacheShape, Protocol):
 
     @property
     def max_position_embeddings(self) -> int:
-        """The longest text in tokens that the model was trained on. Longer ones warn."""
+        """The longest text, in tokens, that the model was trained on. Longer ones warn."""
 
     @property
     def rope(self) -> RopeConfig:
-        """Kind "dynamic" says that cached keys depend on the prompt's length; `RopeConfig()` where they do not."""
+        """Kind "dynamic" if cached keys depend on the prompt's length; else `RopeConfig()` will do."""
 
 
 class Embedding(Protocol):
     """An array [V, D], or a parameter that holds one."""
 
     def __getitem__(self, index: Any, /) -> jax.Array:
-        """Rows by token id: [B, T] -> [B, T, D]; the whole array for `...`."""
+        """Looks up token ids [B, T]: [B, T, D]. `...` returns the whole array."""
 
 
 class Target(Protocol):
     """A decoder-only language model: a pytree of weights, with pure methods that work in a trace.
 
-    A class is a pytree if it is an `nnx.Module`, or a dataclass registered with JAX. Its config is no leaf. On a mesh,
-    its first leaf says which mesh.
+    An `nnx.Module` is a pytree, and so is a dataclass registered with JAX. The config must be static. A target lies on
+    the mesh of its first leaf.
     """
 
     @property
@@ -68,11 +69,11 @@ class Target(Protocol):
 
     @property
     def dtype(self) -> Any:
-        """Of hidden states and of the cache."""
+        """The dtype of hidden states and of the cache."""
 
     @property
     def embed(self) -> Embedding:
-        """The input embedding [V, D]: EAGLE heads without one of their own look tokens up in it."""
+        """The input embedding [V, D]; EAGLE heads without an embedding use it, too."""
 
     def __call__(
         self,
@@ -85,14 +86,14 @@ class Target(Protocol):
         taps: tuple[int, ...] = (),
         in_blocks: bool = False,
     ) -> TargetOutput:
-        """One pass over T new tokens: a prompt, a chunk of it, a tree, or a single step.
+        """Runs T new tokens: a prompt, a chunk of it, a tree, or a single step.
 
-        Does not write to the cache: the caller commits `TargetOutput.new_kv`.
+        Does not write to the cache; the caller commits `TargetOutput.new_kv`.
 
         Args:
           tokens, positions: [B, T] int32.
-          mask: [B, T, T] bool, which new tokens each new token attends to (itself included). It also attends to all
-            positions of `cache` below the cache's length.
+          mask: [B, T, T] bool, True for the new tokens that a new token attends to (itself included). It also attends
+            to `cache` below the cache's length.
           prompt_lengths: [B] int32, see `rope_angles`.
           taps: as in `run`.
           in_blocks: see `ops.attention.attention`; for chunks of a prompt.
@@ -107,27 +108,27 @@ class Target(Protocol):
         prompt_lengths: jax.Array,
         taps: tuple[int, ...] = (),
     ) -> tuple[TargetOutput, list[Any]]:
-        """A pass whose attention the caller computes.
+        """Runs a pass whose attention the caller computes.
 
         Args:
-          attend: called once a layer, in order: attend(layer index, q, k, v), see `layers.Attend`. Keys are rotated. A
-            layer whose attention is not Llama's adds its `Spec`.
-          taps: indices of layers; of each, the input is returned. Index num_layers is the last layer's output.
+          attend: called for each layer in order, attend(layer index, q, k, v), with rotated q and k. A layer whose
+            attention is not plain adds its `Spec`. See `layers.Attend`.
+          taps: indices of the layers whose input is returned; index num_layers is the last layer's output.
         Returns:
-          The output, without `new_kv`, and what `attend` kept of each layer, unchanged.
+          The output without `new_kv`, and a list of what `attend` returned for each layer beside its result.
         """
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] after the final norm -> logits [..., V], float32."""
 
     def output_weight(self) -> jax.Array:
-        """[V, D]: `logits` is its product with `hidden`. Training multiplies with it a chunk of positions at a time."""
+        """Returns the matrix [V, D] of `logits`, by which training multiplies a chunk of positions at a time."""
 
 
 MEMBERS = tuple(name for name in vars(Target) if not name.startswith("_"))
 
 
 def missing_members(model: Any) -> list[str]:
-    """The members of `Target` that a model lacks; empty for a target."""
+    """Lists the members of `Target` that a model lacks; empty for a target."""
     missing = [name for name in MEMBERS if not hasattr(model, name)]
     return missing if callable(model) else [*missing, "__call__"]
