@@ -1,11 +1,14 @@
-"""The recipe of the embedded pair: its settings are settings, and its scripts do what they say."""
+"""The recipes: their settings are settings, and their scripts do what they say."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import re
 import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,12 @@ import pytest
 from eagle_jax.train.config import read_settings
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pair"
+SMOLLM2 = RECIPE.with_name("smollm2")
 PAIR = Path(__file__).parents[2] / "eagle_jax" / "pair"
 
 
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, RECIPE / f"{name}.py")
+def script(name: str, recipe: Path = RECIPE):
+    spec = importlib.util.spec_from_file_location(name, recipe / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -37,10 +41,13 @@ def test_the_settings_in_the_docs(tmp_path):
     assert read_settings(tmp_path / "run.yaml").kind == "eagle3"
 
 
-def test_heads_have_the_same_budget():
+@pytest.mark.parametrize("recipe", [RECIPE, SMOLLM2])
+def test_heads_have_the_same_budget(recipe: Path):
     """The same updates from the same tokens, at a learning rate of its own: at EAGLE-3's first one EAGLE-1 diverged."""
-    heads = [read_settings(RECIPE / f"{name}.yaml") for name in ("eagle3", "eagle1")]
-    same = [(s.steps, s.batch_tokens, s.data, s.target, s.seed) for s in heads]
+    heads = [read_settings(recipe / f"{name}.yaml") for name in ("eagle3", "eagle1")]
+    assert [s.kind for s in heads] == ["eagle3", "eagle1"]
+    assert subprocess.run(["sh", "-n", str(recipe / "make.sh")], check=False).returncode == 0
+    same = [(s.steps, s.epochs, s.batch_tokens, s.data, s.target, s.seed) for s in heads]
     assert same[0] == same[1]
     optimizers = [s.optimizer.model_copy(update={"learning_rate": 1.0}) for s in heads]
     assert optimizers[0] == optimizers[1]
@@ -87,3 +94,36 @@ def test_prompts_are_beginnings_at_even_distances():
 
 def test_the_embedded_pair_is_small():
     assert sum(path.stat().st_size for path in PAIR.rglob("*") if path.is_file()) <= 14e6
+
+
+@pytest.fixture
+def smollm2(monkeypatch):
+    monkeypatch.syspath_prepend(SMOLLM2)
+    monkeypatch.delitem(sys.modules, "topics", raising=False)
+    return script("prompts", SMOLLM2)
+
+
+def test_prompts_of_smollm2_are_filled_templates(smollm2, tmp_path, monkeypatch):
+    documented = textwrap.dedent(
+        '''
+        def rotate(items, count=1):
+            """Return the items, rotated to the left by so many places."""
+            count %= max(len(items), 1)
+            return items[count:] + items[:count]
+        '''
+    )
+    (tmp_path / "a.py").write_text(documented + "def short():\n    pass\n")
+    (tmp_path / "b.py").write_text("def f(:\n")
+    functions, paragraphs = smollm2.material(tmp_path)
+    (only,) = (found for found, _ in functions)
+    assert (only["name"], only["signature"]) == ("rotate", "rotate(items, count=1)") and paragraphs == []
+    assert only["source"] == documented[1:] and only["head"].endswith('places."""')
+    rng, templates = random.Random(0), [*smollm2.LIST]
+    topics = sys.modules["topics"]
+    templates += [entry for text in (topics.SUMS, topics.CHATS) for entry in topics.words(text)]
+    for template in templates:
+        prompt, held_out = smollm2.of_words(rng, template)
+        assert not set("{}|") & set(prompt) and held_out == smollm2.is_held_out(prompt)
+    counts = iter(range(100))
+    made = list(smollm2.some(lambda: (f"is {next(counts) // 2}", False), 5, {"is 1"}, {"2"}))
+    assert [prompt for prompt, _ in made] == ["is 0", "is 3", "is 4", "is 5", "is 6"], "each once, and none forbidden"
