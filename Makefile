@@ -47,9 +47,9 @@ OTHER_TREES = eagle3_static medusa_dynamic lookahead_of_bigrams draft_model_dyna
 demo: $(VENV)/.installed
 	$(VENV)/bin/eagle-jax demo
 
-# Checking types takes one core, as installing does: side by side.
+# Installing takes one core, and so does checking types: side by side.
 test:
-	$(MAKE) $(VENV)/.test-installed
+	$(MAKE) --jobs 2 $(VENV)/.test-installed $(if $(NEWEST_PYTHON),$(NEWEST)/.installed)
 	$(MAKE) --jobs 2 lint types test-newest
 	$(MAKE) pytest
 
