@@ -22,20 +22,22 @@ COMPILERS = $(VENV)/bin/python -c 'import tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["aot"])'
 
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
-# Compiled as on a user's machine (tests/conftest.py compiles the rest in half the time): what users run.
-AS_USERS = tests/test_cli.py tests/decode/test_cycle.py
+# Compiled as on a user's machine (tests/conftest.py compiles the rest in half the time): the commands, and many pairs.
+AS_USERS = tests/decode/test_cycle.py::test_speculative_equals_plain_for_any_draft tests/test_cli.py
 LOSSLESS = tests/drafts/test_lossless.py::test_greedy_text_is_that_of_plain_decoding
 CORE = tests/tree $(LOSSLESS) tests/models \
 	tests/drafts/test_old_names.py tests/test_public_api.py tests/test_import_rules.py \
-	tests/test_api.py tests/test_cli_batch.py tests/decode/test_cycle.py tests/test_golden.py::test_stops_are_exact \
+	tests/test_api.py tests/test_cli.py::test_generate_prints_what_the_library_generates \
+	tests/test_cli_batch.py::test_token_ids_need_no_tokenizer_and_end_with_the_context \
+	tests/decode/test_cycle.py tests/test_golden.py::test_stops_are_exact \
 	tests/test_serving.py::test_answers_are_those_of_generate_in_any_order_by_programs_compiled_before \
-	tests/decode/test_insert.py tests/test_imports.py tests/test_sampling.py tests/test_set_mesh.py tests/train/test_loss.py \
-	tests/decode/test_sampled_decoding.py::test_coupled_sampling_gives_the_text_of_plain_sampling
+	tests/decode/test_insert.py::test_a_service_compiles_one_cycle \
+	tests/decode/test_insert.py::test_a_state_keeps_its_structure \
+	tests/test_imports.py tests/test_sampling.py tests/test_set_mesh.py tests/train/test_loss.py \
+	tests/drafts/test_lossless.py::test_coupled_sampling_gives_the_text_of_plain_sampling[eagle1]
 
 # Of these, what takes longest and does not depend on versions more than the rest.
 NOT_CORE = tests/decode/test_cycle.py::test_speculative_equals_plain_for_any_draft \
-	tests/decode/test_insert.py::test_a_window_on_the_draft_changes_no_text \
-	tests/decode/test_insert.py::test_a_window_drafts_from_the_rows_it_shows \
 	tests/test_golden.py::test_stops_are_exact[t1_eagle3_dv256] \
 	tests/test_golden.py::test_stops_are_exact[t2_eagle1_bias] \
 	tests/test_golden.py::test_stops_are_exact[t2_eagle1_nobias]
@@ -47,9 +49,8 @@ OTHER_TREES = eagle3_static medusa_dynamic lookahead_of_bigrams draft_model_dyna
 demo: $(VENV)/.installed
 	$(VENV)/bin/eagle-jax demo
 
-# Installing takes one core, and so does checking types: side by side.
+# Installing takes one core, and so does checking types: both environments side by side.
 test:
-	$(MAKE) --jobs 2 $(VENV)/.test-installed $(if $(NEWEST_PYTHON),$(NEWEST)/.installed)
 	$(MAKE) --jobs 2 lint types test-newest
 	$(MAKE) pytest
 
@@ -62,13 +63,13 @@ types: $(VENV)/.test-installed
 
 pytest: $(VENV)/.test-installed
 	XLA_EMITTERS=default $(VENV)/bin/python $(PYTEST) --dist worksteal $(AS_USERS)
-	$(VENV)/bin/python $(PYTEST) $(AS_USERS:%=--ignore %)
+	$(VENV)/bin/python $(PYTEST) $(AS_USERS:%=--deselect %)
 
 test-newest: $(if $(NEWEST_PYTHON),$(NEWEST)/.installed)
 ifeq ($(NEWEST_PYTHON),)
 	@echo 'test-newest is skipped: no Python 3.12 or later was found (NEWEST_PYTHON=... names one)'
 else
-	$(NEWEST)/bin/python $(PYTEST) $(CORE) $(NOT_CORE:%=--deselect '%') \
+	$(NEWEST)/bin/python $(PYTEST) $(CORE:%='%') $(NOT_CORE:%=--deselect '%') \
 		$(foreach kind,$(OTHER_TREES),--deselect '$(LOSSLESS)[$(subst _, ,$(kind))]')
 endif
 

@@ -65,13 +65,15 @@ if hypothesis is not None:
 # Linux lets a process map 65530 pieces of memory, unless told otherwise; compiled programs are hundreds each.
 MAPS = Path("/proc/self/maps")
 MANY_MAPS = 25_000
+QUICK = 0.1  # seconds in which a test compiles next to nothing; reading the maps may take a third of that
 
 
 @pytest.fixture(autouse=True)
 def forget_programs():
     """Drops compiled programs before there are too many for a process: XLA aborts then."""
+    start = time.monotonic()
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+    if time.monotonic() - start > QUICK and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
         gc.collect()
 
