@@ -55,6 +55,12 @@ def resolve(source: str | Path, hub: Hub | None = None, weights: bool = True) ->
     return found
 
 
+def named_revision(source: str) -> tuple[str, str | None]:
+    """Splits "OWNER/NAME@REVISION" into the id and its revision; None without one, and for a path that exists."""
+    path, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+    return path, revision or None
+
+
 def no_such_folder(source: str | Path) -> str:
     """The message that there is no such folder, with those of a similar name."""
     expanded = Path(source).expanduser()

@@ -163,9 +163,9 @@ class TrainSettings(Settings):
     """All settings of a run.
 
     kind: trains an EAGLE-3 head, an EAGLE-1 head, or a target by its next-token loss.
-    target: of a head: a folder or hub id.
+    target: of a head: a folder or hub id, OWNER/NAME or OWNER/NAME@REVISION.
     model: of kind target: the config.json of random weights, next to which the tokenizer lies.
-    start: a model of this kind to continue from, a folder or hub id; None: random weights.
+    start: a model of this kind to continue from, named like a target; None: random weights.
     output: the run's folder.
     features: a folder written by `eagle-jax train --precompute`; None: run the target in each step.
     steps, epochs: the length of the run, one of them.

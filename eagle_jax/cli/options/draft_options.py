@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from eagle_jax.cli.options.model_options import Models
 from eagle_jax.cli.options.tree_options import choose_tree, default_tree, describe_proposal, grown, parse_tree
 from eagle_jax.convert import load_draft
+from eagle_jax.convert.hub import named_revision
 from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.drafts.registry import KINDS, Kind
@@ -100,8 +100,8 @@ def candidates(
         if source is None:
             raise ValueError(f"{name} needs weights that this model has not; name them: {name}=DIR_OR_ID")
         if source not in loaded:
-            path, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
-            draft = for_this_machine(load_draft(path, models.target, revision=revision or None))
+            path, revision = named_revision(source)
+            draft = for_this_machine(load_draft(path, models.target, revision=revision))
             window = args.draft_window if isinstance(draft, EagleDraft) else None
             loaded[source] = draft if window is None else with_window(draft, *window)
         if not isinstance(loaded[source], kind.draft):

@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 
 from eagle_jax import convert
 from eagle_jax.convert import converted
-from eagle_jax.convert.read import read_json, resolve
+from eagle_jax.convert.hub import Hub, named_revision, resolve
+from eagle_jax.convert.read import read_json
+from eagle_jax.convert.tokenizing import tokenizer_of
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
@@ -59,12 +61,16 @@ def source(settings: TrainSettings) -> DataSource:
         assert settings.model is not None
         path = Path(settings.model)
         config = LlamaConfig.from_hf(read_json(path), str(path))
-        return DataSource(path.parent, convert.tokenizer(path.parent), config, predicted_by(settings))
+        return DataSource(path.parent, tokenizer_of(path.parent), config, predicted_by(settings))
     assert settings.target is not None
     folder = Path(settings.target)
-    folder = folder / converted.TARGET if converted.is_conversion(folder) else resolve(settings.target)
+    if converted.is_conversion(folder):
+        folder = folder / converted.TARGET
+    else:
+        target, revision = named_revision(settings.target)
+        folder = resolve(target, Hub(revision))
     config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    return DataSource(folder, convert.tokenizer(folder), config, predicted_by(settings))
+    return DataSource(folder, tokenizer_of(folder), config, predicted_by(settings))
 
 
 def predicted_by(settings: TrainSettings) -> slice:
@@ -96,7 +102,7 @@ def documents(
         "too_long": settings.too_long,
         "add_end": settings.add_end,
         "chat_template": template,
-        "tokenizer": fingerprint.of_tokenizer(origin.tokenizer),
+        "tokenizer": None if origin.tokenizer is None else fingerprint.of_tokenizer(origin.tokenizer),
     }
     old = dataset.about(folder)
     if old == about:
@@ -150,14 +156,16 @@ def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:
     assert settings.target is not None
     if converted.is_conversion(Path(settings.target)):
         return convert.load(settings.target, dtype=settings.dtype, mesh=mesh)[0]
-    return convert.from_pretrained(settings.target, dtype=settings.dtype, mesh=mesh)[0]
+    target, revision = named_revision(settings.target)
+    return convert.from_pretrained(target, dtype=settings.dtype, mesh=mesh, revision=revision)[0]
 
 
 def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None, train: Dataset, say: Say) -> Any:
     """Returns the model to train, in float32: settings.start, or one with random weights."""
     key = jax.random.key(settings.seed)
     if settings.kind == "target" and settings.start is not None:
-        model = convert.from_pretrained(settings.start, dtype="float32")[0]
+        start, revision = named_revision(settings.start)
+        model = convert.from_pretrained(start, dtype="float32", revision=revision)[0]
         if model.config != origin.config:
             raise ValueError(f"start: {settings.start} has another config than {settings.model}")
         return model
@@ -165,7 +173,8 @@ def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None,
         return Llama(origin.config, key)
     assert target is not None
     if settings.start is not None:
-        head = convert.load_draft(settings.start, target, dtype="float32")
+        start, revision = named_revision(settings.start)
+        head = convert.load_draft(start, target, dtype="float32", revision=revision)
         if not isinstance(head, CLASSES[settings.kind]):
             raise ValueError(f"start: {settings.start} is a {type(head).__name__}, kind is {settings.kind}")
         return head
