@@ -187,11 +187,13 @@ def test_a_file_without_a_text_may_change_its_settings(tmp_path):
     path = tmp_path / "out.jsonl"
     for content in ("", '{"sett', '{"settings": {"seed": 1}}\n', '{"settings": {"seed": 1}}\n{"ind'):
         path.write_text(content)
-        assert read_finished(str(path), {"seed": 2}) == set()
+        assert read_finished(str(path), {"seed": 2}) == {}
     path.write_text('{"settings": {"seed": 2}}\n{"index": 4}\n{"index": 5, "sample": 1}\n{"ind')
-    assert read_finished(str(path), {"seed": 2}) == {(4, 0), (5, 1)}
-    path.write_text('{"settings": {}}\n{"index": 4, "turn": 0, "turns": 2}\n{"index": 5, "turn": 1, "turns": 2}\n')
-    assert read_finished(str(path), {}) == {(5, 0)}  # a conversation is whole with its last turn
+    assert read_finished(str(path), {"seed": 2}) == {(4, 0): 0, (5, 1): 0}
+    lines = [{"settings": {}}, {"index": 4, "turn": 0, "turns": 2}]
+    lines += [{"index": 5, "turn": turn, "turns": 2, "finish": "failed"} for turn in range(2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_finished(str(path), {}) == {(5, 0): 2}  # a conversation is whole with its last turn
 
 
 def test_a_conversation_torn_between_its_turns_is_written_once(tmp_path):
@@ -252,6 +254,12 @@ def test_prompts_that_cannot_be_decoded_fail_and_the_others_go_on(write, expecte
     err = capsys.readouterr().err
     assert err.count("error: ") == 6 and "10 of the texts failed; " in err
     assert write("--batch", "3") == (1, lines)  # nothing is written twice
+    assert "10 of the texts failed; " in capsys.readouterr().err
+    settings, *_ = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+    broken = [json.dumps(line | {"finish": "failed"}) + "\n" for line in lines]  # as logits of NaN leave it
+    (tmp_path / "out.jsonl").write_text(settings + "".join(broken))
+    assert write("--batch", "3")[0] == 1
+    assert "14 of the texts failed; " in capsys.readouterr().err
 
 
 def echo(slots: int, broken: str = "") -> ScriptedBatch:

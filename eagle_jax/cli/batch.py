@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
     jobs = [pair for pair in pairs if pair not in finished]
     if not jobs:
         notes.print(f"All {len(finished)} texts are in {args.out} already.", soft_wrap=True)
-        return 1 if bad else 0
+        return _exit_code(sum(finished.values()), args, notes)
     ends = text.Ends(args.stop, stops, args.max_new_tokens)
     running = RunningBatch(
         loaded.target,
@@ -93,9 +93,14 @@ def _run(args: argparse.Namespace, sampling: SamplingConfig, settings: dict[str,
     ended = run_tasks(running, map(start, jobs))
     with HeadedLines(Path(args.out), settings, is_last) as results:
         failed = _write(ended, results, args, notes, len(jobs) + len(finished), len(finished))
+    return _exit_code(failed + sum(finished.values()), args, notes)
+
+
+def _exit_code(failed: int, args: argparse.Namespace, notes: Any) -> int:
+    """Returns 1 if texts of --out failed, in this run or an earlier one, and says so."""
     if failed:
         notes.print(f"error: {failed} of the texts failed; {args.out} says why", soft_wrap=True)
-    return 1 if bad or failed else 0
+    return 1 if failed else 0
 
 
 def _write(

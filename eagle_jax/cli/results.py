@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ FINGERPRINT = re.compile('"[0-9a-f]{64}"')
 COMMAND, ADVICE = "`generate --prompts`", "choose another --out"
 
 
-def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> set[tuple[int, int]]:
-    """Returns the (index, sample) of the records that an earlier run finished; none if there is no file.
+def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> dict[tuple[int, int], int]:
+    """Returns what an earlier run finished, {(index, sample): failed texts}; empty if there is no file.
 
     Args:
       settings: all that the texts depend on, as JSON has it.
@@ -27,7 +28,7 @@ def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> se
     check_file("--out", path)
     before, records = read_headed(Path(path), COMMAND, ADVICE)
     if not records:
-        return set()
+        return {}
     if not whole:
         before = {name: before.get(name) for name in settings}
     if different := changed(before, settings):
@@ -36,7 +37,9 @@ def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> se
     for number, record in enumerate(records, start=2):
         if not isinstance(record, dict) or type(record.get("index")) is not int:
             raise ValueError(f"{path}, line {number}: not an output line of {COMMAND}; {ADVICE}")
-    return {(record["index"], record.get("sample", 0)) for record in records if is_last(record)}
+    keys = [(record["index"], record.get("sample", 0)) for record in records]
+    failed = Counter(key for key, record in zip(keys, records, strict=True) if record.get("finish") == "failed")
+    return {key: failed[key] for key, record in zip(keys, records, strict=True) if is_last(record)}
 
 
 def is_last(record: dict[str, Any]) -> bool:
