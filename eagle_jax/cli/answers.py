@@ -1,4 +1,4 @@
-"""Answers the prompts of a file, turn by turn: what `eagle-jax generate --prompts` runs in a running batch."""
+"""Answers the prompts of a file, turn by turn, as tasks of a running batch (`eagle-jax generate --prompts`)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from eagle_jax.cli.text import Detokenizer, Ends, Finish
 from eagle_jax.files.prompts import Prompt
 from eagle_jax.serving import Request, Task
 
-LATER_TURNS = np.uint32(2**31)  # turn t > 0 has the key fold_in(the first turn's, this + t), above any token's index
+LATER_TURNS = np.uint32(2**31)  # turn t > 0 uses fold_in(first turn's key, this + t): above the index of any token
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """Holds what all texts share.
 
-    tokenizer: None if prompts are token ids. raw: see `encode`. longest_prompt: in tokens. check: of the token ids of a
-    later turn; raises ValueError.
+    tokenizer: None if prompts are token ids. raw: see `encode`. longest_prompt: in tokens. check: called with the token
+    ids of a later turn; raises ValueError.
     """
 
     tokenizer: Any
@@ -66,7 +66,7 @@ class Job:
 
 
 def answer_turns(job: Job, rules: Rules) -> Task[Job]:
-    """Answers the turns of a job, each after the answers before it; after one that fails, all later ones fail."""
+    """Answers the turns of a job in order. After a turn that fails, all later ones fail."""
     conversation = Conversation(rules.tokenizer, rules.raw)
     for turn, said in enumerate((job.prompt.text, *job.prompt.later_turns)):
         key = job.key if turn == 0 else jax.random.fold_in(job.key, LATER_TURNS + np.uint32(turn))
@@ -80,7 +80,7 @@ def answer_turns(job: Job, rules: Rules) -> Task[Job]:
 
 
 def _prompt(job: Job, conversation: Conversation, said: str | None, rules: Rules) -> Sequence[int]:
-    """The token ids of all that comes before a turn's answer. Raises ValueError where it cannot be answered."""
+    """Returns the token ids of the conversation before a turn's answer; raises ValueError if they are unusable."""
     if not job.texts:
         if job.prompt.fault is not None:
             raise ValueError(job.prompt.fault)
@@ -102,7 +102,7 @@ def _prompt(job: Job, conversation: Conversation, said: str | None, rules: Rules
 
 
 def _answer(said: str | None, prompt: Sequence[int], key: jax.Array, rules: Rules) -> Task[Text]:
-    """Asks for one answer, which ends at a stop string, too."""
+    """Requests one answer from the running batch; ends it at a stop string as well."""
     detokenizer = Detokenizer(rules.tokenizer, rules.ends.strings)
 
     def collect(tokens: Sequence[int]) -> bool:

@@ -1,4 +1,4 @@
-"""All prompts of a file: `eagle-jax generate --prompts`, by a running batch whose free slots take the next prompt."""
+"""Answers all prompts of a file: `eagle-jax generate --prompts`, by a running batch that refills its free slots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from eagle_jax.serving import run as run_tasks
 from eagle_jax.train import fingerprint
 from eagle_jax.tree import TreePolicy
 
-FAULTS_SHOWN = 5  # prompts that cannot be used, of which a message is printed; --out has all of them
+FAULTS_SHOWN = 5  # messages printed about unusable prompts; --out has all of them
 
 
 def run(args: argparse.Namespace, sampling: SamplingConfig) -> int:

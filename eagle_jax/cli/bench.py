@@ -1,4 +1,4 @@
-"""eagle-jax bench: plain against speculative decoding, or several drafts, side by side."""
+"""eagle-jax bench: measures plain against speculative decoding, or several drafts, on the same prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""eagle-jax bench --drafts: several drafts on the same prompts and the same target, in one run."""
+"""eagle-jax bench --drafts: measures several drafts on the same prompts and target, in one run."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _table(measured: Sequence[Measured]) -> Table:
 
 
 def _depth_table(measured: Sequence[Measured]) -> Table:
-    """How far into a guess the target agrees."""
+    """Returns the rich table of acceptance by draft token."""
     depths = min(SHOWN_DEPTHS, max(len(one.result.accepted_at) for one in measured))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("draft token", no_wrap=True)

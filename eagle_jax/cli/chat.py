@@ -1,4 +1,4 @@
-"""eagle-jax chat: a conversation, of which every turn runs its new tokens only."""
+"""eagle-jax chat: a conversation. The cache keeps its prefix, so each turn runs new tokens only."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talks until the end of the input; returns 1 if a line of it got no answer, or one that failed."""
+    """Talks until the end of the input; returns 1 if a line got no answer, or a failed one."""
     from rich.console import Console
 
     sampling = sampling_config(args)  # before the models are loaded, which may take long
@@ -120,7 +120,7 @@ def _context(asked: int | None, target: Target) -> int:
 
 
 def _lines(notes: Any) -> Iterator[str]:
-    """What the user says; from a file or a pipe, each line of it."""
+    """Yields what the user says, line by line; from a file or a pipe without a prompt."""
     if sys.stdin is None:  # it is closed
         return
     terminal = sys.stdin.isatty()
@@ -143,9 +143,9 @@ def _lines(notes: Any) -> Iterator[str]:
 
 @dataclasses.dataclass
 class Session:
-    """Answers a conversation, whose keys and values stay in the cache of a running batch of one sequence.
+    """Answers a conversation; its keys and values stay in the cache of a running batch with one slot.
 
-    turn: answers so far. failed: lines that could not be used, or whose answer broke off with NaN.
+    turn: answers so far. failed: number of unusable lines, and of answers that ended in NaN.
     """
 
     batch: RunningBatch
@@ -203,7 +203,7 @@ class Session:
 
 @contextlib.contextmanager
 def _ctrl_c() -> Iterator[threading.Event]:
-    """Has Ctrl-C set an event: an exception in the middle of a call would lose the state, which is donated."""
+    """Makes Ctrl-C set an event. An exception inside a call would lose the state, whose buffers are donated."""
     stopped = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
     try:

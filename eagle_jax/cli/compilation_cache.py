@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, as the commands set it up: compiled programs last from one start to the next."""
+"""Sets up JAX's persistent compilation cache, so that a second start of a command compiles nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation with a model, as `chat` and prompts of several turns hold it."""
+"""Holds a conversation with a model, for `chat` and for prompts of several turns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from eagle_jax.files.prompts import Chat, encode, has_template
 
 
 class Conversation:
-    """What was said: messages for the chat template, or without one a plain text."""
+    """The conversation so far: messages for the chat template, or plain text without one."""
 
     def __init__(self, tokenizer: Any, raw: bool, system: str | None = None):
         self.tokenizer, self.raw = tokenizer, raw
@@ -24,11 +24,11 @@ class Conversation:
         self.text = ""
 
     def tokens_with(self, said: str) -> list[int]:
-        """The token ids of the conversation, up to the answer to this."""
+        """Returns the token ids of the conversation with a further message, up to its answer."""
         chat = Chat([*self.messages, {"role": "user", "content": said}])
         return encode(self.tokenizer, chat if self.template else self.text + said, self.raw)
 
     def add(self, said: str, answer: str) -> None:
-        """Adds a turn."""
+        """Adds a turn: the user's message and the answer."""
         self.messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
         self.text += said + answer

@@ -1,4 +1,4 @@
-"""eagle-jax demo: the embedded pair, from its official files to a comparison."""
+"""eagle-jax demo: converts the embedded pair, decodes with it both ways, and compares."""
 
 from __future__ import annotations
 
@@ -107,6 +107,6 @@ def _demo(out: Path, overwrite: bool) -> int:
 
 @contextlib.contextmanager
 def _pair() -> Iterator[tuple[Path, Path]]:
-    """The folders of the embedded target and its better head, as files even if imported from an archive."""
+    """Yields the folders of the embedded target and its better head, unpacked if the package is an archive."""
     with importlib.resources.as_file(importlib.resources.files("eagle_jax") / "pair") as folder:
         yield folder / "target", folder / "head_eagle1"

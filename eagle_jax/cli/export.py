@@ -1,4 +1,4 @@
-"""eagle-jax export: an EAGLE head for the official code, SGLang or vLLM."""
+"""eagle-jax export: writes an EAGLE head for the official code, SGLang or vLLM."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(done: Any) -> Any:
-    """The rich table of an `Exported`."""
+    """Returns the rich table of an `Exported`."""
     from rich.table import Table
     from rich.text import Text
 

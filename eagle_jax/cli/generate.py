@@ -1,4 +1,4 @@
-"""eagle-jax generate: the continuation of one prompt, or of all prompts of a file."""
+"""eagle-jax generate: continues one prompt, or all prompts of a file."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
         log_probs=args.log_probs,
         cycles_per_chunk=1,
     )
-    key = jax.random.fold_in(random_key(args), 0)  # as `eagle_jax.generate` has it for its first row
+    key = jax.random.fold_in(random_key(args), 0)  # the key of the first sequence of `eagle_jax.generate`
     keys = [key] if args.num_samples == 1 else [jax.random.fold_in(key, sample) for sample in range(args.num_samples)]
     for line in filter(None, (choice.words(draft), model_asks(args))):
         notes.print(line, style="dim", soft_wrap=True)
@@ -141,7 +141,7 @@ def _show(args: argparse.Namespace, sampling: SamplingConfig) -> int:
 
 
 def _stdin() -> str:
-    """All of stdin, which must be UTF-8 (or what the locale says)."""
+    """Reads all of stdin, in UTF-8 or the locale's encoding."""
     if sys.stdin is None:
         raise ValueError("--prompt -: stdin is closed")
     try:

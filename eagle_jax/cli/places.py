@@ -1,4 +1,4 @@
-"""Paths for output: checked before the work, and written atomically."""
+"""Checks paths for output before the work, and writes them atomically."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_file(option: str, path: str) -> None:
 
 
 def check_report(option: str, path: str) -> None:
-    """Like `check_file`; also refuses an existing file that is neither empty nor marked with MARK."""
+    """Checks like `check_file`; also refuses an existing file that is neither empty nor marked with MARK."""
     check_file(option, path)
     place = Path(path)
     if place.is_file() and place.stat().st_size and MARK.encode() not in place.read_bytes():
@@ -41,7 +41,7 @@ def check_report(option: str, path: str) -> None:
 
 
 def check_picture(option: str, path: str) -> None:
-    """Like `check_report`; also refuses a format that pictures cannot have."""
+    """Checks like `check_report`; also refuses a format that pictures cannot have."""
     plot.check(option, path)
     check_report(option, path)
 

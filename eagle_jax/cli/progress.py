@@ -1,4 +1,4 @@
-"""Progress on stderr: animated on a terminal, plain lines elsewhere, such as in a log."""
+"""Shows progress on stderr: animated on a terminal, plain lines elsewhere, such as in a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-EVERY = 10.0  # seconds between two lines; what is done sooner prints none
+EVERY = 10.0  # seconds between two lines; shorter work prints none
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def bar(console: Any, doing: str, total: int, before: int = 0, every: float = EV
       before: pieces that an earlier run did; the estimate of the time left excludes them.
       every: seconds between two plain lines.
     Yields:
-      advance(count=1, note=""): call it after so many pieces more, with a word on how it goes.
+      advance(count=1, note=""): call it after `count` more pieces, with a note to show.
     """
     if console.is_terminal:
         with _bar(console, doing, total, before) as advance:
@@ -62,7 +62,7 @@ def _bar(console: Any, doing: str, total: int, before: int) -> Iterator[Callable
 
 @contextlib.contextmanager
 def _lines(console: Any, every: float, line: Callable[[float], str]) -> Iterator[None]:
-    """Prints line(seconds so far) every so many seconds, from a thread: compiling holds up the program's own."""
+    """Prints line(seconds so far) periodically, from a thread: compilation blocks the main one."""
     ended, began = threading.Event(), time.monotonic()
 
     def run() -> None:
@@ -80,7 +80,7 @@ def _lines(console: Any, every: float, line: Callable[[float], str]) -> Iterator
 
 
 def _clock(seconds: float) -> str:
-    """ "1:23:45", or "0:07"."""
+    """Formats seconds as "1:23:45", or "0:07"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""What measurements say, in tables, words and JSON: shared by `bench`, `bench --drafts` and `demo`."""
+"""Formats measurements as tables, sentences and JSON, for `bench`, `bench --drafts` and `demo`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTES = (
 
 
 def title(args: argparse.Namespace, setting: dict[str, Any], source: str) -> str:
-    """What was measured, where and when: two lines."""
+    """Formats what was measured, where and when, in two lines."""
     sampled = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, seed {args.seed}"
     return (
         f"{source}, batch {args.batch}, at most {args.max_new_tokens} new tokens, {sampled}, {args.repeats} repeats\n"
@@ -28,7 +28,7 @@ def title(args: argparse.Namespace, setting: dict[str, Any], source: str) -> str
 
 
 def table(comparison: Comparison, title: str | None = None) -> Any:
-    """The rich table of a comparison."""
+    """Returns the rich table of a comparison."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", caption=NOTES, caption_justify="left")
@@ -45,7 +45,7 @@ def table(comparison: Comparison, title: str | None = None) -> Any:
 
 
 def position_table(comparison: Comparison) -> Any:
-    """The rich table of how acceptance changes along the texts."""
+    """Returns the rich table of acceptance by position in the texts."""
     from rich.table import Table
 
     table = Table(title="speculative, by position in the text (prompt included)", title_justify="left")
@@ -58,12 +58,12 @@ def position_table(comparison: Comparison) -> Any:
 
 
 def repeats_itself(plain: Result) -> str:
-    """How much the plain texts repeat themselves, in words."""
+    """Says how much the plain texts repeat themselves."""
     return f"Distinct 4-grams of the plain texts: {plain.distinct_4grams:.2f}; the fewer, the easier to draft."
 
 
 def verdict(comparison: Comparison) -> str:
-    """Whether the tokens were identical, in words."""
+    """Says whether plain and speculative decoding gave the same tokens."""
     if comparison.differences is None:
         text = "Two samples of a text differ by chance (with --coupled they would not)."
     else:
@@ -76,7 +76,7 @@ def verdict(comparison: Comparison) -> str:
 
 
 def figures(result: Result) -> dict[str, Any]:
-    """A result as JSON has it."""
+    """Returns a result as JSON values."""
     return {
         "new_tokens": result.new_tokens,
         "target_passes": result.cycles,
@@ -91,7 +91,7 @@ def figures(result: Result) -> dict[str, Any]:
 
 
 def asked_for(args: argparse.Namespace, source: str, rows: int) -> dict[str, Any]:
-    """What the command line asked for, as JSON has it."""
+    """Returns the options of a measurement as JSON values."""
     return {
         "model": args.model if args.model is not None else {"target": args.target, "draft": args.draft},
         "prompts": source,
@@ -106,12 +106,12 @@ def asked_for(args: argparse.Namespace, source: str, rows: int) -> dict[str, Any
 
 
 def positions(parts: Sequence[Range]) -> list[dict[str, Any]]:
-    """Ranges of positions as JSON has them."""
+    """Returns ranges of positions as JSON values."""
     return [{**vars(part), "tokens_a_pass": part.tokens_a_pass} for part in parts]
 
 
 def report(args: argparse.Namespace, source: str, comparison: Comparison) -> dict[str, Any]:
-    """A comparison of plain and speculative decoding as JSON has it."""
+    """Returns a comparison of plain and speculative decoding as JSON values."""
     return {
         **asked_for(args, source, len(comparison.plain.tokens)),
         "plain": figures(comparison.plain),

@@ -1,4 +1,4 @@
-"""Results: the .jsonl file that a run over many prompts writes, and that a later run goes on with."""
+"""Reads the .jsonl file that an earlier run over many prompts wrote, to resume it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from eagle_jax.cli.places import check_file
 from eagle_jax.files.resumable import changed, read_headed
 
-LONG = 200  # characters: what is longer is shown by its beginning
+LONG = 200  # characters shown of a longer value
 FINGERPRINT = re.compile('"[0-9a-f]{64}"')
 COMMAND, ADVICE = "`generate --prompts`", "choose another --out"
 
@@ -43,12 +43,12 @@ def read_finished(path: str, settings: dict[str, Any], whole: bool = True) -> di
 
 
 def is_last(record: dict[str, Any]) -> bool:
-    """Returns whether a record has its conversation's last turn, which completes that."""
+    """Returns whether a record is its conversation's last turn, which completes it."""
     return record.get("turn", 0) + 1 == record.get("turns", 1)
 
 
 def _short(value: Any) -> str:
-    """A setting as JSON; a fingerprint, or what is very long, is cut off."""
+    """Formats a setting as JSON; cuts off fingerprints and long values."""
     text = json.dumps(value)
     most = 12 if FINGERPRINT.fullmatch(text) else LONG
     return text if len(text) <= most else text[:most] + "..."

@@ -1,4 +1,4 @@
-"""eagle-jax show: one cycle's draft tree, in the terminal and as a picture."""
+"""eagle-jax show: draws one cycle's draft tree, in the terminal and as a picture."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
-    """The draft and tree to show, as a `Candidate`. Raises ValueError if there is none, or not with these options."""
+    """Returns the draft and tree to show, as a `Candidate`; raises ValueError if there is none with these options."""
     from eagle_jax.cli.options import draft_options, tree_options
     from eagle_jax.drafts.eagle.drafting import EagleDraft
 
@@ -117,7 +117,7 @@ def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
 
 
 def terminal_tree(cycle: Drawn, title: str) -> Any:
-    """The rich tree of a cycle."""
+    """Returns the rich tree of a cycle."""
     from rich.text import Text
     from rich.tree import Tree
 
@@ -142,5 +142,5 @@ def terminal_tree(cycle: Drawn, title: str) -> Any:
 
 
 def _spell(tokenizer: Any, token: int) -> str:
-    """A token as Python writes a string, without its quotes."""
+    """Formats a token as Python writes a string, without its quotes."""
     return repr(tokenizer.decode([token]))[1:-1] or "''"

@@ -1,4 +1,4 @@
-"""Showing tokens as text while they come, and telling why a text ended."""
+"""Shows tokens as text while they stream in, and says why a text ended."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def lenient(stream: Any) -> None:
 
 
 class Detokenizer:
-    """Turns token ids into text up to a stop string; what may still become one is held back.
+    """Decodes token ids to text up to a stop string; holds back a suffix that may begin one.
 
-    The text ends just before the first occurrence of any stop string, however the ids come in pieces. A stop string may
-    hold special tokens, such as "<|end|>", although the text leaves them out.
+    The text ends just before the first occurrence of any stop string, however the ids are split into chunks. A stop
+    string may hold special tokens, such as "<|end|>", although the text omits them.
 
     tokenizer: None collects ids only; there is no text then. ids: those of the text so far. Once a stop string has
-    ended the text (`stopped`), the fewest that complete it.
+    ended the text (`stopped`), the shortest prefix that completes it.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
@@ -91,18 +91,18 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """What was given out so far."""
+        """The text returned so far."""
         return "".join(self._given)
 
     def add(self, ids: Sequence[int]) -> str:
-        """Returns the text that is certain with these further ids; may be empty."""
+        """Adds ids; returns the text that they make certain, which may be empty."""
         if not self._stops:
             self.ids += ids
             return self._give("" if self._stream is None else self._stream.add(ids))
         return "".join(map(self._add_one, ids))
 
     def collect(self, ids: Sequence[int]) -> None:
-        """Adds ids without returning text: `finish` decodes them together, unless stop strings have to be found."""
+        """Adds ids without returning text; without stop strings, `finish` decodes them all at once."""
         if self._stops:
             self.add(ids)
         else:
@@ -110,7 +110,7 @@ class Detokenizer:
             self._collected += ids
 
     def finish(self) -> str:
-        """Returns what is left, with a replacement character for half a character at the end."""
+        """Returns the remaining text, with a replacement character for an incomplete last character."""
         if self.stopped or self._stream is None:
             return ""
         if self._collected:
@@ -138,10 +138,10 @@ class Detokenizer:
         return text
 
     def _end(self, final: bool) -> tuple[int, bool]:
-        """Returns how much of the held text is certain, and whether a stop string begins right after it."""
+        """Returns the length of the certain prefix of the held text, and whether a stop string follows it."""
         text = self._held
         found = min((place for stop in self._stops if (place := text.find(stop)) >= 0), default=len(text))
-        if not final:  # the end of the text may be the beginning of a stop string
+        if not final:  # a suffix of the text may be a prefix of a stop string
             for start in range(max(0, len(text) - self._longest + 1), found):
                 if any(stop.startswith(text[start:]) for stop in self._stops):
                     return start, False
@@ -150,14 +150,14 @@ class Detokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class _Special:
-    """A special token that a stop string holds. placeholder: a character that no text has, to find it by."""
+    """A special token of a stop string. placeholder: the character that stands for it; no text contains it."""
 
     content: str
     placeholder: str
 
 
 def _special_tokens(tokenizer: Any, stops: Sequence[str]) -> dict[int, _Special]:
-    """The special tokens that the stop strings hold, by id: those that `decode` leaves out of a text."""
+    """Returns the special tokens in the stop strings, by id: those that `decode` omits."""
     if not stops:
         return {}
     added = getattr(tokenizer, "added_tokens_decoder", {}).items()
@@ -170,7 +170,7 @@ def _special_tokens(tokenizer: Any, stops: Sequence[str]) -> dict[int, _Special]
 
 
 def _with_special(stop: str, special: Iterable[_Special]) -> str:
-    """A stop string with placeholders for its special tokens."""
+    """Replaces the special tokens of a stop string by their placeholders."""
     for token in sorted(special, key=lambda token: -len(token.content)):
         stop = stop.replace(token.content, token.placeholder)
     return stop
@@ -181,8 +181,8 @@ class Streamed:
     """A finished stream.
 
     text: without the stop string. tokens: up to the one that completed the stop string. finish: why the text ended.
-    cycles: target passes after the prompt's. first_tokens: how many came at once, first_seconds after the start.
-    seconds: from then to the end. log_probs: of the tokens, if they were asked for.
+    cycles: target passes after the prefill. first_tokens: number of tokens in the first chunk, which came after
+    first_seconds. seconds: from then to the end. log_probs: of the tokens, if requested.
     """
 
     tokens: list[int]
@@ -201,7 +201,7 @@ class Streamed:
 
     @property
     def summary(self) -> str:
-        """One line. The first token comes from the prompt's pass and counts in no figure but the first."""
+        """One line of figures. The first token comes from the prefill and counts in the first figure only."""
         parts = [f"{len(self.tokens)} new tokens", f"{self.cycles} cycles"]
         if self.cycles and self.tokens:
             parts.append(f"{(len(self.tokens) - 1) / self.cycles:.2f} tokens a cycle")
@@ -215,10 +215,10 @@ class Streamed:
 
 
 def show(chunks: Iterable[Chunk], tokenizer: Any, console: Any, ends: Ends) -> Streamed:
-    """Prints one row's stream, of one cycle a chunk, as it comes; accepted draft tokens coloured on a terminal.
+    """Prints one sequence's stream, one cycle a chunk; colours accepted draft tokens on a terminal.
 
     Args:
-      chunks: the first holds the first new token, and may hold a cycle's. None is asked for after a stop string.
+      chunks: the first holds the first new token, and may hold a cycle's. Iteration stops at the first stop string.
       console: a rich Console.
       ends: what ends the text.
     """
@@ -230,7 +230,7 @@ def show(chunks: Iterable[Chunk], tokenizer: Any, console: Any, ends: Ends) -> S
     for index, chunk in enumerate(map(jax.device_get, chunks)):
         count = int(chunk.counts[0])
         ids = chunk.tokens[0, :count].tolist()
-        # The last token of a cycle is the target's own, as the very first is; those before it the draft proposed.
+        # The first token of a text and the last of a cycle (the bonus) are the target's; the draft proposed the others.
         own = 1 if index == 0 else 0
         for part, style in ((ids[:own], None), (ids[own:-1], DRAFTED), (ids[max(own, count - 1) :], None)):
             if part:

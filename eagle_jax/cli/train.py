@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def again(args: argparse.Namespace) -> str:
-    """The command line that goes on with what this one began."""
+    """Returns the command line that resumes this run."""
     words = ["eagle-jax", "train", "--config", args.config, *args.overrides]
     for option in ("precompute", "distributed"):
         value = getattr(args, option)
@@ -92,7 +92,7 @@ def again(args: argparse.Namespace) -> str:
 
 
 def join(where: str) -> None:
-    """Makes this process one of several, before JAX uses any device. where: as --distributed.
+    """Connects this process to the others of a run. Call it before JAX uses a device. where: as --distributed.
 
     Raises:
       ValueError: for an address that is none, or where JAX knows no cluster.

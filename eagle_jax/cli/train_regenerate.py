@@ -1,4 +1,4 @@
-"""eagle-jax train regenerate: the answers of a training set, written by the target itself."""
+"""eagle-jax train regenerate: lets the target write the answers of a training set."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from eagle_jax.train.data.rendering import read_template
     from eagle_jax.train.report import log
 
-    # All that can be wrong with the input is found before the models are loaded, which may take long.
+    # Check all input before the models are loaded, which may take long.
     sampling, out = sampling_config(args), Path(args.out)
     template = read_template(args.chat_template)
     places.check_file("--out", args.out)
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace, loaded: Models, tree: Any, sampling: SamplingConfig) -> dict[str, Any]:
-    """What the answers depend on; a file begun with other settings is refused."""
+    """Returns what the answers depend on; a file begun with other settings is refused."""
     from eagle_jax.train import fingerprint
 
     drafted = [draft_identity(loaded.draft), fingerprint.of_config(tree), args.draft_window]
@@ -161,7 +161,7 @@ def _settings(args: argparse.Namespace, loaded: Models, tree: Any, sampling: Sam
 
 
 def target_of(args: argparse.Namespace) -> tuple[Path, LlamaConfig]:
-    """The folder of the target's small files, and its config, without its weights."""
+    """Returns the folder of the target's small files, and its config, without loading weights."""
     if (args.model is None) == (args.target is None) or (args.model and not converted.is_conversion(Path(args.model))):
         load_models(args)  # says what is wrong
     if args.model is None:

@@ -1,4 +1,4 @@
-"""eagle-jax tune: the tree that decodes fastest on this machine, measured, and saved beside the model."""
+"""eagle-jax tune: finds the tree that decodes fastest on this machine, and saves it next to the model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ samples many texts at a time takes the one nearest to batch 8, unless --coupled 
 there, and must not depend on --batch. Only EAGLE heads can be tuned.
 """
 NO_HEAD = "there is no EAGLE head here: only their trees can be tuned"
-CANDIDATES = 4  # trees that are decoded with, in the end
-CYCLES = 24  # of each prompt, with large trees
+CANDIDATES = 4  # trees whose decoding is measured at the end
+CYCLES = 24  # observed of each prompt, with large trees
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tunes, prints what it expected and measured, and saves the fastest tree."""
+    """Tunes, prints expectations and measurements, and saves the fastest tree."""
     from rich.console import Console
 
     from eagle_jax.cli import progress, tuned
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure_parts(
     loaded: Any, token_lists: list[list[int]], args: argparse.Namespace, options: dict[str, Any], notes: Any
 ) -> tuple[dict[float, Any], Any]:
-    """Returns what the target accepted of large trees, by score temperature, and what the parts of a cycle cost."""
+    """Returns what the target accepted of large trees, by score temperature, and the costs of a cycle's parts."""
     from eagle_jax.cli import progress
     from eagle_jax.measure import tuning
 
@@ -147,7 +147,7 @@ def _try_out(
 
 
 def _folder(args: argparse.Namespace) -> Path:
-    """The folder of tuned.json. Raises ValueError if it cannot be written there, or there is no EAGLE head."""
+    """Returns the folder of tuned.json; raises ValueError if it is not writable, or there is no EAGLE head."""
     from eagle_jax.cli import places, tuned
     from eagle_jax.drafts.registry import WEIGHTLESS
 
@@ -163,7 +163,7 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def _state(loaded: Any, token_lists: list[list[int]], batch: int, max_new_tokens: int) -> Any:
-    """A greedy state of the first prompts, halfway through their new tokens, so that attention costs what it will."""
+    """Prefills a greedy state with the first prompts. Its capacity is that of the decoding to come."""
     import jax.numpy as jnp
 
     from eagle_jax.decode.prefill import pad, prefill
@@ -181,7 +181,7 @@ def _name(tree: Any) -> str:
 
 
 def _observations(seen: dict[float, Any], costs: Any, title: str) -> Any:
-    """The rich table of costs and acceptance."""
+    """Returns the rich table of costs and acceptance."""
     from rich.table import Table
 
     from eagle_jax.measure import tuning
@@ -201,7 +201,7 @@ def _observations(seen: dict[float, Any], costs: Any, title: str) -> Any:
 
 
 def _table(expected: list[Any], results: dict[str, Any], costs: Any, batch: int) -> Any:
-    """The rich table of what was expected of trees, and measured."""
+    """Returns the rich table of trees, expected against measured."""
     from rich.table import Table
 
     caption = "Expected: of a cycle alone, without the prompt's pass. Measured: of whole calls, medians."

@@ -1,4 +1,4 @@
-"""tuned.json: the trees that `eagle-jax tune` found fastest, beside the model; one for each device, dtype and batch."""
+"""Reads and writes tuned.json: the fastest trees that `eagle-jax tune` found, one per device, dtype and batch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from eagle_jax.measure import machine
 from eagle_jax.tree import TreeConfig
 
 NAME = "tuned.json"
-KEY = ("device", "dtype", "batch")  # what an entry holds for
+KEY = ("device", "dtype", "batch")  # the fields that identify an entry
 
 
 def folder_of(args: argparse.Namespace) -> Path | None:
-    """Where the models' tuned.json is: the folder of --model, or that of --draft; None for a draft by its hub id."""
+    """Returns the folder of tuned.json: that of --model or of --draft; None for a draft named by hub id."""
     if args.model is not None:
         return Path(args.model)
     return Path(args.draft) if args.draft is not None and Path(args.draft).is_dir() else None
 
 
 def read(folder: Path | None) -> list[dict[str, Any]]:
-    """The entries of a folder; none if it has no such file.
+    """Reads the entries of a folder; none if it has no such file.
 
     Raises:
       ValueError: for a file that `eagle-jax tune` did not write.
@@ -47,7 +47,7 @@ def read(folder: Path | None) -> list[dict[str, Any]]:
 
 
 def find(draft: Any, args: argparse.Namespace, batch: int) -> tuple[TreeConfig, str] | None:
-    """The tree tuned for this draft on this device with its dtype, for the nearest batch, and where it comes from."""
+    """Finds the tree tuned for this device, the draft's dtype and the nearest batch; returns it and its origin."""
     device, dtype = machine.device_name(), np.dtype(draft.dtype).name
     entries = [entry for entry in read(folder_of(args)) if (entry["device"], entry["dtype"]) == (device, dtype)]
     if not entries:
@@ -57,7 +57,7 @@ def find(draft: Any, args: argparse.Namespace, batch: int) -> tuple[TreeConfig, 
 
 
 def write(folder: Path, entry: dict[str, Any]) -> Path:
-    """Puts an entry beside those of other devices, dtypes and batches, in place of an older one of the same."""
+    """Adds an entry, or replaces that of the same device, dtype and batch."""
     others = [old for old in read(folder) if any(old[name] != entry[name] for name in KEY)]
     write_json(folder / NAME, [*others, entry])
     return folder / NAME

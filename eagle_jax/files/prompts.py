@@ -1,4 +1,4 @@
-"""Prompts: from text, files or nowhere, to arrays."""
+"""Reads prompts from files, and encodes texts and conversations to token ids."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def check_text(name: str, text: str) -> str:
 
 
 def has_template(tokenizer: Any, raw: bool) -> bool:
-    """Whether prompts are messages of a chat: there is a template, and --raw does not forbid it."""
+    """Returns whether prompts are encoded as chat messages: there is a template, and `raw` is False."""
     return not raw and bool(getattr(tokenizer, "chat_template", None))
 
 
 def encode(tokenizer: Any, prompt: str | Chat, raw: bool) -> list[int]:
-    """The token ids of a prompt: a text as a user's message if there is a chat template, unless `raw`.
+    """Encodes a prompt to token ids: a text as a user's message if there is a chat template, unless `raw`.
 
     Args:
       tokenizer: None is refused.
@@ -104,7 +104,7 @@ def encode(tokenizer: Any, prompt: str | Chat, raw: bool) -> list[int]:
 def encode_messages(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
 ) -> list[int]:
-    """The token ids of a conversation by the chat template, up to where the assistant answers.
+    """Encodes a conversation to token ids by the chat template, up to the assistant's answer.
 
     Args:
       messages: each with "role" and "content".
@@ -125,7 +125,7 @@ def read_prompts(
     check: Callable[[list[int]], None] = lambda tokens: None,
     keep_faults: bool = False,
 ) -> list[Prompt]:
-    """The prompts of a file.
+    """Reads the prompts of a file.
 
     Args:
       path: JSON Lines or a JSON array (.jsonl, .json, also .gz) of strings, or of objects as OBJECT says; any other
@@ -159,7 +159,7 @@ def read_prompts(
 
 
 def _prompt(value: Any, where: str, encode: Callable[[str | Chat], list[int]]) -> Prompt:
-    """The prompt that a line or a value of JSON stands for."""
+    """Makes a prompt of a line of text or a JSON value; raises ValueError for other values."""
     if isinstance(value, str):
         return Prompt(where, encode(value), value)
     if isinstance(value, dict):

@@ -25,7 +25,7 @@ from eagle_jax.files.lock import locked_file
 HEADER = b'{"settings": {'  # how a headed file begins
 START_ANEW = "to write it anew, give --overwrite"
 EMPTY = hashlib.sha256().hexdigest()
-KINDS = {"settings": dict, "inputs": int, "records": int, "bytes": int, "faults": dict}  # of what is noted
+KINDS = {"settings": dict, "inputs": int, "records": int, "bytes": int, "faults": dict}  # fields of the note
 
 
 class JsonLines:
@@ -143,7 +143,7 @@ class StagedLines(JsonLines):
 
     @property
     def sha256(self) -> str:
-        """Of the lines that are done."""
+        """The SHA-256 of the finished lines."""
         return self.digest.hexdigest()
 
     def __exit__(
@@ -153,7 +153,7 @@ class StagedLines(JsonLines):
         self.held.close()
 
     def add(self, records: Sequence[Mapping[str, Any]], inputs: int) -> None:
-        """Adds the records of so many more inputs, and notes that these are done."""
+        """Appends the records of `inputs` more inputs, and notes that these are done."""
         content = self.append(*records)
         self.digest.update(content)
         self.inputs += inputs
@@ -162,7 +162,7 @@ class StagedLines(JsonLines):
         write_json(self.note, {name: getattr(self, name) for name in (*KINDS, "sha256")})
 
     def finish(self) -> None:
-        """Gives the file its name."""
+        """Renames the complete file to OUT."""
         self.file.close()
         os.replace(self.partial, self.out)
         self.note.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Several ways of decoding in turn on the same prompts: texts, times, and where the texts differ."""
+"""Decodes the same prompts by several methods in turn: texts, times, and where the texts differ."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Methods = Mapping[str, tuple[Draft | None, TreePolicy]]  # by name: plain decodi
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one way of decoding made of all prompts.
+    """The texts and times of one method over all prompts.
 
     tokens: the new tokens of each sequence, in order; drafted: which of them the draft proposed. cycles: target passes
     after the prefill, summed over sequences. accepted: how many cycles accepted 0, 1, ... draft tokens. steps: passes
@@ -74,7 +74,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Both decodings of the same prompts, of these lengths, and where each differing sequence first differs.
+    """Plain and speculative decoding of the same prompts, and where each differing sequence first differs.
 
     differences: None where texts may differ by chance: two samples, unless they are coupled.
     """
@@ -100,7 +100,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one of several ways of decoding did.
+    """One of several methods: its texts and times, compared with plain decoding.
 
     ratio: of its rate to plain decoding's. differences: from the plain texts; None where texts may differ by chance.
     Both are None if plain decoding was not measured.

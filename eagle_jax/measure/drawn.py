@@ -1,4 +1,4 @@
-"""One cycle as it is drawn: its draft tree, what the target accepted, and its own token."""
+"""Describes one decoding cycle for a drawing: its draft tree, the accepted nodes, and the bonus token."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What a cycle did: nodes in the tree's order, the last one accepted, and the target's own token after it.
+    """A cycle to draw: nodes in the tree's order, the deepest accepted one, and the bonus token after it.
 
-    bonus: None where the text ended before it.
+    bonus: None where the text ended before it. omitted: number of nodes left out of `nodes`.
     """
 
     nodes: list[Node]
@@ -44,12 +44,12 @@ class Drawn:
 
 
 def decode_to(target: Any, draft: Any, tree: Any, tokens: Any, lengths: Any, cycle: int, **options: Any) -> Any:
-    """The state before a cycle of the first sequence's greedy text, and the cycle's `Step`.
+    """Returns the state before a cycle of the first sequence's greedy text, and the cycle's `Step`.
 
     Args:
       options: max_new_tokens, capacity and stop_tokens, as in `prefill`.
     Raises:
-      ValueError: if the text ends before.
+      ValueError: if the text ends before that cycle.
     """
     options["tree"] = tree
     state = jax.jit(prefill, static_argnames=tuple(options))(target, draft, tokens, lengths, **options)

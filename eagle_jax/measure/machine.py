@@ -1,4 +1,4 @@
-"""What a figure depends on besides the models: device, versions, dtype, date."""
+"""Describes what a measurement depends on besides the models: device, versions, dtype, date."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def device_name() -> str:
 
 
 def setting(target: Target) -> dict[str, Any]:
-    """Returns what a figure depends on besides the models, as JSON has it."""
+    """Returns the setting of a measurement as JSON values."""
     return {
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,

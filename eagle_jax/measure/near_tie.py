@@ -36,12 +36,12 @@ def relative_gap(logits: np.ndarray, tokens: Sequence[int]) -> float:
 
 
 def near_tie_absolute(gap: float, dtype: str = "float32") -> bool:
-    """Whether an `absolute_gap` is a near-tie for a target of this dtype."""
+    """Returns whether an `absolute_gap` is a near-tie for a target of this dtype."""
     return gap < ABSOLUTE_MARGIN[dtype]
 
 
 def near_tie_relative(gap: float, dtype: str = "float32") -> bool:
-    """Whether a `relative_gap` is a near-tie for a target of this dtype."""
+    """Returns whether a `relative_gap` is a near-tie for a target of this dtype."""
     return gap < RELATIVE_MARGIN[dtype]
 
 

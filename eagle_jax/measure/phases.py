@@ -1,4 +1,4 @@
-"""Where a cycle's time goes: drafting, verifying, the rest. Each part runs alone, many times in one program.
+"""Times the phases of a cycle: drafting, verifying, the rest. Each part runs alone, many times in one program.
 
 Each program runs its part RUNS times and returns the last run's result.
 """
@@ -21,7 +21,7 @@ from eagle_jax.measure.timing import median_seconds, repeat
 from eagle_jax.models.target import Target
 from eagle_jax.tree import TreePolicy
 
-RUNS = 10  # of a part in one program: starting it then counts little
+RUNS = 10  # of a part in one program: amortises the dispatch
 
 
 @dataclasses.dataclass(frozen=True)

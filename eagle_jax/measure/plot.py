@@ -1,4 +1,4 @@
-"""Pictures by matplotlib: a comparison of drafts, and a draft tree."""
+"""Draws pictures with matplotlib: a comparison of drafts, and a draft tree."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _box(axes: Any, x: float, y: float, label: str, colour: str) -> None:
 
 
 def _columns(drawn: Drawn) -> dict[int, float]:
-    """The column of every node: a leaf has the next free one, any other node the mean of its children's."""
+    """Returns the column of every node: a leaf takes the next free one, an inner node the mean of its children's."""
     children: dict[int, list[int]] = {}
     for node in drawn.nodes:
         if node.parent is not None:

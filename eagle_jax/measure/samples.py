@@ -1,4 +1,4 @@
-"""What to measure with where the user names nothing: built-in prompts, random ones, and the embedded pair."""
+"""Default inputs of measurements: built-in prompts, random ones, and the embedded pair."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def to_measure(
     texts: Sequence[str] = DEFAULT_TEXTS,
     check: Callable[[list[int]], None] = lambda tokens: None,
 ) -> tuple[list[list[int]], str]:
-    """The prompts of a measurement, and what they are: those of a file, or a few texts.
+    """Returns the prompts of a measurement and a description: those of a file, or a few texts.
 
     Args:
-      folder: of the tokenizer, which a file of token ids does without. raw: see `encode`. check: see `read_prompts`.
+      folder: of the tokenizer; token ids need none. raw: see `encode`. check: see `read_prompts`.
     Raises:
       ValueError: if there is no tokenizer for texts; CheckpointError: for an unusable one.
     """

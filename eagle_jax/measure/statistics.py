@@ -30,7 +30,7 @@ def accepted_shares(accepted: Sequence[int]) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """New tokens of all texts at positions start to end - 1; `own` of them the target chose itself, one a cycle."""
+    """New tokens of all texts at positions start to end - 1; `own` of them are bonus tokens, one a cycle."""
 
     start: int
     end: int

@@ -1,7 +1,7 @@
-"""Wall-clock times: of calls, and of a part of decoding that runs many times in one program.
+"""Measures wall-clock times: of calls, and of a part of decoding that runs many times in one program.
 
-A part's time is the device's work alone: the host starts a program once for many runs. The device still runs a loop, as
-in `generate`, whose turn costs a GPU a few microseconds.
+A part's time is the device's work alone: the host dispatches one program for many runs. The device still runs a loop,
+as in `generate`; an iteration of it costs a GPU a few microseconds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-MIN_SECONDS = 0.1  # of a program in `seconds_of`: starting it then counts little
+MIN_SECONDS = 0.1  # of a program in `seconds_of`: amortises the dispatch
 MAX_RUNS = 2000
 
 Result = TypeVar("Result")
 
-# part(fixed, small, kept) -> (result, kept). fixed: only read. small: only read, too, and made to depend on the result
-# of the run before, so every product should depend on it. kept: what the part updates in place.
+# part(fixed, small, kept) -> (result, kept). fixed: only read. small: only read, with a false dependency on the result
+# of the previous run, so every product should depend on it. kept: updated in place.
 Part = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
@@ -33,7 +33,7 @@ def timed(call: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Returns the median seconds of `repeats` calls. Compile before."""
+    """Returns the median seconds of `repeats` calls. Call it once before, so that it is compiled."""
     return statistics.median(timed(call)[0] for _ in range(repeats))
 
 
@@ -41,7 +41,7 @@ def seconds_of(part: Part, fixed: Any, small: Any, kept: Any, repeats: int) -> t
     """Times one run of a part: the median of `repeats` programs, without compilation.
 
     Args:
-      kept: donated; the caller goes on with what is returned.
+      kept: donated; continue with the returned one.
     Returns:
       Seconds, the last run's result, and `kept` after all runs.
     """

@@ -1,4 +1,4 @@
-"""Tuning of trees: what passes cost on this machine, and what of a large tree the target accepts.
+"""Tunes trees: measures the cost of passes on this machine, and which nodes of a large tree the target accepts.
 
 Letters: B batch, C cycles, N nodes, k top_k.
 

@@ -1,4 +1,4 @@
-"""Drafts by name, for the commands that compare or show several: plain, lookahead, medusa=DIR, eagle3, ..."""
+"""Makes drafts from names, for commands that compare or show several: plain, lookahead, medusa=DIR, eagle3, ..."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eagle_jax.tree import StaticTree, TreeConfig, TreePolicy
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way of decoding: plain if draft is None, which needs no tree. origin: where the tree comes from, in words."""
+    """A named draft with its tree; plain decoding if the draft is None. origin: where the tree comes from, in words."""
 
     name: str
     draft: Draft | None
@@ -33,7 +33,7 @@ class Candidate:
 
     @property
     def words(self) -> str:
-        """The same, with where its tree comes from."""
+        """What it proposes and where its tree comes from, in words."""
         return f"{self.shape} ({self.origin})" if self.origin else self.shape
 
 
@@ -51,7 +51,7 @@ SPEC_HELP = (
 
 
 def parse_specs(text: str) -> dict[str, str | None]:
-    """{name: folder or hub id, or None} from "plain,medusa=DIR,eagle3"; the type of an argparse option."""
+    """Parses "plain,medusa=DIR,eagle3" to {name: folder, hub id or None}; the type of an argparse option."""
     specs: dict[str, str | None] = {}
     for spec in text.split(","):
         name, _, source = spec.strip().partition("=")
@@ -66,7 +66,7 @@ def parse_specs(text: str) -> dict[str, str | None]:
 
 
 def parse_draft_tree(text: str) -> tuple[str, TreePolicy]:
-    """("eagle1", tree) from "eagle1=TREE"; the type of an argparse option."""
+    """Parses "eagle1=TREE" to ("eagle1", tree); the type of an argparse option."""
     name, _, tree = text.partition("=")
     if name not in WITH_WEIGHTS:
         known = ", ".join(WITH_WEIGHTS)
@@ -77,7 +77,7 @@ def parse_draft_tree(text: str) -> tuple[str, TreePolicy]:
 def candidates(
     models: Models, specs: dict[str, str | None], args: argparse.Namespace, embedded: bool = False
 ) -> list[Candidate]:
-    """The drafts that the specs name, made for the target.
+    """Returns the drafts that the specs name, made or loaded for the target.
 
     Args:
       args: --tree, --stop-below and --score-temperature, for dynamic trees; --draft-tree, for one draft by name;

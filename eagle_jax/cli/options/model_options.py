@@ -1,4 +1,4 @@
-"""What the commands share: options and loading of models, and the limits they set."""
+"""Options of models, shared by the commands: parsing, loading, and checks against the target's limits."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
 
 
 def parse_window(text: str) -> tuple[int, int]:
-    """A draft window from "4,1024"; the type of an argparse option."""
+    """Parses a draft window such as "4,1024"; the type of an argparse option."""
     first, _, recent = text.partition(",")
     if not first.isdecimal() or not recent.isdecimal() or int(recent) < 1:
         raise argparse.ArgumentTypeError(
@@ -155,7 +155,7 @@ def parse_window(text: str) -> tuple[int, int]:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Devices an axis from "data=2,tensor=4"; the type of an argparse option."""
+    """Parses the devices of each mesh axis, such as "data=2,tensor=4"; the type of an argparse option."""
     axes = {}
     for part in text.split(","):
         name, _, count = part.partition("=")
@@ -166,14 +166,14 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def parse_buckets(text: str) -> tuple[int, ...]:
-    """Widths from "64,256,1024"; the type of an argparse option."""
+    """Parses widths such as "64,256,1024"; the type of an argparse option."""
     if not all(width.isdecimal() and int(width) for width in text.split(",")):
         raise argparse.ArgumentTypeError(f"must be positive integers, such as 64,256,1024; got {text!r}")
     return tuple(sorted(map(int, text.split(","))))
 
 
 def probability(text: str) -> float:
-    """A number from 0 to 1; the type of an argparse option."""
+    """Parses a number from 0 to 1; the type of an argparse option."""
     try:
         value = float(text)
     except ValueError:
@@ -184,7 +184,7 @@ def probability(text: str) -> float:
 
 
 def positive_number(text: str) -> float:
-    """A positive number; the type of an argparse option."""
+    """Parses a positive number; the type of an argparse option."""
     try:
         value = float(text)
     except ValueError:
@@ -195,14 +195,14 @@ def positive_number(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    """A positive integer; the type of an argparse option."""
+    """Parses a positive integer; the type of an argparse option."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 
 
 def load_models(args: argparse.Namespace) -> Models:
-    """The models that --model, or --target and --draft, name, the draft with its --draft-window.
+    """Loads the models of --model, or of --target and --draft; limits the draft's attention to --draft-window.
 
     Raises:
       ValueError: for options that do not go together; CheckpointError, ConfigError: as `load` and `from_pretrained`.
@@ -239,9 +239,9 @@ def load_models(args: argparse.Namespace) -> Models:
 
 
 def _in_float32(target: Llama, draft: Any, asked: str | None) -> tuple[Llama, Any]:
-    """The models in float32, and a line that says so, where they have 16 bits and no --dtype asked for that.
+    """Casts 16-bit models to float32 and says so, unless --dtype asked for 16 bits.
 
-    A CPU converts 16-bit weights at every product, or goes through them one by one.
+    XLA:CPU converts 16-bit weights in every product, or multiplies them element by element.
     """
     own = jnp.dtype(target.dtype).name
     if own == "float32":
@@ -258,7 +258,7 @@ def _in_float32(target: Llama, draft: Any, asked: str | None) -> tuple[Llama, An
 
 
 def chosen_draft(models: Models, args: argparse.Namespace) -> Any:
-    """The draft to decode with: None with --baseline. Raises ValueError if there is none and none was asked for."""
+    """Returns the draft; None with --baseline. Raises ValueError if there is no draft without --baseline."""
     if models.draft is None and not args.baseline:
         raise ValueError(
             "there is no draft here; for plain decoding add --baseline, or name a draft without weights: --draft "
@@ -277,7 +277,7 @@ def draft_identity(draft: Any) -> str | None:
 
 
 def stop_tokens(models: Models, args: argparse.Namespace) -> tuple[int, ...]:
-    """The ids that end a text: the model's own unless --ignore-eos, and each --stop-token."""
+    """Returns the ids that end a text: the model's unless --ignore-eos, and each --stop-token."""
     vocab = models.target.config.vocab_size
     for id in args.stop_token:
         if not 0 <= id < vocab:
@@ -286,7 +286,7 @@ def stop_tokens(models: Models, args: argparse.Namespace) -> tuple[int, ...]:
 
 
 def eos_tokens(models: Models) -> tuple[int, ...]:
-    """The model's own ids that end a text: those of its configs, and its tokenizer's."""
+    """Returns the end-of-text ids of the model's configs and of its tokenizer."""
     return eos.eos_tokens(models.folder, models.target.config.vocab_size, models.tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""How tokens are chosen: the options that the commands share, and the SamplingConfig and key they make."""
+"""Options of sampling, shared by the commands, and the SamplingConfig and key made of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eagle_jax.sampling import RANGES, SamplingConfig
 
 GENERATION_CONFIG = "generation_config.json"
 TRANSFORMERS_TOP_K = 50  # what `generate` of transformers samples with, where the config has no top_k
-MOST = 2**31 - 1  # an int32: no vocabulary is larger, so that this keeps all tokens
+MOST = 2**31 - 1  # the largest int32: as a top_k it keeps all tokens
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_bias(text: str) -> tuple[int, float]:
-    """A token id and its bias from "13=-inf"; the type of an argparse option."""
+    """Parses a token id and its bias, such as "13=-inf"; the type of an argparse option."""
     id, _, value = text.partition("=")
     try:
         bias = float(value)
@@ -88,7 +88,7 @@ def parse_bias(text: str) -> tuple[int, float]:
 
 
 def parse_seed(text: str) -> int:
-    """A seed; the type of an argparse option."""
+    """Parses a seed; the type of an argparse option."""
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"must be an integer, 0 to {2**32 - 1}; got {text!r}")
     return int(text)
@@ -162,12 +162,12 @@ def _model_sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _options(values: Mapping[str, Any]) -> str:
-    """ "--temperature 0.6 --top-p 0.9"."""
+    """Formats values as options: "--temperature 0.6 --top-p 0.9"."""
     return " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in values.items())
 
 
 def with_logit_bias(sampling: SamplingConfig, args: argparse.Namespace, vocab_size: int) -> SamplingConfig:
-    """The same with --logit-bias. Raises ValueError for an id outside the vocabulary."""
+    """Adds --logit-bias to a SamplingConfig. Raises ValueError for an id outside the vocabulary."""
     if not args.logit_bias:
         return sampling
     bias = np.zeros(vocab_size, np.float32)
@@ -179,5 +179,5 @@ def with_logit_bias(sampling: SamplingConfig, args: argparse.Namespace, vocab_si
 
 
 def random_key(args: argparse.Namespace) -> jax.Array:
-    """The typed key of --seed."""
+    """Returns the typed key of --seed."""
     return jax.random.key(args.seed)

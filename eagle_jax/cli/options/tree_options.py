@@ -1,4 +1,4 @@
-"""Which tree a command decodes with: the options that name one, what `eagle-jax tune` found, and defaults."""
+"""Chooses the tree that a command decodes with: by its options, by what `eagle-jax tune` found, or by default."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH = 8  # texts at a time, the default of commands that decode many
 
 
 def parse_tree(text: str) -> TreePolicy:
-    """`tree_named` as an argparse type."""
+    """Parses a tree by `tree_named`; the type of an argparse option."""
     try:
         return tree_named(text)
     except (OSError, ValueError) as error:
@@ -28,13 +28,13 @@ def parse_tree(text: str) -> TreePolicy:
 
 @dataclasses.dataclass(frozen=True)
 class TreeChoice:
-    """Holds the tree to decode with, and where it comes from, in words. Drafts with a shape of their own ignore it."""
+    """Holds the tree to decode with, and its origin in words. Drafts with a fixed shape ignore the tree."""
 
     tree: TreePolicy
     origin: str
 
     def words(self, draft: Any) -> str:
-        """The draft, what it proposes, and where its tree comes from."""
+        """Describes the draft, what it proposes, and where its tree comes from."""
         if draft is None:
             return "plain decoding"
         return f"{type(draft).__name__}, {describe_proposal(draft, self.tree)} ({self.origin})"
@@ -48,7 +48,7 @@ class TreeChoice:
 
 
 def choose_tree(draft: Any, args: argparse.Namespace, batch: int = 1) -> TreeChoice:
-    """--tree with --stop-below and --score-temperature; by default what `eagle-jax tune` found, or `default_tree`.
+    """Chooses --tree with its options of growth; by default what `eagle-jax tune` found, or `default_tree`.
 
     Args:
       draft: None for plain decoding.
@@ -79,7 +79,7 @@ def choose_tree_for_many(draft: Any, args: argparse.Namespace, sampling: Samplin
 
 
 def grown(tree: TreePolicy, args: argparse.Namespace) -> TreePolicy:
-    """A dynamic tree with --stop-below and --score-temperature. Raises ValueError for them with another tree."""
+    """Applies --stop-below and --score-temperature to a dynamic tree; raises ValueError for another tree."""
     changes = {name: value for name in GROWTH if (value := getattr(args, name, None)) is not None}
     if not changes:
         return tree
@@ -104,13 +104,13 @@ def default_tree(draft: Any, kind: Kind | None = None) -> TreePolicy:
 
 
 def has_own_shape(draft: Any) -> bool:
-    """Whether a draft ignores the tree that it is asked for."""
+    """Returns whether a draft proposes a fixed shape and ignores the tree that it is asked for."""
     kind = kind_of(draft)
     return kind is not None and kind.tree is None
 
 
 def describe_proposal(draft: Any, tree: TreePolicy) -> str:
-    """What a draft proposes: its tree, or the settings of one with a shape of its own; nothing for plain decoding."""
+    """Describes what a draft proposes: its tree, or the settings of its fixed shape; "" for plain decoding."""
     if has_own_shape(draft):
         return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(draft).items())
     return "" if draft is None else describe_tree(tree)
