@@ -1,8 +1,8 @@
 # make demo         sets up $(VENV) and runs the embedded pair
-# make test         sets up $(VENV) with everything the tests need, then: lint, types, all tests; test-newest, too
+# make test         sets up $(VENV) with everything the tests need, then: lint, types, docs, all tests; test-newest, too
 # make test-newest  the core on Python 3.12 or later, with the newest release of every package and without PyTorch
 # make test-long    what takes minutes each and stands beside quicker tests of the same
-# make docs         the site, in docs/_build; warnings are errors
+# make docs         the site, docs/_build/html/index.html; warnings are errors
 # Set up once: again only when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
@@ -51,7 +51,7 @@ demo: $(VENV)/.installed
 
 # Installing takes one core, and so does checking types: both environments side by side.
 test:
-	$(MAKE) --jobs 2 lint types test-newest
+	$(MAKE) --jobs 2 lint types test-newest docs DOCS_INSTALLED=$(VENV)/.test-installed
 	$(MAKE) pytest
 
 lint: $(VENV)/.test-installed
@@ -76,11 +76,19 @@ endif
 test-long: $(VENV)/.test-installed
 	$(VENV)/bin/python $(PYTEST) -m slow
 
-docs: $(VENV)/.docs-installed
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
+# What has to be installed; `make test` has it with the rest.
+DOCS_INSTALLED = $(VENV)/.docs-installed
+
+docs: $(DOCS_INSTALLED) docs/_pictures/cycle.svg
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+
+# Compiled as the tests are: a picture shows results, not times.
+docs/_pictures/cycle.svg: docs/pictures.py $(shell find eagle_jax bench -name '*.py') | $(DOCS_INSTALLED)
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 PYTHONPATH=. \
+		$(VENV)/bin/python docs/pictures.py docs/_pictures
 
 clean:
-	rm -rf $(VENV) $(NEWEST)
+	rm -rf $(VENV) $(NEWEST) docs/_build docs/_pictures
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -90,8 +98,8 @@ $(VENV)/.installed: $(PINNED) | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test-installed: $(PINNED) | $(VENV)/bin/python
-	$(VENV)/bin/python $(PIP) --constraint constraints.txt --editable '.[torch,train,test]'
-	touch $(VENV)/.installed
+	$(VENV)/bin/python $(PIP) --constraint constraints.txt --editable '.[torch,train,test,docs]'
+	touch $(VENV)/.installed $(VENV)/.docs-installed
 # The compilers of other machines' accelerators lie beside the packages: see bench/aot/compilers.py. x86 Linux only.
 ifeq ($(shell uname -sm),Linux x86_64)
 	rm -rf $(VENV)/aot

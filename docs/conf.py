@@ -1,18 +1,28 @@
-"""The site of `make docs`: the pages of this folder, and the API reference from the docstrings."""
+"""The site of `make docs`: the pages of this folder, one of which runs, and the API reference from the docstrings."""
 
 from __future__ import annotations
 
 import re
 
+from sphinx.util import logging
+
 import eagle_jax
+import eagle_jax.convert
+import eagle_jax.sampling
+import eagle_jax.train
+import eagle_jax.tree
 
 project = "eagle_jax"
 version = release = eagle_jax.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "sphinx_book_theme"
 html_title = "eagle_jax"
 exclude_patterns = ["_build"]
+
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # seconds a cell
+nb_merge_streams = True
 
 myst_heading_anchors = 3  # for links such as results.md#how-fast-is-the-demo
 autodoc_member_order = "bysource"
@@ -41,5 +51,20 @@ def to_rst(app, what, name, obj, options, lines) -> None:
     lines[:] = result
 
 
+PUBLIC = (eagle_jax, eagle_jax.convert, eagle_jax.sampling, eagle_jax.train, eagle_jax.tree)
+
+
+def check_api(app, env) -> None:
+    """Warns of public names that the API reference lacks. One that several modules export is there once."""
+    documented = env.get_domain("py").objects
+    for module in PUBLIC:
+        for name in module.__all__:
+            value = getattr(module, name)
+            places = [other.__name__ for other in PUBLIC if getattr(other, name, None) is value]
+            if not any(f"{place}.{name}" in documented for place in places):
+                logging.getLogger(__name__).warning("api.md has no %s.%s", module.__name__, name)
+
+
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", to_rst)
+    app.connect("env-check-consistency", check_api)
