@@ -1,1 +1,4 @@
-"""What the decoder costs on accelerators: programs compiled without the device, and times on it where there is one."""
+"""Measuring from a checkout: aot/ compiles for devices that are not there, decode/ and train/ say what both cost.
+
+May import everything of eagle_jax, and users' names through the facade; nothing imports it.
+"""
