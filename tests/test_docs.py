@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import queue
 import re
+import shlex
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -17,10 +18,11 @@ import numpy as np
 import pytest
 
 import eagle_jax
-from eagle_jax import DraftModel, SamplingConfig, TreeConfig, testing
+from eagle_jax import DraftModel, SamplingConfig, TreeConfig, cli, testing
 from eagle_jax.serving import Request
 from eagle_jax.testing import toy_draft, toy_target
 from tests.test_import_rules import FLOORS
+from tests.test_public_api import parser_of
 from tests.toy import random_eagle3, random_target, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -28,9 +30,9 @@ DOCS = ROOT / "docs"
 
 
 def blocks(path: Path, language: str = "python") -> list[str]:
-    """The blocks of a page that name this language."""
-    fence = rf"^```{re.escape(language)}\n(.*?)^```$"
-    return re.findall(fence, path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    """The blocks of a page that name this language; "" for those that name none."""
+    fences = re.findall(r"^```([^\n]*)\n(.*?)^```$", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [code for name, code in fences if name == language]
 
 
 EVERY_PAGE = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("guides/*.md"))]
@@ -104,7 +106,6 @@ def test_every_python_block_runs(page, toys):
 def test_no_python_hides_in_a_block_that_does_not_say_so():
     hidden = []
     for page in EVERY_PAGE:
-        assert page.read_text().count("```") % 2 == 0, page
         for code in blocks(page, ""):
             try:
                 nodes = list(ast.walk(ast.parse(code)))
@@ -183,6 +184,29 @@ def test_the_toy_draft_is_the_one_that_the_tests_run():
 @pytest.mark.parametrize("page", ["acceptance_rule", "tree", "draft"])
 def test_one_of_your_own_takes_a_file_of_40_lines(page):
     assert len(blocks(DOCS / "guides" / f"{page}.md")[0].splitlines()) <= 40
+
+
+def test_every_command_parses():
+    parser, seen = parser_of(cli.main), 0
+    for page in EVERY_PAGE:
+        for line in "".join(blocks(page, "")).replace("\\\n", " ").splitlines():
+            command = re.match(r"(?:time |\w+=\S+ )*eagle-jax (.*)", line.split(" < ")[0])
+            if command:
+                words = shlex.split(command[1].replace("train regenerate", "'train regenerate'"), comments=True)
+                parser.parse_args(words)
+                seen += 1
+    assert seen > 30
+
+
+def test_every_file_and_module_that_a_page_names_is_there():
+    missing = []
+    for page in EVERY_PAGE:
+        text = page.read_text()
+        files = set(re.findall(r"`((?:eagle_jax|bench|tests|recipes)/[\w/]+(?:\.\w+|/)?)`", text))
+        modules = set(re.findall(r"python -m ((?:eagle_jax|bench|tests|docs)[\w.]*)", text))
+        files |= {f"{name.replace('.', '/')}.py" for name in modules if not (ROOT / name.replace(".", "/")).is_dir()}
+        missing += [(page.name, name) for name in sorted(files) if not (ROOT / name).exists()]
+    assert missing == []
 
 
 def test_the_architecture_page_has_the_rooms_and_files_as_they_are():
