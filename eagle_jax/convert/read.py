@@ -8,10 +8,14 @@ names files of its own folder or is refused.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import json
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -138,6 +142,28 @@ def find_gguf(source: str | Path) -> Path | None:
     if not path.is_dir() or any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin", MEDUSA_FILE)):
         return None
     return gguf.gguf_file(path)
+
+
+def folder_of(source: str | Path, hub: Hub | None = None, weights: bool = True) -> Path:
+    """The folder of a model's config.json and small files; see `resolve`.
+
+    A GGUF file has none: they are written to a temporary one, which is removed when the program ends.
+    """
+    file = find_gguf(source)
+    if file is None:
+        return resolve(source, hub, weights)
+    return _written(file.resolve(), file.stat().st_mtime_ns)
+
+
+@functools.cache
+def _written(file: Path, changed: int) -> Path:
+    """The temporary folder of a GGUF file as of its last change, in nanoseconds."""
+    folder = Path(tempfile.mkdtemp(prefix="eagle-jax-gguf-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path, data in open_checkpoint(file).made.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(data)
+    return folder
 
 
 def _open_gguf(source: str | Path, path: Path) -> Checkpoint:

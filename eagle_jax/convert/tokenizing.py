@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from eagle_jax.convert import converted
 from eagle_jax.convert.error import CheckpointError
-from eagle_jax.convert.hub import Hub, resolve
-from eagle_jax.convert.read import find_gguf, open_checkpoint
+from eagle_jax.convert.hub import Hub
+from eagle_jax.convert.read import folder_of
 from eagle_jax.convert.small_files import small_files
 
 # Files that only the sentencepiece library reads, and the modules that it takes.
@@ -32,14 +31,9 @@ def tokenizer(
       CheckpointError: if there are no tokenizer files, or damaged ones, or a package is missing that reads them.
     """
     if converted.is_conversion(Path(path)):
-        return _of_folder(Path(path) / converted.TARGET)
-    file = find_gguf(path)
-    if file is not None:
-        return _of_gguf(file)
-    return _of_folder(resolve(path, Hub(revision, token, local_files_only), weights=False))
-
-
-def _of_folder(folder: Path) -> Any:
+        folder = Path(path) / converted.TARGET
+    else:
+        folder = folder_of(path, Hub(revision, token, local_files_only), weights=False)
     try:
         return _class(folder).from_pretrained(str(folder))
     except Exception as error:  # the tokenizer libraries raise bare Exceptions for damaged files
@@ -50,15 +44,6 @@ def _of_folder(folder: Path) -> Any:
                 f"{' and '.join(missing)}: pip install 'eagle-jax[sentencepiece]'"
             ) from error
         raise CheckpointError(f"{folder}: no usable tokenizer files (tokenizer.json, ...): {error}") from error
-
-
-def _of_gguf(file: Path) -> Any:
-    """Loads the tokenizer from the files that a conversion would write."""
-    with tempfile.TemporaryDirectory() as name:
-        for path, data in open_checkpoint(file).made.items():
-            (Path(name) / path).parent.mkdir(exist_ok=True)
-            (Path(name) / path).write_bytes(data)
-        return _of_folder(Path(name))
 
 
 def tokenizer_of(folder: Path) -> Any | None:

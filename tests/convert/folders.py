@@ -46,9 +46,9 @@ def layer(prefix: str, rng: np.random.Generator, width: int = 8) -> Arrays:
     return {f"{prefix}.{name}.weight": normal(rng, shape) for name, shape in shapes.items()}
 
 
-def llama_arrays(layers: int = 2) -> Arrays:
+def llama_arrays(layers: int = 2, vocab: int = 16) -> Arrays:
     rng = np.random.default_rng(0)
-    arrays = {name: normal(rng, (16, 8)) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    arrays = {name: normal(rng, (vocab, 8)) for name in ("model.embed_tokens.weight", "lm_head.weight")}
     for i in range(layers):
         arrays |= layer(f"model.layers.{i}", rng)
         arrays[f"model.layers.{i}.input_layernorm.weight"] = normal(rng, (8,))

@@ -15,7 +15,7 @@ import pytest
 
 from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official
 from eagle_jax.convert.gguf.config import llama3_scaling
-from eagle_jax.convert.read import open_checkpoint
+from eagle_jax.convert.read import folder_of, open_checkpoint
 from eagle_jax.models.config import RopeConfig
 from eagle_jax.models.fields import ConfigError
 from tests.convert import folders, gguf_files
@@ -46,6 +46,13 @@ def test_a_file_holds_what_the_folder_it_was_made_from_holds(file: Path, tmp_pat
 def test_a_folder_with_one_file_is_that_file_and_a_model_may_be_a_draft(file: Path):
     target, draft = from_pretrained(file.parent, file)
     assert_same(to_official(target), to_official(draft))
+
+
+def test_a_command_takes_a_file_as_it_is(file: Path, tmp_path: Path):
+    folder = folder_of(file)
+    assert json.loads((folder / "config.json").read_text())["hidden_size"] == 8
+    gguf_files.model(file, {"llama.rope.freq_base": 900.0})
+    assert json.loads((folder_of(file) / "config.json").read_text())["rope_theta"] == 900.0, "the file was changed"
 
 
 def test_an_output_folder_that_contains_the_file_is_refused(file: Path):

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from eagle_jax.cli.options.tree_options import parse_tree
 from eagle_jax.convert import CheckpointError, converted, eos, from_pretrained, load
 from eagle_jax.convert.error import NotConvertedError
-from eagle_jax.convert.hub import Hub, resolve
+from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.match import PARAMETER_DTYPES
+from eagle_jax.convert.read import folder_of
 from eagle_jax.convert.tokenizing import tokenizer_of
 from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
 from eagle_jax.drafts.registry import WEIGHTLESS
@@ -226,7 +227,7 @@ def load_models(args: argparse.Namespace) -> Models:
         source = args.draft if weightless is None else None
         revisions = {"revision": args.revision, "draft_revision": args.draft_revision}
         target, draft = from_pretrained(args.target, source, dtype=args.dtype, mesh=mesh, **revisions)
-        folder = resolve(args.target, Hub(args.revision))
+        folder = folder_of(args.target, Hub(args.revision))
     if weightless is not None:
         draft = weightless.draft(**weightless.settings)
     if draft is not None and args.draft_window is not None:

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from eagle_jax.convert import converted
-from eagle_jax.convert.hub import Hub, resolve
-from eagle_jax.convert.read import read_json
+from eagle_jax.convert.hub import Hub
+from eagle_jax.convert.read import folder_of, read_json
 from eagle_jax.sampling import RANGES, SamplingConfig
 
 GENERATION_CONFIG = "generation_config.json"
@@ -142,7 +142,7 @@ def _model_sampling(args: argparse.Namespace) -> dict[str, Any]:
         path = Path(args.model) / converted.TARGET / GENERATION_CONFIG
     else:  # from a hub's folder it is downloaded only if it is asked for
         hub = Hub(args.revision, local_files_only=not args.sampling_from_model)
-        path = resolve(args.target, hub, weights=False) / GENERATION_CONFIG
+        path = folder_of(args.target, hub, weights=False) / GENERATION_CONFIG
     if not path.is_file():
         raise ValueError(f"--sampling-from-model: {path} is not there; give --temperature and the like")
     config = read_json(path)

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from eagle_jax import convert
 from eagle_jax.convert import converted
-from eagle_jax.convert.hub import Hub, named_revision, resolve
-from eagle_jax.convert.read import read_json
+from eagle_jax.convert.hub import Hub, named_revision
+from eagle_jax.convert.read import folder_of, read_json
 from eagle_jax.convert.tokenizing import tokenizer_of
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
@@ -68,7 +68,7 @@ def source(settings: TrainSettings) -> DataSource:
         folder = folder / converted.TARGET
     else:
         target, revision = named_revision(settings.target)
-        folder = resolve(target, Hub(revision))
+        folder = folder_of(target, Hub(revision))
     config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     return DataSource(folder, tokenizer_of(folder), config, predicted_by(settings))
 
