@@ -62,9 +62,8 @@ class EaModel:
 
     @classmethod
     def from_pretrained(cls, use_eagle3, base_model_path, ea_model_path):
-        assert use_eagle3 and {"config.json", "pytorch_model.bin"} <= {
-            path.name for path in Path(ea_model_path).iterdir()
-        }
+        files = {path.name for path in Path(ea_model_path).iterdir()}
+        assert use_eagle3 and "config.json" in files and files & {"pytorch_model.bin", "model.safetensors"}
         return cls()
 
 
