@@ -164,6 +164,7 @@ def _folder(args: argparse.Namespace) -> Path:
 
 def _state(loaded: Any, token_lists: list[list[int]], batch: int, max_new_tokens: int) -> Any:
     """Prefills a greedy state with the first prompts. Its capacity is that of the decoding to come."""
+    import jax
     import jax.numpy as jnp
 
     from eagle_jax.decode.prefill import pad, prefill
@@ -172,7 +173,9 @@ def _state(loaded: Any, token_lists: list[list[int]], batch: int, max_new_tokens
     rows = [token_lists[i % len(token_lists)] for i in range(batch)]
     tokens, lengths = pad(rows)
     room = max(max_new_tokens, phases.RUNS * (tuning.DEPTH + 1))
-    state = prefill(loaded.target, loaded.draft, tokens, lengths, max_new_tokens=room)
+    state = jax.jit(prefill, static_argnames="max_new_tokens")(
+        loaded.target, loaded.draft, tokens, lengths, max_new_tokens=room
+    )
     return dataclasses.replace(state, done=jnp.zeros_like(state.done))
 
 

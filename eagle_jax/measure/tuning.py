@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax.decode.cycle import propose, step
+from eagle_jax.decode.cycle import step
 from eagle_jax.decode.prefill import pad, prefill
-from eagle_jax.decode.state import DecodeState, context_of
+from eagle_jax.decode.state import DecodeState
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure import phases
@@ -99,7 +99,8 @@ def observe(
     """
     tokens, lengths = pad(prompts)
     room = cycles * (tree.depth + 1) + 1
-    state = prefill(target, draft, tokens, lengths, max_new_tokens=room, tree=tree, **options)
+    start = jax.jit(functools.partial(prefill, max_new_tokens=room, tree=tree, **options))
+    state = start(target, draft, tokens, lengths)
     trees, paths, done = jax.device_get(_cycles(target, draft, state, tree=tree, cycles=cycles))
     nodes = np.arange(trees.tokens.shape[-1])
     accepted = (paths[..., None] == nodes).any(axis=-2)  # [C, B, N]
@@ -201,9 +202,9 @@ def measure_costs(
         deep, _ = ms(phases.proposals, target, draft, state, tree=TreeConfig(6, width, width + 1))
         level[width] = max(deep - first, 0) / 5
     middle = TreeConfig(4, 2, 8)
-    proposal = propose(target, draft, context_of(state, target.config.vocab_size), middle)
-    _, verified = phases.milliseconds(phases.verifications, 1, target, draft, state, proposal.tree)
-    update, _ = ms(phases.updates, target, draft, state, proposal.tree, *verified, tree=middle)
+    tree = star(middle.num_nodes)
+    _, verified = phases.milliseconds(phases.verifications, 1, target, draft, state, tree)
+    update, _ = ms(phases.updates, target, draft, state, tree, *verified, tree=middle)
     whole, _ = ms(phases.cycles, target, draft, state, tree=middle)
     costs = Costs(plain, verify, level, first + update, 0.0)
     if 8 not in nodes or 2 not in widths:
