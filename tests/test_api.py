@@ -216,9 +216,14 @@ def test_more_new_tokens_than_the_capacity_are_as_many_as_fit(case):
         assert trace.tokens.shape == (3, 10 + 18)
     out = eagle_jax.generate(target, draft, tokens, lengths, tree=TREE, max_new_tokens=2**40, capacity=18)
     assert rows_of(out) == [row[:18] for row in rows_of(expected)]
-    state = eagle_jax.empty_state(target, None, 1, 18)
     for most in (18, 2**31 - 1, 2**40, np.int64(2**40), jnp.int32(2**31 - 1)):
-        assert eagle_jax.insert(state, 0, tokens[0], lengths[0], max_new_tokens=most).limits.tolist() == [18]
+
+        @jax.jit
+        def limits(most=most):
+            state = eagle_jax.empty_state(target, None, 1, 18)
+            return eagle_jax.insert(state, 0, tokens[0], lengths[0], max_new_tokens=most).limits
+
+        assert limits().tolist() == [18]
 
 
 def test_what_is_no_draft_is_refused_in_a_few_words(case):

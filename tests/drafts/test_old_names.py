@@ -29,9 +29,9 @@ def test_prompts_that_come_by_insert():
     target, draft = target_of(0), old_names.Repeated()
     tokens, lengths = prompts(5)
     state = eagle_jax.empty_state(target, draft, BATCH, WIDTH + NEW)
+    insert, cycle = (jax.jit(function, donate_argnames="state") for function in (eagle_jax.insert, eagle_jax.cycle))
     for row in range(BATCH):
-        state = eagle_jax.insert(state, row, tokens[row], lengths[row], max_new_tokens=NEW)
-    cycle = jax.jit(eagle_jax.cycle, donate_argnames="state")
+        state = insert(state, row, tokens[row], lengths[row], max_new_tokens=NEW)
     while not state.done.all():
         state = cycle(target, draft, state)
     plain = eagle_jax.generate(target, None, tokens, lengths, max_new_tokens=NEW)

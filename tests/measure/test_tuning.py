@@ -124,9 +124,9 @@ def test_costs_are_of_the_state_s_batch():
     """Every size that was asked for is measured, and a cycle's cost is the sum of its parts."""
     target = toy_target()
     draft = toy_draft(target)
-    state = eagle_jax.prefill(
-        target, draft, *eagle_jax.pad([[1, 2, 3]] * 2), max_new_tokens=phases.RUNS * 8, tree=TreeConfig(4, 2, 8)
-    )
+    start = jax.jit(eagle_jax.prefill, static_argnames=("max_new_tokens", "tree"))
+    prompts = eagle_jax.pad([[1, 2, 3]] * 2)
+    state = start(target, draft, *prompts, max_new_tokens=phases.RUNS * 8, tree=TreeConfig(4, 2, 8))
     calls = []
     costs = tuning.measure_costs(target, draft, state, 1, (8,), (2,), lambda: calls.append(1))
     assert len(calls) == tuning.measurements((8,), (2,))
