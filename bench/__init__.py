@@ -1,4 +1,4 @@
-"""Measuring from a checkout: aot/ compiles for devices that are not there, decode/ and train/ say what both cost.
+"""Measurements from a checkout: aot/ compiles for absent devices, decode/ and train/ measure the cost of both.
 
 May import everything of eagle_jax, and users' names through the facade; nothing imports it.
 """

@@ -1,4 +1,4 @@
-"""Peak memory of a conversion, against the size of the largest array.
+"""Measures the peak memory of a conversion, against the size of the largest array.
 
     python -m bench.convert_memory [--format safetensors|bin] [--source-dtype float32] [--folder DIR]
 
@@ -6,7 +6,7 @@ Writes a synthetic Llama checkpoint of 1.2 billion parameters (the shape of Llam
 32 heads with 8 key-value heads, MLP 8192, vocabulary 128256, tied embeddings) in four shards and an EAGLE-3 head
 of a draft vocabulary of 32000, converts the two to bfloat16 in another process, and samples that process's
 memory every 5 ms. Anonymous memory is what the process holds; mapped files are the page cache's, which the
-kernel takes back when it needs to. Then it does the same for loading the converted folder on the CPU, which has to
+kernel reclaims under pressure. Then it does the same for loading the converted folder on the CPU, which has to
 hold the parameters themselves. Needs Linux, and about 6 GB of disk (9 GB with float32 sources).
 """
 

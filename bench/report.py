@@ -1,4 +1,4 @@
-"""The command line of measurements: rows of a Markdown table, printed as they come, and JSON."""
+"""Runs measurements from the command line: prints rows of a Markdown table as they come, and writes JSON."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def table(rows: Iterable[dict[str, Any]], path: str | None = None) -> list[dict[
 
 
 def versions() -> dict[str, str]:
-    """{package: version} of what compiles, as far as it is installed."""
+    """Returns {package: version} of the installed compilers."""
     found = {}
     for name in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Shapes of Llama models, and pairs of a target and its EAGLE-3 head of a shape: abstract, or with random weights."""
+"""Shapes of Llama models, and pairs of a target and an EAGLE-3 head: abstract, or with random weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Shape:
     head: DraftConfig
 
     def with_layers(self, layers: int) -> Shape:
-        """The same with fewer (or more) layers in the target."""
+        """Returns the shape with another number of target layers."""
         return dataclasses.replace(self, target=dataclasses.replace(self.target, num_layers=layers))
 
 
 def llama_shape(sizes: dict[str, Any], draft_vocab_size: int = 32000) -> Shape:
-    """The shape of a target with these fields of a Hugging Face config, and of a head as wide as it is."""
+    """Returns the shape of a target with these fields of a Hugging Face config, and of a head of its width."""
     shared = dict(max_position_embeddings=131072, rms_norm_eps=1e-5) | sizes
     head = shared | dict(num_hidden_layers=1, draft_vocab_size=draft_vocab_size, tie_word_embeddings=False)
     return Shape(LlamaConfig.from_hf(shared), DraftConfig.from_hf(head))
@@ -84,12 +84,12 @@ SHAPES: dict[str, Shape] = {
 
 
 def abstract_pair(shape: Shape, dtype: Any = jnp.bfloat16) -> tuple[Llama, Eagle3Draft]:
-    """Target and head with shapes and dtypes in place of arrays."""
+    """Makes a target and a head with ShapeDtypeStructs in place of arrays."""
     return params.abstract(lambda key: random_pair(shape, key, dtype))
 
 
 def random_pair(shape: Shape, key: jax.Array, dtype: Any = jnp.bfloat16) -> tuple[Llama, Eagle3Draft]:
-    """Target and head with random weights. `key` is consumed; jit it, or every weight exists in float32 first."""
+    """Makes a target and a head with random weights; consumes `key`. Bare, every weight exists in float32 first."""
     target_key, head_key = jax.random.split(key)
     taps = len(tap_layers(shape.head, shape.target.num_layers))
     return Llama(shape.target, target_key, dtype), Eagle3Draft(shape.head, taps, head_key, dtype)

@@ -1,8 +1,8 @@
-"""Compiling for accelerators that are not there: TPUs and an H200, with their real compilers, on a CPU machine.
+"""Compiles for absent accelerators: TPUs and an H200, with their real compilers, on a CPU machine.
 
 It shows memory, donation, copies and kernel counts of the program that the accelerator would run, not times.
-Needs the `aot` extra: `make test` unpacks it into `$VENV/aot` rather than installing it, because a JAX that finds the
-plugin of an accelerator it does not have complains at each start. Work on this process's own CPU goes on as usual.
+Needs the `aot` extra. `make test` unpacks it into `$VENV/aot` rather than installing it: JAX warns at each start about
+the plugin of an absent accelerator. The process's own CPU device works as usual.
 
     find_compilers()
     device = gpu_devices()[0]
@@ -41,7 +41,7 @@ LIBTPU = {
     "TPU_LOG_DIR": "disabled",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# And these flags (libtpu ends the process at one that it does not know): write every program's HLO, and nothing else.
+# Flags to dump every program's HLO, and nothing else. libtpu ends the process at a flag that it does not know.
 WRITE_HLO = "--xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=false --xla_jf_dump_llo_pass_label_regex=none"
 _written: weakref.WeakKeyDictionary[jax.stages.Compiled, Path] = weakref.WeakKeyDictionary()  # program -> its file
 
@@ -51,7 +51,7 @@ class CompilerMissing(Exception):
 
 
 class Memory(NamedTuple):
-    """Bytes a chip: arguments (weights, state), temporaries, and the most at one time."""
+    """Bytes a chip: arguments (weights, state), temporaries, and the peak."""
 
     arguments: int
     temporaries: int
@@ -59,7 +59,7 @@ class Memory(NamedTuple):
 
     @classmethod
     def of(cls, compiled: jax.stages.Compiled) -> Memory:
-        """What the compiler says that a program needs; donated arguments count once."""
+        """Reads the compiler's memory analysis of a program; donated arguments count once."""
         kept = compiled.memory_analysis()
         assert kept is not None
         peak = kept.argument_size_in_bytes + kept.temp_size_in_bytes + kept.output_size_in_bytes
@@ -67,14 +67,14 @@ class Memory(NamedTuple):
 
 
 def find_compilers() -> None:
-    """Puts `$VENV/aot` on the import path. JAX looks for plugins once, so this precedes its first use of a device."""
+    """Puts `$VENV/aot` on the import path. Call it before JAX's first use of a device, when it looks for plugins."""
     if COMPILERS.is_dir() and str(COMPILERS) not in sys.path:
         sys.path.append(str(COMPILERS))
 
 
 @functools.cache
 def tpu_devices(topology: str = "v5e:2x2") -> list[Any]:
-    """The chips of a TPU topology. Raises CompilerMissing where libtpu is not installed."""
+    """Returns the chips of a TPU topology. Raises CompilerMissing where libtpu is not installed."""
     _need("libtpu")
     import libtpu
 
@@ -84,7 +84,7 @@ def tpu_devices(topology: str = "v5e:2x2") -> list[Any]:
 
 @functools.cache
 def gpu_devices(count: int = 1) -> list[Any]:
-    """`count` H200 GPUs of one host. Raises CompilerMissing where the CUDA 13 compiler is not installed."""
+    """Returns `count` H200 GPUs of one host. Raises CompilerMissing where the CUDA 13 compiler is not installed."""
     _need("jax_plugins.xla_cuda13")
     config = H200.read_text()
     return list(
@@ -100,7 +100,7 @@ def compile_for(
     static_argnames: str | Sequence[str] = (),
     **static: Any,
 ) -> jax.stages.Compiled:
-    """The program that `device` would run for `jax.jit(fn)(*args, **static)`; arguments as of `lower_for`."""
+    """Compiles the program that `device` would run for `jax.jit(fn)(*args, **static)`; arguments as of `lower_for`."""
     return compile_lowered(
         lower_for(device, fn, *args, donate_argnums=donate_argnums, static_argnames=static_argnames, **static)
     )
@@ -143,7 +143,7 @@ def lower_for(
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """The program of `lower_for`, compiled."""
+    """Compiles a program of `lower_for`."""
     jax.devices()  # which reads XLA_FLAGS
     before = _hlo_files()
     with _apart_from_this_process():
@@ -155,7 +155,7 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 @contextlib.contextmanager
 def _apart_from_this_process() -> Iterator[None]:
-    """Hides what concerns only programs that run here."""
+    """Hides the settings of programs that run in this process: JAX's cache on disk, and XLA_FLAGS."""
     # JAX's cache on disk stores the program of an absent device, but cannot load it: store nothing.
     shortest = getattr(jax.config, CACHE_FROM)
     jax.config.update(CACHE_FROM, float("inf"))
@@ -170,10 +170,10 @@ def _apart_from_this_process() -> Iterator[None]:
 
 
 def text(compiled: jax.stages.Compiled) -> str:
-    """The program as HLO, after all of the compiler's passes: what bench/aot/hlo.py reads.
+    """Returns the optimised HLO of a program, as bench/aot/hlo.py reads it.
 
-    libtpu may make instructions that jaxlib refuses (an `async-update` of three operands, jaxlib 0.10.2): then it is
-    the text that libtpu wrote of a program that `compile_for` made.
+    jaxlib may refuse instructions of libtpu's (an `async-update` of three operands, jaxlib 0.10.2). Then this is the
+    text that libtpu dumped while `compile_for` compiled the program.
     """
     try:
         found = compiled.as_text()
@@ -186,26 +186,26 @@ def text(compiled: jax.stages.Compiled) -> str:
 
 
 def written_text(compiled: jax.stages.Compiled) -> str:
-    """The HLO that libtpu itself wrote of a program that `compile_for` made for a TPU."""
+    """Reads the HLO that libtpu dumped of a program that `compile_for` compiled for a TPU."""
     return _written[compiled].read_text()
 
 
 @functools.cache
 def _libtpu_flags() -> str:
-    """Those that the process was started with, and ours: of a flag given twice the last counts."""
+    """Returns LIBTPU_INIT_ARGS followed by the flags of this module: the last of a repeated flag counts."""
     return f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {WRITE_HLO} --xla_jf_dump_to={_hlo_folder()}".strip()
 
 
 @functools.cache
 def _hlo_folder() -> str:
-    """Where libtpu writes; removed at the end of the process."""
+    """Makes the folder that libtpu dumps to; it is removed at the end of the process."""
     folder = tempfile.TemporaryDirectory(prefix="libtpu-", ignore_cleanup_errors=True)
     atexit.register(folder.cleanup)
     return folder.name
 
 
 def _hlo_files() -> set[Path]:
-    """Those written so far, named by time."""
+    """Returns the dumped files, whose names begin with the time."""
     return set(Path(_hlo_folder()).glob("*-TLP-hlo.txt"))
 
 

@@ -1,12 +1,12 @@
-"""The decoder on an H200 that is not there: kernels a pass, copies and temporaries, by the real compiler.
+"""Compiles the decoder for an absent H200: kernels a pass, copies and temporaries, by the real compiler.
 
     python -m bench.aot.gpu                     every row; some minutes on two cores
     python -m bench.aot.gpu --only cycle --json h200.json
     python -m bench.aot.gpu --only "8b plain" --layers 8    the same with fewer layers
 
-A launch takes a microsecond or more, so kernels are a floor of a pass's time beside its bytes. Without a GPU there is
-neither cuBLAS nor autotuning: products are Triton fusions here, which tells nothing of times. Needs the `aot` extra
-(see bench/aot/compilers.py).
+A launch takes a microsecond or more, so the number of kernels bounds a pass's time from below, as its bytes do. Without
+a GPU there is neither cuBLAS nor autotuning: products are Triton fusions here, and times cannot be inferred. Needs the
+`aot` extra (see bench/aot/compilers.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def plain(shape: Shape, sampling: SamplingConfig) -> Program:
 
 
 def cycle(shape: Shape, sampling: SamplingConfig) -> Program:
-    """60 nodes, depth 8, top_k 10."""
+    """Returns a cycle with the default tree: 60 nodes, depth 8, top_k 10."""
     return programs.cycle(shape, CAPACITY, sampling=sampling)
 
 

@@ -1,4 +1,4 @@
-"""Reading a compiled program's text (HLO): copies of large arrays, and the kernels that a GPU launches.
+"""Reads a compiled program's text (HLO): copies of large arrays, and the kernels that a GPU launches.
 
 A program is a list of computations, each a list of instructions; fusions, loops and conditions call computations:
 
@@ -31,10 +31,10 @@ MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 
 ON_CHIP = "1"  # a TPU's vector memory
 
-FETCHES = {"copy", "copy-start", "copy-done"}  # whose result is its operand, elsewhere
+FETCHES = {"copy", "copy-start", "copy-done"}  # copies of the operand into another memory space
 MOVES = {"copy", "copy-start", "transpose"}
-SAME_BYTES = {"bitcast", "reshape", "get-tuple-element"}  # what a copy may be wrapped in
-# What launches nothing of its own on a GPU.
+SAME_BYTES = {"bitcast", "reshape", "get-tuple-element"}  # operations that a copy may be wrapped in
+# Operations that launch no kernel on a GPU.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"),
     *("copy-done", "async-start", "async-update", "async-done", "all-reduce-done", "all-gather-done"),
@@ -78,7 +78,7 @@ class Program(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def parse(text: str) -> Program:
-    """The computations of `compiled.as_text()`."""
+    """Parses the computations of `compiled.as_text()`."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", []
     for line in text.splitlines():
@@ -91,14 +91,14 @@ def parse(text: str) -> Program:
 
 
 def large_copies(text: str, at_least: int = 2**20, *, in_loops: bool = False) -> list[str]:
-    """Arrays of `at_least` elements that a program copies as they are: weights and whole caches, where there are such.
+    """Finds arrays of `at_least` elements that a program copies unchanged, such as weights and whole caches.
 
-    Counted are copies and transposes, and fusions that come to no more, from memory into memory. Not counted: those
-    inside a fusion that computes something (never in memory), and on a TPU those into its on-chip memory (a prefetch
-    from HBM, or a move within) and of what was computed there.
+    Counted are copies and transposes from memory into memory, and fusions that do nothing else. Not counted are those
+    inside a fusion that computes (their result never reaches memory), and on a TPU those into or out of on-chip memory
+    (prefetches from HBM).
 
     Args:
-      in_loops: only what loops repeat, not what runs once before or after them.
+      in_loops: count only what loops repeat, not what runs once before or after them.
     Returns:
       Their types, such as "bf16[8,4096]", once for each instruction.
     """
@@ -118,16 +118,16 @@ def large_copies(text: str, at_least: int = 2**20, *, in_loops: bool = False) ->
 
 
 def elements(type_: str) -> int:
-    """Of an array, or of a tuple's first one: 32 of "bf16[8,4]"."""
+    """Counts the elements of an array type, or of a tuple's first array: 32 for "bf16[8,4]"."""
     found = ARRAY.search(type_)
     return math.prod(int(size) for size in found[2].split(",") if size) if found else 0
 
 
 def kernels(text: str, branch: Callable[[list[int]], int] = max) -> int:
-    """Kernels that a GPU launches in one run of a program: fusions, library calls, sorts, copies.
+    """Counts the kernels that a GPU launches in one run of a program: fusions, library calls, sorts, copies.
 
-    A loop of a known number of turns counts as often; another one once (its condition too). Of a condition's branches
-    the one with the most counts, or with branch=min the one with the fewest.
+    A loop counts as often as its known trip count says, else once (its condition too). Of a conditional's branches the
+    one with the most kernels counts, or with branch=min the one with the fewest.
     """
     program = parse(text)
 
@@ -151,7 +151,7 @@ def kernels(text: str, branch: Callable[[list[int]], int] = max) -> int:
 
 
 def _run(program: Program, in_loops: bool) -> list[str]:
-    """The computations whose instructions have memory of their own: the entry, loops, branches; no fusions."""
+    """Returns the computations whose results are in memory: the entry, loops, branches; no fusions."""
     found: dict[str, bool] = {}  # name -> whether a loop repeats it
     todo = [(program.entry, False)]
     while todo:
@@ -166,7 +166,7 @@ def _run(program: Program, in_loops: bool) -> list[str]:
 
 
 def _moves(program: Program, instruction: Instruction) -> bool:
-    """Whether it is a copy or transpose, or a fusion whose result is one of an operand."""
+    """Returns whether it is a copy or transpose, or a fusion that only copies or transposes an operand."""
     if instruction.opcode in MOVES:
         return True
     if instruction.opcode != "fusion":
@@ -180,7 +180,7 @@ def _moves(program: Program, instruction: Instruction) -> bool:
 
 
 def _on_chip(instruction: Instruction | None) -> bool:
-    """Whether its array, or a tuple's first one, lies in a TPU's on-chip memory."""
+    """Returns whether its array, or a tuple's first one, lies in a TPU's on-chip memory."""
     array = ARRAY.search(instruction.type) if instruction else None
     space = MEMORY_SPACE.search(array[0]) if array else None
     return space is not None and space[1] == ON_CHIP

@@ -1,4 +1,4 @@
-"""The programs of the decoder and of training, with abstract arguments: to compile for any device, or any mesh.
+"""Programs of the decoder and of training with abstract arguments, to compile for any device or mesh.
 
 Letters: B batch rows, P prompt width.
 """
@@ -27,28 +27,28 @@ from eagle_jax.train.loss.objective import Eagle3Objective
 from eagle_jax.train.run import optimizer, step
 from eagle_jax.tree import TreeConfig
 
-# What a mesh holds of an argument: place(argument, mesh) -> the sharding of every leaf, as a tree like the argument.
+# place(argument, mesh) -> the sharding of every leaf, as a tree like the argument.
 Place = Callable[[Any, Mesh], Any]
 
 
 def by_path(model: Any, mesh: Mesh) -> Any:
-    """A model, or a dictionary of its arrays, by the table of rules in sharding.py."""
+    """Shards a model, or a dictionary of its arrays, by the path rules of sharding.py."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: path_sharding(path_name(path), leaf.shape, mesh), model)
 
 
 def by_sequence(state: Any, mesh: Mesh) -> Any:
-    """A DecodeState: keys and values by sequence and by head, all else whole on every chip."""
+    """Shards a DecodeState: keys and values by sequence and head; replicates the rest."""
     split = PartitionSpec((DATA, FSDP), TENSOR)
     return jax.tree.map(lambda leaf: NamedSharding(mesh, split if leaf.ndim == 4 else PartitionSpec()), state)
 
 
 def by_row(batch: Any, mesh: Mesh) -> Any:
-    """A batch to train on, by rows."""
+    """Shards a training batch by rows."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec((DATA, FSDP))), batch)
 
 
 def whole(arg: Any, mesh: Mesh) -> Any:
-    """All of it on every chip."""
+    """Replicates an argument on every chip."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), arg)
 
 
@@ -58,9 +58,9 @@ PROMPTED: tuple[Place, ...] = (by_path, by_path, whole, whole, whole)  # target,
 class Program(NamedTuple):
     """A function to compile.
 
-    args: trees of ShapeDtypeStructs. places: where each lies on a mesh. donated: those that it may overwrite.
-    made: a DecodeState that it makes and goes through loops with, None if it is an argument. loops: whether what it
-    does again and again is in its loops (else it is itself what is done again and again).
+    args: trees of ShapeDtypeStructs. places: the sharding of each on a mesh. donated: indices of donated arguments.
+    made: the DecodeState that it creates and carries through its loops; None if that is an argument.
+    loops: whether the repeated work is in its loops; else the program itself is repeated.
     """
 
     fn: Callable[..., Any]
@@ -71,17 +71,17 @@ class Program(NamedTuple):
     loops: bool = False
 
     def compile(self, device: Any) -> jax.stages.Compiled:
-        """`device`: a device, or a Mesh with the axes of sharding.py."""
+        """Compiles for a device, or a Mesh with the axes of sharding.py."""
         return compile_lowered(self.lower(device))
 
     def lower(self, device: Any) -> jax.stages.Lowered:
-        """The program before its compilation for `device`."""
+        """Lowers for a device or a Mesh, without compiling."""
         return lower_for(_first(device), self.fn, *self.placed(device)[:-1], donate_argnums=self.donated)
 
     def copies(self, compiled: jax.stages.Compiled, device: Any, at_least: int = 2**20) -> list[str]:
-        """The weights and caches that it copies over and over, such as "bf16[1,8,8320,128]".
+        """Finds the weights and caches that it copies repeatedly, such as "bf16[1,8,8320,128]".
 
-        Told by their size: what has as many elements as one of them, and at least so many.
+        They are recognised by size: a copied array with as many elements as one of them, `at_least` or more.
         """
         leaves = jax.tree.leaves(self.placed(device))
         sizes = {math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) for x in leaves}
@@ -89,7 +89,7 @@ class Program(NamedTuple):
         return [copy for copy in copies if hlo.elements(copy) in sizes]
 
     def placed(self, device: Any) -> tuple[Any, ...]:
-        """The arguments, and what it makes, with their shardings if `device` is a mesh."""
+        """Returns the arguments and `made`, with shardings if `device` is a mesh."""
         trees, places = (*self.args, self.made), (*self.places, by_sequence)
         if not isinstance(device, Mesh):
             return trees
@@ -108,7 +108,7 @@ def prefill(
     sampling: SamplingConfig = SamplingConfig(),
     dtype: Any = jnp.bfloat16,
 ) -> Program:
-    """Prompts [B, P] into fresh caches of `capacity` tokens a row: a loop over chunks of the prompts."""
+    """Returns the prefill of prompts [B, P] into new caches of `capacity` positions: a loop over chunks."""
     fn = functools.partial(eagle_jax.prefill, max_new_tokens=capacity - prompt, sampling=sampling)
     args = (*abstract_pair(shape, dtype), *_prompts(batch, prompt), _key(sampling))
     return Program(fn, args, PROMPTED, made=jax.eval_shape(fn, *args), loops=True)
@@ -121,7 +121,7 @@ def cycle(
     sampling: SamplingConfig = SamplingConfig(),
     tree: TreeConfig | None = TreeConfig(),
 ) -> Program:
-    """One cycle with the state donated and no prompt pending; `tree` None: a step of plain decoding."""
+    """Returns one cycle with the state donated and no prompt pending; `tree` None: a step of plain decoding."""
     target, draft = abstract_pair(shape)
     head = None if tree is None else draft
     start = functools.partial(eagle_jax.prefill, max_new_tokens=capacity - 1, sampling=sampling)
@@ -141,13 +141,13 @@ def generate(
     sampling: SamplingConfig = SamplingConfig(),
     dtype: Any = jnp.bfloat16,
 ) -> Program:
-    """Prefill and the loop over cycles, whole."""
+    """Returns `generate`: prefill and the loop over cycles."""
     fn = functools.partial(eagle_jax.generate, max_new_tokens=capacity - prompt, sampling=sampling)
     return prefill(shape, capacity, prompt, batch, sampling, dtype)._replace(fn=fn)
 
 
 def train_step(shape: Shape, rows: int, width: int, steps: int = 7) -> Program:
-    """An update of the head: `rows` rows of `width` tokens, `steps` steps of the training-time test.
+    """Returns an update of the head: `rows` rows of `width` tokens, `steps` steps of the training-time test.
 
     bfloat16 target and products, float32 masters, AdamW.
     """
@@ -172,12 +172,12 @@ def train_step(shape: Shape, rows: int, width: int, steps: int = 7) -> Program:
 
 
 def _first(device: Any) -> Any:
-    """A device, or the first of a mesh."""
+    """Returns a device, or the first of a mesh."""
     return device.devices.flat[0] if isinstance(device, Mesh) else device
 
 
 def _prompts(batch: int, width: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """tokens [B, P] and lengths [B]."""
+    """Returns abstract tokens [B, P] and lengths [B]."""
     return jax.ShapeDtypeStruct((batch, width), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
 
 

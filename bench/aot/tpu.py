@@ -1,4 +1,4 @@
-"""The decoder and a training step on TPU slices that are not there: compiled by libtpu, on a CPU machine.
+"""Compiles the decoder and a training step for absent TPU slices, by libtpu on a CPU machine.
 
     python -m bench.aot.tpu                          every row; many minutes on two cores
     python -m bench.aot.tpu --only v5e --json v5e.json
@@ -31,10 +31,10 @@ from bench.shapes import SHAPES, Shape
 from eagle_jax.sharding import DATA, FSDP, TENSOR
 
 GIB = 2**30
-# Memory of a chip in bytes; the compiler keeps a little of it to itself.
+# Memory of a chip in bytes; the compiler reserves a little of it.
 CHIP = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
 CAPACITY, PROMPT = 8192, 512  # tokens a row of the decoder may hold, and of its prompt
-TRAIN_WIDTH = 2304  # tokens a row of training: its activations have the size of no weight, by which copies are told
+TRAIN_WIDTH = 2304  # tokens a row of training: no activation has the size of a weight, by which copies are found
 
 PROGRAMS: dict[str, Callable[[Shape, int], Program]] = {
     "prefill": lambda shape, batch: programs.prefill(shape, CAPACITY, PROMPT, batch),
@@ -66,7 +66,7 @@ class Row:
         return self.topology.split(":")[0]
 
     def mesh(self) -> Mesh:
-        """The slice's chips under the axes of sharding.py."""
+        """Returns a mesh of the slice's chips with the axes of sharding.py."""
         chips = np.array(compilers.tpu_devices(self.topology)).reshape(self.data, self.fsdp, self.tensor)
         return Mesh(chips, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3)
 

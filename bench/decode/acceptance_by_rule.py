@@ -1,4 +1,4 @@
-"""Tokens a cycle under the two sampled acceptance rules, and the gain of the coupled one.
+"""Measures tokens a cycle under the two sampled acceptance rules, and the gain of the coupled one.
 
     python -m bench.decode.acceptance_by_rule --target DIR --draft DIR [--prompts FILE.jsonl]
 

@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def transformers_decoder(folder: Path, dtype: str, max_new_tokens: int) -> Decode:
-    """transformers.generate with its default cache, on a CUDA device if there is one and JAX uses it."""
+    """Returns `generate` of transformers with its default cache, on a CUDA device if JAX uses one."""
     import torch
     import transformers
 
@@ -119,7 +119,7 @@ def transformers_decoder(folder: Path, dtype: str, max_new_tokens: int) -> Decod
 
 
 def our_decoder(target: Any, draft: Any, tree: Any, max_new_tokens: int) -> Decode:
-    """`eagle_jax.generate`; plain where the draft is None."""
+    """Returns `eagle_jax.generate`; plain decoding where the draft is None."""
 
     def decode(prompt: Sequence[int]) -> list[int]:
         tokens, lengths = eagle_jax.pad([prompt])
@@ -134,7 +134,7 @@ def our_decoder(target: Any, draft: Any, tree: Any, max_new_tokens: int) -> Deco
 
 
 def official_decoder(checkout: str, target: str, draft: str, dtype: str, max_new_tokens: int) -> Decode:
-    """`EaModel.eagenerate` with the settings of its README; it ends at the tokenizer's end of text, ours does not."""
+    """Returns `EaModel.eagenerate` with its README's settings; unlike ours it ends at the end-of-text token."""
     import torch
 
     sys.path.insert(0, checkout)
@@ -154,13 +154,13 @@ def official_decoder(checkout: str, target: str, draft: str, dtype: str, max_new
     def decode(prompt: Sequence[int]) -> list[int]:
         ids = torch.tensor([list(prompt)], device=next(model.base_model.parameters()).device)
         out = model.eagenerate(ids, temperature=0, max_new_tokens=max_new_tokens)
-        return out[0, len(prompt) :].tolist()[:max_new_tokens]  # it may run past
+        return out[0, len(prompt) :].tolist()[:max_new_tokens]  # its last cycle may exceed the limit
 
     return decode
 
 
 def measure(decode: Decode, rows: Sequence[Sequence[int]], repeats: int) -> Decoded:
-    """The texts of all prompts, and the sum of each one's median seconds."""
+    """Decodes all prompts; returns the texts, and the sum of each prompt's median seconds."""
     texts, seconds = [], 0.0
     for prompt in rows:
         texts.append(decode(prompt))
@@ -169,7 +169,7 @@ def measure(decode: Decode, rows: Sequence[Sequence[int]], repeats: int) -> Deco
 
 
 def comparison(found: dict[str, Decoded]) -> dict[str, dict[str, Any]]:
-    """Every decoder against the first: its rate, equal texts, and the share of tokens before texts part."""
+    """Compares every decoder with the first: rate, equal texts, and the share of tokens before texts part."""
     first = next(iter(found.values()))
     rows = {}
     for name, decoded in found.items():
@@ -186,7 +186,7 @@ def comparison(found: dict[str, Decoded]) -> dict[str, dict[str, Any]]:
 
 
 def _common(ours: list[int], theirs: list[int]) -> int:
-    """Tokens before the first difference."""
+    """Counts the tokens before the first difference."""
     index = first_difference(ours, theirs)
     return len(ours) if index is None else index
 

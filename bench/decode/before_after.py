@@ -1,12 +1,12 @@
-"""Two checkouts of this package decode the same texts in turn: tok/s of each, and the ratio.
+"""Compares two checkouts of this package, which decode the same texts in turn: tok/s of each, and the ratio.
 
     git worktree add ../before COMMIT
     python -m bench.decode.before_after --before ../before --after .
 
-Each checkout has a process of its own that stays alive and works only when it is its turn; the first to go changes from
-turn to turn. Plain and speculative decoding of the embedded pair and of the tests' parity pair, greedy, one prompt at a
-time, weights stored input first as the commands do on a CPU. Models and prompts are those of the checkout that this
-command runs from. Ends with 1 if the texts of the two differ.
+Each checkout has its process, which stays alive and works only in its turn. The order alternates. Plain and speculative
+decoding of the embedded pair and of the tests' parity pair, greedy, one prompt at a time, weights stored input first as
+the commands do on a CPU. Models and prompts are those of the checkout that this command runs from. Ends with 1 if the
+texts of the two differ.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Checkout:
         )
 
     def decode(self, case: str) -> dict[str, Any]:
-        """{"seconds", "texts"} of all prompts."""
+        """Decodes all prompts of a case; returns {"seconds", "texts"}."""
         assert self.process.stdin and self.process.stdout
         print(case, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def compare(case: str, checkouts: list[Checkout], turns: int) -> dict[str, Any]:
-    """A row of the table."""
+    """Measures a case in turn; returns its row of the table."""
     first = [checkout.decode(case) for checkout in checkouts]  # compiles
     seconds: list[list[float]] = [[], []]
     for turn in range(turns):
@@ -118,7 +118,7 @@ def compare(case: str, checkouts: list[Checkout], turns: int) -> dict[str, Any]:
 
 
 def serve(checkout: Path) -> None:
-    """Decodes the cases that are asked for, one a line, by the package of a checkout. Uses public names alone."""
+    """Decodes the cases named on stdin, one a line, by a checkout's package. Uses only public names."""
     import eagle_jax
 
     assert Path(str(eagle_jax.__file__)).is_relative_to(checkout), eagle_jax.__file__
@@ -133,7 +133,7 @@ def serve(checkout: Path) -> None:
 
 @functools.cache
 def runs(case: str) -> list[Callable[[], Any]]:
-    """Calls of `generate`, a prompt each."""
+    """Returns the calls of `generate` of a case, one a prompt."""
     import eagle_jax
 
     name, decoding = case.split()

@@ -1,4 +1,4 @@
-"""What the device can do at best: bytes a second of a copy, and FLOPs a second of a matrix product."""
+"""Measures the device's ceilings: bytes a second of a copy, and FLOPs a second of a matrix product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from eagle_jax.measure.timing import seconds_of
 from eagle_jax.ops.linear import linear
 
-# Bytes of the array that is copied, and width of the square matrices: too large for caches and launches to count.
+# Bytes of the copied array, and width of the square matrices: large enough to hide caches and launches.
 ACCELERATOR = 2**31, 8192
 CPU = 2**27, 1024
 
@@ -25,7 +25,7 @@ class Ceilings:
 
 
 def measure_ceilings(dtype: Any, repeats: int) -> Ceilings:
-    """Both of JAX's first device, medians; float32 products are true float32, as the models' are."""
+    """Measures both on JAX's first device, medians; float32 products are true float32, like the models'."""
     size, width = CPU if jax.default_backend() == "cpu" else ACCELERATOR
     itemsize = jnp.dtype(dtype).itemsize
     array = jnp.ones(size // itemsize, dtype)

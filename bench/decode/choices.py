@@ -1,11 +1,10 @@
-"""What a GPU is to choose by time: weights joined or not, how attention reads a cache, and flags of XLA.
+"""Times choices for a GPU: weights joined or not, how attention reads a cache, and flags of XLA.
 
     python -m bench.decode.choices --json choices.json
     JAX_PLATFORMS=cpu python -m bench.decode.choices --shape tiny --dtype float32 --contexts 64 --capacities 128 \\
         --rows 1 4
 
-Every line is a choice beside the others of its case: the time, and how that stands to the first one, which is what the
-library does.
+Every line is a choice of a case: its time, and the ratio to the case's first line, which is what the library does.
 
     qkv, gate and up    products of some rows with weights that are apart, or joined into one
     attention           of a tree's nodes to a cache of more rows than are filled: all of its rows; the filled ones, in
@@ -13,7 +12,7 @@ library does.
                         tree's own rows and the merging, so a bound on what one could win
     plain, cycle        a whole step under flags of XLA, each in a process of its own, by `bench.decode.roofline`
 
-The weights and caches of several layers take turns, so that they come from memory.
+The weights and caches of several layers alternate, so that they are read from memory and not from an on-chip cache.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from eagle_jax.ops.attention import CacheLayer, attention
 from eagle_jax.ops.linear import linear
 
 CASES = ("flags", "products", "attention")
-LAYERS = 8  # that take turns
+LAYERS = 8  # that alternate
 FLAGS = {
     "as it is": "",
     "cuBLAS alone": "--xla_gpu_enable_triton_gemm=false",
@@ -69,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def product_rows(config: LlamaConfig, dtype: Any, counts: Sequence[int], repeats: int) -> Iterator[dict[str, Any]]:
-    """Lines on products of these many rows with the weights of attention and of the MLP."""
+    """Yields lines on products of `counts` rows with the weights of attention and of the MLP."""
     width, heads, kv = config.hidden_size, config.num_heads, config.num_kv_heads
     sizes = {
         "qkv": [heads * config.head_dim, kv * config.head_dim, kv * config.head_dim],
@@ -97,7 +96,7 @@ def product_rows(config: LlamaConfig, dtype: Any, counts: Sequence[int], repeats
 
 
 def _product_seconds(product: Callable[..., list[jax.Array]], layers: Any, x: jax.Array, repeats: int) -> float:
-    """Of one layer: its products, and their values added up, which both choices do alike."""
+    """Times one layer's products and the sum of their values, which both choices share."""
 
     def part(layers, x, kept):
         for layer in layers:
@@ -111,7 +110,7 @@ def _product_seconds(product: Callable[..., list[jax.Array]], layers: Any, x: ja
 def attention_rows(
     config: LlamaConfig, dtype: Any, tokens: int, contexts: Sequence[int], capacities: Sequence[int], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Lines on the attention of this many tokens to caches of `capacities` rows, `contexts` of them filled."""
+    """Yields lines on attention of `tokens` tokens to caches of `capacities` positions, `contexts` of them filled."""
     heads, kv, size = config.num_heads, config.num_kv_heads, config.head_dim
     keys = jax.random.split(jax.random.key(0), 4)
     new_k, new_v = (jax.random.normal(key, (1, kv, tokens, size), dtype) for key in keys[:2])
@@ -148,7 +147,7 @@ def attention_rows(
 
 
 def flag_rows(shape: str, dtype: str, contexts: Sequence[int], repeats: int) -> Iterator[dict[str, Any]]:
-    """Lines on a plain step and a cycle under XLA's flags, at batch 1 and the first of `contexts`."""
+    """Yields lines on a plain step and a cycle under XLA's flags, at batch 1 and the first of `contexts`."""
     times: dict[str, dict[str, float]] = {"plain": {}, "cycle": {}}
     for choice, flags in FLAGS.items():
         found = _roofline(shape, dtype, contexts[0], repeats, flags)
@@ -159,7 +158,7 @@ def flag_rows(shape: str, dtype: str, contexts: Sequence[int], repeats: int) -> 
 
 
 def _roofline(shape: str, dtype: str, context: int, repeats: int, flags: str) -> dict[str, Any]:
-    """The parts that bench.decode.roofline finds under these flags; empty, with a word to stderr, if it fails."""
+    """Returns the parts that bench.decode.roofline measures under these flags; {} and a note to stderr if it fails."""
     environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "roofline.json"
@@ -186,7 +185,7 @@ def _lines(case: str, about: str, seconds: dict[str, float]) -> Iterator[dict[st
 
 
 def _kernel() -> Literal["cudnn", "xla"]:
-    """Which of `jax.nn.dot_product_attention`'s implementations the device has."""
+    """Returns the implementation of `jax.nn.dot_product_attention` for the device."""
     return "cudnn" if jax.default_backend() == "gpu" else "xla"
 
 

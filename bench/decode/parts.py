@@ -1,6 +1,6 @@
-"""The parts of decoding as `seconds_of` times them: the library's own functions, at a state whose caches are filled.
+"""Times the parts of decoding by `seconds_of`: the library's functions, at a state whose caches are filled.
 
-Letters: B batch, D tree depth, N nodes. Values are random: no time depends on them, but acceptance means nothing.
+Letters: B batch, D tree depth, N nodes. Values are random: times do not depend on them, and acceptance is meaningless.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from eagle_jax.tree.accept import argmax
 
 @functools.partial(jax.jit, static_argnames=("batch", "context", "tree"))
 def filled_state(target: Target, draft: Eagle3Draft, *, batch: int, context: int, tree: TreeConfig) -> DecodeState:
-    """A greedy state whose rows have `context` positions in both caches, and room for one cycle."""
+    """Makes a greedy state with `context` positions of every sequence in both caches, and room for one cycle."""
     state = empty_state(target, draft, batch, context + 1 + tree.depth + 1, tree=tree)
     keys = jax.random.split(jax.random.key(0), 4)
     state = dataclasses.replace(
@@ -64,7 +64,7 @@ def measure_parts(
     found["step"] = (found["propose"] - without_steps) / (tree.depth - 1)
     found["verify"], (_, out), _ = seconds_of(_check, (*fixed, nodes), nodes.tokens, (), repeats)
 
-    # As in a cycle that accepts D tokens; which nodes they are changes no time.
+    # As in a cycle that accepts D tokens; times do not depend on which nodes they are.
     path = jnp.broadcast_to(jnp.arange(tree.depth + 1), (nodes.tokens.shape[0], tree.depth + 1))
     cache, memory, lengths = state.cache, state.memory, jnp.array(state.cache.length)
     before = dataclasses.replace(state, cache=KVCache([], [], lengths), memory=None)
@@ -74,7 +74,7 @@ def measure_parts(
     return found
 
 
-# The parts, as `seconds_of` takes them: what is only read, what waits for the run before, what is updated in place.
+# Parts for `seconds_of`: fixed arguments, those with a false dependency on the previous run, and donated ones.
 
 
 def _advance(context, tree, models, _, state):
@@ -110,7 +110,7 @@ def _commit(fixed, path, cache):
 
 
 def _filled(cache: KVCache, key: jax.Array) -> KVCache:
-    """The cache with random keys and values, each array its own: they are donated together."""
+    """Fills a cache with random keys and values, in distinct arrays: they are donated together."""
     values = jax.random.normal(key, cache.k[0].shape, cache.k[0].dtype)
     count = len(cache.k)
     return dataclasses.replace(
@@ -121,7 +121,7 @@ def _filled(cache: KVCache, key: jax.Array) -> KVCache:
 
 
 def _rewound(state: DecodeState, context: int) -> DecodeState:
-    """The state with every row back at `context` positions and one token that waits."""
+    """Sets every sequence of a state back to `context` cached positions and one pending token."""
     length = jnp.full_like(state.lengths, context)
     memory: Any = dataclasses.replace(state.memory, cache=state.memory.cache.with_length(length))
     return dataclasses.replace(

@@ -1,10 +1,10 @@
-"""Products of few rows with a weight, in several forms: what `ops.linear` chose by, on a CPU.
+"""Times products of few rows with a weight, in several forms: the evidence for `ops.linear` on a CPU.
 
     python -m bench.decode.products                          # a weight of 512 x 192, 1 to 16 rows
     python -m bench.decode.products --weight 4096x4096 --rows 1 8 60 --dtype bfloat16
 
-Each time is of one product in a chain of them with 24 weights in turn, so that weights come from where they would in a
-model: microseconds, the median of 9 calls. Forms, for rows [R, D] and a weight [F, D]:
+Each time is that of one product in a chain with 24 weights, so that weights are read from where a model reads them:
+microseconds, the median of 9 calls. Forms, for rows [R, D] and a weight [F, D]:
 
     together      rows @ weight.T, one product
     one by one    a product a row (a loop)
@@ -36,7 +36,7 @@ def one_by_one(rows: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def turned(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    return jax.lax.optimization_barrier(jnp.einsum("fd,rd->fr", weight, rows)).T  # else the turn is folded back
+    return jax.lax.optimization_barrier(jnp.einsum("fd,rd->fr", weight, rows)).T  # else XLA folds the transpose back
 
 
 def in_out(rows: jax.Array, weight: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ FORMS = {"together": together, "one by one": one_by_one, "turned": turned, "[in,
 
 
 def microseconds(form: str, rows: int, outputs: int, inputs: int, dtype: str) -> float:
-    """Of one product: the mean of both directions of a pair of weights, [F, D] and [D, F]."""
+    """Times one product: the mean over a pair of weights, [F, D] and [D, F]."""
     keys = jax.random.split(jax.random.key(0), WEIGHTS)
     weights = [
         (jax.random.normal(key, (outputs, inputs), dtype), jax.random.normal(key, (inputs, outputs), dtype))

@@ -1,4 +1,4 @@
-"""How near decoding comes to the physical limit: bytes and FLOPs, the device's ceilings, measured times, their ratio.
+"""Compares decoding with the device's limit: bytes and FLOPs, ceilings, measured times, and their ratio.
 
     python -m bench.decode.roofline --shape 8b --json roofline.json
     python -m bench.decode.roofline --shape 70b --tensor 8 --batches 1 4 --contexts 1024
@@ -39,7 +39,7 @@ PARTS = ("plain", "step", "propose", "verify", "commit", "extend", "cycle")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    # All but a little of a GPU's memory; read when JAX first uses it.
+    # Nearly all of a GPU's memory; JAX reads this at its first use of the device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     args = _parser().parse_args(arguments)
     if not isinstance(args.tree, TreeConfig) or args.tree.depth < 2:
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_pair(shape: Shape, dtype: Any, devices: int) -> tuple[Llama, Eagle3Draft]:
-    """A pair with random weights, on one device or, by the library's rules, split over several."""
+    """Makes a pair with random weights, on one device or sharded over several by the library's rules."""
     made = jax.jit(random_pair, static_argnums=(0, 2))
     if devices > 1:
         mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), (DATA, TENSOR))
@@ -90,7 +90,7 @@ def make_pair(shape: Shape, dtype: Any, devices: int) -> tuple[Llama, Eagle3Draf
 
 
 def row_of(seconds: dict[str, float], work: dict[str, Work], limits: dict[str, float], batch: int) -> dict[str, Any]:
-    """The figures of one batch and context.
+    """Returns the figures of one batch and context.
 
     Args:
       seconds, work, limits: of every one of PARTS; limits in seconds.
@@ -116,7 +116,7 @@ def row_of(seconds: dict[str, float], work: dict[str, Work], limits: dict[str, f
 
 
 def part_lines(row: dict[str, Any]) -> Iterator[str]:
-    """The table's lines of a batch and context."""
+    """Formats the table's lines of a batch and context."""
     place = f"| {row['batch']} | {row['context']} |"
     for name, part in row["parts"].items():
         numbers = (part["bytes"] / 1e9, part["flops"] / 1e9, part["limit_ms"], part["ms"], part["ratio"])
@@ -125,7 +125,7 @@ def part_lines(row: dict[str, Any]) -> Iterator[str]:
 
 
 def rate_lines(rows: list[dict[str, Any]], depth: int) -> Iterator[str]:
-    """The table of tokens a second by tau, 1 to depth + 1."""
+    """Formats the table of tokens a second by tau, 1 to depth + 1."""
     taus = range(1, depth + 2)
     yield "Tokens a second of the whole batch, plain and by tau; the tau that breaks even, measured and at the limits\n"
     yield "| batch | context | plain | break-even | at the limit | " + " | ".join(f"tau {tau}" for tau in taus) + " |"
@@ -147,7 +147,7 @@ def _measured(
     devices: int,
     repeats: int,
 ) -> dict[str, Any] | str:
-    """A row of the report, or why there is none."""
+    """Measures a row of the report; returns it, or why there is none."""
     state = jax.eval_shape(lambda *pair: filled_state(*pair, batch=batch, context=context, tree=tree), target, draft)
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((target, draft, state))) / devices
     available = _memory()
@@ -173,7 +173,7 @@ def _measured(
 
 
 def _memory() -> int:
-    """Bytes that JAX may use of a device; of the machine, on a CPU."""
+    """Returns the bytes that JAX may use on a device; on a CPU those of the machine."""
     stats = jax.devices()[0].memory_stats()
     return stats["bytes_limit"] if stats else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -1,9 +1,9 @@
-"""What a cycle costs beside a plain token on this machine, by the shape of the target: random weights, the real loop.
+"""Measures what a cycle costs in plain steps on this machine, by the target's shape: random weights, the real loop.
 
     python -m bench.decode.shape_cost 128x12x384 192x12x512      hidden x layers x MLP width
 
-A cycle's cost in plain steps says how many tokens it must bring before it pays; a shape is good where that is few, at
-many tokens a second. Every shape is measured with its weights as they are and as `input_first` stores them. Acceptance
+A cycle's cost in plain steps is the number of tokens it must bring before it pays. A good shape needs few, at many
+tokens a second. Every shape is measured with its weights as they are and as `input_first` stores them. Acceptance
 cannot be known from random weights.
 """
 

@@ -1,4 +1,4 @@
-"""What an exact top-k and top-p threshold costs, by bisection (as eagle_jax does it) and by a sort.
+"""Times an exact top-k and top-p threshold, by bisection (as eagle_jax does it) and by a sort.
 
     python -m bench.decode.threshold_cost [--nodes 60] [--repeats 20]
 
@@ -18,7 +18,7 @@ from eagle_jax.sampling import process
 
 
 def by_sorting(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
-    """The same distribution, thresholds read from a sorted vocabulary."""
+    """Computes the same distribution with thresholds from a sorted vocabulary."""
     x = logits / sampling.temperature
     ordered = -jnp.sort(-x, axis=-1)
     rank = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)

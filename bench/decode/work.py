@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of each part of decoding, from shapes alone: what no implementation can do without.
+"""Counts the bytes and FLOPs of each part of decoding from shapes alone: lower bounds for every implementation.
 
 Letters: B batch, T tokens a row of a pass, S context (rows of the cache that are filled), W queries a drafting step,
 D tree depth, N nodes. Of a model: L layers, d width, f MLP width, n query heads, k key-value heads, h head dim,
@@ -51,7 +51,7 @@ class Work:
         return Work(self.bytes * factor, self.flops * factor)
 
     def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """The least time that a device with these ceilings can take: moving and computing at the same time."""
+        """Returns the least time on a device with these ceilings, with perfect overlap of moving and computing."""
         return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
 
 
@@ -67,7 +67,7 @@ class Cycle:
 
     @property
     def parts(self) -> dict[str, Work]:
-        """What a cycle is the sum of: each waits for the one before."""
+        """The parts that a cycle runs one after the other."""
         return {"propose": self.propose, "verify": self.verify, "commit": self.commit, "extend": self.extend}
 
     @property
@@ -76,7 +76,7 @@ class Cycle:
 
 
 def plain_work(target: LlamaConfig, batch: int, context: int, itemsize: int = 2) -> Work:
-    """One token a row by the target alone.
+    """Counts the work of one token a sequence by the target alone.
 
     Args:
       context: S, rows of the cache that are filled.
@@ -86,7 +86,7 @@ def plain_work(target: LlamaConfig, batch: int, context: int, itemsize: int = 2)
 
 
 def verify_work(target: LlamaConfig, nodes: int, batch: int, context: int, itemsize: int = 2) -> Work:
-    """The target's pass over a tree of N nodes a row."""
+    """Counts the work of the target's pass over a tree of N nodes a sequence."""
     return _pass(target, target.hidden_size, batch, nodes, context, itemsize) + _output(
         target.vocab_size, target.hidden_size, batch * nodes, itemsize
     )
@@ -95,7 +95,7 @@ def verify_work(target: LlamaConfig, nodes: int, batch: int, context: int, items
 def cycle_work(
     target: LlamaConfig, head: DraftConfig, tree: TreePolicy, batch: int, context: int, itemsize: int = 2
 ) -> Cycle:
-    """One cycle of an EAGLE-3 head; arguments as in `plain_work`."""
+    """Counts the work of one cycle of an EAGLE-3 head; arguments as in `plain_work`."""
     width = 2 * head.hidden_size
     first = _output(head.draft_vocab_size, head.hidden_size, batch, itemsize)
     # The first step finds no rows of earlier ones, the last D - 2 times W: on average half of that.
@@ -117,7 +117,7 @@ def cycle_work(
 
 
 def _pass(config: LlamaConfig, reads: int, batch: int, tokens: int, context: int, itemsize: int) -> Work:
-    """All layers of a model on B x T embedded tokens; `reads`: the width that attention reads."""
+    """Counts the work of all layers on B x T embedded tokens; `reads`: the width that attention reads."""
     d, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     matrices = reads * (heads + 2 * kv) + heads * d + 3 * d * config.intermediate_size
     norms = d + reads
@@ -128,5 +128,5 @@ def _pass(config: LlamaConfig, reads: int, batch: int, tokens: int, context: int
 
 
 def _output(outputs: int, inputs: int, tokens: int, itemsize: int) -> Work:
-    """One matrix [outputs, inputs] on some tokens."""
+    """Counts the work of one matrix [outputs, inputs] on some tokens."""
     return Work(itemsize * outputs * inputs, 2 * tokens * outputs * inputs)

@@ -1,4 +1,4 @@
-"""What training costs: memory and time of a step.
+"""The cost of training: memory and time of a step.
 
 May import bench, bench.aot and eagle_jax.
 """

@@ -1,4 +1,4 @@
-"""Memory of a training step of an EAGLE-3 head for Llama-3.1-8B, by the number of steps of the training-time test.
+"""Measures the memory of an EAGLE-3 training step for Llama-3.1-8B, by steps of the training-time test.
 
     python -m bench.train.memory                      H200, 8192 tokens
     python -m bench.train.memory --device v5p --rows 2 --width 4096
@@ -26,12 +26,12 @@ DEVICES = {"h200": lambda: compilers.gpu_devices()[0], "v5p": lambda: compilers.
 
 
 def compiled_step(device: Any, steps: int, rows: int, width: int) -> jax.stages.Compiled:
-    """A step of `rows` rows of `width` tokens, by the compiler of `device`."""
+    """Compiles a step of `rows` rows of `width` tokens for `device`."""
     return programs.train_step(SHAPES["8b"], rows, width, steps).compile(device)
 
 
 def keys_and_values(steps: int, tokens: int) -> int:
-    """Bytes of the steps' own keys and values, the first step's too."""
+    """Returns the bytes of the steps' keys and values, including the first step's."""
     config = SHAPES["8b"].head
     return steps * tokens * 2 * config.num_kv_heads * config.head_dim * 2
 
