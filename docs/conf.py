@@ -26,6 +26,7 @@ nb_merge_streams = True
 
 myst_heading_anchors = 3  # for links such as results.md#how-fast-is-the-demo
 autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 100  # a longer one has a line a parameter
 
 FIELD = re.compile(r"\w+(, \w+)*: ")
 
