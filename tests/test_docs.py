@@ -35,7 +35,8 @@ def blocks(path: Path, language: str = "python") -> list[str]:
     return [code for name, code in fences if name == language]
 
 
-EVERY_PAGE = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("guides/*.md"))]
+CARDS = [ROOT / "eagle_jax" / "pair" / "README.md", *sorted(ROOT.glob("recipes/*/README.md"))]
+EVERY_PAGE = [ROOT / "README.md", *CARDS, *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("guides/*.md"))]
 PAGES = [path for path in EVERY_PAGE if blocks(path)]
 
 
@@ -201,7 +202,7 @@ def test_every_file_and_module_that_a_page_names_is_there():
     missing = []
     for page in EVERY_PAGE:
         text = page.read_text()
-        files = set(re.findall(r"`((?:eagle_jax|bench|tests|recipes)/[\w/]+(?:\.\w+|/)?)`", text))
+        files = set(re.findall(r"`((?:eagle_jax|bench|tests|recipes)/[\w/]+(?:\.\w+|/))`", text))
         modules = set(re.findall(r"python -m ((?:eagle_jax|bench|tests|docs)[\w.]*)", text))
         files |= {f"{name.replace('.', '/')}.py" for name in modules if not (ROOT / name.replace(".", "/")).is_dir()}
         missing += [(page.name, name) for name in sorted(files) if not (ROOT / name).exists()]
