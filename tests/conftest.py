@@ -1,4 +1,4 @@
-"""What every test runs under: the CPU (unless JAX_PLATFORMS says otherwise), strict ranks, fixed threads.
+"""Sets up every test: the CPU (unless JAX_PLATFORMS says otherwise), strict ranks, fixed threads.
 
 Warnings are errors by `filterwarnings` in pyproject.toml, on the CPU. GPU tests lie in tests/gpu and need neither
 hypothesis nor an installed package: `JAX_PLATFORMS=cuda pytest -m gpu`. Without PyTorch its tests are skipped:
@@ -37,8 +37,8 @@ PINNED = f"jax=={jax.__version__}" in CONSTRAINTS.read_text().split()
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Compiling is most of the time. LLVM's optimisations change how fast a program runs here, not what XLA made of it.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-    # XLA's older emitters take half the time for a large program. Later releases of jaxlib lack them, and end the
-    # process at a flag that they do not know. `make test` runs a part of the files without this flag, as users do.
+    # XLA's older emitters take half the time for a large program. Later releases of jaxlib lack them, and abort at an
+    # unknown flag. `make test` runs some tests without this flag, as users do.
     if PINNED and os.environ.get("XLA_EMITTERS") != "default":
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
         # Workers are as many as cores, so compiling in several threads only costs more.
@@ -50,7 +50,7 @@ gc.set_threshold(200_000, 20, 100)
 aot.find_compilers()
 array_types.check_rooms()
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Workers share programs, and so does the next run. The size limit turns on the lock.
+# Workers and later runs share compiled programs. The size limit also turns on the cache's lock.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_compilation_cache_max_size", 2**30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -62,7 +62,7 @@ if hypothesis is not None:
     hypothesis.settings.load_profile("tests")
 
 
-# Linux lets a process map 65530 pieces of memory, unless told otherwise; compiled programs are hundreds each.
+# Linux limits a process to 65530 memory maps by default; a compiled program takes hundreds.
 MAPS = Path("/proc/self/maps")
 MANY_MAPS = 25_000
 QUICK = 0.1  # seconds in which a test compiles next to nothing; reading the maps may take a third of that
@@ -70,7 +70,7 @@ QUICK = 0.1  # seconds in which a test compiles next to nothing; reading the map
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """Drops compiled programs before there are too many for a process: XLA aborts then."""
+    """Drops compiled programs before their memory maps reach the limit, where XLA aborts."""
     start = time.monotonic()
     yield
     if time.monotonic() - start > QUICK and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
@@ -80,12 +80,12 @@ def forget_programs():
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of tensors that the PyTorch reference computed; its README says how."""
+    """Returns the folder of tensors that the PyTorch reference computed."""
     return Path(__file__).parent / "golden"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors where the versions are pinned; elsewhere those of our own modules, on a CPU."""
+    """Turns warnings into errors with pinned versions; with others only those of our modules, on a CPU."""
     if os.environ["JAX_PLATFORMS"] != "cpu":
         config.addinivalue_line("filterwarnings", "default")
     elif not PINNED:
@@ -93,7 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m gpu` only tests/gpu is read: other files import what such a machine need not have."""
+    """Collects only tests/gpu with `-m gpu`: other files import packages that a GPU machine may lack."""
     gpu = Path(__file__).parent / "gpu"
     if config.option.markexpr == "gpu" and collection_path.suffix == ".py" and gpu not in collection_path.parents:
         return True
@@ -132,13 +132,13 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no worker is left with one at the end (xdist keeps this order)."""
+    """Puts the longest files first, so that no worker ends with one alone (xdist keeps this order)."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(order)))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """How long all of .ci/run took, installation and every environment."""
+    """Prints how long .ci/run has taken, installations and earlier environments included."""
     if "GATE_STARTED" in os.environ:
         minutes = (time.time() - int(os.environ["GATE_STARTED"])) / 60
         terminalreporter.write_line(f"since the start of .ci/run: {minutes:.1f} minutes")

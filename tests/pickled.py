@@ -1,6 +1,6 @@
-"""The golden weights where PyTorch is not installed: its files of plain tensors, read by NumPy.
+"""Reads the golden weights with NumPy where PyTorch is not installed.
 
-Only for this repository's own files; what the package itself reads is in eagle_jax/convert/read.py.
+Only for the files of this repository, whose pickles are trusted; the package's reader is eagle_jax/convert/read.py.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def _rebuild(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a `pytorch_model.bin`."""
+    """Reads the tensors of a `pytorch_model.bin`."""
     with zipfile.ZipFile(path) as archive:
         return _Reader(archive).load()
 
 
 def readable(folder: Path) -> Path:
-    """The folder; where PyTorch is not installed, a copy of it with its weights as safetensors."""
+    """Returns the folder; without PyTorch, a copy whose weights are safetensors."""
     if importlib.util.find_spec("torch") is not None or (folder / "model.safetensors").exists():
         return folder
     copy = Path(_folders.name) / folder.name

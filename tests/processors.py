@@ -1,4 +1,4 @@
-"""The distribution of the next token as Hugging Face's processors define it: NumPy, float64, by sorting."""
+"""Oracle of sampling in NumPy, float64, by sorting: the next token's distribution as Hugging Face defines it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def probabilities(
     logit_bias: np.ndarray | None = None,
     seen: set[int] = frozenset(),
 ) -> np.ndarray:
-    """[V] -> [V]. Whatever ties with the last kept token is kept."""
+    """Returns probabilities [V] of logits [V]. Ties with the last kept token are kept."""
     x = logits.astype(np.float64)
     if logit_bias is not None:
         x = x + logit_bias
@@ -33,7 +33,7 @@ def probabilities(
 
 
 def nucleus(x: np.ndarray, top_p: float) -> tuple[int, float]:
-    """How many of the most probable tokens reach top_p together, and how near it came to another number."""
+    """Returns the size of the nucleus, and the distance of top_p to the nearest cumulative sum."""
     before = np.concatenate([[0.0], np.cumsum(np.sort(_softmax(x))[::-1])[:-1]])  # more probable than the i-th
     return int((before < top_p).sum()), float(np.abs(before - top_p).min())
 

@@ -1,4 +1,4 @@
-"""A running batch without a model, for tests of what runs in one."""
+"""A stand-in for a running batch that needs no model."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def draft_config(**changes: Any) -> DraftConfig:
 
 
 def scaled(model: Any, scale: float) -> Any:
-    """The model with every matrix scaled up: random logits then differ by far more than rounding."""
+    """Scales every matrix of a model up, so that random logits differ by far more than rounding."""
     return jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, model)
 
 
@@ -57,26 +57,26 @@ def random_eagle1(seed: int, scale: float = 12.0) -> Eagle1Draft:
 
 @functools.cache
 def golden_pair(draft: str = "t1_eagle3_dv96", target: str = "t1_target") -> tuple[Llama, Any]:
-    """A pair of the PyTorch reference's parity weights, in float32."""
+    """Loads a pair of the PyTorch reference's parity weights, in float32."""
     weights = GOLDEN / "weights"
     return from_pretrained(weights / target, pickled.readable(weights / draft), dtype=jnp.float32)
 
 
 def random_prompts(seed: int, batch: int, width: int, vocab: int = 97) -> tuple[jax.Array, jax.Array]:
-    """Right-padded prompts [batch, width] of different lengths, the padding filled with noise."""
+    """Returns right-padded prompts [batch, width] of different lengths; the padding is noise."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab, (batch, width), dtype=np.int32)
     return jnp.asarray(tokens), jnp.asarray(rng.integers(1, width + 1, batch, dtype=np.int32))
 
 
 def rows_of(out: eagle_jax.Output) -> list[list[int]]:
-    """Each row's tokens, prompt included."""
+    """Returns each sequence's tokens, prompt included."""
     tokens, lengths = jax.device_get((out.tokens, out.lengths))
     return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
 def near_ties(target: Target, ours: list[list[int]], theirs: list[list[int]], where: str = "") -> int:
-    """How many texts, prompts included, part. Fails unless each parts at a near-tie."""
+    """Counts the texts, prompts included, that differ; fails unless each first differs at a near-tie."""
     parted = differences(target, [()] * len(ours), theirs, ours, buckets=(256,))
     for difference in parted:
         assert difference.near_tie, f"{where} {difference}: {ours[difference.row]} {theirs[difference.row]}"
@@ -85,7 +85,7 @@ def near_ties(target: Target, ours: list[list[int]], theirs: list[list[int]], wh
 
 @contextlib.contextmanager
 def traced() -> Iterator[list[str]]:
-    """The names of the functions that JAX traces, and so compiles, in the meantime."""
+    """Yields a list of the functions that JAX traces, and so compiles, inside the block."""
     names: list[str] = []
 
     def heard(event: str, seconds: float, **about: str) -> None:
@@ -111,13 +111,13 @@ NEW = 16
 
 
 def small_case() -> tuple[Llama, Eagle3Draft, jax.Array, jax.Array]:
-    """A target, a draft that it often agrees with, and three prompts of different lengths."""
+    """Returns a target, a draft that it often agrees with, and three prompts of different lengths."""
     tokens, _ = random_prompts(2, 3, 10)
     return random_target(0, scale=6.0), random_eagle3(1, scale=6.0), tokens, jnp.array([10, 1, 6])
 
 
 def generate(case, key=None, speculative=True, rows=slice(None), **options) -> eagle_jax.Output:
-    """`eagle_jax.generate` of some rows of a small case."""
+    """Calls `eagle_jax.generate` for some sequences of a small case."""
     target, draft, tokens, lengths = case
     options = dict(tree=TREE, max_new_tokens=NEW) | options
     return eagle_jax.generate(target, draft if speculative else None, tokens[rows], lengths[rows], key, **options)

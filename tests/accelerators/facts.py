@@ -1,7 +1,7 @@
-"""What a compiler says of a program of the 8B pair, and the line that it makes of a number of layers.
+"""Facts that a compiler states of programs of the 8B pair, extrapolated over the number of layers.
 
-An H200's programs are compiled with 2 and with 4 layers of the target: the difference is what a layer costs, stated
-more sharply than in a total of 32, in an eighth of the time. A TPU's compiler takes as long for 2 layers as for 4.
+An H200's programs are compiled with 2 and with 4 layers of the target. The difference is the cost of a layer: sharper
+than a total of 32 layers, in an eighth of the time. A TPU's compiler takes as long for 2 layers as for 4.
 """
 
 from __future__ import annotations

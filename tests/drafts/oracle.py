@@ -1,7 +1,7 @@
-"""Plain Python, one text at a time: how Medusa, lookahead and prompt lookup decode, step by step.
+"""Oracles in plain Python, one text at a time: Medusa, lookahead and prompt lookup, step by step.
 
-Each `decode` yields a Cycle a pass of the target. The model comes in as next_tokens(texts) -> the target's greedy next
-token after every text, a list of token lists in and a list of tokens out.
+Each yields a Cycle per pass of the target. The model is a function next_tokens(texts) -> the target's greedy next token
+after every text.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ NextTokens = Callable[[list[Text]], list[int]]
 
 @dataclasses.dataclass
 class Cycle:
-    """The guesses (continuations of the text, in order) and what the text gained: accepted tokens and one more.
+    """The guesses (continuations of the text, in order), and the new tokens: the accepted ones and the bonus.
 
-    Where there are fewer guesses than places for them, the target checks the last token again and again in their place.
+    With fewer guesses than places, the target checks repetitions of the last token in the free places.
     """
 
     guesses: list[Text]
@@ -27,7 +27,7 @@ class Cycle:
 
 
 def verify(text: Text, guesses: list[Text], next_tokens: NextTokens) -> Text:
-    """The longest beginning of a guess that the target says itself, and its next token."""
+    """Returns the longest prefix of a guess that the target would write, and the target's next token."""
     prefixes = sorted({tuple(guess[:length]) for guess in guesses for length in range(len(guess) + 1)} | {()})
     said = dict(zip(prefixes, next_tokens([[*text, *prefix] for prefix in prefixes]), strict=True))
     right = [prefix for prefix in prefixes if all(said[prefix[:i]] == prefix[i] for i in range(len(prefix)))]
@@ -38,9 +38,9 @@ def verify(text: Text, guesses: list[Text], next_tokens: NextTokens) -> Text:
 def lookahead(
     prompt: Text, next_tokens: NextTokens, window: int, ngram: int, guesses: int, remembered: int, new: int
 ) -> Iterator[Cycle]:
-    """Lookahead decoding. The text begins with the target's first token; `new` more are wanted.
+    """Decodes `new` tokens by lookahead, after the prompt and the target's first token.
 
-    levels[l][c] guesses the token c + l places after the last one, level 0's column 0 being that itself.
+    levels[l][c] guesses the token c + l positions after the last one; levels[0][0] is the last one itself.
     """
     text = [*prompt, *next_tokens([prompt])]
     levels = [[text[(level * window + c) % len(text)] for c in range(window)] for level in range(ngram - 1)]
@@ -67,7 +67,7 @@ def lookahead(
 
 
 def along(levels: list[Text], level: int, column: int) -> Text:
-    """The guessed text that leads to a place of the window, itself included."""
+    """Returns the guessed text up to a place of the window, inclusive."""
     return [*levels[0][1 : column + 1], *(levels[above][column] for above in range(1, level + 1))]
 
 
@@ -105,7 +105,7 @@ def medusa(
     paths: list[tuple[int, ...]],
     new: int,
 ) -> Iterator[Cycle]:
-    """heads(text) -> logits [heads, V] of every Medusa head on the hidden state after the text."""
+    """Decodes by Medusa. heads(text) -> logits [heads, V] of every head on the hidden state after the text."""
     text = [*prompt, *next_tokens([prompt])]
     end = len(text) + new
     while len(text) < end:

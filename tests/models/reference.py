@@ -1,6 +1,6 @@
 """Random transformers models, and their weights under this package's parameter paths.
 
-The name map is written out here rather than taken from `eagle_jax.convert`: an error there must not hide itself.
+The name map is written out here and not taken from `eagle_jax.convert`, so that an error there is found.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMALL = dict(
 
 
 def random_model(seed: int = 0, **fields: Any) -> transformers.LlamaForCausalLM:
-    """A model on SMALL with `fields` changed, every parameter random: no bias is zero and no norm is one.
+    """Makes a model of SMALL with `fields` changed and every parameter random, biases and norms too.
 
     Skips the test where PyTorch is not installed.
     """
@@ -49,19 +49,19 @@ def random_model(seed: int = 0, **fields: Any) -> transformers.LlamaForCausalLM:
 
 
 def our_model(model: transformers.LlamaForCausalLM, hf: Mapping[str, Any] | None = None) -> Llama:
-    """The same model here; `hf` is its config.json, by default the one that transformers would write."""
+    """Makes our copy of a model. hf: its config.json, by default the one that transformers would write."""
     config = LlamaConfig.from_hf(model.config.to_dict() if hf is None else hf)
     return load_target(config, {name: weight.detach().numpy() for name, weight in model.state_dict().items()})
 
 
 def load_target(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> Llama:
-    """A target of `config` with the tensors of a Hugging Face folder."""
+    """Makes a target of `config` with the tensors of a Hugging Face folder."""
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     return fill(lambda key: Llama(config, key), {name: tensors[name] for name in set(tensors) - tied})
 
 
 def fill(build: Callable[[jax.Array], Any], tensors: Mapping[str, np.ndarray]) -> Any:
-    """The model of `build` with PyTorch's tensors: split into heads or not, it is always a reshape."""
+    """Fills the model of `build` with PyTorch's tensors; splitting heads is a reshape."""
     model = params.abstract(build)
     shapes = {path: leaf.shape for path, leaf in params.flatten(model).items()}
     arrays = {our_path(name): tensor for name, tensor in tensors.items()}
@@ -69,7 +69,7 @@ def fill(build: Callable[[jax.Array], Any], tensors: Mapping[str, np.ndarray]) -
 
 
 def our_path(name: str) -> str:
-    """ "model.layers.3.self_attn.q_proj.bias" -> "layers.3.attention.q_bias"."""
+    """Translates a name: "model.layers.3.self_attn.q_proj.bias" -> "layers.3.attention.q_bias"."""
     for theirs, ours in (
         ("model.", ""),
         ("self_attn", "attention"),
@@ -93,7 +93,7 @@ def causal(batch: int, tokens: int) -> jax.Array:
 def prompt_pass(
     model: Llama, tokens: jax.Array, lengths: jax.Array, taps: tuple[int, ...] = ()
 ) -> tuple[TargetOutput, jax.Array]:
-    """One pass over right-padded prompts [B, T]; also the logits [B, T, V]."""
+    """Runs one pass over right-padded prompts [B, T]; also returns the logits [B, T, V]."""
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
     out = model(tokens, positions, causal(batch, width), prompt_lengths=lengths, taps=taps)
@@ -102,7 +102,7 @@ def prompt_pass(
 
 @jax.jit
 def one_step(model: Llama, token: jax.Array, cache: KVCache, prompt_lengths: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Token [B, 1] at the cache's length: its logits [B, V], and the cache with its row committed."""
+    """Runs token [B, 1] at the cache's length; returns logits [B, V] and the cache with its position written."""
     mask = jnp.ones((token.shape[0], 1, 1), bool)
     out = model(token, cache.length[:, None], mask, prompt_lengths=prompt_lengths, cache=cache)
     cache = cache.write(out.new_kv, cache.length).with_length(cache.length + 1)
@@ -110,7 +110,7 @@ def one_step(model: Llama, token: jax.Array, cache: KVCache, prompt_lengths: jax
 
 
 def prefilled(model: Llama, tokens: jax.Array, lengths: jax.Array, rows: int) -> tuple[jax.Array, KVCache]:
-    """Logits [B, V] after each prompt, and a cache of `rows` rows that holds it."""
+    """Returns logits [B, V] after each prompt, and a cache of `rows` positions that holds it."""
     out, logits = prompt_pass(model, tokens, lengths)
     empty = KVCache.zeros(model.config, tokens.shape[0], rows, model.dtype)
     cache = empty.write(out.new_kv, jnp.zeros((), jnp.int32)).with_length(lengths)

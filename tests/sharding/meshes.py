@@ -12,7 +12,7 @@ from eagle_jax.sharding import make_mesh, path_name, path_sharding
 
 
 def child_environment() -> dict[str, str]:
-    """Of a process that shares this one's compiled programs. Without the limit it would leave out what others need."""
+    """Returns the environment of a process that shares this one's compilation cache, with its lock."""
     cache = {
         name: str(jax.config.values[name]) for name in ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
     }
@@ -24,7 +24,7 @@ def mesh_of(data: int, tensor: int) -> Mesh:
 
 
 def on_mesh(model: Any, mesh: Mesh) -> Any:
-    """A model that was made on one device, as `load(mesh=...)` would place it."""
+    """Places a model of one device on a mesh, as `load(mesh=...)` does."""
 
     def place(path, leaf):
         return jax.device_put(leaf, path_sharding(path_name(path), leaf.shape, mesh))

@@ -31,7 +31,7 @@ AXES = ({"data": 4}, {"data": 1, "tensor": 4})  # the batch over the processes, 
 
 
 def generated(folder: Path, axes: dict[str, int]) -> dict[str, Any]:
-    """Four rows, greedy and sampled ones, of a target that was loaded and a head that was made."""
+    """Generates four sequences, greedy and sampled, with a loaded target and a random head."""
     mesh = make_mesh(axes)
     target, _ = from_pretrained(folder / "target", mesh=mesh)
     head = scaled(Eagle3Draft(draft_config(vocab_size=VOCAB), 3, jax.random.key(1)), 6.0)
@@ -49,7 +49,7 @@ def generated(folder: Path, axes: dict[str, int]) -> dict[str, Any]:
 
 
 def meet() -> None:
-    """Connects the processes. gloo gives up after 30 s: too soon for one that waits until another has compiled."""
+    """Connects the processes before they compile: gloo's timeout of 30 s is shorter than a compilation."""
     for axes in ({"data": 4}, {"data": 2, "tensor": 2}):
         mesh = make_mesh(axes)
         spec = PartitionSpec(tuple(axes))

@@ -12,7 +12,7 @@ from eagle_jax.tree import DraftStep, TreeConfig
 
 
 class ToyDraft:
-    """A draft whose logits depend on the whole path: U tanh(sum of the embeddings of the node and its ancestors).
+    """A draft whose logits depend on the whole path: U tanh(sum of embeddings of the node and its ancestors).
 
     The JAX version finds the ancestors through `step.mask`, the NumPy one by walking the path.
     """
@@ -24,14 +24,14 @@ class ToyDraft:
         self.target_ids = np.sort(rng.permutation(target_vocab)[:vocab]).astype(np.int32)
 
     def logits(self, path: list[int]) -> np.ndarray:
-        """Logits [V] of the children of the node at the end of `path` (target ids below the root; may be empty)."""
+        """Returns logits [V] for the children of the last node of `path` (target ids below the root; may be empty)."""
         return np.tanh(self.embed[path].sum(axis=0, dtype=np.float64)) @ self.unembed.astype(np.float64)
 
     def carry(self, batch: int, config: TreeConfig) -> jax.Array:
         return jnp.zeros((batch, (config.depth - 1) * config.top_k), jnp.int32)
 
     def draft_fn(self, drafted: jax.Array, step: DraftStep) -> tuple[jax.Array, jax.Array]:
-        """`drafted` [B, M]: the tokens of every step so far."""
+        """Drafts a level. drafted: [B, M], the tokens of every step so far."""
         drafted = jax.lax.dynamic_update_slice(drafted, step.tokens, (0, step.level * step.tokens.shape[1]))
         embedded = jnp.asarray(self.embed)[drafted]
         hidden = jnp.tanh(jnp.einsum("bkm,bmd->bkd", step.mask.astype(jnp.float32), embedded))
@@ -44,12 +44,12 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def best(scores: list[float], count: int) -> list[int]:
-    """Indices of the largest, largest first, the lower index first where equal."""
+    """Returns the indices of the largest scores in descending order; ties by index."""
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
 
 
 def grow(draft: ToyDraft, config: TreeConfig, root: int) -> dict[str, list]:
-    """The dynamic tree, candidate by candidate, as lists of tokens, parents, depths and scores."""
+    """Grows the dynamic tree, candidate by candidate; returns lists of tokens, parents, depths and scores."""
     k = config.top_k
     candidates: list[dict] = []  # flat order
 
@@ -81,7 +81,7 @@ def grow(draft: ToyDraft, config: TreeConfig, root: int) -> dict[str, list]:
 def random_tree(
     rng: np.random.Generator, num_nodes: int, vocab: int, max_depth: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens, parents, depths [N] of a random tree; siblings may repeat a token."""
+    """Returns tokens, parents and depths [N] of a random tree; siblings may repeat a token."""
     parents, depths = np.full(num_nodes, -1, np.int32), np.zeros(num_nodes, np.int32)
     for i in range(1, num_nodes):
         parents[i] = rng.choice([j for j in range(i) if depths[j] < max_depth])
@@ -100,7 +100,7 @@ def ancestors(parents: np.ndarray) -> np.ndarray:
 
 
 def accept_greedy(tokens: np.ndarray, parents: np.ndarray, logits: np.ndarray) -> tuple[list[int], int]:
-    """Path of the deepest agreeing node (the first of equals) and the bonus token."""
+    """Returns the path of the deepest agreeing node (the first of equals) and the bonus token."""
 
     def path(node: int) -> list[int]:
         return [node] if parents[node] < 0 else [*path(parents[node]), node]
