@@ -108,6 +108,7 @@ LONGEST = (
     "tests/accelerators/test_v5p.py",
     "tests/test_golden.py",
     "tests/train/test_run.py",
+    "tests/decode/test_cycle.py",
     "tests/drafts/test_running_batch.py",
     "tests/accelerators/test_slices.py",
     "tests/sharding/test_decode.py",
