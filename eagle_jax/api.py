@@ -1,8 +1,4 @@
-"""The public functions: generate, stream, propose, forward, draft_forward.
-
-Letters: B batch, P padded prompt, D depth of the tree (draft.depth(tree)), V vocabulary, Vd draft vocabulary, T tokens
-of a chunk.
-"""
+"""The public functions: generate, stream, propose, forward, draft_forward."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Int32, Key
 
 from eagle_jax.decode.cycle import propose as propose_tree
 from eagle_jax.decode.cycle import step
@@ -39,48 +36,45 @@ from eagle_jax.tree import AcceptFn, Tree, TreeConfig, TreePolicy
 class Output:
     """The result of `generate`.
 
-    tokens: [B, P + max_new_tokens] int32: each row its prompt, directly followed by its new tokens, then zeros. With
-      max_new_tokens above the capacity [B, P + capacity]; so with `drafted` and `log_probs`.
-    lengths: [B] int32, prompt and new tokens; a stop token counts.
-    cycles: [B] int32, target passes after the prefill.
-    accepted: [B, D + 1] int32, how many cycles accepted 0..D draft tokens, before truncation; sums to `cycles`.
-    failed: [B] bool, NaN or infinite logits ended the row.
-    drafted: [B, P + max_new_tokens] bool, the new tokens that the draft proposed; the others are the target's own, one
-      a cycle. So between any two places of a text, accepted tokens a cycle = drafted ones / the others.
-    log_probs: [B, P + max_new_tokens] float32 of the new tokens under the target's own distribution (before
-      temperature and the like), or None if not asked for.
+    tokens: each row its prompt, directly followed by its new tokens, then zeros. The buffer has the prompts' width +
+      max_new_tokens columns; with max_new_tokens above the capacity, the width + capacity.
+    lengths: prompt and new tokens; a stop token counts.
+    cycles: target passes after the prefill.
+    accepted: how many cycles accepted 0, 1, ..., depth draft tokens, before truncation; sums to `cycles`.
+    failed: NaN or infinite logits ended the row.
+    drafted: the new tokens that the draft proposed; the others are the target's own, one a cycle. So between any two
+      places of a text, accepted tokens a cycle = drafted ones / the others.
+    log_probs: of the new tokens under the target's own distribution (before temperature and the like), or None if not
+      asked for.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    cycles: jax.Array
-    accepted: jax.Array
-    failed: jax.Array
-    drafted: jax.Array
-    log_probs: jax.Array | None = None
+    tokens: Int32[Array, "batch buffer"]
+    lengths: Int32[Array, " batch"]
+    cycles: Int32[Array, " batch"]
+    accepted: Int32[Array, "batch path"]
+    failed: Bool[Array, " batch"]
+    drafted: Bool[Array, "batch buffer"]
+    log_probs: Float32[Array, "batch buffer"] | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """New tokens of a stream: row b's are tokens[b, :counts[b]].
+    """New tokens of a stream: row b's are tokens[b, :counts[b]]."""
 
-    tokens [B, T], counts [B], done [B] bool, failed [B] bool, log_probs [B, T] or None.
-    """
-
-    tokens: jax.Array
-    counts: jax.Array
-    done: jax.Array
-    failed: jax.Array
-    log_probs: jax.Array | None = None
+    tokens: Int32[Array, "batch new"]
+    counts: Int32[Array, " batch"]
+    done: Bool[Array, " batch"]
+    failed: Bool[Array, " batch"]
+    log_probs: Float32[Array, "batch new"] | None = None
 
 
 def generate(
     target: Target,
     draft: Draft | None,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    key: jax.Array | None = None,
+    tokens: Int[ArrayLike, "batch prompt"],
+    lengths: Int[ArrayLike, " batch"],
+    key: Key[Array, ""] | Key[Array, " batch"] | None = None,
     *,
     tree: TreePolicy = TreeConfig(),
     sampling: SamplingConfig = SamplingConfig(),
@@ -97,19 +91,19 @@ def generate(
       target: the model whose text this is.
       draft: an EAGLE head or another Draft, or None for plain decoding (`tree` is then ignored). All give the same
         tokens, or samples of the same distribution.
-      tokens: [B, P] int32 prompts, right-padded.
-      lengths: [B] int32, 1 to P.
-      key: one typed key (row i has fold_in(key, i)) or [B] keys, one a row; not needed by greedy decoding. A row's
+      tokens: prompts, right-padded.
+      lengths: of the prompts, 1 to their width.
+      key: one typed key (row i has fold_in(key, i)) or keys, one a row; not needed by greedy decoding. A row's
         result depends on the row and its own key alone: not on its neighbours, nor on the batch.
       tree: how the draft's tree grows: a TreeConfig, a StaticTree or another TreePolicy; static. Drafts with a shape of
         their own ignore it.
-      sampling: numbers for the whole batch, or [B], one a row; data, so that changing them compiles nothing.
+      sampling: numbers for the whole batch, or [batch], one a row; data, so that changing them compiles nothing.
       max_new_tokens: most new tokens a row; more than `capacity` mean as many as fit.
       stop_tokens: token ids that end a row; the stop token is kept. None are taken from a config: leave it empty
         to ignore the model's end of sequence.
-      capacity: most tokens (prompt + new) a row may hold, default P + max_new_tokens.
-      num_samples: rows a prompt, one after the other: B * num_samples in all, the prompt run once. Sample j of row i
-        has the key fold_in(row i's key, j).
+      capacity: most tokens (prompt + new) a row may hold, default the prompts' width + max_new_tokens.
+      num_samples: rows a prompt, one after the other: batch * num_samples in all, the prompt run once. Sample j of row
+        i has the key fold_in(row i's key, j).
       log_probs: whether to return the log-probabilities of the new tokens.
       accept_fn: an acceptance rule of your own (its contract is in tree/accept.py); static.
     Returns:
@@ -140,7 +134,7 @@ def generate(
 STATIC = ("tree", "max_new_tokens", "capacity", "num_samples", "log_probs", "accept_fn")
 
 
-def _program(sampling: SamplingConfig, key: jax.Array | None) -> dict[str, Any]:
+def _program(sampling: SamplingConfig, key: Array | None) -> dict[str, Any]:
     """Arguments that name the greedy program, or the sampled one with its numbers as data."""
     return {} if sampling.greedy else {"sampling": sampling, "key": key}
 
@@ -169,9 +163,9 @@ def _generate(target, draft, tokens, lengths, *, tree, accept_fn, **options) -> 
 def stream(
     target: Target,
     draft: Draft | None,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    key: jax.Array | None = None,
+    tokens: Int[ArrayLike, "batch prompt"],
+    lengths: Int[ArrayLike, " batch"],
+    key: Key[Array, ""] | Key[Array, " batch"] | None = None,
     *,
     tree: TreePolicy = TreeConfig(),
     sampling: SamplingConfig = SamplingConfig(),
@@ -247,7 +241,7 @@ def _continue(target, draft, state, *, tree, cycles, accept_fn) -> tuple[DecodeS
 
 
 def _run_cycles(target, draft, state, before, first, tree, cycles, accept_fn) -> tuple[DecodeState, Chunk]:
-    """Runs up to `cycles` cycles. The chunk holds what follows `before` [B] tokens, `first` of it from before them."""
+    """Runs up to `cycles` cycles. The chunk holds what follows `before` tokens, `first` of it from before them."""
     _, state = jax.lax.while_loop(
         lambda carry: (carry[0] < cycles) & ~carry[1].done.all(),
         lambda carry: (carry[0] + 1, step(target, draft, carry[1], tree=tree, accept_fn=accept_fn).state),
@@ -257,8 +251,8 @@ def _run_cycles(target, draft, state, before, first, tree, cycles, accept_fn) ->
     return constrain(state, target), constrain(_chunk(state, before, width), target)
 
 
-def _chunk(state: DecodeState, before: jax.Array, width: int) -> Chunk:
-    """The tokens that rows gained since they had `before` [B] of them, at most `width` each."""
+def _chunk(state: DecodeState, before: Int[Array, " batch"], width: int) -> Chunk:
+    """The tokens that rows gained since they had `before` of them, at most `width` each."""
     counts = state.lengths - before
     index = jnp.arange(width, dtype=jnp.int32)[None]
     places = jnp.minimum(before[:, None] + index, state.tokens.shape[1] - 1)
@@ -272,14 +266,19 @@ def _chunk(state: DecodeState, before: jax.Array, width: int) -> Chunk:
 
 @functools.partial(jax.jit, static_argnames="tree")
 def propose(
-    target: Target, draft: Draft, tokens: jax.Array, lengths: jax.Array, *, tree: TreePolicy = TreeConfig()
+    target: Target,
+    draft: Draft,
+    tokens: Int[Array, "batch prompt"],
+    lengths: Int[Array, " batch"],
+    *,
+    tree: TreePolicy = TreeConfig(),
 ) -> Tree:
     """The first draft tree after each prompt; its root is the target's own next token.
 
     Args:
       tokens, lengths: as in `generate`.
     Returns:
-      Tree of [B, N] fields; N = tree.num_nodes, unless the draft has a shape of its own.
+      Tree of tree.num_nodes nodes, unless the draft has a shape of its own.
     """
     draft = as_draft(target, draft)
     state = prefill(target, draft, tokens, lengths, max_new_tokens=1, tree=tree)
@@ -288,15 +287,18 @@ def propose(
 
 @jax.jit
 def forward(
-    target: Target, tokens: jax.Array, lengths: jax.Array, draft: EagleDraft | None = None
-) -> tuple[jax.Array, jax.Array]:
+    target: Target,
+    tokens: Int[Array, "batch prompt"],
+    lengths: Int[Array, " batch"],
+    draft: EagleDraft | None = None,
+) -> tuple[Float32[Array, "batch prompt vocab"], Float[Array, "batch prompt features"]]:
     """One causal pass of the target over whole prompts.
 
     Args:
       tokens, lengths: as in `generate`; values past a row's length mean nothing.
       draft: whose features to return; None stands for an EAGLE-3 head with the official taps.
     Returns:
-      logits [B, P, V] float32, and features: [B, P, 3 * D] taps (EAGLE-3) or [B, P, D] after the final norm.
+      logits, and features: three taps side by side (EAGLE-3), or the hidden states after the final norm (EAGLE-1).
     """
     check_head(draft)
     positions, mask = _causal(tokens)
@@ -309,12 +311,16 @@ def forward(
 
 @jax.jit
 def draft_forward(
-    draft: EagleDraft, target: Target, features: jax.Array, tokens: jax.Array, lengths: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """One causal pass of the draft over pairs: features [B, P, F] with the tokens [B, P] that follow them.
+    draft: EagleDraft,
+    target: Target,
+    features: Float[Array, "batch prompt features"],
+    tokens: Int[Array, "batch prompt"],
+    lengths: Int[Array, " batch"],
+) -> tuple[Float[Array, "batch prompt hidden"], Float32[Array, "batch prompt draft_vocab"]]:
+    """One causal pass of the draft over pairs: features with the tokens that follow them.
 
     Returns:
-      hidden [B, P, D], before the head's final norm, and draft logits [B, P, Vd] float32.
+      hidden states, before the head's final norm, and draft logits.
     """
     check_head(draft)
     positions, mask = _causal(tokens)
@@ -332,7 +338,9 @@ def check_head(draft: Any) -> None:
         raise ValueError(f"draft must be an EAGLE head (Eagle1Draft, Eagle3Draft), got {shown(draft)}")
 
 
-def _causal(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _causal(
+    tokens: Int[Array, "batch prompt"],
+) -> tuple[Int[Array, "batch prompt"], Bool[Array, "batch prompt prompt"]]:
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
     return positions, jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
@@ -349,7 +357,7 @@ def check_arguments(
     capacity: int | None,
     tree: TreePolicy,
     num_samples: int = 1,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Int32[Array, "batch prompt"], Int32[Array, " batch"]]:
     """tokens and lengths as int32 arrays. Raises ValueError naming the argument, its value and the allowed range."""
     check_models(target, draft)
     vocab = target.config.vocab_size

@@ -1,18 +1,19 @@
 """Keys: which typed key each sequence, each of its tokens and each of a draft's own draws has.
 
 Texts per seed are a promise: a change here changes every sampled text.
-
-Letters: B batch, T next tokens.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
 
 
-def row_keys(key: jax.Array | None, batch: int, samples: int = 1) -> jax.Array:
-    """The keys [B * samples] of the rows: fold_in(key, i) of one key, or [B] keys as they are.
+def row_keys(
+    key: Key[Array, ""] | Key[Array, " batch"] | None, batch: int, samples: int = 1
+) -> Key[Array, " {batch*samples}"]:
+    """The keys of the rows: fold_in(key, i) of one key, or keys, one a row, as they are.
 
     Of several samples, sample j of row i has fold_in(key of row i, j).
     """
@@ -29,24 +30,24 @@ def row_keys(key: jax.Array | None, batch: int, samples: int = 1) -> jax.Array:
     return keys
 
 
-def token_keys(keys: jax.Array, lengths: jax.Array, count: int) -> jax.Array:
-    """Keys [B, count] of the next tokens: the token at index n of a sequence has fold_in(the sequence's key, n).
+def token_keys(keys: Key[Array, " batch"], lengths: Int[Array, " batch"], count: int) -> Key[Array, "batch {count}"]:
+    """Keys of the next tokens: the token at index n of a sequence has fold_in(the sequence's key, n).
 
     A draw therefore depends on the sequence's key and the token's index alone: not on other sequences, on chunks, or on
     how many cycles the text before took.
 
     Args:
-      keys: [B], of the sequences. lengths: [B], tokens so far.
+      keys: of the sequences. lengths: tokens so far.
     """
     index = lengths[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
     return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(keys, index)
 
 
-def draft_keys(keys: jax.Array, lengths: jax.Array, count: int) -> jax.Array:
-    """Keys [B, count] for a draft's own draws in this cycle, independent of every key that chooses tokens.
+def draft_keys(keys: Key[Array, " batch"], lengths: Int[Array, " batch"], count: int) -> Key[Array, "batch {count}"]:
+    """Keys for a draft's own draws in this cycle, independent of every key that chooses tokens.
 
     Args:
-      keys: [B], of the sequences. lengths: [B], tokens so far.
+      keys: of the sequences. lengths: tokens so far.
     """
     fold_in = jax.random.fold_in
 

@@ -1,7 +1,5 @@
 """Sampling: from the target's logits to the distribution of the next token.
 
-Letters: B batch, V vocabulary; `...` any axes between (the nodes of a tree).
-
 The order is Hugging Face's: logit bias, repetition penalty, temperature, top-k, top-p, min-p. Every number is data,
 one for the whole batch or one a row, so that changing any of them never compiles another program.
 """
@@ -16,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Num
 
 from eagle_jax.tree.accept import argmax
 
@@ -34,7 +33,7 @@ RANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """Controls of sampling, as in `transformers.generate`. A pytree; a field is one number, or [B], one a row.
+    """Controls of sampling, as in `transformers.generate`. A pytree; a field is one number, or [batch], one a row.
 
     temperature: 0 is greedy: the token of the largest logit, the first of equals. A Python 0, without a penalty or a
       bias, selects the greedy program, which computes no probabilities and needs no key. In an array, 0 makes its row
@@ -45,7 +44,7 @@ class SamplingConfig:
     min_p: keep tokens at least min_p times as probable as the most probable one; 0 keeps all.
     repetition_penalty: divide positive and multiply negative logits of tokens that occurred (in the prompt, the
       text, and a tree node's own ancestors) by this; 1 changes nothing.
-    logit_bias: [V] or [B, V], added to the logits; -inf forbids a token. None for none.
+    logit_bias: [vocab] or [batch, vocab], added to the logits; -inf forbids a token. None for none.
     coupled: let the draft and the target share their random numbers (see `tree.accept_coupled`): the same
       distribution, with more draft tokens accepted. Part of the program, not data.
 
@@ -90,7 +89,7 @@ class SamplingConfig:
             raise ValueError("sampling.logit_bias must be finite, or -inf to forbid a token; it holds NaN or +inf")
 
     def rows(self, batch: int) -> SamplingConfig:
-        """The same as arrays, a value a row: [B] float32 (top_k int32), the bias [B, V]."""
+        """The same as arrays, a value a row: [batch] float32 (top_k int32), the bias [batch, vocab]."""
 
         def row(value, dtype):
             return jnp.broadcast_to(jnp.asarray(value, dtype), (batch,))
@@ -117,23 +116,28 @@ def _check_range(name: str, value: Any) -> None:
 
 
 def probabilities(
-    logits: jax.Array, sampling: SamplingConfig, seen: jax.Array | Callable[[], jax.Array] | None = None
-) -> jax.Array:
-    """The distribution of the next token: softmax of `process`, [..., V] float32."""
+    logits: Float[Array, "*batch vocab"],
+    sampling: SamplingConfig,
+    seen: Bool[Array, "#*batch vocab"] | Callable[[], Bool[Array, "#*batch vocab"]] | None = None,
+) -> Float32[Array, "*batch vocab"]:
+    """The distribution of the next token: softmax of `process`."""
     return jax.nn.softmax(process(logits, sampling, seen), axis=-1)
 
 
 def process(
-    logits: jax.Array, sampling: SamplingConfig, seen: jax.Array | Callable[[], jax.Array] | None = None
-) -> jax.Array:
+    logits: Float[Array, "*batch vocab"],
+    sampling: SamplingConfig,
+    seen: Bool[Array, "#*batch vocab"] | Callable[[], Bool[Array, "#*batch vocab"]] | None = None,
+) -> Float32[Array, "*batch vocab"]:
     """Logits whose softmax is the distribution of the next token: 0 and -inf where the temperature is 0.
 
     Args:
-      logits: [..., V], or [B, ..., V] where a field of `sampling` is [B].
-      seen: [..., V] bool, the tokens that repetition_penalty applies to, or a function that makes it, called only
-        where a penalty is set; None: no token.
+      logits: the batch is the first axis where a field of `sampling` is [batch]; others may follow, such as the nodes
+        of a tree.
+      seen: the tokens that repetition_penalty applies to, or a function that makes it, called only where a penalty is
+        set; None: no token.
     Returns:
-      [..., V] float32. NaN logits, or a bias that forbids every token, give NaN.
+      NaN for NaN logits, and where a bias forbids every token.
     """
     logits = logits.astype(jnp.float32)
     if sampling.logit_bias is not None:
@@ -151,8 +155,8 @@ def process(
     return warp(logits, sampling)
 
 
-def warp(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
-    """The part of `process` that looks at one distribution alone: temperature, top-k, top-p, min-p. float32."""
+def warp(logits: Float[Array, "*batch vocab"], sampling: SamplingConfig) -> Float[Array, "*batch vocab"]:
+    """The part of `process` that looks at one distribution alone: temperature, top-k, top-p, min-p."""
     temperature, top_k, top_p, min_p = (
         _beside(value, logits) for value in (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     )
@@ -176,23 +180,27 @@ def warp(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
     return jnp.where(temperature > 0, warm, cold)
 
 
-def _one_hot_logits(logits: jax.Array, top: jax.Array) -> jax.Array:
+def _one_hot_logits(
+    logits: Float[Array, "*batch vocab"], top: Float[Array, "*batch 1"]
+) -> Float[Array, "*batch vocab"]:
     """0 at the first largest logit, -inf elsewhere; NaN where there is none."""
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     first = argmax(logits)[..., None]
     return jnp.where(jnp.isfinite(top), jnp.where(index == first, np.float32(0), -jnp.inf), jnp.nan)
 
 
-def _kept(values: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
-    """Where the weights of strictly larger values sum to less than `limit`: [..., V] bool.
+def _kept(
+    values: Float32[Array, "*batch vocab"], weights: Float[Array, "*batch vocab"], limit: Float[Array, "#*batch 1"]
+) -> Bool[Array, "*batch vocab"]:
+    """Where the weights of strictly larger values sum to less than `limit`.
 
     With weights of 1 and a limit of k: the k largest. With probabilities and top_p: the nucleus. No sort: bisection on
     the bits of a float, which ordered as integers are ordered as floats, takes 32 sums and no memory.
 
     Args:
-      values: [..., V] float32, no NaN.
-      weights: [..., V], not negative.
-      limit: [..., 1], above 0, or of shape 1 where the values are longer.
+      values: no NaN.
+      weights: not negative.
+      limit: above 0.
     """
     bits = jnp.where(values == 0, 0, jax.lax.bitcast_convert_type(values, jnp.int32))  # -0.0 is 0.0
     order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
@@ -209,13 +217,17 @@ def _kept(values: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
     return order >= jax.lax.fori_loop(0, 32, halve, bounds)[1]
 
 
-def _beside(value: Any, logits: jax.Array) -> jax.Array:
-    """A number or [B] in the rank of logits [B, ..., V]."""
+def _beside(value: Any, logits: Float[Array, "*batch vocab"]) -> Num[Array, " ..."]:
+    """A number or [batch] in the rank of the logits."""
     value = jnp.asarray(value)
     value = value.astype(jnp.int32 if jnp.issubdtype(value.dtype, jnp.integer) else jnp.float32)
     return value.reshape(value.shape + (1,) * (logits.ndim - value.ndim))
 
 
-def _if(condition: jax.Array, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+def _if(
+    condition: Bool[Array, ""],
+    change: Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]],
+    x: Float[Array, "*shape"],
+) -> Float[Array, "*shape"]:
     """`change(x)` where the condition holds, at no cost where it does not."""
     return jax.lax.cond(condition, change, lambda x: x, x)

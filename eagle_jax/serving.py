@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
 from eagle_jax.api import Chunk
 from eagle_jax.api import advance as advance_state
@@ -42,7 +43,7 @@ class Request:
     """A prompt to continue.
 
     prompt: token ids, 1 to capacity - 1 of them.
-    key: typed; the token at index n is drawn with fold_in(key, n). A greedy batch needs none.
+    key: the token at index n is drawn with fold_in(key, n). A greedy batch needs none.
     max_new_tokens: None for as many as the capacity leaves.
     sampling: with one number a field; None for the batch's.
     stop_tokens: ids that end this answer, besides the batch's.
@@ -52,7 +53,7 @@ class Request:
     """
 
     prompt: Sequence[int]
-    key: jax.Array | None = None
+    key: Key[Array, ""] | None = None
     max_new_tokens: int | None = None
     sampling: SamplingConfig | None = None
     stop_tokens: Sequence[int] = ()
@@ -231,7 +232,7 @@ class RunningBatch:
         """Runs new prompts and up to so many cycles, then calls each request's `on_tokens`.
 
         Returns:
-          The new tokens of all slots as NumPy arrays, tokens [slots, T]; those after an answer's end, too.
+          The new tokens of all slots as NumPy arrays; those after an answer's end, too.
         """
         chunk = self._run(cycles)
         for slot, growing in self._growing.items():

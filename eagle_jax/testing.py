@@ -1,12 +1,10 @@
 """Checks for people who write an acceptance rule or a draft of their own: is the text still the target's?
 
-    from eagle_jax.testing import assert_lossless
+from eagle_jax.testing import assert_lossless
 
-    assert_lossless(my_rule)                      # accept_fn(tree, logits, keys) -> Acceptance
-    assert_lossless(MyDraft())                    # a Draft
-    assert_lossless(my_greedy_rule, sampling=None)
-
-Letters: B batch, P padded prompt, V vocabulary.
+assert_lossless(my_rule)                      # accept_fn(tree, logits, keys) -> Acceptance
+assert_lossless(MyDraft())                    # a Draft
+assert_lossless(my_greedy_rule, sampling=None)
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from eagle_jax import sampling as processing
 from eagle_jax.api import forward, generate
@@ -176,8 +175,10 @@ def _texts(out: Any) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
-def _draw(run: Callable, target: Target, draft: Draft, sampling: SamplingConfig, draws: int, seed: int) -> np.ndarray:
-    """Returns the first new tokens [draws, ENUMERATED] after the first prompt, a key each."""
+def _draw(
+    run: Callable, target: Target, draft: Draft, sampling: SamplingConfig, draws: int, seed: int
+) -> Int[np.ndarray, "{draws} enumerated"]:
+    """Returns the first new tokens after the first prompt, a key each."""
     prompt, length = PROMPTS[:1], LENGTHS[:1]
 
     @jax.jit
@@ -191,11 +192,11 @@ def _draw(run: Callable, target: Target, draft: Draft, sampling: SamplingConfig,
     return np.asarray(tokens)
 
 
-def text_probabilities(target: Target, sampling: SamplingConfig) -> np.ndarray:
-    """Returns the probability of every text of three tokens after the first prompt, [V, V, V], by plain sampling."""
+def text_probabilities(target: Target, sampling: SamplingConfig) -> Float[np.ndarray, "vocab vocab vocab"]:
+    """Returns the probability of every text of three tokens after the first prompt, by plain sampling."""
     vocab, prompt = target.config.vocab_size, PROMPTS[0].tolist()
     tails = itertools.product(range(vocab), repeat=ENUMERATED - 1)
-    texts = jnp.array([[*prompt, *tail] for tail in tails], jnp.int32)  # [V * V, P + 2]
+    texts = jnp.array([[*prompt, *tail] for tail in tails], jnp.int32)
     logits, _ = forward(target, texts, jnp.full(len(texts), texts.shape[1], jnp.int32))
     seen = jnp.cumsum(jax.nn.one_hot(texts, vocab), axis=1) > 0
     last = slice(len(prompt) - 1, None)
@@ -204,8 +205,10 @@ def text_probabilities(target: Target, sampling: SamplingConfig) -> np.ndarray:
     return first[0, 0][:, None, None] * second[:, 0][:, :, None] * third
 
 
-def _check_distribution(drawn: np.ndarray, joint: np.ndarray, false_alarm: float) -> float:
-    """Raises AssertionError if texts [draws, 3] are not drawn from joint [V, V, V]; returns Pearson's p-value."""
+def _check_distribution(
+    drawn: Int[np.ndarray, "draws enumerated"], joint: Float[np.ndarray, "vocab vocab vocab"], false_alarm: float
+) -> float:
+    """Raises AssertionError if the texts are not drawn from the joint distribution; returns Pearson's p-value."""
     from scipy.special import chdtrc  # of a package that JAX needs itself
 
     observed = np.zeros_like(joint)

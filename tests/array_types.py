@@ -14,7 +14,19 @@ try:
 except ImportError:  # on a machine with a GPU, set up for nothing but decoding
     beartype = None  # type: ignore[assignment]
 
-ROOMS = ("eagle_jax.tree",)
+ROOMS = (
+    "eagle_jax.tree",
+    "eagle_jax.drafts",
+    "eagle_jax.decode",
+    "eagle_jax.keys",
+    "eagle_jax.sampling",
+    "eagle_jax.api",
+    "eagle_jax.serving",
+    "eagle_jax.testing",
+)
+
+# Public functions that refuse wrong arguments in words of their own.
+DOORS = {"eagle_jax.api.generate", "eagle_jax.api.stream", "eagle_jax.decode.insert.insert"}
 
 F = TypeVar("F", bound=Callable)
 
@@ -26,12 +38,16 @@ def check_rooms() -> None:
 
 
 def check(function: F) -> F:
-    """Checks arguments and result of a function whose annotations state a shape.
+    """Checks the arguments and the result whose annotations state a shape; the other annotations are mypy's.
 
     Constructors are not checked: JAX rebuilds pytrees with None, shardings or markers in place of arrays.
     """
-    stated = any(_states_shape(hint) for hint in function.__annotations__.values())
-    return beartype.beartype(function) if stated and function.__name__ != "__init__" else function
+    name = f"{function.__module__}.{function.__qualname__}"
+    shapes = {name: hint for name, hint in function.__annotations__.items() if _states_shape(hint)}
+    if not shapes or name in DOORS or name.endswith(".__init__"):
+        return function
+    function.__annotations__ = shapes
+    return beartype.beartype(function)
 
 
 def _states_shape(hint: Any) -> bool:

@@ -230,6 +230,7 @@ def test_what_is_no_draft_is_refused_in_a_few_words(case):
     """Whatever it holds: a model's repr is its weights."""
     target, draft, tokens, lengths, _ = case
     state = jax.eval_shape(functools.partial(eagle_jax.prefill, max_new_tokens=NEW), target, None, tokens, lengths)
+    features = jnp.zeros((*tokens.shape, 3 * target.config.hidden_size))
     wrap = r"draft is a Llama; to draft with a smaller model, wrap it: eagle_jax.DraftModel\(draft\)"
     for function, message in (
         (lambda: eagle_jax.generate(target, target, tokens, lengths), wrap),
@@ -239,7 +240,7 @@ def test_what_is_no_draft_is_refused_in_a_few_words(case):
         (lambda: eagle_jax.propose(target, target, tokens, lengths), wrap),
         (lambda: jax.eval_shape(eagle_jax.cycle, target, target, state), wrap),
         (lambda: eagle_jax.forward(target, tokens, lengths, target), "must be an EAGLE head.*, got a Llama"),
-        (lambda: eagle_jax.draft_forward(target, target, tokens, tokens, lengths), "must be an EAGLE head"),
+        (lambda: eagle_jax.draft_forward(target, target, features, tokens, lengths), "must be an EAGLE head"),
         (
             lambda: eagle_jax.generate(draft, target, tokens, lengths),
             "target is a draft, a Eagle3Draft; pass the target",

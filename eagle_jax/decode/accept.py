@@ -1,7 +1,4 @@
-"""Choosing tokens: from the target's logits at every node of a tree to the tokens that the text gains.
-
-Letters: B batch, N nodes, D tree depth, W columns of the token buffer, V vocabulary.
-"""
+"""Choosing tokens: from the target's logits at every node of a tree to the tokens that the text gains."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from eagle_jax.drafts.protocol import Context, Proposal
 from eagle_jax.keys import token_keys
@@ -29,35 +27,35 @@ class Chosen(NamedTuple):
     """What a cycle chose.
 
     acceptance: the rule's decision; its bonus is the last token.
-    path: [B, D + 1] int32, the accepted nodes, padded with the root.
-    tokens: [B, D + 1] int32, the accepted tokens, then the bonus.
-    finite: [B] int32, how many of these come from finite logits.
-    log_probs: [B, D + 1] float32 of the tokens, under the target's own distribution; None if they are not kept.
+    path: the accepted nodes, padded with the root.
+    tokens: the accepted tokens, then the bonus.
+    finite: how many of these come from finite logits.
+    log_probs: of the tokens, under the target's own distribution; None if they are not kept.
     """
 
     acceptance: Acceptance
-    path: jax.Array
-    tokens: jax.Array
-    finite: jax.Array
-    log_probs: jax.Array | None
+    path: Int32[Array, "batch path"]
+    tokens: Int32[Array, "batch path"]
+    finite: Int32[Array, " batch"]
+    log_probs: Float32[Array, "batch path"] | None
 
 
 @jax.named_scope("accept")
 def accept(
     context: Context,
     proposal: Proposal,
-    logits: jax.Array,
+    logits: Float[Array, "batch nodes vocab"],
     accept_fn: AcceptFn | None = None,
     *,
     depth: int = 0,
     log_probs: bool = False,
 ) -> Chosen:
-    """Applies the acceptance rule to the target's logits [B, N, V] after every node.
+    """Applies the acceptance rule to the target's logits after every node.
 
     Args:
       context: what the tree was drafted from; with coupled sampling its noise decides.
       accept_fn: the caller's rule; by default greedy, `accept_sampled` or `accept_coupled`, as the sampling says.
-      depth: D, of the tree.
+      depth: of the tree.
       log_probs: whether to compute the log-probabilities of the tokens.
     """
     nodes, sampling, processed = proposal.tree, context.sampling, logits
@@ -79,7 +77,7 @@ def accept(
     path = jnp.maximum(acceptance.path[:, : depth + 1], 0)  # padded with the root: a valid row, masked by length
     drafted = jnp.take_along_axis(nodes.tokens, path, axis=1)[:, 1:]
     last = jnp.zeros_like(acceptance.bonus)[:, None]
-    tokens = jnp.concatenate([drafted, last], axis=1)  # [B, D + 1]
+    tokens = jnp.concatenate([drafted, last], axis=1)
     is_bonus = jnp.arange(depth + 1, dtype=jnp.int32)[None] == acceptance.length[:, None]
     tokens = jnp.where(is_bonus, acceptance.bonus[:, None], tokens)
 
@@ -103,19 +101,19 @@ def asks_for(accept_fn: AcceptFn, argument: str) -> bool:
         return False
 
 
-def seen_tokens(context: Context, nodes: Tree, vocab_size: int) -> jax.Array:
-    """[B, N, V] bool: the tokens that a node's text holds: the row's own, its ancestors', and itself."""
+def seen_tokens(context: Context, nodes: Tree, vocab_size: int) -> Bool[Array, "batch nodes {vocab_size}"]:
+    """The tokens that a node's text holds: the row's own, its ancestors', and itself."""
     batch, count = nodes.tokens.shape
     written = jnp.arange(context.tokens.shape[1], dtype=jnp.int32)[None] < context.lengths[:, None]
     row, node = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.arange(count, dtype=jnp.int32)[None, :, None]
     in_text = jnp.zeros((batch, vocab_size), bool)
     in_text = in_text.at[row, jnp.where(written, context.tokens, vocab_size)].set(True, mode="drop")
     on_path = jnp.zeros((batch, count, vocab_size), bool)
-    ids = jnp.where(nodes.ancestors(), nodes.tokens[:, None, :], vocab_size)  # [B, N, N]
+    ids = jnp.where(nodes.ancestors(), nodes.tokens[:, None, :], vocab_size)  # [batch, nodes, nodes]
     on_path = on_path.at[row[:, :, None], node, ids].set(True, mode="drop")
     return in_text[:, None] | on_path
 
 
-def _leading(flags: jax.Array) -> jax.Array:
-    """[B, T] bool -> [B]: how many are True before the first False."""
+def _leading(flags: Bool[Array, "batch path"]) -> Int32[Array, " batch"]:
+    """How many flags of each row are True before the first False."""
     return jnp.cumprod(flags.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)

@@ -1,7 +1,4 @@
-"""Commit: what was accepted enters the state, all in one place; then the draft's memory is updated.
-
-Letters: B batch, N nodes, D tree depth, W columns of the token buffer, V vocabulary.
-"""
+"""Commit: what was accepted enters the state, all in one place; then the draft's memory is updated."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from eagle_jax.decode.accept import Chosen
 from eagle_jax.decode.state import DecodeState
@@ -47,10 +45,10 @@ def newly_committed(
     before: DecodeState,
     nodes: Tree,
     output: TargetOutput,
-    logits: jax.Array | None,
-    path: jax.Array,
-    tokens: jax.Array,
-    count: jax.Array,
+    logits: Float[Array, "batch nodes vocab"] | None,
+    path: Int[Array, "batch path"],
+    tokens: Int[Array, "batch path"],
+    count: Int[Array, " batch"],
 ) -> Committed:
     """The positions that a commit added, for the draft to learn from.
 
@@ -58,8 +56,8 @@ def newly_committed(
       before: the state before the commit.
       nodes: the verified tree; for a prompt's first token the root alone.
       output, logits: the target's, at every node; logits are None for a prompt's first token.
-      path: [B, D + 1] the accepted nodes, padded with the root.
-      tokens: [B, D + 1] the accepted tokens, then the bonus; the first `count` [B] are new.
+      path: the accepted nodes, padded with the root.
+      tokens: the accepted tokens, then the bonus; the first `count` are new.
     """
 
     def on_path(values):
@@ -86,14 +84,18 @@ def update(target: Target, draft: Draft, state: DecodeState, committed: Committe
 
 
 def _append(
-    state: DecodeState, new: jax.Array, count: jax.Array, finite: jax.Array, log_probs: jax.Array | None
+    state: DecodeState,
+    new: Int[Array, "batch path"],
+    count: Int[Array, " batch"],
+    finite: Int[Array, " batch"],
+    log_probs: Float[Array, "batch path"] | None,
 ) -> DecodeState:
-    """Appends the first `count` [B] of the tokens new [B, T], up to a stop token, the limit, or broken logits.
+    """Appends the first `count` of the new tokens, up to a stop token, the limit, or broken logits.
 
     Args:
       count: all but the last of them are accepted draft tokens.
-      finite: [B] how many of the new tokens come from finite logits.
-      log_probs: [B, T] of the new tokens, if the state keeps them.
+      finite: how many of the new tokens come from finite logits.
+      log_probs: of the new tokens, if the state keeps them.
     """
     index = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
     stops = jnp.any(new[:, :, None] == state.stop_tokens[None, None], axis=-1)

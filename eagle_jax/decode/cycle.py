@@ -1,12 +1,10 @@
 """The cycle: one step of speculative decoding. Plain decoding is the same code with a tree of the root alone.
 
-Letters: B batch, D tree depth, N nodes, V vocabulary.
-
-    propose  the draft guesses a tree of next tokens
-    verify   the target runs its N nodes in one pass under the tree's ancestor mask
-    accept   the deepest path that the target agrees with, and the target's own next token (the bonus)
-    commit   the accepted keys and values enter the target's cache, the tokens are appended
-    update   the draft learns what the text gained, ready for its next tree
+propose  the draft guesses a tree of next tokens
+verify   the target runs its N nodes in one pass under the tree's ancestor mask
+accept   the deepest path that the target agrees with, and the target's own next token (the bonus)
+commit   the accepted keys and values enter the target's cache, the tokens are appended
+update   the draft learns what the text gained, ready for its next tree
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from eagle_jax.decode.accept import accept, asks_for
 from eagle_jax.decode.commit import commit, newly_committed, update
@@ -43,7 +42,7 @@ def cycle(
     tree: TreePolicy = TreeConfig(),
     accept_fn: AcceptFn | None = None,
 ) -> DecodeState:
-    """One speculative step for every row: 1 to D + 1 new tokens each. Rows that are done do not change.
+    """One speculative step for every row: 1 to depth + 1 new tokens each. Rows that are done do not change.
 
     With draft=None one plain decoding step; `tree` is then ignored. Prompts that `insert` left are run first.
 
@@ -95,8 +94,10 @@ def propose(target: Target, draft: Draft, context: Context, tree: TreePolicy) ->
 
 
 @jax.named_scope("verify")
-def verify(target: Target, draft: Draft | None, state: DecodeState, nodes: Tree) -> tuple[TargetOutput, jax.Array]:
-    """The target's pass over the nodes of a tree, and its logits [B, N, V] after each."""
+def verify(
+    target: Target, draft: Draft | None, state: DecodeState, nodes: Tree
+) -> tuple[TargetOutput, Float[Array, "batch nodes vocab"]]:
+    """The target's pass over the nodes of a tree, and its logits after each."""
     output = target(
         nodes.tokens,
         state.root_position[:, None] + nodes.depths,

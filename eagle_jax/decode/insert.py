@@ -1,7 +1,4 @@
-"""A prompt in a running batch: insert writes it into the state, and the next cycle runs it.
-
-Letters: B batch, P padded prompt, W columns of the token buffer.
-"""
+"""A prompt in a running batch: insert writes it into the state, and the next cycle runs it."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Int, Key
 
 from eagle_jax.decode.prefill import PREFILL_CHUNK, choose_first, run_prompts
 from eagle_jax.decode.state import DecodeState, check_memory, put_row, take_row
@@ -26,12 +24,12 @@ CPU_PENDING_CHUNK = 32
 
 def insert(
     state: DecodeState,
-    row: int | jax.Array,
-    tokens: jax.Array,
-    length: int | jax.Array,
-    key: jax.Array | None = None,
+    row: int | Int[ArrayLike, ""],
+    tokens: Int[ArrayLike, " prompt"],
+    length: int | Int[ArrayLike, ""],
+    key: Key[Array, ""] | None = None,
     *,
-    max_new_tokens: int | jax.Array | None = None,
+    max_new_tokens: int | Int[ArrayLike, ""] | None = None,
     sampling: SamplingConfig | None = None,
     reuse: bool = False,
 ) -> DecodeState:
@@ -41,9 +39,9 @@ def insert(
     text is that of `generate` with the same prompt and key, alone or in any batch.
 
     Args:
-      row: 0 to B - 1; not checked in a trace.
-      tokens: [P], right-padded; P as for `prefill` best one of a few widths, each its own program.
-      length: tokens of the prompt, 1 to P, and below the state's capacity.
+      row: which sequence; not checked in a trace.
+      tokens: right-padded, as for `prefill` best to one of a few widths, each its own program.
+      length: tokens of the prompt, at least 1, and below the state's capacity.
       key: the row's own typed key; None in a greedy state.
       max_new_tokens: default as many as the capacity leaves, and never more.
       sampling: of this row, with one number a field; default as before.
@@ -84,15 +82,19 @@ def insert(
     return constrain(put_row(state, jnp.asarray(row, jnp.int32), new), state.cache)
 
 
-def _padded(tokens: jax.Array, length: jax.Array, index: jax.Array) -> jax.Array:
-    """The prompt [W] int32 with zeros from its length on; index [W] counts from 0."""
+def _padded(
+    tokens: Int[Array, " prompt"], length: Int[Array, ""], index: Int[Array, " buffer"]
+) -> Int[Array, " buffer"]:
+    """The prompt with zeros from its length on; `index` counts from 0."""
     width = index.shape[0]
     row = jnp.zeros(max(width, tokens.shape[0]), jnp.int32).at[: tokens.shape[0]].set(tokens.astype(jnp.int32))[:width]
     return jnp.where(index < length, row, 0)
 
 
-def _reused(old: DecodeState, prompt: jax.Array, length: jax.Array, index: jax.Array) -> jax.Array:
-    """How many cached positions [1] of the old text hold for the prompt as well."""
+def _reused(
+    old: DecodeState, prompt: Int[Array, " buffer"], length: Int[Array, ""], index: Int[Array, " buffer"]
+) -> Int[Array, " 1"]:
+    """How many cached positions of the old text hold for the prompt as well."""
     # Position i of the draft's cache pairs feature i with token i + 1, so of n common tokens n - 1 positions are
     # kept; and the last token of the prompt is always run, for its logits.
     common = jax.lax.argmin(jnp.append((prompt == old.tokens[0]) & (index < length), False), 0, jnp.int32)
@@ -100,7 +102,7 @@ def _reused(old: DecodeState, prompt: jax.Array, length: jax.Array, index: jax.A
     return jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(kept, 0)).astype(jnp.int32)
 
 
-def _limit(length: jax.Array, max_new_tokens: int | jax.Array | None, room: int) -> jax.Array:
+def _limit(length: Int[Array, ""], max_new_tokens: int | Int[ArrayLike, ""] | None, room: int) -> Int[Array, ""]:
     """The length at which the sequence ends."""
     if max_new_tokens is None:
         return jnp.int32(room)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from eagle_jax.models.cache import ROW_TILE
 
@@ -45,8 +45,8 @@ class Plan:
         """Of the buffer that holds prompts and new tokens."""
         return self.width + self.max_new_tokens
 
-    def limits(self, lengths: jax.Array) -> jax.Array:
-        """Where sequences with prompts of these lengths [B] end."""
+    def limits(self, lengths: Int[Array, " batch"]) -> Int[Array, " batch"]:
+        """Where sequences with prompts of these lengths end."""
         return jnp.minimum(lengths + self.max_new_tokens, self.capacity)
 
 

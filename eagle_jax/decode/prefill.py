@@ -1,7 +1,4 @@
-"""Prompts of a new batch: pad makes arrays of them, prefill runs them.
-
-Letters: B batch, P padded prompt, W columns of the token buffer, C tokens of a chunk.
-"""
+"""Prompts of a new batch: pad makes arrays of them, prefill runs them."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32, Key
 
 from eagle_jax.decode.accept import accept
 from eagle_jax.decode.commit import commit, newly_committed, update
@@ -35,11 +33,13 @@ PREFILL_CHUNK = 256
 BUCKETS = tuple(2**n for n in range(5, 18))  # 32 to 131072
 
 
-def pad(prompts: Sequence[Sequence[int]], buckets: Sequence[int] = BUCKETS) -> tuple[jax.Array, jax.Array]:
-    """Lists of token ids as tokens [B, P] int32, right-padded, and lengths [B] int32, on the device.
+def pad(
+    prompts: Sequence[Sequence[int]], buckets: Sequence[int] = BUCKETS
+) -> tuple[Int32[Array, "batch prompt"], Int32[Array, " batch"]]:
+    """Lists of token ids as tokens, right-padded, and lengths, on the device.
 
     Args:
-      buckets: the widths to choose P from: the least that holds the longest prompt.
+      buckets: the widths to choose from: the least that holds the longest prompt.
     Raises:
       ValueError: for an empty prompt, and for one longer than the widest bucket.
     """
@@ -55,13 +55,13 @@ def pad(prompts: Sequence[Sequence[int]], buckets: Sequence[int] = BUCKETS) -> t
 def prefill(
     target: Target,
     draft: Draft | None,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    key: jax.Array | None = None,
+    tokens: Int[Array, "batch prompt"],
+    lengths: Int[ArrayLike, " batch"],
+    key: Key[Array, ""] | Key[Array, " batch"] | None = None,
     *,
     sampling: SamplingConfig = SamplingConfig(),
     max_new_tokens: int = 256,
-    stop_tokens: tuple[int, ...] | jax.Array = (),
+    stop_tokens: tuple[int, ...] | Int[ArrayLike, " stops"] = (),
     capacity: int | None = None,
     tree: TreePolicy | None = None,
     num_samples: int = 1,
@@ -71,19 +71,19 @@ def prefill(
     """Runs the prompts, in chunks, and chooses each row's first new token (the first root).
 
     Args:
-      tokens: [B, P] int32 prompts, right-padded.
-      lengths: [B] int32, at least 1.
-      key: one typed key (sequence i uses fold_in(key, i)), or [B] keys. The token at index n of a sequence is
+      tokens: prompts, right-padded.
+      lengths: at least 1.
+      key: one typed key (sequence i uses fold_in(key, i)), or one a row. The token at index n of a sequence is
         drawn with fold_in(its key, n). None where `sampling` is greedy.
       sampling: see `SamplingConfig`; kept in the state.
       max_new_tokens: most new tokens a row; more than `capacity` mean as many as fit.
-      capacity: the most tokens (prompt + new) a row may hold; default P + max_new_tokens.
+      capacity: the most tokens (prompt + new) a row may hold; default the prompts' width + max_new_tokens.
       tree: the deepest tree that `cycle` will be given; needed only beyond a depth of MIN_SCRATCH - 1.
       num_samples: rows a prompt, one after the other; sample j of row i has the key fold_in(row i's key, j).
       log_probs: whether the state keeps the log-probabilities of new tokens.
       chunk: most tokens of a prompt that one pass takes.
     Returns:
-      DecodeState of B * num_samples rows.
+      DecodeState of batch * num_samples rows.
     """
     batch, width = tokens.shape
     lengths = jnp.array(lengths, jnp.int32)  # a copy, so that donating the state spares the caller's
@@ -115,7 +115,11 @@ def prefill(
 
 
 def _with_prompts(
-    state: DecodeState, tokens: jax.Array, lengths: jax.Array, valid: jax.Array, sizes: Plan
+    state: DecodeState,
+    tokens: Int[Array, "batch prompt"],
+    lengths: Int[Array, " batch"],
+    valid: Bool[Array, " batch"],
+    sizes: Plan,
 ) -> DecodeState:
     """An empty state with prompts yet to be run."""
     return dataclasses.replace(
@@ -141,12 +145,12 @@ def reusable(target: Target, draft: Draft | None) -> bool:
 @jax.named_scope("prefill")
 def run_prompts(
     target: Target, draft: Draft, state: DecodeState, chunk: int
-) -> tuple[DecodeState, tuple[jax.Array, jax.Array | None]]:
+) -> tuple[DecodeState, tuple[Float[Array, "batch hidden"], Float[Array, "batch features"] | None]]:
     """Runs every row's tokens from its cache's length on, `chunk` of them a pass.
 
     Returns:
       The state with its cache and the draft's memory filled, and what the target's pass gave at each row's last token:
-      hidden [B, H] and the draft's taps [B, F], if it has any.
+      the hidden state, and the draft's taps, if it has any.
     """
     batch = state.tokens.shape[0]
     start, last = state.cache.length, state.lengths - 1
@@ -199,13 +203,16 @@ def run_prompts(
     return dataclasses.replace(state, cache=cache.with_length(state.lengths), memory=memory), at_last
 
 
-def _tokens_at(state: DecodeState, positions: jax.Array) -> jax.Array:
-    """The tokens [B, C] at positions [B, C]; beyond the buffer its last one."""
+def _tokens_at(state: DecodeState, positions: Int[Array, "batch new"]) -> Int[Array, "batch new"]:
+    """The tokens at these positions; beyond the buffer its last one."""
     return jnp.take_along_axis(state.tokens, jnp.clip(positions, 0, state.tokens.shape[1] - 1), axis=1)
 
 
 def choose_first(
-    target: Target, draft: Draft, state: DecodeState, at_last: tuple[jax.Array, jax.Array | None]
+    target: Target,
+    draft: Draft,
+    state: DecodeState,
+    at_last: tuple[Float[Array, "batch hidden"], Float[Array, "batch features"] | None],
 ) -> DecodeState:
     """Commits each row's first new token, as a cycle commits those of its tree."""
     hidden, taps = at_last

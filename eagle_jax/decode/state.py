@@ -1,7 +1,5 @@
 """DecodeState: everything a decoder keeps between cycles, a batch row each.
 
-Letters: B batch, T new tokens, W columns of the token buffer, V vocabulary.
-
 Between cycles a row of length n has n - 1 positions in both caches: its last token, the root of the next tree,
 is chosen but not yet run.
 """
@@ -16,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float32, Int, Int32, Key
 
 from eagle_jax.decode.plan import cache_positions, scratch_positions
 from eagle_jax.drafts.none import NoDraft, as_draft
@@ -39,41 +38,39 @@ class DecodeState:
 
     Every function returns a state of the structure that it was given, so a service compiles each program once.
 
-    tokens: [B, W] int32, each prompt, its new tokens, then zeros.
-    lengths: [B] int32, prompt and new tokens so far.
-    limits: [B] int32, the length at which a sequence ends.
-    done: [B] bool, whether it has ended.
-    failed: [B] bool, whether broken logits or an impossible prompt ended it.
-    cycles: [B] int32, target passes after the prefill.
-    accepted: [B, scratch] int32, how many cycles accepted 0, 1, ... draft tokens.
-    drafted: [B, W] bool, which tokens were accepted draft tokens.
-    log_probs: [B, W] float32 of the new tokens; None if they are not kept.
-    stop_tokens: [any number] int32.
-    prompt_lengths: [B] int32.
-    keys: [B] typed keys; None in the greedy program.
-    sampling: fields [B]; None in the greedy program.
+    tokens: each prompt, its new tokens, then zeros.
+    lengths: prompt and new tokens so far.
+    limits: the length at which a sequence ends.
+    done: whether it has ended.
+    failed: whether broken logits or an impossible prompt ended it.
+    cycles: target passes after the prefill.
+    accepted: how many cycles accepted 0, 1, ... draft tokens.
+    drafted: which tokens were accepted draft tokens.
+    log_probs: of the new tokens; None if they are not kept.
+    keys: None in the greedy program.
+    sampling: fields [batch]; None in the greedy program.
     cache: the target's.
     memory: the draft's; None in plain decoding.
-    pending: [B] bool, whether the prompt that `insert` left has yet to be run, by the next cycle.
+    pending: whether the prompt that `insert` left has yet to be run, by the next cycle.
     capacity: the most tokens of a sequence.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    limits: jax.Array
-    done: jax.Array
-    failed: jax.Array
-    cycles: jax.Array
-    accepted: jax.Array
-    drafted: jax.Array
-    log_probs: jax.Array | None
-    stop_tokens: jax.Array
-    prompt_lengths: jax.Array
-    keys: jax.Array | None
+    tokens: Int32[Array, "batch buffer"]
+    lengths: Int32[Array, " batch"]
+    limits: Int32[Array, " batch"]
+    done: Bool[Array, " batch"]
+    failed: Bool[Array, " batch"]
+    cycles: Int32[Array, " batch"]
+    accepted: Int32[Array, "batch scratch"]
+    drafted: Bool[Array, "batch buffer"]
+    log_probs: Float32[Array, "batch buffer"] | None
+    stop_tokens: Int32[Array, " stops"]
+    prompt_lengths: Int32[Array, " batch"]
+    keys: Key[Array, " batch"] | None
     sampling: SamplingConfig | None
     cache: KVCache
     memory: Any
-    pending: jax.Array
+    pending: Bool[Array, " batch"]
     capacity: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -82,13 +79,13 @@ class DecodeState:
         return self.accepted.shape[1] - 1
 
     @property
-    def root_position(self) -> jax.Array:
-        """[B] int32, where the root will be run: 0 in a sequence without tokens, which is done."""
+    def root_position(self) -> Int32[Array, " batch"]:
+        """Where the root will be run: 0 in a sequence without tokens, which is done."""
         return jnp.maximum(self.lengths - 1, 0)
 
     @property
-    def root(self) -> jax.Array:
-        """[B] int32, the last token of each sequence: chosen by the target, but not yet run."""
+    def root(self) -> Int32[Array, " batch"]:
+        """The last token of each sequence: chosen by the target, but not yet run."""
         return take_one(self.tokens, self.root_position)
 
     @property
@@ -104,7 +101,7 @@ def empty_state(
     capacity: int,
     *,
     sampling: SamplingConfig = SamplingConfig(),
-    stop_tokens: tuple[int, ...] | jax.Array = (),
+    stop_tokens: tuple[int, ...] | Int[ArrayLike, " stops"] = (),
     tree: TreePolicy | None = None,
     log_probs: bool = False,
     width: int | None = None,
@@ -203,7 +200,7 @@ def check_memory(state: DecodeState, draft: Draft) -> None:
         raise ValueError("the state was prefilled without a draft; pass the draft to prefill too")
 
 
-def map_rows(fn: Callable[..., jax.Array], state: DecodeState, *others: DecodeState) -> DecodeState:
+def map_rows(fn: Callable[..., Array], state: DecodeState, *others: DecodeState) -> DecodeState:
     """`fn` of every array that has a row for each sequence: all but stop_tokens."""
 
     def change(path, array, *rest):
@@ -212,12 +209,12 @@ def map_rows(fn: Callable[..., jax.Array], state: DecodeState, *others: DecodeSt
     return jax.tree_util.tree_map_with_path(change, state, *others)
 
 
-def take_row(state: DecodeState, row: int | jax.Array) -> DecodeState:
+def take_row(state: DecodeState, row: int | Int[ArrayLike, ""]) -> DecodeState:
     """The state of one row, as a batch of 1."""
     # A gather: on a sharded array dynamic_slice would all-gather the batch axis first.
     return map_rows(lambda x: jnp.take(x, jnp.asarray(row, jnp.int32)[None], axis=0, mode="clip"), state)
 
 
-def put_row(state: DecodeState, row: int | jax.Array, one: DecodeState) -> DecodeState:
+def put_row(state: DecodeState, row: int | Int[Array, ""], one: DecodeState) -> DecodeState:
     """The state with a batch of 1 in place of a row."""
     return map_rows(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=0), state, one)

@@ -1,8 +1,4 @@
-"""DraftModel: standard speculative decoding with a smaller model (arXiv 2211.17192, 2302.01318).
-
-Letters: B batch, T positions, N nodes, D tree depth, k nodes drafted at a time, K key-value heads, M scratch rows,
-V vocabulary, H width of the small model.
-"""
+"""DraftModel: standard speculative decoding with a smaller model (arXiv 2211.17192, 2302.01318)."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int
 
 from eagle_jax.drafts.noise import perturbed
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
@@ -30,10 +27,10 @@ from eagle_jax.tree.policy import NEVER
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelMemory:
-    """Cache of the whole text, the root included, and the small model's output at the root, hidden [B, H]."""
+    """Cache of the whole text, the root included, and the small model's output at the root."""
 
     cache: KVCache
-    hidden: jax.Array
+    hidden: Float[Array, "batch hidden"]
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +80,13 @@ class DraftModel(Draft):
             hidden=jnp.where((committed.count > 0)[:, None], take_one(out.hidden, committed.count), memory.hidden),
         )
 
-    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(
+        self,
+        target: Target,
+        context: Context,
+        tree: TreePolicy,
+        noise: Float[Array, "batch path vocab"] | None = None,
+    ) -> Proposal:
         memory: ModelMemory = context.memory
         past = memory.cache.with_length(context.lengths)
         root = context.root
@@ -123,9 +126,13 @@ class DraftModel(Draft):
 
 
 def _guesses(
-    depth: int | jax.Array, logits: jax.Array, sampling: SamplingConfig | None, noise: jax.Array | None, drawn: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Logits with their noise [B, T, V], and q: zeros in greedy sequences, [B, T, 0] where nothing is drawn."""
+    depth: int | Int[Array, ""],
+    logits: Float[Array, "batch width vocab"],
+    sampling: SamplingConfig | None,
+    noise: Float[Array, "batch path vocab"] | None,
+    drawn: bool,
+) -> tuple[Float[Array, "batch width vocab"], Float32[Array, "batch width vocab_or_0"]]:
+    """Logits with their noise, and q: zeros in greedy sequences, no entries where nothing is drawn."""
     nothing = jnp.zeros((*logits.shape[:2], 0), jnp.float32)
     if noise is None or sampling is None:
         return logits, nothing
@@ -137,8 +144,8 @@ def _guesses(
     return noisy, jnp.where(sampled, jax.nn.softmax(warped, axis=-1), 0)
 
 
-def _scored_at(tree: TreePolicy) -> np.ndarray | None:
-    """`FixedTreePolicy.scored_at` [N]; None if the tree's shape is not fixed.
+def _scored_at(tree: TreePolicy) -> Int[np.ndarray, " nodes"] | None:
+    """`FixedTreePolicy.scored_at`; None if the tree's shape is not fixed.
 
     Raises:
       ValueError: if it is none of this tree's.
@@ -155,14 +162,14 @@ def _scored_at(tree: TreePolicy) -> np.ndarray | None:
     return rows
 
 
-def _drawn(grown: Tree, row: np.ndarray, probs: jax.Array) -> Proposal:
+def _drawn(grown: Tree, row: Int[np.ndarray, " nodes"], probs: Float32[Array, "batch scored vocab"]) -> Proposal:
     """The proposal with q in place of perturbed scores; greedy rows, whose probs are zeros, keep theirs.
 
     Args:
-      row: [N], of `probs`, for each node.
-      probs: [B, 1 + L * k, V], at the root, and at the nodes of every step.
+      row: of `probs`, for each node.
+      probs: at the root, and at the nodes of every step.
     """
-    at_nodes = jnp.where((row >= 0)[None, :, None], probs[:, np.maximum(row, 0)], 0)  # [B, N, V]
+    at_nodes = jnp.where((row >= 0)[None, :, None], probs[:, np.maximum(row, 0)], 0)  # [batch, nodes, vocab]
     batch, nodes = grown.tokens.shape
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     own = jnp.log(at_nodes[rows, jnp.maximum(grown.parents, 0), grown.tokens])

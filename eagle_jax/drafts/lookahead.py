@@ -1,13 +1,11 @@
 """Lookahead decoding (Fu et al., arXiv 2402.02057): n-grams from Jacobi iteration, verified as they come up.
 
-Letters: B batch, N the n of the n-grams, W columns of the window, G guesses, R cycles remembered, V vocabulary.
+The window holds ngram - 1 levels of `window` guessed tokens: level l's column c guesses the token c + l places after
+the root, in the light of the levels below it. Every cycle runs it through the target together with the guesses; what
+the target says at its highest level completes an n-gram a column, which goes into the pool, and becomes the new highest
+level. The guesses are the n-grams of the pool that begin with the root's token.
 
-The window holds N - 1 levels of W guessed tokens: level l's column c guesses the token c + l places after the root, in
-the light of the levels below it. Every cycle runs it through the target together with the guesses; what the target says
-at its highest level completes an n-gram a column, which goes into the pool, and becomes the new highest level. The
-guesses are the n-grams of the pool that begin with the root's token.
-
-The window is a tree like any other, for N = 3 and W = 3, with x the root in column 0 of level 0:
+The window is a tree like any other, for n-grams of 3 and a window of 3, with x the root in column 0 of level 0:
 
     level 0    x - a - b         positions 0 1 2: each a child of the one before
     level 1    d   e   f         positions 1 2 3: each a child of the one above
@@ -23,6 +21,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.target import Target
@@ -35,11 +34,11 @@ NONE = -1  # in place of a token: none yet
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LookaheadMemory:
-    """window [B, N - 1, W]; pool [B, R, W, N]: n-grams by the cycle that made them, a ring; cycles [B] so far."""
+    """pool: n-grams by the cycle that made them, a ring. cycles: so far."""
 
-    window: jax.Array
-    pool: jax.Array
-    cycles: jax.Array
+    window: Int32[Array, "batch ngram-1 window"]
+    pool: Int32[Array, "batch remembered window ngram"]
+    cycles: Int32[Array, " batch"]
 
 
 @jax.tree_util.register_static
@@ -47,10 +46,10 @@ class LookaheadMemory:
 class Lookahead(Draft):
     """Drafts by n-grams that the target itself made in passing; no weights.
 
-    ngram: N, 2 or more. window: W columns. guesses: G n-grams verified a cycle, the latest ones first.
-    remembered: R, cycles whose n-grams are kept.
+    ngram: the n of the n-grams, 2 or more. window: columns. guesses: n-grams verified a cycle, the latest ones first.
+    remembered: cycles whose n-grams are kept.
 
-    The window begins with tokens of the prompt. A cycle runs 1 + (G + W) * (N - 1) - 1 nodes.
+    The window begins with tokens of the prompt. A cycle runs (guesses + window) * (ngram - 1) nodes.
     """
 
     window: int = 15
@@ -79,7 +78,13 @@ class Lookahead(Draft):
             cycles=jnp.zeros(batch, jnp.int32),
         )
 
-    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(
+        self,
+        target: Target,
+        context: Context,
+        tree: TreePolicy,
+        noise: Float[Array, "batch path vocab"] | None = None,
+    ) -> Proposal:
         memory: LookaheadMemory = context.memory
         batch, width = context.tokens.shape
         root = context.root
@@ -116,7 +121,7 @@ class Lookahead(Draft):
         top = argmax(logits[:, -self.window :])
         if self.ngram == 2:  # the root, in column 0, is the highest level's first node
             top = top.at[:, 0].set(argmax(logits[:, 0]))
-        ngrams = jnp.concatenate([window, top[:, None]], axis=1).swapaxes(1, 2)  # [B, W, N]
+        ngrams = jnp.concatenate([window, top[:, None]], axis=1).swapaxes(1, 2)  # [batch, window, ngram]
         pool = self._remember(memory, ngrams)
         alive = committed.count > 0
         higher = jnp.concatenate([window[:, 1:], top[:, None]], axis=1)
@@ -126,8 +131,10 @@ class Lookahead(Draft):
             cycles=memory.cycles + alive,
         )
 
-    def _guesses(self, memory: LookaheadMemory, root: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The latest n-grams that begin with root [B]: the tokens after it [B, G, N - 1], and which are there."""
+    def _guesses(
+        self, memory: LookaheadMemory, root: Int[Array, " batch"]
+    ) -> tuple[Int[Array, "batch chains length"], Bool[Array, "batch chains length"]]:
+        """The latest n-grams that begin with the root: the tokens after it, and which are there."""
         batch = root.shape[0]
         # The ring's next place holds the oldest n-grams.
         age = (jnp.arange(self.remembered, dtype=jnp.int32)[None] - memory.cycles[:, None]) % self.remembered
@@ -139,11 +146,13 @@ class Lookahead(Draft):
         there = jnp.broadcast_to((latest != NONE)[:, :, None], found.shape)
         return jnp.where(there, found, root[:, None, None]), there
 
-    def _remember(self, memory: LookaheadMemory, ngrams: jax.Array) -> jax.Array:
-        """The pool with the n-grams [B, W, N] of a cycle as its latest; those that it held already are moved there."""
-        held = (memory.pool[:, :, :, None] == ngrams[:, None, None]).all(axis=-1).any(axis=-1)  # [B, R, W]
+    def _remember(
+        self, memory: LookaheadMemory, ngrams: Int[Array, "batch window ngram"]
+    ) -> Int[Array, "batch remembered window ngram"]:
+        """The pool with the n-grams of a cycle as its latest; those that it held already are moved there."""
+        held = (memory.pool[:, :, :, None] == ngrams[:, None, None]).all(axis=-1).any(axis=-1)
         pool = jnp.where(held[..., None], NONE, memory.pool)
-        same = (ngrams[:, :, None] == ngrams[:, None]).all(axis=-1)  # [B, W, W]
+        same = (ngrams[:, :, None] == ngrams[:, None]).all(axis=-1)  # [batch, window, window]
         again = (same & ~jnp.tri(self.window, dtype=bool)[None]).any(axis=-1)  # a later column has it, too
         ngrams = jnp.where(again[..., None], NONE, ngrams)
         here = jnp.arange(self.remembered, dtype=jnp.int32)[None] == (memory.cycles % self.remembered)[:, None]

@@ -1,7 +1,5 @@
 """Medusa: extra heads on the target's last hidden state (Cai et al., arXiv 2401.10774).
 
-Letters: B batch, H hidden size of the target, V vocabulary, k nodes drafted at a time.
-
 Head i guesses the token i + 2 places after the hidden state it reads, the target's own head the one after it. So with
 the root known, head 0 guesses its children, head 1 theirs, whatever they are.
 """
@@ -14,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Key
 
 from eagle_jax.drafts.noise import coupled
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
@@ -38,39 +37,38 @@ class MedusaConfig:
 class MedusaBlock(nnx.Module):
     """A residual block: x + silu(weight x + bias)."""
 
-    def __init__(self, config: MedusaConfig, key: jax.Array, dtype: Any):
+    def __init__(self, config: MedusaConfig, key: Key[Array, ""], dtype: Any):
         self.weight = Weight(normal(key, (config.hidden_size, config.hidden_size), dtype))
         self.bias = zeros((config.hidden_size,), dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, H] -> [B, H]."""
+    def __call__(self, x: Float[Array, "batch hidden"]) -> Float[Array, "batch hidden"]:
         return x + jax.nn.silu(linear(x, self.weight) + self.bias[...][None])
 
 
 class MedusaHead(nnx.Module):
     """Residual blocks and an lm_head of its own."""
 
-    def __init__(self, config: MedusaConfig, key: jax.Array, dtype: Any):
+    def __init__(self, config: MedusaConfig, key: Key[Array, ""], dtype: Any):
         keys = jax.random.split(key, config.num_blocks + 1)
         self.blocks = nnx.List([MedusaBlock(config, block_key, dtype) for block_key in keys[1:]])
         self.lm_head = Weight(normal(keys[0], (config.vocab_size, config.hidden_size), dtype))
 
     @jax.named_scope("medusa_head")
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """hidden [B, H] -> logits [B, V], float32."""
+    def __call__(self, hidden: Float[Array, "batch hidden"]) -> Float32[Array, "batch vocab"]:
+        """Returns the head's logits."""
         for block in self.blocks:
             hidden = block(hidden)
         return linear(hidden, self.lm_head, jnp.float32)
 
 
 class Medusa(Draft, nnx.Module):
-    """The heads' weights, and how they draft. The memory is the target's hidden state [B, H] before the root.
+    """The heads' weights, and how they draft. The memory is the target's hidden state before the root.
 
     The tree is static (`PUBLISHED_TREES["medusa-..."]`, or any list of paths) or dynamic, and no deeper than there are
     heads.
     """
 
-    def __init__(self, config: MedusaConfig, key: jax.Array, dtype: Any = jnp.float32):
+    def __init__(self, config: MedusaConfig, key: Key[Array, ""], dtype: Any = jnp.float32):
         """Random weights."""
         self.config = config
         keys = jax.random.split(key, config.num_heads)
@@ -84,14 +82,22 @@ class Medusa(Draft, nnx.Module):
         for field in ("vocab_size", "hidden_size"):
             require_same(field, getattr(self.config, field), getattr(target.config, field))
 
-    def start(self, target: Target, batch: int, rows: int) -> jax.Array:
+    def start(self, target: Target, batch: int, rows: int) -> Float[Array, "batch hidden"]:
         return jnp.zeros((batch, target.config.hidden_size), target.dtype)
 
-    def update(self, target: Target, memory: jax.Array, committed: Committed) -> jax.Array:
+    def update(
+        self, target: Target, memory: Float[Array, "batch hidden"], committed: Committed
+    ) -> Float[Array, "batch hidden"]:
         last = take_one(committed.output.hidden, jnp.maximum(committed.count - 1, 0))
         return jnp.where((committed.count > 0)[:, None], last, memory)
 
-    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(
+        self,
+        target: Target,
+        context: Context,
+        tree: TreePolicy,
+        noise: Float[Array, "batch path vocab"] | None = None,
+    ) -> Proposal:
         """Grows a tree whose nodes of one depth all have the same guesses for children.
 
         Raises:
@@ -103,9 +109,9 @@ class Medusa(Draft, nnx.Module):
                 'another tree, such as PUBLISHED_TREES["medusa-mc-sim-7b-63"]'
             )
         hidden = context.memory.astype(self.dtype)
-        logits = jnp.stack([head(hidden) for head in list(self.heads)[: tree.depth]], axis=1)  # [B, D, V]
+        logits = jnp.stack([head(hidden) for head in list(self.heads)[: tree.depth]], axis=1)
 
-        def after(depth):  # -> [B, 1, V], for the tokens after nodes of a depth
+        def after(depth):  # -> [batch, 1, vocab], for the tokens after nodes of a depth
             own = jax.lax.dynamic_index_in_dim(logits, depth, axis=1)
             return coupled(own, context.sampling, noise, depth)
 

@@ -1,24 +1,22 @@
-"""Noise on draft logits: for drafting by the target's own noise, and for drawing tokens at random.
-
-Letters: B batch, T nodes, D tree depth, V target vocabulary, Vd draft vocabulary.
-"""
+"""Noise on draft logits: for drafting by the target's own noise, and for drawing tokens at random."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from eagle_jax.sampling import SamplingConfig, warp
 
 
 def coupled(
-    logits: jax.Array,
+    logits: Float[Array, "batch width draft_vocab"],
     sampling: SamplingConfig | None,
-    noise: jax.Array | None,
-    depth: int | jax.Array,
-    target_ids: jax.Array | None = None,
-) -> jax.Array:
-    """Draft logits [B, T, Vd] by the target's noise, if it is shared: `perturbed`; else as they are.
+    noise: Float[Array, "batch path vocab"] | None,
+    depth: int | Int[Array, ""],
+    target_ids: Int[Array, " draft_vocab"] | None = None,
+) -> Float[Array, "batch width draft_vocab"]:
+    """Draft logits by the target's noise, if it is shared: `perturbed`; else as they are.
 
     The target's penalties and bias are left out: the draft's guess need not be exact.
     """
@@ -28,22 +26,22 @@ def coupled(
 
 
 def perturbed(
-    logits: jax.Array,
-    warped: jax.Array,
+    logits: Float[Array, "batch width draft_vocab"],
+    warped: Float[Array, "batch width draft_vocab"],
     sampling: SamplingConfig,
-    noise: jax.Array,
-    depth: int | jax.Array,
-    target_ids: jax.Array | None = None,
-) -> jax.Array:
+    noise: Float[Array, "batch path vocab"],
+    depth: int | Int[Array, ""],
+    target_ids: Int[Array, " draft_vocab"] | None = None,
+) -> Float[Array, "batch width draft_vocab"]:
     """Processed draft logits plus noise; greedy rows' logits as they are.
 
     Args:
-      logits, warped: [B, T, Vd], before and after `warp`.
-      noise: [B, D + 1, V] of the tokens after nodes of each depth.
+      logits, warped: before and after `warp`.
+      noise: of the tokens after nodes of each depth.
       depth: of the nodes.
-      target_ids: [Vd] target id of every draft id; None where they are the same.
+      target_ids: target id of every draft id; None where they are the same.
     """
-    now = jax.lax.dynamic_index_in_dim(noise, depth, axis=1)  # [B, 1, V]
+    now = jax.lax.dynamic_index_in_dim(noise, depth, axis=1)  # [batch, 1, vocab]
     now = now if target_ids is None else now[:, :, target_ids]
     sampled = (sampling.temperature > 0).reshape(-1, 1, 1)
     return jnp.where(sampled, warped + now, logits)

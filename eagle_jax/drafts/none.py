@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jaxtyping import Array, Float
 
 from eagle_jax.drafts.protocol import Context, Draft, Proposal, check_models
 from eagle_jax.models.target import Target
@@ -26,7 +27,13 @@ class NoDraft(Draft):
     def start(self, target: Target, batch: int, rows: int) -> None:
         return None
 
-    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(
+        self,
+        target: Target,
+        context: Context,
+        tree: TreePolicy,
+        noise: Float[Array, "batch path vocab"] | None = None,
+    ) -> Proposal:
         return Proposal(Tree.root(context.root))
 
 

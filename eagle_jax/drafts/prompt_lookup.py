@@ -1,7 +1,4 @@
-"""PromptLookup: what followed the last tokens the last time they occurred (Saxena, "Prompt Lookup Decoding", 2023).
-
-Letters: B batch, W columns of the token buffer, G branches, L depth.
-"""
+"""PromptLookup: what followed the last tokens the last time they occurred (Saxena, "Prompt Lookup Decoding", 2023)."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.drafts.protocol import Context, Draft, Proposal
 from eagle_jax.models.target import Target
@@ -44,7 +42,13 @@ class PromptLookup(Draft):
     def depth(self, tree: TreePolicy) -> int:
         return self.length
 
-    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(
+        self,
+        target: Target,
+        context: Context,
+        tree: TreePolicy,
+        noise: Float[Array, "batch path vocab"] | None = None,
+    ) -> Proposal:
         tokens, last = context.tokens, context.root_position
         width = tokens.shape[1]
         places = jnp.arange(width, dtype=jnp.int32)[None]
@@ -69,10 +73,12 @@ class PromptLookup(Draft):
         return Proposal(merge_chains(root, jnp.where(valid, copies, root[:, None, None]), valid))
 
 
-def _distinct(copies: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The first `count` valid rows of copies [B, M, L] that differ, and which of them are [B, count]."""
+def _distinct(
+    copies: Int[Array, "batch matches length"], valid: Bool[Array, "batch matches"], count: int
+) -> tuple[Int[Array, "batch {count} length"], Bool[Array, "batch {count}"]]:
+    """The first `count` valid copies that differ, and which of them are valid."""
     rows = copies.shape[1]
-    same = (copies[:, :, None] == copies[:, None]).all(axis=-1)  # [B, M, M]
+    same = (copies[:, :, None] == copies[:, None]).all(axis=-1)  # [batch, matches, matches]
     repeats = (same & jnp.tri(rows, k=-1, dtype=bool)[None] & valid[:, None, :]).any(axis=-1)
     valid = valid & ~repeats
     _, chosen = jax.lax.top_k(jnp.where(valid, rows, 0) - jnp.arange(rows, dtype=jnp.int32)[None], count)

@@ -1,7 +1,5 @@
 """Draft: what the decoder asks of whatever guesses the target's next tokens.
 
-Letters: B batch, N nodes, T positions, D tree depth, V vocabulary, H width of the target's hidden state.
-
 A cycle asks the draft to `propose` a tree from a `Context`, lets the target verify it, and calls `update` with the
 newly committed positions. Between cycles the draft keeps a `memory`. A prompt comes through `update`, too, in chunks.
 
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int32, Key
 
 from eagle_jax.models.target import Target, TargetOutput, missing_members
 from eagle_jax.sampling import SamplingConfig
@@ -26,14 +25,13 @@ from eagle_jax.tree import Tree, TreePolicy
 class Proposal(NamedTuple):
     """A tree, and the distribution that it was sampled from.
 
-    tree: tokens, parents, depths and scores, each [B, N].
-    probs: [B, N, V] float32, the draft distribution q at every node, if children were sampled from it without
-      replacement into a tree of fixed shape (zeros for a node without children). None if they were selected
-      deterministically. `accept_drawn` uses q to accept more.
+    probs: the draft distribution q at every node, if children were sampled from it without replacement into a tree of
+      fixed shape (zeros for a node without children). None if they were selected deterministically. `accept_drawn` uses
+      q to accept more.
     """
 
     tree: Tree
-    probs: jax.Array | None = None
+    probs: Float32[Array, "batch nodes vocab"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -41,27 +39,25 @@ class Proposal(NamedTuple):
 class Context:
     """What a draft may read when it proposes: the text so far, its own memory, and how tokens will be sampled.
 
-    tokens: [B, W] int32, each prompt and its new tokens, then zeros.
-    lengths: [B] int32, prompt and new tokens so far.
-    prompt_lengths: [B] int32.
-    root: [B] int32, the last token of each text, chosen by the target but not yet run: the root of the tree.
-    root_position: [B] int32, its index in the text.
+    tokens: each prompt and its new tokens, then zeros.
+    lengths: prompt and new tokens so far.
+    root: the last token of each text, chosen by the target but not yet run: the root of the tree.
+    root_position: its index in the text.
     memory: what `start` or the latest `update` returned.
-    keys: [B] typed keys of the sequences; None in the greedy program. See `keys.draft_keys` for a draft's own draws.
-    sampling: of each sequence, fields [B]; None in the greedy program.
-    noise: [B, D + 1, V] float32, the Gumbel noise by which the target will choose the token after each depth; None
-      unless sampling is coupled.
+    keys: of the sequences; None in the greedy program. See `keys.draft_keys` for a draft's own draws.
+    sampling: of each sequence, fields [batch]; None in the greedy program.
+    noise: the Gumbel noise by which the target will choose the token after each depth; None unless sampling is coupled.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    prompt_lengths: jax.Array
-    root: jax.Array
-    root_position: jax.Array
+    tokens: Int32[Array, "batch buffer"]
+    lengths: Int32[Array, " batch"]
+    prompt_lengths: Int32[Array, " batch"]
+    root: Int32[Array, " batch"]
+    root_position: Int32[Array, " batch"]
     memory: Any
-    keys: jax.Array | None
+    keys: Key[Array, " batch"] | None
     sampling: SamplingConfig | None
-    noise: jax.Array | None
+    noise: Float32[Array, "batch path vocab"] | None
 
     @property
     def draft(self) -> Any:
@@ -71,27 +67,26 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Committed:
-    """Newly committed positions: T positions from `start` that the target has run, the first `count` of them valid.
+    """Newly committed positions: positions from `start` that the target has run, the first `count` of them valid.
 
     Positions past the count hold anything.
 
-    tokens, next_tokens: [B, T] int32, the token at each position and the one after it. After the last valid one comes
-      the root, the token that the target chose and has not run yet.
-    start, count: [B] int32; a count may be 0.
-    output: the target's pass there: hidden [B, T, H], and taps [B, T, F] if the draft asked for them.
-    prompt_lengths: [B] int32.
-    tree, logits: the verified tree, and the target's logits [B, N, V] after every node, accepted or not. None for a
-      prompt, where T is up to a chunk's length.
+    tokens, next_tokens: the token at each position and the one after it. After the last valid one comes the root, the
+      token that the target chose and has not run yet.
+    count: may be 0.
+    output: the target's pass there: hidden states, and taps if the draft asked for them.
+    tree, logits: the verified tree, and the target's logits after every node, accepted or not. None for a prompt, of
+      which up to a chunk's length is committed at a time.
     """
 
-    tokens: jax.Array
-    next_tokens: jax.Array
-    start: jax.Array
-    count: jax.Array
+    tokens: Int32[Array, "batch new"]
+    next_tokens: Int32[Array, "batch new"]
+    start: Int32[Array, " batch"]
+    count: Int32[Array, " batch"]
     output: TargetOutput
-    prompt_lengths: jax.Array
+    prompt_lengths: Int32[Array, " batch"]
     tree: Tree | None = None
-    logits: jax.Array | None = None
+    logits: Float[Array, "batch nodes vocab"] | None = None
 
 
 Text = Committed  # the name by which drafts of users import it
@@ -116,7 +111,7 @@ class Draft:
         """Raises ConfigError, naming both numbers, if the draft was not made for a target of this shape."""
 
     def depth(self, tree: TreePolicy) -> int:
-        """D, the most tokens that a proposal can get accepted. Drafts with a shape of their own ignore `tree`."""
+        """The most tokens that a proposal can get accepted. Drafts with a shape of their own ignore `tree`."""
         return tree.depth
 
     def taps(self, target: Target) -> tuple[int, ...]:
@@ -138,7 +133,13 @@ class Draft:
         """
         return memory
 
-    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(
+        self,
+        target: Target,
+        context: Context,
+        tree: TreePolicy,
+        noise: Float[Array, "batch path vocab"] | None = None,
+    ) -> Proposal:
         """Returns a tree of guesses under `context.root`.
 
         Args:
