@@ -1,9 +1,8 @@
-"""Acceptance: which drafted path the target agrees with.
+"""Acceptance rules: which drafted path the target agrees with.
 
-No rule can accept more of a given tree than `accept_sampling` does, on average: an accepted node is a beginning of the
-text, which has probability p(its path), the product of the target's probabilities along it, and `accept_sampling`
-accepts it with just that probability. More is to be had by drafting better: `accept_coupled` lets the draft know the
-random numbers that the target will choose by.
+A node can be accepted at most with probability p(path), the product of the target's probabilities along its path.
+`accept_sampling` attains it, so for a given tree no lossless rule accepts more on average. Only better drafts do:
+`accept_coupled` shares the target's Gumbel noise with the draft.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ PAD = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Acceptance:
-    """What verification decided, a row of the batch each.
+    """The decision of an acceptance rule.
 
-    path: node indices from the root down to the last accepted node, then PAD.
-    length: accepted draft tokens (the root is not one).
-    bonus: the token that the target itself puts after the last accepted node: the next root.
+    path: node indices from the root to the last accepted node, padded with PAD.
+    length: accepted draft tokens; the root does not count.
+    bonus: the target's own token after the last accepted node: the next root.
     """
 
     path: Int32[Array, "batch nodes"]
@@ -36,27 +35,30 @@ class Acceptance:
     bonus: Int32[Array, " batch"]
 
 
-# accept_fn(tree, logits [batch, nodes, vocab], keys [batch]) -> Acceptance, a plain callable under jit.
-# logits: the target's after every node, processed: their softmax is the distribution to keep (0 and -inf in a row of
-#   temperature 0). keys: one a row, fresh in every cycle; None when decoding is greedy.
-# A rule must be lossless: accepted tokens and bonus together follow that distribution, whatever the tree holds. It may
-# use the keys in any way, as the tree was drafted without them.
-# A rule whose signature names them gets by keyword, too:
-#   draft_probs [batch, nodes, vocab]: the distribution q that each node's children were drawn from (see
+# accept_fn(tree, logits [batch, nodes, vocab], keys [batch]) -> Acceptance, a plain callable that is traced.
+#
+# logits: the target's, after every node, processed. Their softmax is the distribution to preserve; in a sequence of
+#   temperature 0 they are 0 and -inf.
+# keys: typed, one a sequence, different in every cycle; None in the greedy program.
+#
+# A rule must be lossless: whatever the tree holds, accepted tokens and bonus follow that distribution. It may use the
+# keys in any way, because the tree was drafted without them.
+#
+# A rule whose signature names these also gets, by keyword:
+#   draft_probs [batch, nodes, vocab]: the distribution q that each node's children were sampled from (see
 #     `Proposal.probs`), or None.
-#   noise [batch, depth + 1, vocab]: the Gumbel noise of the token after each depth with coupled sampling, else None.
-#     The tree was drafted with this noise, so a rule that gets it has a duty: the token after a node must be
-#     argmax(logits + noise) at the node's depth. A rule that draws otherwise would not be lossless, as the tree depends
-#     on the noise.
+#   noise [batch, depth + 1, vocab]: the Gumbel noise of the token after each depth if sampling is coupled, else None.
+#     The tree was drafted with this noise. To stay lossless, the rule must choose the token after a node as
+#     argmax(logits + noise) at the node's depth.
 AcceptFn = Callable[..., Acceptance]
 
 
 def accept_greedy(
     tree: Tree, logits: Float[Array, "batch nodes vocab"], keys: Key[Array, " batch"] | None = None
 ) -> Acceptance:
-    """Keeps the deepest node whose every step is its parent's argmax; the bonus is the argmax there.
+    """Accepts the deepest node whose every step is its parent's argmax; the bonus is the argmax there.
 
-    Of equally deep ones (only possible with duplicate siblings) the first.
+    The first wins among equally deep nodes, which only duplicate siblings can be.
     """
     del keys
     choice = argmax(logits)
@@ -68,31 +70,31 @@ def accept_greedy(
 def accept_sampling(
     tree: Tree, probs: Float[Array, "batch nodes vocab"], uniforms: Float[Array, "batch nodes-1"]
 ) -> tuple[Acceptance, Float[Array, "batch vocab"]]:
-    """Walks down from the root, tries the children in order, and keeps x with the probability p(x) that it has left.
+    """Walks down from the root. Children are tried in order; child x is accepted with its probability under residual p.
 
-    A rejected x leaves p: p(x) = 0, and the rest is renormalised. A child whose token an earlier sibling had is not
-    tried. So a drafted token is accepted with exactly its probability (EAGLE, arXiv 2401.15077, appendix A; SpecInfer,
-    arXiv 2305.09781, for drafts chosen with certainty).
+    After a rejection p(x) is set to 0 and the rest renormalised. A child with the token of an earlier sibling is
+    skipped. A drafted token is therefore accepted with exactly its probability (EAGLE, arXiv 2401.15077, appendix A;
+    SpecInfer, arXiv 2305.09781, for deterministic drafts).
 
     Args:
       probs: the target's distribution after every node.
-      uniforms: in [0, 1), consumed from the left, one for each proposal tried; accept when u < p.
+      uniforms: in [0, 1), consumed from the left, one for each child tried; accept when u < p.
     Returns:
       Acceptance with a bonus of -1, and the residual: the distribution to draw the bonus token from.
     """
     batch, nodes = tree.tokens.shape
     parents = jnp.maximum(tree.parents, 0)
     not_root = jnp.arange(nodes, dtype=jnp.int32)[None] > 0
-    p = jax.vmap(lambda row, parent, token: row[parent, token])(probs, parents, tree.tokens)  # after the parent
+    p = jax.vmap(lambda row, parent, token: row[parent, token])(probs, parents, tree.tokens)  # under the parent
 
-    # Every node decides as if the walk came by; it comes by where all decisions above it were for it.
+    # Decide every node independently, as if the walk reached it; a node is reached if all its ancestors accepted.
     siblings = (parents[:, :, None] == parents[:, None, :]) & not_root[:, :, None] & not_root[:, None, :]
     earlier = siblings & jnp.tri(nodes, k=-1, dtype=bool)[None]  # row i: the siblings before node i
     duplicate = jnp.any(earlier & (tree.tokens[:, :, None] == tree.tokens[:, None, :]), axis=-1)
     tried_before = earlier & ~duplicate[:, None, :]
-    # What the tried siblings, rejected if the walk comes here, left of p; not below 0 by rounding.
+    # Residual mass after rejecting the earlier siblings, clamped at 0 against rounding.
     left = jnp.maximum(1 - jnp.where(tried_before, p[:, None, :], 0).sum(-1), 0)
-    # Uniforms consumed until a node is accepted: one for it and for each sibling tried before it, at every level.
+    # Uniforms consumed up to a node: one for it and one for each sibling tried before it, at every level of its path.
     tries = jnp.where(not_root, 1 + tried_before.sum(-1, dtype=jnp.int32), 0)
     ancestors = tree.ancestors()
     consumed = jnp.where(ancestors, tries[:, None, :], 0).sum(-1, dtype=jnp.int32)
@@ -106,7 +108,7 @@ def accept_sampling(
     rejected = jnp.where((parents == end[:, None]) & not_root, tree.tokens, probs.shape[-1])
     rest = jax.vmap(lambda row, tokens: row.at[tokens].set(0, mode="drop"))(at_end, rejected)
     total = rest.sum(-1, keepdims=True)
-    # Children of all of p cannot all be rejected, but by rounding (once in 2^24): then p itself, not nothing.
+    # The residual can only be empty through rounding (about once in 2^24); fall back to p.
     residual = jnp.where(total > 0, rest / jnp.where(total > 0, total, 1), at_end)
     return Acceptance(path, length=_at(tree.depths, end), bonus=jnp.full(batch, -1, jnp.int32)), residual
 
@@ -117,18 +119,20 @@ def accept_drawn(
     draft_probs: Float[Array, "batch nodes vocab"],
     uniforms: Float[Array, "batch nodes-1"],
 ) -> tuple[Acceptance, Float[Array, "batch vocab"]]:
-    """`accept_sampling` for children that were drawn at random from probabilities q, one after the other.
+    """Accepts children that were sampled from a draft distribution q without replacement.
 
-    Walks down from the root and tries the children in order: x is accepted with min(1, p(x) / q(x)); if it is rejected,
-    what is left to accept is p - q where that is positive, renormalised, and the next sibling was drawn from q without
-    x, renormalised (recursive rejection sampling without replacement: Jeon et al., arXiv 2402.14160; a chain of it is
-    speculative sampling, arXiv 2211.17192 and 2302.01318). Where q has no token left, a child is not tried.
+    Walks down from the root. Children are tried in order; child x is accepted with min(1, p(x) / q(x)). After a
+    rejection the residual of p is max(p - q, 0), renormalised. The next sibling was sampled from q without x,
+    renormalised. A child is skipped once q is empty.
+
+    This is recursive rejection sampling without replacement (Jeon et al., arXiv 2402.14160). On a chain it is
+    speculative sampling (arXiv 2211.17192, 2302.01318).
 
     Args:
       probs: p, the target's distribution after every node.
-      draft_probs: q, from which the first child of every node was drawn. A row of zeros: the children were chosen
-        without chance, and are accepted as `accept_sampling` does.
-      uniforms: in [0, 1), consumed from the left, one for each proposal tried.
+      draft_probs: q, from which the first child of every node was sampled. Zeros at a node mean that its children were
+        selected deterministically; `accept_sampling`'s rule applies to them.
+      uniforms: in [0, 1), consumed from the left, one for each child tried.
     Returns:
       Acceptance with a bonus of -1, and the residual: the distribution to draw the bonus token from.
     """
@@ -136,7 +140,7 @@ def accept_drawn(
     rows = jnp.arange(batch, dtype=jnp.int32)
 
     def try_node(i, walk):
-        at, p, q, tried = walk  # the node that the walk stands at, and what is left there of p and q
+        at, p, q, tried = walk  # the node reached, the residuals of p and q there, and the uniforms consumed
         token = tree.tokens[:, i]
         chosen = (draft_probs[rows, at] == 0).all(axis=-1)
         this = jax.nn.one_hot(token, p.shape[-1], dtype=bool)
@@ -153,7 +157,7 @@ def accept_drawn(
         return jnp.where(accepts, i, at), p, q, tried + tries
 
     start = jnp.zeros(batch, jnp.int32), probs[:, 0], draft_probs[:, 0], jnp.zeros(batch, jnp.int32)
-    # Children stand after their parents, so one pass over the nodes meets each in time.
+    # Parents precede their children, so one pass over the nodes in order is the walk.
     end, residual, _, _ = jax.lax.fori_loop(1, nodes, try_node, start)
     path = path_to(tree, tree.ancestors(), end)
     return Acceptance(path, length=_at(tree.depths, end), bonus=jnp.full(batch, -1, jnp.int32)), residual
@@ -162,7 +166,7 @@ def accept_drawn(
 def _normalised(
     weights: Float[Array, "batch vocab"], otherwise: Float[Array, "batch vocab"]
 ) -> Float[Array, "batch vocab"]:
-    """The weights with a sum of 1; a row without any is that of `otherwise`."""
+    """Normalises to a sum of 1; returns `otherwise` where all weights are 0."""
     total = weights.sum(axis=-1, keepdims=True)
     return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), otherwise)
 
@@ -173,9 +177,9 @@ def accept_sampled(
     keys: Key[Array, " batch"] | None,
     draft_probs: Float[Array, "batch nodes vocab"] | None = None,
 ) -> Acceptance:
-    """`accept_sampling` as an accept_fn: the uniforms come from `keys`, and the bonus is drawn from the residual.
+    """Applies `accept_sampling`, or `accept_drawn` given draft_probs, with randomness from `keys`.
 
-    With draft_probs, `accept_drawn`.
+    The bonus is sampled from the residual.
     """
     if keys is None:
         raise ValueError("accept_sampled needs a key for each row; the state was prefilled for greedy decoding")
@@ -193,14 +197,15 @@ def accept_sampled(
 def accept_coupled(
     tree: Tree, logits: Float[Array, "batch nodes vocab"], noise: Float[Array, "batch path vocab"]
 ) -> Acceptance:
-    """The greedy rule on logits + noise, which draws each token from softmax(logits) (the Gumbel-max trick).
+    """Applies the greedy rule to logits + noise, which samples each token from softmax(logits) (Gumbel-max trick).
 
-    The token at each depth is a function of the target's logits and of that depth's noise, so whatever the tree holds,
-    and even if it was drafted to maximise its own logits plus the same noise, the text is the same, and exactly
-    distributed. Such a draft is accepted more often: in one step with one draft at least with probability
-    (1 - d) / (1 + d), d the total variation distance between draft and target (Daliri, Musco and Suresh, "Coupling
-    without Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978; with several drafts, Rowan,
-    Phan and Khisti, "List-Level Distribution Coupling", arXiv 2506.05632).
+    The token at each depth depends on the target's logits and that depth's noise only. The text is therefore the same
+    whatever the tree holds, even if the draft maximised its logits plus the same noise.
+
+    Such a draft is accepted more often. A single draft token is accepted with probability at least (1 - d) / (1 + d),
+    where d is the total variation distance between draft and target (Daliri, Musco and Suresh, "Coupling without
+    Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978). For several drafts see Rowan, Phan and
+    Khisti, "List-Level Distribution Coupling", arXiv 2506.05632.
 
     Args:
       logits: processed.
@@ -211,14 +216,17 @@ def accept_coupled(
 
 
 def choice_noise(keys: Key[Array, "*keys"], vocab_size: int) -> Float32[Array, "*keys {vocab_size}"]:
-    """Standard Gumbel noise of every key: argmax(logits + noise) draws from softmax(logits)."""
+    """Returns standard Gumbel noise for every key: argmax(logits + noise) samples from softmax(logits)."""
     draw = functools.partial(jax.random.gumbel, shape=(vocab_size,), dtype=jnp.float32)
     flat = jax.vmap(lambda key: draw(jax.random.fold_in(key, 1)))(keys.reshape(-1))
     return flat.reshape(*keys.shape, vocab_size)
 
 
 def argmax(x: Float[Array, "*axes vocab"]) -> Int32[Array, "*axes"]:
-    """`jnp.argmax` over the last axis, int32, the first of equals; x has no NaN. A CPU runs it many times faster."""
+    """Returns the argmax over the last axis, the first of equals; x has no NaN.
+
+    On a CPU this is many times faster than `jnp.argmax`.
+    """
     size = x.shape[-1]
     index = jnp.arange(size, dtype=jnp.int32).reshape((1,) * (x.ndim - 1) + (size,))
     return jnp.where(x == x.max(axis=-1, keepdims=True), index, size - 1).min(axis=-1)
@@ -227,7 +235,10 @@ def argmax(x: Float[Array, "*axes vocab"]) -> Int32[Array, "*axes"]:
 def _deepest(
     tree: Tree, agrees: Bool[Array, "batch nodes"]
 ) -> tuple[Int32[Array, " batch"], Int32[Array, "batch nodes"]]:
-    """The deepest node, the first of equals, with `agrees` at it and all its ancestors but the root; and its path."""
+    """Returns the deepest node, the first of equals, for which it and its ancestors agree, and the path to it.
+
+    The root always agrees.
+    """
     ancestors = tree.ancestors()
     agrees = agrees.at[:, 0].set(True)
     accepted = jnp.all(agrees[:, None, :] | ~ancestors, axis=-1)
@@ -238,7 +249,7 @@ def _deepest(
 def path_to(
     tree: Tree, ancestors: Bool[Array, "batch nodes nodes"], end: Int[Array, " batch"]
 ) -> Int32[Array, "batch nodes"]:
-    """The nodes from the root to `end`, padded with PAD.
+    """Returns the nodes from the root to `end`, padded with PAD.
 
     In: parents [-1, 0, 0, 1, 3], end 4. Out: [0, 1, 3, 4, -1].
     """
@@ -249,5 +260,5 @@ def path_to(
 
 
 def _at(values: Shaped[Array, "batch nodes"], index: Int[Array, " batch"]) -> Shaped[Array, " batch"]:
-    """One node's value of every row."""
+    """Gathers one node's value for every sequence."""
     return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""Growing draft trees: EAGLE-2's context-aware dynamic tree (arXiv 2406.16858, section 4)."""
+"""Dynamic draft trees: EAGLE-2's context-aware tree (arXiv 2406.16858, section 4)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from eagle_jax.tree.tree import NO_PARENT, Tree
 
 @dataclasses.dataclass(frozen=True)
 class TreeConfig:
-    """The static shape of a dynamic draft tree.
+    """The sizes of a dynamic draft tree. They are static; its shape depends on the draft's probabilities.
 
     depth: draft tokens on the longest path; one draft pass each.
-    top_k: children proposed a node, and nodes expanded a level.
+    top_k: children proposed per node, and nodes expanded per level.
     num_nodes: nodes that the target verifies, the root included.
-    stop_below: adaptive drafting. A row's tree grows no deeper once the cumulative draft probability of the best node
-      that it could expand is below this; when no row of the batch grows, the remaining draft passes are not run. Of two
-      rows, each stops by itself. 0: never.
-    score_temperature: the draft's logits are divided by it, for growing only. A head whose probabilities are lower than
-      its drafts' acceptance spreads its tree too wide; below 1 it grows deeper. Changes no text, only which guesses
-      are verified.
+    stop_below: adaptive drafting. A sequence's tree stops growing once the cumulative draft probability of its best
+      node falls below this. Every sequence stops independently. The remaining draft passes are skipped when all have
+      stopped. 0: never.
+    score_temperature: divides the draft's logits while the tree grows. Values below 1 sharpen the draft distribution,
+      giving deeper, narrower trees; useful for under-confident heads. Does not affect the output.
 
     The official `EaModel(total_token=T, depth=d, top_k=k)` is `TreeConfig(depth=d + 1, top_k=k, num_nodes=T)`.
 
     Raises:
-      ValueError: for sizes that no tree can have; the message names the largest possible.
+      ValueError: for impossible sizes; the message names the largest possible.
     """
 
     depth: int = 8
@@ -64,7 +63,7 @@ class TreeConfig:
 
     @property
     def num_candidates(self) -> int:
-        """Drafted tokens, of which the best num_nodes - 1 are kept."""
+        """Drafted tokens, of which the best num_nodes - 1 become nodes."""
         return self.top_k + (self.depth - 1) * self.top_k**2
 
     @property
@@ -79,12 +78,12 @@ class TreeConfig:
         draft_fn: DraftFn,
         target_ids: Int[Array, " draft_vocab"] | None = None,
     ) -> tuple[Tree, Any]:
-        """Grows a tree level by level and keeps its best nodes.
+        """Grows a tree level by level and selects its best nodes.
 
-        Each level proposes top_k children for each of its top_k nodes and expands the best top_k of those by
-        cumulative log-probability. Of all proposals the best num_nodes - 1 are kept, in the order proposed. Equal
-        scores go to the lower index; a child comes after its parent and never scores more, so no node is kept
-        without its parent.
+        Each level proposes top_k children for each of its top_k nodes. The best top_k of them by cumulative
+        log-probability are expanded at the next level. Of all candidates the best num_nodes - 1 are selected, in the
+        order proposed; ties go to the lower index. A child follows its parent and never scores higher, so no node is
+        selected without its parent.
 
         Args and Returns: as TreePolicy.grow.
         Raises:
@@ -96,7 +95,7 @@ class TreeConfig:
             raise ValueError(f"TreeConfig.top_k = {k} exceeds the draft vocabulary of {vocab} tokens")
         levels = self.depth - 1  # expansions after the root's
 
-        def propose(logits, scores):  # cumulative scores and target tokens, [batch, nodes * k], of all nodes' children
+        def propose(logits, scores):  # -> scores and tokens of all nodes' children, [batch, nodes * k]
             logits = logits if self.score_temperature == 1 else logits / self.score_temperature
             scores, tokens = best_children(logits, scores, k, target_ids)
             return scores.reshape(batch, -1), tokens.reshape(batch, -1)
@@ -131,10 +130,10 @@ class TreeConfig:
 
 
 def _while_promising(expand, state, levels: int, threshold: float) -> tuple[Any, tuple[Array, ...]]:
-    """As scanning `expand` over the levels, until no row has a node of at least this probability to expand.
+    """Scans `expand` over the levels, and stops once no sequence has a node of at least this probability.
 
-    Candidates of levels that a row did not grow score -inf, below all others, so they are kept only where a tree has
-    too few. Their parents are candidates with lower flat ids, which are kept before them.
+    Candidates of levels that a sequence did not grow score -inf. They are selected only where a tree has too few
+    others, and after their parents, which have lower flat ids.
     """
     _, first, tokens, scores, _ = state
     batch, k = tokens.shape
@@ -152,7 +151,7 @@ def _while_promising(expand, state, levels: int, threshold: float) -> tuple[Any,
         level, growing, state, grown = loop
         state, (scores, tokens, beams) = expand(state, level)
         scores = jnp.where(growing[:, None], scores, -jnp.inf)
-        # So that a row's tree does not depend on whether its neighbours still grow.
+        # Zeros, so that a sequence's tree does not depend on whether others still grow.
         tokens, beams = (jnp.where(growing[:, None], values, 0) for values in (tokens, beams))
         growing &= _promising(state[3], threshold)
         new = tuple(
@@ -167,12 +166,12 @@ def _while_promising(expand, state, levels: int, threshold: float) -> tuple[Any,
 
 
 def _promising(scores: Float[Array, "batch width"], threshold: float) -> Bool[Array, " batch"]:
-    """Whether each row's best node, whose score is the first, is likely enough to expand."""
+    """Returns whether each sequence's best node, the first, reaches the threshold."""
     return scores[:, 0] >= jnp.log(jnp.float32(threshold))
 
 
 def _flat(levels: Shaped[Array, "levels batch children"]) -> Shaped[Array, "batch levels*children"]:
-    """All levels' children, one level after the other."""
+    """Concatenates the children of all levels, level by level."""
     return jnp.moveaxis(levels, 0, 1).reshape(levels.shape[1], -1)
 
 
@@ -183,18 +182,18 @@ def _select(
     beams: Int[Array, "levels batch width"],
     config: TreeConfig,
 ) -> Tree:
-    """The best num_nodes - 1 candidates as a tree."""
+    """Makes a tree of the best num_nodes - 1 candidates."""
     batch, k = root.shape[0], config.top_k
     best_scores, flat = jax.lax.top_k(scores, config.num_nodes - 1)
     flat, best_scores = jax.lax.sort((flat, best_scores), dimension=1, num_keys=1)
 
-    # Flat candidate ids, for top_k = 2: [0 1 | 2 3  4 5 | 6 7  8 9 | ...]: the root's two children, then two for
-    # each of the two beams a level. Block b = flat // k has one parent: block 0 the root, block 1 + i * k + j beam
-    # j of level i, which is candidate beams[i, j] of the level before, whose first flat id is starts[i].
+    # Flat candidate ids for top_k = 2: [0 1 | 2 3  4 5 | 6 7  8 9 | ...], the root's two children, then two for each of
+    # the two beams of every level. Block b = flat // k has one parent: the root for block 0, beam j of level i for
+    # block 1 + i * k + j. That beam is candidate beams[i, j] of the level before, whose first flat id is starts[i].
     block_parents = jnp.moveaxis(beams, 0, 1) + _level_starts(config)[None, :, None]
     block_parents = jnp.pad(block_parents.reshape(batch, -1), [(0, 0), (1, 0)], constant_values=-1)
     parent_flat = jnp.take_along_axis(block_parents, flat // k, axis=1)
-    # A kept candidate's node is 1 + the number of kept candidates with a lower flat id.
+    # A selected candidate's node is 1 + the number of selected candidates with a lower flat id.
     lower = flat[:, None, :] < parent_flat[:, :, None]
     parents = jnp.where(parent_flat < 0, 0, 1 + lower.sum(-1, dtype=jnp.int32))
     depths = jnp.where(flat < k, 1, 2 + (flat - k) // k**2)
@@ -211,6 +210,6 @@ def _select(
 
 
 def _level_starts(config: TreeConfig) -> Int[Array, " levels"]:
-    """First flat id of the level that the beams of expansion i were chosen from: [0, k, k + k^2, ...]."""
+    """Returns the first flat id of the level that the beams of expansion i were chosen from: [0, k, k + k^2, ...]."""
     k = config.top_k
     return jnp.array([0 if i == 0 else k + (i - 1) * k**2 for i in range(config.depth - 1)], jnp.int32)

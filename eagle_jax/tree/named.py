@@ -1,4 +1,4 @@
-"""Trees by name, for command lines and settings files; and in words."""
+"""Trees by name, for command lines and settings files, and their descriptions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from eagle_jax.tree.policy import TreePolicy
 from eagle_jax.tree.published import PUBLISHED_TREES
 from eagle_jax.tree.static import StaticTree
 
-DEEPEST = 1000  # a chain's paths take memory by the square of its depth, and every level of a tree is a pass
+DEEPEST = 1000  # every level is a draft pass, and a chain's paths take memory quadratic in its depth
 
 
 def tree_named(text: str) -> TreePolicy:
-    """A tree from "8,10,60", "chain:5", the name of a published one, or a JSON file of paths.
+    """Returns the tree for "8,10,60", "chain:5", a published tree's name, or a JSON file of paths.
 
     Raises:
       ValueError: for anything else; OSError: for a file that cannot be read.
@@ -41,7 +41,7 @@ def tree_named(text: str) -> TreePolicy:
 
 
 def describe_tree(tree: TreePolicy) -> str:
-    """ "tree: depth 8, top_k 10, 60 nodes"."""
+    """Returns a description such as "tree: depth 8, top_k 10, 60 nodes"."""
     if isinstance(tree, TreeConfig):
         more = f", stops below {tree.stop_below:g}" if tree.stop_below else ""
         more += f", score temperature {tree.score_temperature:g}" if tree.score_temperature != 1 else ""

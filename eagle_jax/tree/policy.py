@@ -1,10 +1,10 @@
-"""TreePolicy: how a tree grows, the extension point for tree shapes of one's own.
+"""TreePolicy: how a tree grows. The extension point for your own tree shapes.
 
-The draft comes in as a function, so that toy drafts can test a policy:
+The draft is a function argument, so a policy can be tested with a toy draft:
 
     draft_fn(carry, step) -> (logits [batch, width, draft_vocab], carry)
 
-It scores the children of the nodes in `step`. `carry` is the draft's own (its keys and values, say).
+It scores the children of the nodes in `step`. `carry` is the draft's state, such as keys and values.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class DraftStep(NamedTuple):
     """The `width` nodes that one drafting step expands.
 
     tokens: target token ids.
-    parents: which node of the previous step is the parent (0 at the first step).
-    mask: True for the drafted nodes that a node may attend to: its ancestors and itself. The last axis holds the nodes
-      of every step in the order drafted, (depth - 1) * width in all: node j of step i is entry i * width + j.
-    level: 0 for the children of the root; these nodes stand `level` positions past the first.
+    parents: index of the parent among the previous step's nodes (0 at the first step).
+    mask: which drafted nodes a node attends to: its ancestors and itself. The last axis holds the nodes of all steps in
+      the order drafted, (depth - 1) * width entries: node j of step i is entry i * width + j.
+    level: 0 for the children of the root; also the nodes' position, relative to theirs.
     """
 
     tokens: Int[Array, "batch width"]
@@ -39,11 +39,11 @@ DraftFn = Callable[[Any, DraftStep], tuple[Float[Array, "batch width draft_vocab
 
 
 class TreePolicy(Protocol):
-    """A frozen, hashable description of a tree that grows level by level: TreeConfig, StaticTree, or your own."""
+    """Describes how a tree grows level by level: TreeConfig, StaticTree, or your own. Frozen and hashable."""
 
     @property
     def depth(self) -> int:
-        """Draft tokens on the longest path: 1 or more. The draft runs depth - 1 steps."""
+        """Draft tokens on the longest path, at least 1. The draft runs depth - 1 steps."""
         ...
 
     @property
@@ -53,7 +53,7 @@ class TreePolicy(Protocol):
 
     @property
     def width(self) -> int:
-        """The nodes that a drafting step expands."""
+        """Nodes that a drafting step expands."""
         ...
 
     def grow(
@@ -64,13 +64,13 @@ class TreePolicy(Protocol):
         draft_fn: DraftFn,
         target_ids: Int[Array, " draft_vocab"] | None = None,
     ) -> tuple[Tree, Any]:
-        """A tree of num_nodes nodes, and the carry after the last step.
+        """Returns a tree of num_nodes nodes, and the carry after the last step.
 
         Args:
           root: target token ids.
           logits: the draft's logits for the children of the root.
-          carry: handed to the first `draft_fn` call.
-          target_ids: target id of every draft id; None where they are the same.
+          carry: passed to the first `draft_fn` call.
+          target_ids: target id of every draft id; None if they are the same.
         """
         ...
 
@@ -79,27 +79,27 @@ NEVER = -1  # in `scored_at`: no drafting step scored the children of this node
 
 
 class FixedTreePolicy(TreePolicy, Protocol):
-    """A TreePolicy whose trees all have one shape, and which says so: `DraftModel` may then draw their nodes at random.
+    """A TreePolicy whose trees all have one shape, so that `DraftModel` can sample their nodes.
 
-    Contract: parents and depths never depend on logits. The c children of a node hold the tokens of the c largest
-    logits that were passed for it, in descending order. Under Gumbel noise these are c samples without replacement, of
-    which more are accepted (see `accept_drawn`).
+    Contract: parents and depths never depend on logits. The c children of a node hold the tokens of its c largest
+    logits, in descending order. With Gumbel noise added these are c samples without replacement, of which
+    `accept_drawn` accepts more.
     """
 
     @property
     def scored_at(self) -> tuple[int, ...] | None:
-        """Where each node's children were scored, an entry a node; None: not fixed after all.
+        """Returns for every node where its children were scored; None if the shape is not fixed after all.
 
-        0 for the root, 1 + i * width + j for slot j of drafting step i, and NEVER for a node that no step expanded. A
-        chain of depth D, of one slot a step: (0, 1, ..., D - 1, NEVER).
+        0 for the root, 1 + i * width + j for node j of drafting step i, and NEVER for a node that no step expanded. For
+        a chain of depth D, which has one node a step: (0, 1, ..., D - 1, NEVER).
         """
         ...
 
 
 def log_probabilities(logits: Float[Array, "*nodes vocab"]) -> Float32[Array, "*nodes vocab"]:
-    """Log-softmax over the last axis in float32; NaN becomes -inf, so that a broken draft still makes a tree.
+    """Returns the log-softmax over the last axis in float32.
 
-    Never above 0: a likeliest token may come out there by rounding.
+    NaN becomes -inf, so that a broken draft still yields a tree. Clamped at 0, which rounding can exceed.
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return jnp.where(jnp.isnan(log_probs), -jnp.inf, jnp.minimum(log_probs, 0))
@@ -111,7 +111,10 @@ def best_children(
     count: int,
     target_ids: Int[Array, " draft_vocab"] | None,
 ) -> tuple[Float[Array, "batch width {count}"], Int[Array, "batch width {count}"]]:
-    """Cumulative log-probabilities and target tokens of the best children of nodes with these scores."""
+    """Returns cumulative log-probabilities and target tokens of the best `count` children of every node.
+
+    scores: the nodes' cumulative log-probabilities.
+    """
     log_probs, ids = jax.lax.top_k(log_probabilities(logits), count)
     return scores[:, :, None] + log_probs, ids if target_ids is None else target_ids[ids]
 
@@ -119,7 +122,7 @@ def best_children(
 def step_mask(
     previous: Bool[Array, "batch width drafted"], parents: Int[Array, "batch width"], level: Int[Array, ""] | int
 ) -> Bool[Array, "batch width drafted"]:
-    """The mask of a step: each node sees what its parent saw, and itself."""
+    """Returns the mask of the next step: each node sees its parent's entries and itself."""
     k, rows = previous.shape[1:]
     own = jax.nn.one_hot(level * k + jnp.arange(k, dtype=jnp.int32), rows, dtype=bool)
     return jnp.take_along_axis(previous, parents[:, :, None], axis=1) | own[None]

@@ -1,6 +1,6 @@
-"""Static trees that were published with heads: facts of those projects, in a short spelling.
+"""Static trees published with heads.
 
-A path is a word of digits, the child ranks from the root down: "02" is the third child of the first child.
+Each path is a word of digits, the child ranks from the root down: "02" is the third child of the first child.
 """
 
 from __future__ import annotations

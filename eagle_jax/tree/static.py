@@ -20,13 +20,13 @@ Path = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class StaticTree:
-    """A tree of fixed shape, from the paths of child ranks to its nodes, as the official code lists them.
+    """A tree of fixed shape, given by the path of child ranks to every node, as in the official code.
 
-    [0], [1], [0, 0] are the root's likeliest and second likeliest child, and the likeliest child of the former. The
-    nodes are in order of depth, then of path; lists that hold the same paths are the same tree.
+    [0] and [1] are the root's most likely and second most likely child; [0, 0] is the most likely child of the former.
+    Nodes are sorted by depth, then by path, so the order of the list does not matter.
 
     Raises:
-      ValueError: for a path without its parent, a path twice, or what is no path; the message names it.
+      ValueError: for a path without its parent, a repeated path, or an invalid one; the message names it.
     """
 
     paths: tuple[Path, ...]
@@ -53,7 +53,7 @@ class StaticTree:
 
     @classmethod
     def chain(cls, depth: int) -> StaticTree:
-        """One node a level: standard speculative decoding's chain of `depth` tokens."""
+        """Returns the chain of standard speculative decoding: `depth` tokens, one a level."""
         return cls([[0] * length for length in range(1, depth + 1)])
 
     @property
@@ -66,17 +66,17 @@ class StaticTree:
 
     @property
     def width(self) -> int:
-        """Nodes of a level that have children, at most, and at least 1."""
+        """The largest number of nodes of a level that have children, at least 1."""
         return max([1, *map(len, self.steps)])
 
     @property
     def ranks(self) -> int:
-        """The children that a node may have, at most."""
+        """The highest child rank, plus 1."""
         return 1 + max(path[-1] for path in self.paths)
 
     @functools.cached_property
     def steps(self) -> list[list[Path]]:
-        """The nodes of depth 1, 2, ..., depth - 1 that have children: what each drafting step expands."""
+        """The nodes that each drafting step expands: those of depth 1, 2, ..., depth - 1 that have children."""
         parents = sorted({path[:-1] for path in self.paths})
         return [[path for path in parents if len(path) == depth] for depth in range(1, self.depth)]
 
@@ -87,7 +87,7 @@ class StaticTree:
 
     @functools.cached_property
     def scored_at(self) -> tuple[int, ...] | None:
-        """See FixedTreePolicy. None if a node's children skip a rank: they are then not the first samples."""
+        """See FixedTreePolicy. None if a node's children skip a rank, as they are then not the first samples."""
         if any(path[-1] and (*path[:-1], path[-1] - 1) not in self.node_of for path in self.paths):
             return None
         row: dict[Path, int] = {(): 0}
@@ -103,7 +103,7 @@ class StaticTree:
         draft_fn: DraftFn,
         target_ids: Int[Array, " draft_vocab"] | None = None,
     ) -> tuple[Tree, Any]:
-        """A tree whose node of path [..., r] is its parent's child of rank r.
+        """Grows a tree whose node of path [..., r] is its parent's child of rank r.
 
         Args and Returns: as TreePolicy.grow.
         Raises:
@@ -112,8 +112,8 @@ class StaticTree:
         batch, vocab = logits.shape
         if self.ranks > vocab:
             raise ValueError(f"rank {self.ranks - 1} of the static tree exceeds the draft vocabulary of {vocab} tokens")
-        # Of each node that a step expands: its parent's place in the step before, and its rank there; 0 beyond the
-        # last node. The root is the one node of the step before the first. [depth - 1, width]
+        # [depth - 1, width]: for every node that a step expands, the index of its parent in the step before and its
+        # rank; 0 where a step expands fewer. The step before the first holds the root.
         before: list[list[Path]] = [[()], *self.steps]
         slots, ranks = np.zeros((2, self.depth - 1, self.width), np.int32)
         for level, paths in enumerate(self.steps):
@@ -123,7 +123,7 @@ class StaticTree:
         children = functools.partial(best_children, count=self.ranks, target_ids=target_ids)
 
         def expand(state, step):
-            carry, mask, scores, tokens = state  # of the children of the step before, [batch, width, ranks]
+            carry, mask, scores, tokens = state  # scores, tokens [batch, width, ranks]: children of the step before
             level, slots, ranks = step
             tokens, scores = tokens[:, slots, ranks], scores[:, slots, ranks]
             parents = jnp.broadcast_to(slots, (batch, self.width))
@@ -137,7 +137,7 @@ class StaticTree:
             for values in children(logits[:, None], jnp.zeros((batch, 1), jnp.float32))
         )
         grown = tuple(values[None] for values in first)
-        if self.depth > 1:  # even a scan of no steps would trace draft_fn
+        if self.depth > 1:  # a scan of length 0 would still trace draft_fn
             mask = jnp.zeros((batch, self.width, (self.depth - 1) * self.width), bool)
             tables = (jnp.arange(self.depth - 1, dtype=jnp.int32), jnp.array(slots), jnp.array(ranks))
             (carry, *_), more = jax.lax.scan(expand, (carry, mask, *first), tables)
@@ -150,9 +150,9 @@ class StaticTree:
         scores: Float[Array, "depth batch width ranks"],
         tokens: Int[Array, "depth batch width ranks"],
     ) -> Tree:
-        """The tree of the scores and tokens of every step's children."""
+        """Makes the tree from the scores and tokens of every step's children."""
         before: list[list[Path]] = [[()], *self.steps]
-        # Where in them each node is.
+        # Index of every node but the root along the first, third and last axis of scores and tokens.
         levels = np.array([len(path) - 1 for path in self.paths], np.int32)
         places = np.array([before[len(path) - 1].index(path[:-1]) for path in self.paths], np.int32)
         own = np.array([path[-1] for path in self.paths], np.int32)
