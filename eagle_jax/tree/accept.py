@@ -64,7 +64,7 @@ def accept_greedy(
     choice = argmax(logits)
     agrees = jnp.take_along_axis(choice, jnp.maximum(tree.parents, 0), axis=1) == tree.tokens
     end, path = _deepest(tree, agrees)
-    return Acceptance(path, length=_at(tree.depths, end), bonus=_at(choice, end))
+    return Acceptance(path, length=_gather(tree.depths, end), bonus=_gather(choice, end))
 
 
 def accept_sampling(
@@ -93,14 +93,14 @@ def accept_sampling(
     duplicate = jnp.any(earlier & (tree.tokens[:, :, None] == tree.tokens[:, None, :]), axis=-1)
     tried_before = earlier & ~duplicate[:, None, :]
     # Residual mass after rejecting the earlier siblings, clamped at 0 against rounding.
-    left = jnp.maximum(1 - jnp.where(tried_before, p[:, None, :], 0).sum(-1), 0)
+    mass = jnp.maximum(1 - jnp.where(tried_before, p[:, None, :], 0).sum(-1), 0)
     # Uniforms consumed up to a node: one for it and one for each sibling tried before it, at every level of its path.
     tries = jnp.where(not_root, 1 + tried_before.sum(-1, dtype=jnp.int32), 0)
     ancestors = tree.ancestors()
     consumed = jnp.where(ancestors, tries[:, None, :], 0).sum(-1, dtype=jnp.int32)
-    own = jnp.clip(consumed - 1, 0, max(nodes - 2, 0))
-    u = jnp.take_along_axis(jnp.pad(uniforms, [(0, 0), (0, 1)]), own, axis=1)
-    accepts = not_root & ~duplicate & (u * left < p)
+    index = jnp.clip(consumed - 1, 0, max(nodes - 2, 0))
+    u = jnp.take_along_axis(jnp.pad(uniforms, [(0, 0), (0, 1)]), index, axis=1)
+    accepts = not_root & ~duplicate & (u * mass < p)
     first = accepts & ~jnp.any(earlier & accepts[:, None, :], axis=-1)
     end, path = _deepest(tree, first)
 
@@ -110,7 +110,7 @@ def accept_sampling(
     total = rest.sum(-1, keepdims=True)
     # The residual can only be empty through rounding (about once in 2^24); fall back to p.
     residual = jnp.where(total > 0, rest / jnp.where(total > 0, total, 1), at_end)
-    return Acceptance(path, length=_at(tree.depths, end), bonus=jnp.full(batch, -1, jnp.int32)), residual
+    return Acceptance(path, length=_gather(tree.depths, end), bonus=jnp.full(batch, -1, jnp.int32)), residual
 
 
 def accept_drawn(
@@ -140,13 +140,13 @@ def accept_drawn(
     rows = jnp.arange(batch, dtype=jnp.int32)
 
     def try_node(i, walk):
-        at, p, q, tried = walk  # the node reached, the residuals of p and q there, and the uniforms consumed
+        node, p, q, tried = walk  # the node reached, the residuals of p and q there, and the uniforms consumed
         token = tree.tokens[:, i]
-        chosen = (draft_probs[rows, at] == 0).all(axis=-1)
+        chosen = (draft_probs[rows, node] == 0).all(axis=-1)
         this = jax.nn.one_hot(token, p.shape[-1], dtype=bool)
         drawn_from = jnp.where(chosen[:, None], this.astype(p.dtype), q)
         q_token = drawn_from[rows, token]
-        tries = (tree.parents[:, i] == at) & (q_token > 0)
+        tries = (tree.parents[:, i] == node) & (q_token > 0)
         u = uniforms[rows, jnp.minimum(tried, nodes - 2)]
         accepts = tries & (u * q_token < p[rows, token])
         rejects = (tries & ~accepts)[:, None]
@@ -154,13 +154,13 @@ def accept_drawn(
         q = jnp.where(rejects, _normalised(jnp.where(this, 0, q), jnp.zeros_like(q)), q)
         p = jnp.where(accepts[:, None], probs[:, i], p)
         q = jnp.where(accepts[:, None], draft_probs[:, i], q)
-        return jnp.where(accepts, i, at), p, q, tried + tries
+        return jnp.where(accepts, i, node), p, q, tried + tries
 
     start = jnp.zeros(batch, jnp.int32), probs[:, 0], draft_probs[:, 0], jnp.zeros(batch, jnp.int32)
     # Parents precede their children, so one pass over the nodes in order is the walk.
     end, residual, _, _ = jax.lax.fori_loop(1, nodes, try_node, start)
     path = path_to(tree, tree.ancestors(), end)
-    return Acceptance(path, length=_at(tree.depths, end), bonus=jnp.full(batch, -1, jnp.int32)), residual
+    return Acceptance(path, length=_gather(tree.depths, end), bonus=jnp.full(batch, -1, jnp.int32)), residual
 
 
 def _normalised(
@@ -259,6 +259,6 @@ def path_to(
     return jnp.max(jnp.where(at_depth, nodes[None, None, :], PAD), axis=-1)
 
 
-def _at(values: Shaped[Array, "batch nodes"], index: Int[Array, " batch"]) -> Shaped[Array, " batch"]:
+def _gather(values: Shaped[Array, "batch nodes"], index: Int[Array, " batch"]) -> Shaped[Array, " batch"]:
     """Gathers one node's value for every sequence."""
     return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]

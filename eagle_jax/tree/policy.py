@@ -124,5 +124,5 @@ def step_mask(
 ) -> Bool[Array, "batch width drafted"]:
     """Returns the mask of the next step: each node sees its parent's entries and itself."""
     k, rows = previous.shape[1:]
-    own = jax.nn.one_hot(level * k + jnp.arange(k, dtype=jnp.int32), rows, dtype=bool)
-    return jnp.take_along_axis(previous, parents[:, :, None], axis=1) | own[None]
+    itself = jax.nn.one_hot(level * k + jnp.arange(k, dtype=jnp.int32), rows, dtype=bool)
+    return jnp.take_along_axis(previous, parents[:, :, None], axis=1) | itself[None]

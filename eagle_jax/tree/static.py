@@ -155,10 +155,10 @@ class StaticTree:
         # Index of every node but the root along the first, third and last axis of scores and tokens.
         levels = np.array([len(path) - 1 for path in self.paths], np.int32)
         places = np.array([before[len(path) - 1].index(path[:-1]) for path in self.paths], np.int32)
-        own = np.array([path[-1] for path in self.paths], np.int32)
+        ranks = np.array([path[-1] for path in self.paths], np.int32)
 
         def nodes(values):
-            return jnp.moveaxis(values, 1, 0)[:, levels, places, own]
+            return jnp.moveaxis(values, 1, 0)[:, levels, places, ranks]
 
         def each_row(values):
             return jnp.broadcast_to(jnp.array(values, jnp.int32), (root.shape[0], self.num_nodes))
