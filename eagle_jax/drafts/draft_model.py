@@ -27,7 +27,7 @@ from eagle_jax.tree.policy import NEVER
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelMemory:
-    """Cache of the whole text, the root included, and the small model's output at the root."""
+    """The small model's cache of the whole text, the root included, and its hidden state at the root."""
 
     cache: KVCache
     hidden: Float[Array, "batch hidden"]
@@ -36,12 +36,13 @@ class ModelMemory:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftModel(Draft):
-    """Drafts with a smaller Llama of the same vocabulary.
+    """Drafts with a smaller model of the same vocabulary.
 
-    The tree is a chain (`StaticTree.chain(5)`), another static tree, or a dynamic one (TreeConfig). Where the text is
-    sampled and the tree is static (or a FixedTreePolicy), the children of a node are drawn from the small model's own
-    distribution, processed as the target's is, and accepted by the rule for that (`accept_drawn`). Dynamic trees, and
-    greedy rows, hold top-k tokens. Those are not samples from that distribution, so `accept_sampling` applies.
+    The tree is a chain (`StaticTree.chain(5)`), another static tree, or a dynamic one (TreeConfig).
+
+    In sampled sequences, the children of a FixedTreePolicy's nodes (StaticTree is one) are sampled from the small
+    model's processed distribution q, and `accept_drawn` applies. Dynamic trees, and greedy sequences, use top-k tokens;
+    those are not samples from q, so `accept_sampling` applies.
     """
 
     model: Target
@@ -55,7 +56,7 @@ class DraftModel(Draft):
 
     def start(self, target: Target, batch: int, rows: int) -> ModelMemory:
         config, dtype = self.model.config, self.model.dtype
-        # A tile more: `update` writes one row more than the target's pass has.
+        # One more tile, as `update` writes one position more than the target does.
         cache = KVCache.zeros(config, batch, rows + ROW_TILE, dtype)
         return ModelMemory(cache, jnp.zeros((batch, config.hidden_size), dtype))
 
@@ -96,7 +97,7 @@ class DraftModel(Draft):
 
         scored_at = None if context.sampling is None or noise is not None else _scored_at(tree)
         if scored_at is not None:
-            # The k largest of logits + Gumbel noise are k draws without putting back.
+            # Gumbel top-k: the k largest of logits + noise are k samples without replacement.
             assert context.keys is not None
             noise = choice_noise(draft_keys(context.keys, context.lengths, tree.depth), config.vocab_size)
 
@@ -132,7 +133,7 @@ def _guesses(
     noise: Float[Array, "batch path vocab"] | None,
     drawn: bool,
 ) -> tuple[Float[Array, "batch width vocab"], Float32[Array, "batch width vocab_or_0"]]:
-    """Logits with their noise, and q: zeros in greedy sequences, no entries where nothing is drawn."""
+    """Returns logits plus noise, and q: zeros in greedy sequences, of width 0 if children are not sampled."""
     nothing = jnp.zeros((*logits.shape[:2], 0), jnp.float32)
     if noise is None or sampling is None:
         return logits, nothing
@@ -145,10 +146,10 @@ def _guesses(
 
 
 def _scored_at(tree: TreePolicy) -> Int[np.ndarray, " nodes"] | None:
-    """`FixedTreePolicy.scored_at`; None if the tree's shape is not fixed.
+    """Returns `FixedTreePolicy.scored_at`; None if the tree's shape is not fixed.
 
     Raises:
-      ValueError: if it is none of this tree's.
+      ValueError: if its numbers do not fit the tree.
     """
     scored_at = getattr(tree, "scored_at", None)
     if scored_at is None:
@@ -163,11 +164,11 @@ def _scored_at(tree: TreePolicy) -> Int[np.ndarray, " nodes"] | None:
 
 
 def _drawn(grown: Tree, row: Int[np.ndarray, " nodes"], probs: Float32[Array, "batch scored vocab"]) -> Proposal:
-    """The proposal with q in place of perturbed scores; greedy rows, whose probs are zeros, keep theirs.
+    """Returns the proposal with q, and scores under q; greedy sequences, whose q is 0, retain the tree's scores.
 
     Args:
-      row: of `probs`, for each node.
-      probs: at the root, and at the nodes of every step.
+      row: for each node, the entry of `probs` at which its children were scored.
+      probs: q at the root, then at the nodes of every drafting step.
     """
     at_nodes = jnp.where((row >= 0)[None, :, None], probs[:, np.maximum(row, 0)], 0)  # [batch, nodes, vocab]
     batch, nodes = grown.tokens.shape

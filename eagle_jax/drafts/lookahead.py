@@ -1,18 +1,18 @@
 """Lookahead decoding (Fu et al., arXiv 2402.02057): n-grams from Jacobi iteration, verified as they come up.
 
-The window holds ngram - 1 levels of `window` guessed tokens: level l's column c guesses the token c + l places after
-the root, in the light of the levels below it. Every cycle runs it through the target together with the guesses; what
-the target says at its highest level completes an n-gram a column, which goes into the pool, and becomes the new highest
-level. The guesses are the n-grams of the pool that begin with the root's token.
+The window holds ngram - 1 levels of `window` guessed tokens. Level l's column c guesses the token c + l positions after
+the root, given the levels before it. Every cycle runs the window through the target together with the guesses. The
+target's argmax after the last level completes an n-gram in every column. The n-grams enter the pool, and the new tokens
+become the last level. The guesses are the pool's n-grams that begin with the root.
 
-The window is a tree like any other, for n-grams of 3 and a window of 3, with x the root in column 0 of level 0:
+The window is part of the tree. For ngram = 3 and window = 3, with the root x in column 0 of level 0:
 
-    level 0    x - a - b         positions 0 1 2: each a child of the one before
+    level 0    x - a - b         positions 0 1 2: each a child of the one to its left
     level 1    d   e   f         positions 1 2 3: each a child of the one above
-    new        g   h   i         what the target says after d, e, f; the n-grams xdg, aeh, bfi
+    new        g   h   i         the target's argmax after d, e, f; the n-grams xdg, aeh, bfi
 
-So it needs no mask of its own, and the target verifies its paths along with the guesses (the paper verifies the guesses
-alone, and so accepts no more).
+Therefore the tree's mask serves, and the window's paths are verified along with the guesses. (The paper verifies the
+guesses only, and so accepts fewer tokens.)
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from eagle_jax.models.target import Target
 from eagle_jax.tree import Tree, TreePolicy, merge_chains
 from eagle_jax.tree.accept import argmax
 
-NONE = -1  # in place of a token: none yet
+NONE = -1  # no token yet
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LookaheadMemory:
-    """pool: n-grams by the cycle that made them, a ring. cycles: so far."""
+    """pool: a ring buffer of n-grams, by the cycle that produced them. cycles: run so far."""
 
     window: Int32[Array, "batch ngram-1 window"]
     pool: Int32[Array, "batch remembered window ngram"]
@@ -44,12 +44,14 @@ class LookaheadMemory:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Lookahead(Draft):
-    """Drafts by n-grams that the target itself made in passing; no weights.
+    """Drafts n-grams that the target itself produced in earlier cycles; no weights.
 
-    ngram: the n of the n-grams, 2 or more. window: columns. guesses: n-grams verified a cycle, the latest ones first.
-    remembered: cycles whose n-grams are kept.
+    window: columns of guessed tokens.
+    ngram: the n of the n-grams, at least 2.
+    guesses: n-grams verified in a cycle, the latest first.
+    remembered: cycles whose n-grams stay in the pool.
 
-    The window begins with tokens of the prompt. A cycle runs (guesses + window) * (ngram - 1) nodes.
+    The window starts with tokens of the prompt. A cycle runs (guesses + window) * (ngram - 1) nodes.
     """
 
     window: int = 15
@@ -112,14 +114,14 @@ class Lookahead(Draft):
 
     def update(self, target: Target, memory: LookaheadMemory, committed: Committed) -> LookaheadMemory:
         nodes, logits = committed.tree, committed.logits
-        if nodes is None or logits is None:  # a prompt: it gives the window its first tokens, in `propose`
+        if nodes is None or logits is None:  # a prompt: `propose` fills the window from it
             return memory
         batch, count = nodes.tokens.shape
-        first = count - self.window * (self.ngram - 1)  # so that the window's nodes, the root's first, are from here on
+        first = count - self.window * (self.ngram - 1)  # the window's nodes end the tree; entry 0 is set to the root
         window = nodes.tokens[:, first:].at[:, 0].set(nodes.tokens[:, 0])
         window = window.reshape(batch, self.ngram - 1, self.window)
         top = argmax(logits[:, -self.window :])
-        if self.ngram == 2:  # the root, in column 0, is the highest level's first node
+        if self.ngram == 2:  # the top level is level 0, whose column 0 is the root
             top = top.at[:, 0].set(argmax(logits[:, 0]))
         ngrams = jnp.concatenate([window, top[:, None]], axis=1).swapaxes(1, 2)  # [batch, window, ngram]
         pool = self._remember(memory, ngrams)
@@ -134,9 +136,9 @@ class Lookahead(Draft):
     def _guesses(
         self, memory: LookaheadMemory, root: Int[Array, " batch"]
     ) -> tuple[Int[Array, "batch chains length"], Bool[Array, "batch chains length"]]:
-        """The latest n-grams that begin with the root: the tokens after it, and which are there."""
+        """Returns the continuations of the latest n-grams that begin with the root, and which of them exist."""
         batch = root.shape[0]
-        # The ring's next place holds the oldest n-grams.
+        # The entry that is overwritten next holds the oldest n-grams.
         age = (jnp.arange(self.remembered, dtype=jnp.int32)[None] - memory.cycles[:, None]) % self.remembered
         recency = age[:, :, None] * self.window + jnp.arange(self.window, dtype=jnp.int32)[None, None]
         recency = jnp.where(memory.pool[..., 0] == root[:, None, None], recency, NONE).reshape(batch, -1)
@@ -149,17 +151,20 @@ class Lookahead(Draft):
     def _remember(
         self, memory: LookaheadMemory, ngrams: Int[Array, "batch window ngram"]
     ) -> Int[Array, "batch remembered window ngram"]:
-        """The pool with the n-grams of a cycle as its latest; those that it held already are moved there."""
+        """Returns the pool with a cycle's n-grams as the latest; earlier copies of them are removed."""
         held = (memory.pool[:, :, :, None] == ngrams[:, None, None]).all(axis=-1).any(axis=-1)
         pool = jnp.where(held[..., None], NONE, memory.pool)
         same = (ngrams[:, :, None] == ngrams[:, None]).all(axis=-1)  # [batch, window, window]
-        again = (same & ~jnp.tri(self.window, dtype=bool)[None]).any(axis=-1)  # a later column has it, too
+        again = (same & ~jnp.tri(self.window, dtype=bool)[None]).any(axis=-1)  # repeated in a later column
         ngrams = jnp.where(again[..., None], NONE, ngrams)
         here = jnp.arange(self.remembered, dtype=jnp.int32)[None] == (memory.cycles % self.remembered)[:, None]
         return jnp.where(here[:, :, None, None], ngrams[:, None], pool)
 
     def _window_shape(self, first: int) -> tuple[list[int], list[int]]:
-        """Parents and depths of the window's nodes but the root, level by level; `first` is the first one's index."""
+        """Returns parents and depths of the window's nodes without the root, level by level.
+
+        first: index of the first of them in the tree.
+        """
 
         def node(level: int, column: int) -> int:
             return 0 if level == column == 0 else first - 1 + level * self.window + column

@@ -1,7 +1,7 @@
 """Medusa: extra heads on the target's last hidden state (Cai et al., arXiv 2401.10774).
 
-Head i guesses the token i + 2 places after the hidden state it reads, the target's own head the one after it. So with
-the root known, head 0 guesses its children, head 1 theirs, whatever they are.
+Head i predicts the token i + 2 positions after the hidden state it reads; the target's lm_head predicts the next one,
+the root. So head 0 predicts the root's children and head 1 their children, independently of the tokens in between.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from eagle_jax.tree import DraftStep, TreePolicy
 
 @dataclasses.dataclass(frozen=True)
 class MedusaConfig:
-    """The shape of a set of heads. num_blocks: residual blocks before each head's own lm_head (1 in published ones)."""
+    """The sizes of a set of heads. num_blocks: residual blocks before each head's lm_head (1 in published heads)."""
 
     vocab_size: int
     hidden_size: int
@@ -46,7 +46,7 @@ class MedusaBlock(nnx.Module):
 
 
 class MedusaHead(nnx.Module):
-    """Residual blocks and an lm_head of its own."""
+    """Residual blocks and an lm_head."""
 
     def __init__(self, config: MedusaConfig, key: Key[Array, ""], dtype: Any):
         keys = jax.random.split(key, config.num_blocks + 1)
@@ -62,10 +62,9 @@ class MedusaHead(nnx.Module):
 
 
 class Medusa(Draft, nnx.Module):
-    """The heads' weights, and how they draft. The memory is the target's hidden state before the root.
+    """Drafts with Medusa heads. The memory is the target's hidden state at the last position before the root.
 
-    The tree is static (`PUBLISHED_TREES["medusa-..."]`, or any list of paths) or dynamic, and no deeper than there are
-    heads.
+    The tree is static (`PUBLISHED_TREES["medusa-..."]`, or any list of paths) or dynamic, with a level a head at most.
     """
 
     def __init__(self, config: MedusaConfig, key: Key[Array, ""], dtype: Any = jnp.float32):
@@ -98,10 +97,10 @@ class Medusa(Draft, nnx.Module):
         tree: TreePolicy,
         noise: Float[Array, "batch path vocab"] | None = None,
     ) -> Proposal:
-        """Grows a tree whose nodes of one depth all have the same guesses for children.
+        """Grows a tree in which all nodes of one depth have the same candidates for children.
 
         Raises:
-          ValueError: for a tree that is deeper than there are heads.
+          ValueError: for a tree with more levels than there are heads.
         """
         if tree.depth > self.config.num_heads:
             raise ValueError(
@@ -111,7 +110,7 @@ class Medusa(Draft, nnx.Module):
         hidden = context.memory.astype(self.dtype)
         logits = jnp.stack([head(hidden) for head in list(self.heads)[: tree.depth]], axis=1)
 
-        def after(depth):  # -> [batch, 1, vocab], for the tokens after nodes of a depth
+        def after(depth):  # -> [batch, 1, vocab], the logits after nodes of this depth
             own = jax.lax.dynamic_index_in_dim(logits, depth, axis=1)
             return coupled(own, context.sampling, noise, depth)
 

@@ -1,4 +1,4 @@
-"""Noise on draft logits: for drafting by the target's own noise, and for drawing tokens at random."""
+"""Gumbel noise on draft logits: the target's, for coupled sampling, or the draft's, to sample without replacement."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def coupled(
     depth: int | Int[Array, ""],
     target_ids: Int[Array, " draft_vocab"] | None = None,
 ) -> Float[Array, "batch width draft_vocab"]:
-    """Draft logits by the target's noise, if it is shared: `perturbed`; else as they are.
+    """Adds the target's noise to draft logits if sampling is coupled (see `perturbed`).
 
-    The target's penalties and bias are left out: the draft's guess need not be exact.
+    The target's penalties and bias are left out, as the draft need not match exactly.
     """
     if noise is None or sampling is None:
         return logits
@@ -33,13 +33,13 @@ def perturbed(
     depth: int | Int[Array, ""],
     target_ids: Int[Array, " draft_vocab"] | None = None,
 ) -> Float[Array, "batch width draft_vocab"]:
-    """Processed draft logits plus noise; greedy rows' logits as they are.
+    """Returns `warped` plus the noise of this depth; `logits` in greedy sequences.
 
     Args:
       logits, warped: before and after `warp`.
-      noise: of the tokens after nodes of each depth.
+      noise: for the token after each depth.
       depth: of the nodes.
-      target_ids: target id of every draft id; None where they are the same.
+      target_ids: target id of every draft id; None if they are the same.
     """
     now = jax.lax.dynamic_index_in_dim(noise, depth, axis=1)  # [batch, 1, vocab]
     now = now if target_ids is None else now[:, :, target_ids]

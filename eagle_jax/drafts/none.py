@@ -1,4 +1,4 @@
-"""NoDraft: plain decoding as a draft of depth 0. Its tree is the root alone; a cycle brings one token."""
+"""NoDraft: plain decoding as a draft of depth 0. Its tree is the root alone; a cycle commits one token."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from eagle_jax.tree import Tree, TreePolicy
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class NoDraft(Draft):
-    """Proposes nothing. Public functions take None in its place: see `as_draft`.
+    """Proposes no tokens. Public functions take None instead: see `as_draft`.
 
-    Its memory is None, and `update` leaves any other draft's as it is.
+    Its memory is None; `update` returns another draft's memory unchanged.
     """
 
     def depth(self, tree: TreePolicy | None) -> int:
@@ -38,10 +38,10 @@ class NoDraft(Draft):
 
 
 def as_draft(target: Any, draft: Draft | None) -> Draft:
-    """Returns the draft that a public function was given, and `NoDraft` for None.
+    """Returns `NoDraft` for None, and any other draft unchanged.
 
     Raises:
-      ValueError: naming the fix, for a target or a draft that is none.
+      ValueError: naming the fix, if the target is no Target or the draft no Draft.
     """
     check_models(target, draft)
     return NoDraft() if draft is None else draft

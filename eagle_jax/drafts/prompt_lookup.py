@@ -1,4 +1,7 @@
-"""PromptLookup: what followed the last tokens the last time they occurred (Saxena, "Prompt Lookup Decoding", 2023)."""
+"""PromptLookup: drafts the tokens that followed an earlier occurrence of the last n-gram.
+
+Saxena, "Prompt Lookup Decoding", 2023.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,20 @@ from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.tree import TreePolicy, merge_chains
 
-# Matches looked at for each branch wanted: several places may go on in the same way.
+# Matches considered per branch, as several may have the same continuation.
 MATCHES_A_BRANCH = 4
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class PromptLookup(Draft):
-    """Drafts by copying from the text itself; no weights. For answers that repeat their prompt: code, summaries.
+    """Drafts by copying from the text so far; no weights. For answers that repeat their prompt: code, summaries.
 
     length: tokens copied, the depth of the tree.
-    branches: places copied from: 1 is a chain, more make a tree.
-    ngram: the most last tokens compared. Longer matches come first, then later ones.
+    branches: matches copied from: 1 gives a chain, more a tree.
+    ngram: the longest suffix of the text to match. Longer matches are preferred, then later ones.
 
-    A copy that reaches the end of the text goes on with its own beginning, so that a text in a loop is guessed whole.
+    A copy that reaches the end of the text wraps around to its start, so that a repeating text is drafted in full.
     """
 
     length: int = 10
@@ -52,7 +55,7 @@ class PromptLookup(Draft):
         tokens, last = context.tokens, context.root_position
         width = tokens.shape[1]
         places = jnp.arange(width, dtype=jnp.int32)[None]
-        # matched[b, j]: how many tokens up to j equal as many tokens up to the last one.
+        # matched[b, j]: length of the common suffix, at most ngram, of the text up to j and of the whole text.
         matched, going_on = jnp.zeros_like(tokens), jnp.ones(tokens.shape, bool)
         for back in range(self.ngram):
             wanted = take_one(tokens, jnp.maximum(last - back, 0))[:, None]
@@ -62,21 +65,21 @@ class PromptLookup(Draft):
         count = 1 if self.branches == 1 else MATCHES_A_BRANCH * self.branches
         order = jnp.pad(matched * width + places, [(0, 0), (0, max(count - width, 0))])
         order, found = jax.lax.top_k(order, count)
-        valid = order >= width  # a match of at least one token
-        # What follows place j, in a circle: places j + 1 to the last one, and again.
+        valid = order >= width  # at least one token matches
+        # The continuation of position j: positions j + 1 to the last one, repeated.
         period = jnp.maximum(last[:, None] - found, 1)
         offsets = jnp.arange(self.length, dtype=jnp.int32)[None, None] % period[:, :, None]
         copies = jnp.take_along_axis(tokens[:, None], jnp.minimum(found[:, :, None] + 1 + offsets, width - 1), axis=2)
         copies, valid = _distinct(copies, valid, self.branches)
         root, valid = context.root, jnp.broadcast_to(valid[:, :, None], copies.shape)
-        # Where nothing matched, something that depends on the row alone.
+        # Without a match, repeat the root: a value that depends on this sequence only.
         return Proposal(merge_chains(root, jnp.where(valid, copies, root[:, None, None]), valid))
 
 
 def _distinct(
     copies: Int[Array, "batch matches length"], valid: Bool[Array, "batch matches"], count: int
 ) -> tuple[Int[Array, "batch {count} length"], Bool[Array, "batch {count}"]]:
-    """The first `count` valid copies that differ, and which of them are valid."""
+    """Returns the first `count` distinct valid copies, and which of them are valid."""
     rows = copies.shape[1]
     same = (copies[:, :, None] == copies[:, None]).all(axis=-1)  # [batch, matches, matches]
     repeats = (same & jnp.tri(rows, k=-1, dtype=bool)[None] & valid[:, None, :]).any(axis=-1)

@@ -1,9 +1,9 @@
-"""Draft: what the decoder asks of whatever guesses the target's next tokens.
+"""The draft protocol: what decoding asks of a draft. The extension point for your own drafts.
 
-A cycle asks the draft to `propose` a tree from a `Context`, lets the target verify it, and calls `update` with the
-newly committed positions. Between cycles the draft keeps a `memory`. A prompt comes through `update`, too, in chunks.
+In every cycle the draft proposes a tree from a `Context`, the target verifies it, and `update` gets the newly committed
+positions. The draft keeps a `memory` between cycles. Prompts pass through `update` as well, in chunks.
 
-Any tree is safe: what a draft proposes changes how many tokens a cycle brings, never which.
+Any tree is safe: a proposal changes how many tokens a cycle commits, never which.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class Proposal(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a draft may read when it proposes: the text so far, its own memory, and how tokens will be sampled.
+    """What a draft may read when it proposes.
 
-    tokens: each prompt and its new tokens, then zeros.
+    tokens: each prompt and its new tokens, zero-padded.
     lengths: prompt and new tokens so far.
-    root: the last token of each text, chosen by the target but not yet run: the root of the tree.
-    root_position: its index in the text.
-    memory: what `start` or the latest `update` returned.
-    keys: of the sequences; None in the greedy program. See `keys.draft_keys` for a draft's own draws.
+    root: the last token of each sequence, chosen by the target but not yet run: the root of the tree.
+    root_position: its position.
+    memory: the result of `start` or of the latest `update`.
+    keys: of the sequences; None in the greedy program. Derive keys for the draft's draws by `keys.draft_keys`.
     sampling: of each sequence, fields [batch]; None in the greedy program.
-    noise: the Gumbel noise by which the target will choose the token after each depth; None unless sampling is coupled.
+    noise: the Gumbel noise that the target will choose the token after each depth by; None unless sampling is coupled.
     """
 
     tokens: Int32[Array, "batch buffer"]
@@ -61,22 +61,22 @@ class Context:
 
     @property
     def draft(self) -> Any:
-        """Another name of `memory`."""
+        """The former name of `memory`."""
         return self.memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Committed:
-    """Newly committed positions: positions from `start` that the target has run, the first `count` of them valid.
+    """Newly committed positions: those from `start` that the target has run, of which the first `count` are valid.
 
-    Positions past the count hold anything.
+    Later entries hold arbitrary values.
 
-    tokens, next_tokens: the token at each position and the one after it. After the last valid one comes the root, the
-      token that the target chose and has not run yet.
+    tokens, next_tokens: the token at each position and the one after it. The last valid position is followed by the
+      root, which the target has chosen and not yet run.
     count: may be 0.
-    output: the target's pass there: hidden states, and taps if the draft asked for them.
-    tree, logits: the verified tree, and the target's logits after every node, accepted or not. None for a prompt, of
-      which up to a chunk's length is committed at a time.
+    output: of the target at these positions: hidden states, and taps if the draft asked for them.
+    tree, logits: the verified tree, and the target's logits after every node, accepted or not. None for a prompt, which
+      is committed in chunks.
     """
 
     tokens: Int32[Array, "batch new"]
@@ -89,14 +89,14 @@ class Committed:
     logits: Float[Array, "batch nodes vocab"] | None = None
 
 
-Text = Committed  # the name by which drafts of users import it
+Text = Committed  # the former name, which drafts of users import
 
 
 class Draft:
-    """A draft: a pytree (its weights, if any, are leaves) whose one necessary method is `propose`.
+    """Base class of drafts: a pytree, with its weights as leaves, that implements at least `propose`.
 
-    Everything runs in a trace: shapes may depend on the draft's own settings and on `tree` only. A row's proposal may
-    depend on that row alone, so that its text does not depend on its neighbours.
+    All methods are traced: shapes may depend on the draft's settings and on `tree` only. A sequence's proposal may
+    depend on that sequence only, so that its text does not depend on the rest of the batch.
     """
 
     @property
@@ -111,18 +111,18 @@ class Draft:
         """Raises ConfigError, naming both numbers, if the draft was not made for a target of this shape."""
 
     def depth(self, tree: TreePolicy) -> int:
-        """The most tokens that a proposal can get accepted. Drafts with a shape of their own ignore `tree`."""
+        """Returns the depth of the proposed trees. Drafts with a fixed tree ignore `tree`."""
         return tree.depth
 
     def taps(self, target: Target) -> tuple[int, ...]:
-        """The target's layers whose input `update` reads (n: the last one's output)."""
+        """Returns the target layers whose input `update` reads; index n is the output of the last of n layers."""
         return ()
 
     def start(self, target: Target, batch: int, rows: int) -> Any:
-        """The memory before any text: a pytree of arrays, each with the batch as its first axis.
+        """Returns the memory before any text: a pytree of arrays, each with the batch as its first axis.
 
         Args:
-          rows: the most positions of a text, with room for a tree's depth + 1 beyond its end.
+          rows: positions to allocate, which include scratch for depth + 1 positions beyond the longest text.
         """
         return ()
 
@@ -143,14 +143,14 @@ class Draft:
         """Returns a tree of guesses under `context.root`.
 
         Args:
-          noise: `context.noise`, shared with the target if sampling is coupled (see `accept_coupled`). A draft may
-            ignore it.
+          noise: `context.noise`, shared with the target if sampling is coupled (see `accept_coupled`). Ignoring it only
+            lowers acceptance.
         """
         raise NotImplementedError(f"{type(self).__name__} is no draft: it lacks propose")
 
 
 def check_models(target: Any, draft: Any) -> None:
-    """Raises ValueError, naming the fix, for what is no target or no draft."""
+    """Raises ValueError, naming the fix, if the target is no Target or the draft no Draft."""
     if isinstance(target, Draft):
         raise ValueError(f"target is a draft, {shown(target)}; pass the target first, then the draft")
     if missing := missing_members(target):
@@ -175,7 +175,7 @@ def check_models(target: Any, draft: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: itself where it is short; a model's or an array's repr may be megabytes."""
+    """Formats a value for an error message; the repr of a model or an array may take megabytes."""
     if value is None or isinstance(value, str | int | float):
         return reprlib.repr(value)
     if isinstance(value, jax.Array | np.ndarray):

@@ -1,7 +1,7 @@
-"""The kinds of draft, by the names that commands know: data only. A new draft adds its line here.
+"""The kinds of draft by name, as commands know them: data only. Add a line for a new kind.
 
-What else depends on the kind of a draft with weights lies in tables, keyed by `Kind.weights`: in convert, train and
-cli. A draft without weights needs none of them.
+For drafts with weights, convert, train and cli have further tables, keyed by `Kind.weights`. Drafts without weights
+need none of them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
 class Kind:
     """A kind of draft.
 
-    description: a few words, for help texts.
-    weights: the kind's name in manifests, in settings of training and in tables; None: the draft has no weights.
-    config: the class of its `config`; None without weights, where `settings` are the arguments of the class.
-    tree: what it grows unless the user names another; None: a shape of its own.
-    deepest: the field of `config` that bounds a tree's depth, if there is one.
+    description: for help texts.
+    weights: the name in manifests, training settings and tables; None for drafts without weights.
+    config: the class of its `config`; None without weights.
+    tree: the default; None for a draft with a fixed tree.
+    deepest: the field of `config` that bounds a tree's depth, if any.
+    settings: arguments of the class, for drafts without weights.
     """
 
     draft: type[Draft]
@@ -44,7 +45,7 @@ class Kind:
 
 MEDUSA_TREE = PUBLISHED_TREES["medusa-mc-sim-7b-63"]
 
-# Of names that share a class, the last one gives the tree of a draft that was loaded without a name.
+# Where names share a class, a draft loaded without a name gets the last one's tree.
 KINDS: dict[str, Kind] = {
     "lookahead": Kind(Lookahead, "n-grams that the target made in passing"),
     "prompt-lookup": Kind(PromptLookup, "a copy of the text so far"),
@@ -55,11 +56,11 @@ KINDS: dict[str, Kind] = {
     "eagle2": Kind(Eagle1Draft, "the same head, dynamic tree", "eagle1", DraftConfig, TreeConfig()),
     "eagle3": Kind(Eagle3Draft, "an EAGLE-3 head, dynamic tree", "eagle3", DraftConfig, TreeConfig()),
 }
-# Drafts without weights, by the names of commands; the classes of the others, by the names of tables.
+# Drafts without weights, by command name; the classes of the others, by `weights`.
 WEIGHTLESS = {name: kind for name, kind in KINDS.items() if kind.weights is None}
 CLASSES = {kind.weights: kind.draft for kind in KINDS.values() if kind.weights is not None}
 
 
 def kind_of(draft: Draft | None) -> Kind | None:
-    """Returns the kind of a draft; None for plain decoding and for a draft of the user's own."""
+    """Returns the kind of a draft; None for plain decoding and for a user's draft."""
     return next((kind for kind in reversed(KINDS.values()) if isinstance(draft, kind.draft)), None)
