@@ -52,7 +52,7 @@ def draft_keys(keys: Key[Array, " batch"], lengths: Int[Array, " batch"], count:
     fold_in = jax.random.fold_in
 
     def of_row(key, length):
-        own = fold_in(fold_in(key, jnp.uint32(2**32 - 1)), length)  # no token has this index
-        return jax.vmap(fold_in, in_axes=(None, 0))(own, jnp.arange(count, dtype=jnp.int32))
+        base = fold_in(fold_in(key, jnp.uint32(2**32 - 1)), length)  # no token has this index
+        return jax.vmap(fold_in, in_axes=(None, 0))(base, jnp.arange(count, dtype=jnp.int32))
 
     return jax.vmap(of_row)(keys, lengths)

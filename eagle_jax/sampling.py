@@ -165,13 +165,13 @@ def warp(logits: Float[Array, "*batch vocab"], sampling: SamplingConfig) -> Floa
     warm = (logits - top) / jnp.where(temperature > 0, temperature, 1.0)
 
     def keep_top_k(x):
-        kept = _kept(x, jnp.ones_like(x), jnp.maximum(top_k, 1).astype(jnp.float32))
-        return jnp.where(kept | (top_k == 0), x, -jnp.inf)
+        keep = _keep_mask(x, jnp.ones_like(x), jnp.maximum(top_k, 1).astype(jnp.float32))
+        return jnp.where(keep | (top_k == 0), x, -jnp.inf)
 
     def keep_top_p(x):
         weights = jnp.exp(x)
-        kept = _kept(x, weights, top_p * weights.sum(axis=-1, keepdims=True))
-        return jnp.where(kept | (top_p >= 1), x, -jnp.inf)
+        keep = _keep_mask(x, weights, top_p * weights.sum(axis=-1, keepdims=True))
+        return jnp.where(keep | (top_p >= 1), x, -jnp.inf)
 
     warm = _if(jnp.any(top_k > 0), keep_top_k, warm)
     warm = _if(jnp.any(top_p < 1), keep_top_p, warm)
@@ -189,7 +189,7 @@ def _one_hot_logits(
     return jnp.where(jnp.isfinite(top), jnp.where(index == first, np.float32(0), -jnp.inf), jnp.nan)
 
 
-def _kept(
+def _keep_mask(
     values: Float32[Array, "*batch vocab"], weights: Float[Array, "*batch vocab"], limit: Float[Array, "#*batch 1"]
 ) -> Bool[Array, "*batch vocab"]:
     """Where the weights of strictly larger values sum to less than `limit`.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_jax import SamplingConfig
-from eagle_jax.sampling import _kept, probabilities, process
+from eagle_jax.sampling import _keep_mask, probabilities, process
 from tests import processors
 from tests.toy import GOLDEN
 
@@ -83,7 +83,7 @@ def hugging_face(logits, text, bias, controls) -> np.ndarray:
 def test_the_threshold_needs_no_sort_and_keeps_ties(seed, k, levels):
     values = np.round(logits_of(seed, (3, V)) * levels) / levels
     values[0, :4] = [-np.inf, 0.0, -0.0, np.inf]
-    kept = _kept(jnp.asarray(values), jnp.ones((3, V)), jnp.full((3, 1), float(k)))
+    kept = _keep_mask(jnp.asarray(values), jnp.ones((3, V)), jnp.full((3, 1), float(k)))
     np.testing.assert_array_equal(kept, values >= np.sort(values, axis=-1)[:, -k, None])
 
 

@@ -86,11 +86,11 @@ def accept(
     if sampling is not None:
         finite &= jnp.isfinite(processed.max(axis=-1))
     finite = jnp.take_along_axis(finite, path, axis=1)
-    kept = None
+    on_tokens = None
     if log_probs:
         on_path = jax.nn.log_softmax(jnp.take_along_axis(logits, path[:, :, None], axis=1), axis=-1)
-        kept = jnp.take_along_axis(on_path, tokens[:, :, None], axis=2)[:, :, 0]
-    return Chosen(acceptance, path, tokens, _leading(finite), kept)
+        on_tokens = jnp.take_along_axis(on_path, tokens[:, :, None], axis=2)[:, :, 0]
+    return Chosen(acceptance, path, tokens, _leading(finite), on_tokens)
 
 
 def asks_for(accept_fn: AcceptFn, argument: str) -> bool:

@@ -78,8 +78,8 @@ def step(
     output, logits = verify(target, draft, state, nodes)
     chosen = accept(context, proposal, logits, accept_fn, depth=depth, log_probs=state.log_probs is not None)
     after = commit(state, chosen, output)
-    gained = after.lengths - state.lengths
-    committed = newly_committed(state, nodes, output, logits, chosen.path, chosen.tokens, gained)
+    count = after.lengths - state.lengths
+    committed = newly_committed(state, nodes, output, logits, chosen.path, chosen.tokens, count)
     after = update(target, draft, after, committed)
     return Step(constrain(after, target), nodes, chosen.acceptance)
 

@@ -62,7 +62,7 @@ def insert(
     valid = (length >= 1) & (length <= min(tokens.shape[0], room - 1))
 
     old = take_row(state, row)
-    kept = _reused(old, prompt, length, index) if reuse else jnp.zeros(1, jnp.int32)
+    reused = _reused(old, prompt, length, index) if reuse else jnp.zeros(1, jnp.int32)
     limit = _limit(length, max_new_tokens, room)
     cleared = ("cycles", "accepted", "drafted", "log_probs")
     new = dataclasses.replace(
@@ -74,7 +74,7 @@ def insert(
         done=~valid[None],
         failed=~valid[None],
         prompt_lengths=length[None],
-        cache=old.cache.with_length(kept),
+        cache=old.cache.with_length(reused),
         keys=None if old.keys is None or key is None else key[None],
         sampling=old.sampling if sampling is None or old.sampling is None else sampling.rows(1),
         pending=valid[None],
@@ -98,8 +98,8 @@ def _reused(
     # Position i of the draft's cache pairs feature i with token i + 1, so of n common tokens n - 1 positions are
     # kept; and the last token of the prompt is always run, for its logits.
     common = jax.lax.argmin(jnp.append((prompt == old.tokens[0]) & (index < length), False), 0, jnp.int32)
-    kept = jnp.minimum(jnp.minimum(common - 1, length - 1), old.cache.length)
-    return jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(kept, 0)).astype(jnp.int32)
+    count = jnp.minimum(jnp.minimum(common - 1, length - 1), old.cache.length)
+    return jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(count, 0)).astype(jnp.int32)
 
 
 def _limit(length: Int[Array, ""], max_new_tokens: int | Int[ArrayLike, ""] | None, room: int) -> Int[Array, ""]:

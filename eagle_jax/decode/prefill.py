@@ -222,6 +222,6 @@ def choose_first(
     chosen = accept(context, Proposal(root), logits, log_probs=state.log_probs is not None)
     after = commit(state, chosen)
     output = TargetOutput(hidden[:, None], None if taps is None else taps[:, None])
-    gained = after.lengths - state.lengths
-    committed = newly_committed(state, root, output, None, chosen.path, chosen.tokens, gained)
+    count = after.lengths - state.lengths
+    committed = newly_committed(state, root, output, None, chosen.path, chosen.tokens, count)
     return update(target, draft, after, committed)

@@ -116,8 +116,8 @@ class DraftModel(Draft):
                 return attention(q, *rows, step.mask, old, spec=spec, positions=positions, limit_new=False), rows
 
             out, written = self.model.run(step.tokens, positions, attend, prompt_lengths=context.prompt_lengths)
-            logits, own = guesses(step.level + 1, self.model.logits(out.hidden))
-            probs = put(probs, own, (0, 1 + step.level * tree.width, 0))
+            logits, q = guesses(step.level + 1, self.model.logits(out.hidden))
+            probs = put(probs, q, (0, 1 + step.level * tree.width, 0))
             return logits, (written, probs)
 
         logits, first = guesses(0, self.model.logits(memory.hidden[:, None]))
@@ -173,8 +173,8 @@ def _drawn(grown: Tree, row: Int[np.ndarray, " nodes"], probs: Float32[Array, "b
     at_nodes = jnp.where((row >= 0)[None, :, None], probs[:, np.maximum(row, 0)], 0)  # [batch, nodes, vocab]
     batch, nodes = grown.tokens.shape
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    own = jnp.log(at_nodes[rows, jnp.maximum(grown.parents, 0), grown.tokens])
+    log_q = jnp.log(at_nodes[rows, jnp.maximum(grown.parents, 0), grown.tokens])
     on_path = grown.ancestors() & (jnp.arange(nodes, dtype=jnp.int32) > 0)[None, None]
-    scores = jnp.where(on_path, own[:, None], 0).sum(axis=-1)
+    scores = jnp.where(on_path, log_q[:, None], 0).sum(axis=-1)
     chosen = (at_nodes[:, 0] == 0).all(axis=-1, keepdims=True)
     return Proposal(dataclasses.replace(grown, scores=jnp.where(chosen, grown.scores, scores)), at_nodes)

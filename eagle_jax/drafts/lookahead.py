@@ -90,8 +90,8 @@ class Lookahead(Draft):
         memory: LookaheadMemory = context.memory
         batch, width = context.tokens.shape
         root = context.root
-        guesses, found = self._guesses(memory, root)
-        merged = merge_chains(root, guesses, found)
+        guesses, valid = self._guesses(memory, root)
+        merged = merge_chains(root, guesses, valid)
 
         places = (
             jnp.arange((self.ngram - 1) * self.window, dtype=jnp.int32)[None] % jnp.maximum(context.lengths, 1)[:, None]
@@ -144,9 +144,9 @@ class Lookahead(Draft):
         recency = jnp.where(memory.pool[..., 0] == root[:, None, None], recency, NONE).reshape(batch, -1)
         latest, chosen = jax.lax.top_k(recency, self.guesses)
         pool = memory.pool.reshape(batch, -1, self.ngram)
-        found = jnp.take_along_axis(pool, chosen[:, :, None], axis=1)[:, :, 1:]
-        there = jnp.broadcast_to((latest != NONE)[:, :, None], found.shape)
-        return jnp.where(there, found, root[:, None, None]), there
+        continuations = jnp.take_along_axis(pool, chosen[:, :, None], axis=1)[:, :, 1:]
+        valid = jnp.broadcast_to((latest != NONE)[:, :, None], continuations.shape)
+        return jnp.where(valid, continuations, root[:, None, None]), valid
 
     def _remember(
         self, memory: LookaheadMemory, ngrams: Int[Array, "batch window ngram"]

@@ -111,12 +111,12 @@ class Medusa(Draft, nnx.Module):
         logits = jnp.stack([head(hidden) for head in list(self.heads)[: tree.depth]], axis=1)
 
         def after(depth):  # -> [batch, 1, vocab], the logits after nodes of this depth
-            own = jax.lax.dynamic_index_in_dim(logits, depth, axis=1)
-            return coupled(own, context.sampling, noise, depth)
+            of_level = jax.lax.dynamic_index_in_dim(logits, depth, axis=1)
+            return coupled(of_level, context.sampling, noise, depth)
 
         def draft_fn(carry, step: DraftStep):
-            own = after(step.level + 1)
-            return jnp.broadcast_to(own, (*step.tokens.shape, own.shape[-1])), carry
+            of_level = after(step.level + 1)
+            return jnp.broadcast_to(of_level, (*step.tokens.shape, of_level.shape[-1])), carry
 
         root = context.root
         grown, _ = tree.grow(root, after(0)[:, 0], (), draft_fn)

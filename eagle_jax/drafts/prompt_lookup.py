@@ -64,12 +64,12 @@ class PromptLookup(Draft):
         matched = jnp.where(places < last[:, None], matched, 0)
         count = 1 if self.branches == 1 else MATCHES_A_BRANCH * self.branches
         order = jnp.pad(matched * width + places, [(0, 0), (0, max(count - width, 0))])
-        order, found = jax.lax.top_k(order, count)
+        order, matches = jax.lax.top_k(order, count)
         valid = order >= width  # at least one token matches
         # The continuation of position j: positions j + 1 to the last one, repeated.
-        period = jnp.maximum(last[:, None] - found, 1)
+        period = jnp.maximum(last[:, None] - matches, 1)
         offsets = jnp.arange(self.length, dtype=jnp.int32)[None, None] % period[:, :, None]
-        copies = jnp.take_along_axis(tokens[:, None], jnp.minimum(found[:, :, None] + 1 + offsets, width - 1), axis=2)
+        copies = jnp.take_along_axis(tokens[:, None], jnp.minimum(matches[:, :, None] + 1 + offsets, width - 1), axis=2)
         copies, valid = _distinct(copies, valid, self.branches)
         root, valid = context.root, jnp.broadcast_to(valid[:, :, None], copies.shape)
         # Without a match, repeat the root: a value that depends on this sequence only.
