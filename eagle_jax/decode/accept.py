@@ -1,4 +1,4 @@
-"""Choosing tokens: from the target's logits at every node of a tree to the tokens that the text gains."""
+"""Accept: from the target's logits at every node of a tree to the path and tokens to commit."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from eagle_jax.tree import (
 
 
 class Chosen(NamedTuple):
-    """What a cycle chose.
+    """The tokens to commit.
 
-    acceptance: the rule's decision; its bonus is the last token.
+    acceptance: the rule's decision.
     path: the accepted nodes, padded with the root.
     tokens: the accepted tokens, then the bonus.
-    finite: how many of these come from finite logits.
-    log_probs: of the tokens, under the target's own distribution; None if they are not kept.
+    finite: number of leading tokens that come from finite logits.
+    log_probs: of the tokens, under the target's unprocessed distribution; None if the state holds none.
     """
 
     acceptance: Acceptance
@@ -53,8 +53,8 @@ def accept(
     """Applies the acceptance rule to the target's logits after every node.
 
     Args:
-      context: what the tree was drafted from; with coupled sampling its noise decides.
-      accept_fn: the caller's rule; by default greedy, `accept_sampled` or `accept_coupled`, as the sampling says.
+      context: from which the tree was drafted. With coupled sampling its noise chooses the tokens.
+      accept_fn: the caller's rule; by default `accept_greedy`, `accept_sampled` or `accept_coupled`, by the sampling.
       depth: of the tree.
       log_probs: whether to compute the log-probabilities of the tokens.
     """
@@ -74,7 +74,7 @@ def accept(
         assert keys is not None
         acceptance = accept_sampled(nodes, processed, keys, proposal.probs)
 
-    path = jnp.maximum(acceptance.path[:, : depth + 1], 0)  # padded with the root: a valid row, masked by length
+    path = jnp.maximum(acceptance.path[:, : depth + 1], 0)  # pads with the root, a valid index; masked by length
     drafted = jnp.take_along_axis(nodes.tokens, path, axis=1)[:, 1:]
     last = jnp.zeros_like(acceptance.bonus)[:, None]
     tokens = jnp.concatenate([drafted, last], axis=1)
@@ -102,7 +102,7 @@ def asks_for(accept_fn: AcceptFn, argument: str) -> bool:
 
 
 def seen_tokens(context: Context, nodes: Tree, vocab_size: int) -> Bool[Array, "batch nodes {vocab_size}"]:
-    """The tokens that a node's text holds: the row's own, its ancestors', and itself."""
+    """Returns which tokens occur in the text up to each node: committed tokens, its ancestors, and itself."""
     batch, count = nodes.tokens.shape
     written = jnp.arange(context.tokens.shape[1], dtype=jnp.int32)[None] < context.lengths[:, None]
     row, node = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.arange(count, dtype=jnp.int32)[None, :, None]
@@ -115,5 +115,5 @@ def seen_tokens(context: Context, nodes: Tree, vocab_size: int) -> Bool[Array, "
 
 
 def _leading(flags: Bool[Array, "batch path"]) -> Int32[Array, " batch"]:
-    """How many flags of each row are True before the first False."""
+    """Counts the flags before the first False."""
     return jnp.cumprod(flags.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)

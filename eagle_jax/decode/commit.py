@@ -1,4 +1,4 @@
-"""Commit: what was accepted enters the state, all in one place; then the draft's memory is updated."""
+"""Commit: accepted keys, values and tokens enter the state; then the draft's memory is updated."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from eagle_jax.tree import Tree
 
 @jax.named_scope("commit")
 def commit(state: DecodeState, chosen: Chosen, output: TargetOutput | None = None) -> DecodeState:
-    """Commits the chosen tokens: their keys and values, the tokens themselves, the lengths and the counters.
+    """Commits the chosen tokens: writes their keys and values, appends them, and moves lengths and counters.
 
     Args:
-      output: the target's pass over the tree. None for the first token after a prompt: the cache holds the prompt's
-        keys and values already, and choosing that token is not counted as a cycle.
+      output: of the target on the tree. None for the first token after a prompt, whose keys and values are in the cache
+        already; that token is not counted as a cycle.
     """
     length = chosen.acceptance.length
     if output is not None:
         start = state.cache.length
         if output.hidden.shape[1] == 1:
-            # Adds 0, but makes the write depend on the new token. What a tree of one node commits is known early: XLA
+            # Adds 0, but makes the write depend on the sampled token. A one-node tree's commit is known early; XLA
             # would write before attention has read, and copy the cache.
             start += jnp.minimum(chosen.tokens[:, 0], 0)
         counted = jax.nn.one_hot(length, state.accepted.shape[1], dtype=jnp.int32)
@@ -50,12 +50,12 @@ def newly_committed(
     tokens: Int[Array, "batch path"],
     count: Int[Array, " batch"],
 ) -> Committed:
-    """The positions that a commit added, for the draft to learn from.
+    """Returns the positions that a commit added, as the input of `Draft.update`.
 
     Args:
       before: the state before the commit.
-      nodes: the verified tree; for a prompt's first token the root alone.
-      output, logits: the target's, at every node; logits are None for a prompt's first token.
+      nodes: the verified tree; for a prompt's first token, the root alone.
+      output, logits: of the target at every node; logits are None for a prompt's first token.
       path: the accepted nodes, padded with the root.
       tokens: the accepted tokens, then the bonus; the first `count` are new.
     """
@@ -79,7 +79,7 @@ def newly_committed(
 
 @jax.named_scope("update")
 def update(target: Target, draft: Draft, state: DecodeState, committed: Committed) -> DecodeState:
-    """Returns the state with the draft's memory after newly committed positions."""
+    """Returns the state with the draft's memory updated by the newly committed positions."""
     return dataclasses.replace(state, memory=draft.update(target, state.memory, committed))
 
 
@@ -90,12 +90,12 @@ def _append(
     finite: Int[Array, " batch"],
     log_probs: Float[Array, "batch path"] | None,
 ) -> DecodeState:
-    """Appends the first `count` of the new tokens, up to a stop token, the limit, or broken logits.
+    """Appends the first `count` new tokens, up to a stop token, the limit, or non-finite logits.
 
     Args:
-      count: all but the last of them are accepted draft tokens.
-      finite: how many of the new tokens come from finite logits.
-      log_probs: of the new tokens, if the state keeps them.
+      count: accepted draft tokens, and the bonus.
+      finite: number of leading tokens that come from finite logits.
+      log_probs: of the new tokens, if the state holds them.
     """
     index = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
     stops = jnp.any(new[:, :, None] == state.stop_tokens[None, None], axis=-1)
@@ -107,7 +107,7 @@ def _append(
     stopped = jnp.any(stops & (index < taken[:, None]), axis=1)
     failed = ~state.done & (finite < wanted)
 
-    # values[b, lengths[b] + i] = new[b, i] for i < taken[b], as one elementwise pass.
+    # values[b, lengths[b] + i] = new[b, i] for i < taken[b], as one elementwise pass rather than a scatter.
     offset = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)[None] - state.lengths[:, None]
 
     def place(values, new):

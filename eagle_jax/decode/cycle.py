@@ -1,10 +1,12 @@
-"""The cycle: one step of speculative decoding. Plain decoding is the same code with a tree of the root alone.
+"""The cycle: one step of speculative decoding, in five phases.
 
-propose  the draft guesses a tree of next tokens
-verify   the target runs its N nodes in one pass under the tree's ancestor mask
-accept   the deepest path that the target agrees with, and the target's own next token (the bonus)
-commit   the accepted keys and values enter the target's cache, the tokens are appended
-update   the draft learns what the text gained, ready for its next tree
+Plain decoding is the same code with a tree of the root alone.
+
+    propose  the draft proposes a tree of next tokens
+    verify   the target runs all nodes in one pass, under the tree's ancestor mask
+    accept   the acceptance rule picks a path, and the target's next token after it (the bonus)
+    commit   the path's keys and values are written to the target's cache, its tokens appended
+    update   the draft updates its memory with the newly committed positions
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from eagle_jax.tree import Acceptance, AcceptFn, Tree, TreeConfig, TreePolicy
 
 
 class Step(NamedTuple):
-    """A cycle seen from inside: the state after it, the tree that was verified, and what was accepted of it."""
+    """The result of a cycle: the state after it, the tree that was verified, and the acceptance."""
 
     state: DecodeState
     tree: Tree
@@ -42,15 +44,14 @@ def cycle(
     tree: TreePolicy = TreeConfig(),
     accept_fn: AcceptFn | None = None,
 ) -> DecodeState:
-    """One speculative step for every row: 1 to depth + 1 new tokens each. Rows that are done do not change.
+    """Runs one speculative step: 1 to depth + 1 new tokens for every sequence that is not done.
 
-    With draft=None one plain decoding step; `tree` is then ignored. Prompts that `insert` left are run first.
+    With draft=None this is a plain decoding step, and `tree` is ignored. Pending prompts from `insert` run first.
 
     Args:
       state: from `prefill` or an earlier `cycle`; jit this function and donate it.
-      tree: the shape of the tree; ignored by drafts with a shape of their own.
-      accept_fn: the acceptance rule (see tree/accept.py for its contract); default the rule that the state's
-        sampling asks for.
+      tree: how the tree grows; ignored by drafts with a fixed tree.
+      accept_fn: the acceptance rule (tree/accept.py has its contract); by default chosen by the state's sampling.
     """
     draft = as_draft(target, draft)
     state = run_pending(target, draft, state)
@@ -65,9 +66,9 @@ def step(
     tree: TreePolicy = TreeConfig(),
     accept_fn: AcceptFn | None = None,
 ) -> Step:
-    """A cycle of a state in which no prompt is pending, and what happened in it.
+    """Runs a cycle of a state without pending prompts.
 
-    `cycle` runs pending prompts first, so its program holds a whole prefill; this one does not.
+    Unlike `cycle`, whose compiled program also contains a prefill for pending prompts.
     """
     draft = as_draft(target, draft)
     depth = draft.depth(tree)
@@ -86,9 +87,9 @@ def step(
 
 @jax.named_scope("propose")
 def propose(target: Target, draft: Draft, context: Context, tree: TreePolicy) -> Proposal:
-    """The draft's tree under each sequence's last token; for plain decoding that token alone."""
+    """Returns the draft's tree under every sequence's last token; in plain decoding, that token alone."""
     proposal = draft.propose(target, context, tree, context.noise)
-    # A user's draft or policy may have made them 64 bits wide, where those are on.
+    # With 64-bit types enabled, a user's draft or policy may produce them.
     narrow = Tree(tokens=jnp.int32, parents=jnp.int32, depths=jnp.int32, scores=jnp.float32)
     return proposal._replace(tree=jax.tree.map(lambda x, dtype: x.astype(dtype), proposal.tree, narrow))
 
@@ -97,7 +98,7 @@ def propose(target: Target, draft: Draft, context: Context, tree: TreePolicy) ->
 def verify(
     target: Target, draft: Draft | None, state: DecodeState, nodes: Tree
 ) -> tuple[TargetOutput, Float[Array, "batch nodes vocab"]]:
-    """The target's pass over the nodes of a tree, and its logits after each."""
+    """Runs the target on all nodes of a tree; returns its output and the logits after every node."""
     output = target(
         nodes.tokens,
         state.root_position[:, None] + nodes.depths,

@@ -1,4 +1,4 @@
-"""A prompt in a running batch: insert writes it into the state, and the next cycle runs it."""
+"""Prompts of a running batch: insert writes one into the state, and the next cycle runs it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from eagle_jax.models.target import Target
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.sharding import constrain
 
-# As PREFILL_CHUNK, on a CPU for a prompt that `insert` left: rows past the prompt's end cost there as much as the
-# others.
+# PREFILL_CHUNK for pending prompts on a CPU, where padding costs as much as tokens.
 CPU_PENDING_CHUNK = 32
 
 
@@ -35,22 +34,21 @@ def insert(
 ) -> DecodeState:
     """Starts a new prompt in one sequence of a running state. The other sequences are unaffected.
 
-    The next `cycle` runs the prompt. Cheap in itself; jit and donate it, with `row` and `length` as data. The row's
-    text is that of `generate` with the same prompt and key, alone or in any batch.
+    The next `cycle` runs the prompt. Jit this function and donate the state; `row` and `length` are data. The text is
+    that of `generate` for the same prompt and key, in any batch.
 
     Args:
-      row: which sequence; not checked in a trace.
-      tokens: right-padded, as for `prefill` best to one of a few widths, each its own program.
-      length: tokens of the prompt, at least 1, and below the state's capacity.
-      key: the row's own typed key; None in a greedy state.
-      max_new_tokens: default as many as the capacity leaves, and never more.
-      sampling: of this row, with one number a field; default as before.
-      reuse: keep the keys and values of the tokens that the row's old text and the new prompt begin with: a
-        conversation's next turn then costs its new tokens only. They were computed in other passes, so that logits
-        differ by rounding from those of a prompt run anew.
+      row: index of the sequence; not checked in a trace.
+      tokens: the prompt, right-padded. Every width compiles a program, so pad to one of a few.
+      length: tokens of the prompt, at least 1 and below the state's capacity.
+      key: typed; None in a greedy state.
+      max_new_tokens: by default, and at most, as many as the capacity leaves.
+      sampling: of this sequence, one number a field; by default unchanged.
+      reuse: reuse the cached keys and values of the common prefix of the old text and the new prompt. A conversation's
+        next turn then costs its new tokens only. Their logits differ by rounding, as other passes computed the prefix.
     Raises:
-      ValueError: for values outside their range, where they are known. In a trace, a prompt of impossible length
-        comes back as `failed`.
+      ValueError: for concrete values outside their range. In a trace, a sequence with a prompt of impossible length is
+        marked `failed`.
     """
     width = state.tokens.shape[1]
     tokens = jnp.asarray(tokens)
@@ -85,7 +83,7 @@ def insert(
 def _padded(
     tokens: Int[Array, " prompt"], length: Int[Array, ""], index: Int[Array, " buffer"]
 ) -> Int[Array, " buffer"]:
-    """The prompt with zeros from its length on; `index` counts from 0."""
+    """Pads the prompt with zeros to the width of `index`, which counts from 0."""
     width = index.shape[0]
     row = jnp.zeros(max(width, tokens.shape[0]), jnp.int32).at[: tokens.shape[0]].set(tokens.astype(jnp.int32))[:width]
     return jnp.where(index < length, row, 0)
@@ -94,16 +92,16 @@ def _padded(
 def _reused(
     old: DecodeState, prompt: Int[Array, " buffer"], length: Int[Array, ""], index: Int[Array, " buffer"]
 ) -> Int[Array, " 1"]:
-    """How many cached positions of the old text hold for the prompt as well."""
-    # Position i of the draft's cache pairs feature i with token i + 1, so of n common tokens n - 1 positions are
-    # kept; and the last token of the prompt is always run, for its logits.
+    """Returns how many cached positions of the old text are valid for the prompt."""
+    # Position i of the draft's cache pairs feature i with token i + 1, so n common tokens allow n - 1 positions. The
+    # prompt's last token always runs, for its logits.
     common = jax.lax.argmin(jnp.append((prompt == old.tokens[0]) & (index < length), False), 0, jnp.int32)
     count = jnp.minimum(jnp.minimum(common - 1, length - 1), old.cache.length)
     return jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(count, 0)).astype(jnp.int32)
 
 
 def _limit(length: Int[Array, ""], max_new_tokens: int | Int[ArrayLike, ""] | None, room: int) -> Int[Array, ""]:
-    """The length at which the sequence ends."""
+    """Returns the length at which the sequence ends."""
     if max_new_tokens is None:
         return jnp.int32(room)
     if isinstance(max_new_tokens, int | np.integer):
@@ -137,13 +135,13 @@ def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> 
 
 
 def run_pending(target: Target, draft: Draft, state: DecodeState) -> DecodeState:
-    """Runs the prompts that `insert` left, a row at a time, and chooses each one's first new token."""
+    """Runs pending prompts one at a time, and chooses the first new token of each."""
     check_memory(state, draft)
 
     def run_in(chunk):
         return functools.partial(run_prompts, target, draft, chunk=min(chunk, state.cache.rows))
 
-    alone = state.tokens.shape[0] == 1  # then the state is the row's: no cache is copied
+    alone = state.tokens.shape[0] == 1  # a batch of one needs no copy of its row
 
     def run_one(state):
         row = jax.lax.argmax(state.pending, 0, jnp.int32)
@@ -156,9 +154,9 @@ def run_pending(target: Target, draft: Draft, state: DecodeState) -> DecodeState
 
 
 def _with_fresh_memory(target: Target, draft: Draft, state: DecodeState) -> DecodeState:
-    """A row's state with the draft's memory as before any text, unless part of the old text is reused."""
+    """Resets the draft's memory in the state of one sequence, unless a prefix of the old text is reused."""
     reused, fresh = state.cache.length > 0, draft.start(target, 1, state.cache.rows)
-    if not jax.tree.leaves(fresh):  # plain decoding: the memory may be another draft's, which it leaves alone
+    if not jax.tree.leaves(fresh):  # plain decoding, which preserves the memory of any draft
         return state
 
     def choose_memory(old, new):

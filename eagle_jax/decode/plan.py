@@ -1,6 +1,6 @@
-"""Sizes of a decoding: what prompts are padded to, what a sequence may hold, how many positions its cache has.
+"""Static sizes: the width of padded prompts, the capacity of a sequence, the positions of its cache.
 
-All are Python integers, and so static: a program is compiled for each plan.
+All are Python integers: a program is compiled for each plan.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from jaxtyping import Array, Int
 
 from eagle_jax.models.cache import ROW_TILE
 
-# Positions beyond the capacity: a commit writes D + 1 of them, of which only the accepted count. Pass deeper trees to
-# `prefill(tree=...)`, which sizes the scratch positions.
+# Scratch positions beyond the capacity: a commit writes depth + 1 positions, of which only the accepted ones count.
+# Pass deeper trees to `prefill(tree=...)`, which sizes the scratch positions.
 MIN_SCRATCH = 32
 
 
@@ -22,8 +22,9 @@ MIN_SCRATCH = 32
 class Plan:
     """The sizes of a batch.
 
-    width: columns of the padded prompts. capacity: most tokens (prompt + new) of a sequence. asked: most new tokens, by
-    the caller.
+    width: columns of the padded prompts.
+    capacity: most tokens (prompt + new) of a sequence.
+    asked: most new tokens that the caller asked for.
     """
 
     width: int
@@ -32,7 +33,7 @@ class Plan:
 
     @property
     def max_new_tokens(self) -> int:
-        """Most new tokens: no more than fit."""
+        """Most new tokens, at most the capacity."""
         return min(self.asked, self.capacity)
 
     @property
@@ -42,11 +43,11 @@ class Plan:
 
     @property
     def columns(self) -> int:
-        """Of the buffer that holds prompts and new tokens."""
+        """Columns of the buffer that holds prompts and new tokens."""
         return self.width + self.max_new_tokens
 
     def limits(self, lengths: Int[Array, " batch"]) -> Int[Array, " batch"]:
-        """Where sequences with prompts of these lengths end."""
+        """Returns the lengths at which sequences with prompts of these lengths end."""
         return jnp.minimum(lengths + self.max_new_tokens, self.capacity)
 
 
@@ -63,10 +64,10 @@ def plan(
     Args:
       width: columns of the padded prompts.
       capacity: most tokens of a sequence; default width + max_new_tokens.
-      trained: the target's max_position_embeddings, if sequences are to end there.
-      longest: tokens of the longest prompt, which must then leave room for a new one.
+      trained: the target's max_position_embeddings, if it limits the capacity.
+      longest: tokens of the longest prompt, which must be shorter than `trained`.
     Raises:
-      ValueError: if it does not.
+      ValueError: if it is not.
     """
     capacity = width + max_new_tokens if capacity is None else capacity
     if trained is not None:
@@ -80,7 +81,7 @@ def plan(
 
 
 def padded_width(length: int, buckets: Sequence[int]) -> int:
-    """The least bucket that holds a prompt. Raises ValueError if none does."""
+    """Returns the smallest bucket that holds a prompt. Raises ValueError if none does."""
     width = min((bucket for bucket in buckets if bucket >= length), default=None)
     if width is None:
         raise ValueError(f"a prompt has {length} tokens, the widest bucket holds {max(buckets)}")
@@ -88,10 +89,10 @@ def padded_width(length: int, buckets: Sequence[int]) -> int:
 
 
 def scratch_positions(depth: int) -> int:
-    """Cache positions beyond the capacity, for trees of this depth at most."""
+    """Returns the number of scratch positions for trees up to this depth."""
     return max(MIN_SCRATCH, depth + 1)
 
 
 def cache_positions(capacity: int, depth: int) -> int:
-    """Positions of a cache: the capacity and the scratch, in whole tiles."""
+    """Returns the positions of a cache: capacity and scratch, rounded up to whole tiles."""
     return -(-(capacity + scratch_positions(depth)) // ROW_TILE) * ROW_TILE

@@ -1,4 +1,4 @@
-"""Prompts of a new batch: pad makes arrays of them, prefill runs them."""
+"""Prompts of a new batch: pad converts token lists to arrays, prefill runs them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from eagle_jax.sampling import SamplingConfig
 from eagle_jax.sharding import constrain
 from eagle_jax.tree import Tree, TreePolicy
 
-# Tokens of a prompt that one pass takes: enough to keep a GPU's or TPU's matrix units busy, few enough that the
-# scores of attention stay small beside the cache.
+# Prompt tokens per pass: enough to keep a GPU's or TPU's matrix units busy, few enough that attention scores stay small
+# compared with the cache.
 PREFILL_CHUNK = 256
 
-# Widths that prompts are padded to: a program is compiled for each, so a service compiles at most this many.
+# Widths that prompts are padded to. Every width compiles a program.
 BUCKETS = tuple(2**n for n in range(5, 18))  # 32 to 131072
 
 
 def pad(
     prompts: Sequence[Sequence[int]], buckets: Sequence[int] = BUCKETS
 ) -> tuple[Int32[Array, "batch prompt"], Int32[Array, " batch"]]:
-    """Lists of token ids as tokens, right-padded, and lengths, on the device.
+    """Converts lists of token ids to right-padded tokens and lengths on the device.
 
     Args:
-      buckets: the widths to choose from: the least that holds the longest prompt.
+      buckets: widths; the smallest that holds the longest prompt is used.
     Raises:
-      ValueError: for an empty prompt, and for one longer than the widest bucket.
+      ValueError: for an empty prompt, or one longer than the widest bucket.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
@@ -68,31 +68,31 @@ def prefill(
     log_probs: bool = False,
     chunk: int = PREFILL_CHUNK,
 ) -> DecodeState:
-    """Runs the prompts, in chunks, and chooses each row's first new token (the first root).
+    """Runs the prompts in chunks, and chooses the first new token (the first root) of each.
 
     Args:
       tokens: prompts, right-padded.
       lengths: at least 1.
-      key: one typed key (sequence i uses fold_in(key, i)), or one a row. The token at index n of a sequence is
-        drawn with fold_in(its key, n). None where `sampling` is greedy.
-      sampling: see `SamplingConfig`; kept in the state.
-      max_new_tokens: most new tokens a row; more than `capacity` mean as many as fit.
-      capacity: the most tokens (prompt + new) a row may hold; default the prompts' width + max_new_tokens.
-      tree: the deepest tree that `cycle` will be given; needed only beyond a depth of MIN_SCRATCH - 1.
-      num_samples: rows a prompt, one after the other; sample j of row i has the key fold_in(row i's key, j).
-      log_probs: whether the state keeps the log-probabilities of new tokens.
-      chunk: most tokens of a prompt that one pass takes.
+      key: one typed key (sequence i uses fold_in(key, i)), or a key a sequence. The token at index n of a sequence is
+        drawn with fold_in(its key, n). None if `sampling` is greedy.
+      sampling: see `SamplingConfig`; becomes part of the state.
+      max_new_tokens: most new tokens of a sequence, limited by `capacity`.
+      capacity: most tokens (prompt + new) of a sequence; default the prompts' width + max_new_tokens.
+      tree: the deepest tree that `cycle` will get; needed only for depths above MIN_SCRATCH - 1.
+      num_samples: sequences per prompt, adjacent in the batch. Sample j of prompt i has the key fold_in(key i, j).
+      log_probs: whether to record the log-probabilities of new tokens.
+      chunk: most prompt tokens per pass.
     Returns:
-      DecodeState of batch * num_samples rows.
+      DecodeState of batch * num_samples sequences.
     """
     batch, width = tokens.shape
-    lengths = jnp.array(lengths, jnp.int32)  # a copy, so that donating the state spares the caller's
+    lengths = jnp.array(lengths, jnp.int32)  # a copy, so that donating the state leaves the caller's array
     sizes = plan(width, max_new_tokens, capacity=capacity)
     draft = as_draft(target, draft)
     check_capacity(target, batch * num_samples, sizes.capacity)
     sampling.check(batch, target.config.vocab_size)
     keys = None if sampling.greedy else row_keys(key, batch, num_samples)
-    # A row without a prompt, or with one that does not fit, can choose nothing.
+    # A sequence with an empty prompt, or one that does not fit, fails.
     valid = (lengths >= 1) & (lengths <= sizes.longest_prompt)
     state = empty_state(
         target,
@@ -121,7 +121,7 @@ def _with_prompts(
     valid: Bool[Array, " batch"],
     sizes: Plan,
 ) -> DecodeState:
-    """An empty state with prompts yet to be run."""
+    """Returns an empty state with prompts that have yet to run."""
     return dataclasses.replace(
         state,
         tokens=jnp.pad(tokens.astype(jnp.int32), [(0, 0), (0, sizes.max_new_tokens)])
@@ -135,9 +135,9 @@ def _with_prompts(
 
 
 def reusable(target: Target, draft: Draft | None) -> bool:
-    """Returns whether `insert(reuse=True)` may reuse the cached keys of a shared prefix, or must run the whole prompt.
+    """Returns whether `insert(reuse=True)` can reuse the cached keys of a shared prefix.
 
-    With dynamic RoPE, cached keys depend on the length of the prompt that they were computed for.
+    Not with dynamic RoPE, where cached keys depend on the length of the prompt that they were computed for.
     """
     return target.config.rope.kind != "dynamic" and as_draft(target, draft).reusable
 
@@ -146,11 +146,11 @@ def reusable(target: Target, draft: Draft | None) -> bool:
 def run_prompts(
     target: Target, draft: Draft, state: DecodeState, chunk: int
 ) -> tuple[DecodeState, tuple[Float[Array, "batch hidden"], Float[Array, "batch features"] | None]]:
-    """Runs every row's tokens from its cache's length on, `chunk` of them a pass.
+    """Runs every sequence's tokens from its cache's length on, `chunk` of them per pass.
 
     Returns:
-      The state with its cache and the draft's memory filled, and what the target's pass gave at each row's last token:
-      the hidden state, and the draft's taps, if it has any.
+      The state with target cache and draft memory filled, and the target's output at each sequence's last token: its
+      hidden state, and its taps if the draft reads any.
     """
     batch = state.tokens.shape[0]
     start, last = state.cache.length, state.lengths - 1
@@ -161,15 +161,15 @@ def run_prompts(
 
     def run_chunk(index, carry):
         cache, memory, at_last = carry
-        # The last chunk may reach back over rows that are there already: they come out the same.
+        # The last chunk may overlap positions that are cached already; they are rewritten with equal values.
         begin = jnp.clip(start + index * chunk, 0, cache.rows - chunk)
         positions = begin[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None]
 
         past = cache.with_length(begin)
 
         def attend(index, q, k, v, spec=PLAIN):
-            # Write the new rows first, then attend below `begin`. Reading first lets XLA schedule the write early and
-            # copy the cache.
+            # Write the new positions first, then attend below `begin`. Reading first lets XLA schedule the write early
+            # and copy the cache.
             old = past.write_layer(index, k, v, begin)
             return attention(q, k, v, causal, old, spec=spec, positions=positions, in_blocks=True), (old.k, old.v)
 
@@ -178,11 +178,11 @@ def run_prompts(
         cache = dataclasses.replace(cache, k=[k for k, _ in written], v=[v for _, v in written])
         ends_here = (last >= begin) & (last < begin + chunk)
         offset = jnp.clip(last - begin, 0, chunk - 1)
-        # The last position's vectors, from the chunk that holds it.
+        # The output at the last token, from the chunk that contains it.
         at_last = jax.tree.map(
             lambda old, new: jnp.where(ends_here[:, None], take_one(new, offset), old), at_last, (out.hidden, out.taps)
         )
-        # The last position waits for its next token, the first root.
+        # The last position is committed later, once its next token (the first root) is chosen.
         committed = Committed(
             tokens=tokens,
             next_tokens=_tokens_at(state, positions + 1),
@@ -204,7 +204,7 @@ def run_prompts(
 
 
 def _tokens_at(state: DecodeState, positions: Int[Array, "batch new"]) -> Int[Array, "batch new"]:
-    """The tokens at these positions; beyond the buffer its last one."""
+    """Gathers the tokens at these positions, clamped to the buffer."""
     return jnp.take_along_axis(state.tokens, jnp.clip(positions, 0, state.tokens.shape[1] - 1), axis=1)
 
 
@@ -214,7 +214,7 @@ def choose_first(
     state: DecodeState,
     at_last: tuple[Float[Array, "batch hidden"], Float[Array, "batch features"] | None],
 ) -> DecodeState:
-    """Commits each row's first new token, as a cycle commits those of its tree."""
+    """Chooses and commits each sequence's first new token, as a cycle does for a tree of the root alone."""
     hidden, taps = at_last
     context = context_of(state, target.config.vocab_size)
     root = Tree.root(context.root)

@@ -1,7 +1,7 @@
-"""DecodeState: everything a decoder keeps between cycles, a batch row each.
+"""DecodeState: everything that decoding carries from cycle to cycle.
 
-Between cycles a row of length n has n - 1 positions in both caches: its last token, the root of the next tree,
-is chosen but not yet run.
+Between cycles a sequence of length n has n - 1 positions in the caches of target and draft: its last token, the root of
+the next tree, is chosen but not yet run.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from eagle_jax.sampling import SamplingConfig
 from eagle_jax.sharding import constrain
 from eagle_jax.tree import TreeConfig, TreePolicy, choice_noise
 
-# The most tokens of a row: positions are int32, with room for a tree and a tile beyond them.
+# Most tokens of a sequence: positions are int32, with room for a tree and a tile.
 MOST_TOKENS = 2**31 - 2**12
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Everything that a cycle needs and returns. Donate it.
+    """The input and the result of a cycle. Donate it.
 
-    Every function returns a state of the structure that it was given, so a service compiles each program once.
+    All functions preserve the pytree structure, so a service compiles each program once.
 
-    tokens: each prompt, its new tokens, then zeros.
+    tokens: each prompt and its new tokens, zero-padded.
     lengths: prompt and new tokens so far.
     limits: the length at which a sequence ends.
     done: whether it has ended.
-    failed: whether broken logits or an impossible prompt ended it.
+    failed: whether non-finite logits or an impossible prompt ended it.
     cycles: target passes after the prefill.
-    accepted: how many cycles accepted 0, 1, ... draft tokens.
-    drafted: which tokens were accepted draft tokens.
-    log_probs: of the new tokens; None if they are not kept.
+    accepted: number of cycles that accepted 0, 1, ... draft tokens.
+    drafted: which tokens are accepted draft tokens.
+    log_probs: of the new tokens; None if they were not asked for.
     keys: None in the greedy program.
     sampling: fields [batch]; None in the greedy program.
-    cache: the target's.
-    memory: the draft's; None in plain decoding.
-    pending: whether the prompt that `insert` left has yet to be run, by the next cycle.
-    capacity: the most tokens of a sequence.
+    cache: of the target.
+    memory: of the draft; None in plain decoding.
+    pending: whether `insert` wrote a prompt that the next cycle has to run.
+    capacity: most tokens of a sequence.
     """
 
     tokens: Int32[Array, "batch buffer"]
@@ -75,12 +75,12 @@ class DecodeState:
 
     @property
     def max_depth(self) -> int:
-        """The deepest tree that the rows beyond the capacity have room for."""
+        """The deepest tree that the scratch positions have room for."""
         return self.accepted.shape[1] - 1
 
     @property
     def root_position(self) -> Int32[Array, " batch"]:
-        """Where the root will be run: 0 in a sequence without tokens, which is done."""
+        """The root's position; 0 in an empty sequence, which is done."""
         return jnp.maximum(self.lengths - 1, 0)
 
     @property
@@ -90,7 +90,7 @@ class DecodeState:
 
     @property
     def draft(self) -> Any:
-        """Another name of `memory`."""
+        """The former name of `memory`."""
         return self.memory
 
 
@@ -106,16 +106,17 @@ def empty_state(
     log_probs: bool = False,
     width: int | None = None,
 ) -> DecodeState:
-    """A state whose rows are all done, for `insert` to fill.
+    """Returns a state whose sequences are all done, for `insert` to fill.
 
     Args:
-      capacity: the most tokens (prompt + new) a row may hold, 2 or more.
-      sampling: default for sequences inserted without their own. A greedy state cannot hold sampled sequences.
-      tree: the deepest tree that `cycle` will be given; needed only beyond a depth of MIN_SCRATCH - 1.
-      log_probs: whether to keep the log-probabilities of new tokens.
+      capacity: most tokens (prompt + new) of a sequence, at least 2.
+      sampling: default for sequences inserted without their own `sampling`. A greedy state cannot hold sampled
+        sequences.
+      tree: the deepest tree that `cycle` will get; needed only for depths above MIN_SCRATCH - 1.
+      log_probs: whether to record the log-probabilities of new tokens.
       width: columns of `tokens`; default the capacity.
     Raises:
-      ValueError: for a capacity that cannot be, or whose cache is larger than the memory.
+      ValueError: for an invalid capacity, or a cache larger than the memory.
     """
     draft = as_draft(target, draft)
     check_capacity(target, batch, capacity)
@@ -146,7 +147,7 @@ def empty_state(
 
 
 def check_capacity(target: Target, rows: int, capacity: int) -> None:
-    """Raises ValueError if int32 positions cannot count the capacity, or its cache exceeds the devices' memory."""
+    """Raises ValueError if the capacity exceeds int32 positions, or its cache the devices' memory."""
     if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer) or capacity < 2:
         got = f"a {type(capacity).__name__}" if not isinstance(capacity, int | np.integer) else capacity
         raise ValueError(f"capacity must be an integer of at least 2 (a prompt token and a new one), got {got}")
@@ -156,7 +157,7 @@ def check_capacity(target: Target, rows: int, capacity: int) -> None:
         raise ValueError(f"{asked}: positions end at {MOST_TOKENS}; {fix}")
     config, weight = target.config, target.embed[...]
     if isinstance(weight, jax.core.Tracer) or not isinstance(weight, jax.Array):
-        return  # the program may be for another machine
+        return  # traced or abstract: the program may be compiled for another machine
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * weight.dtype.itemsize
     memory = _memory(weight.sharding.device_set)
     if memory and rows * capacity * token > memory:
@@ -165,18 +166,18 @@ def check_capacity(target: Target, rows: int, capacity: int) -> None:
 
 
 def _memory(devices: Collection[jax.Device]) -> int:
-    """Bytes that the devices have together, 0 where that is not known."""
+    """Returns the bytes that the devices have in total, 0 if unknown."""
     here = next((device for device in devices if device.process_index == jax.process_index()), None)
     if here is None:
         return 0
-    if here.platform == "cpu":  # all of them share the machine's
+    if here.platform == "cpu":  # all CPU devices share the machine's memory
         known = hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
     return len(devices) * (here.memory_stats() or {}).get("bytes_limit", 0)
 
 
 def context_of(state: DecodeState, vocab_size: int, depth: int = 0) -> Context:
-    """Returns what a draft may read of the state before a tree of this depth."""
+    """Returns the part of the state that a draft may read, with noise for a tree of this depth."""
     noise = None
     if state.sampling is not None and state.sampling.coupled:
         assert state.keys is not None
@@ -195,13 +196,13 @@ def context_of(state: DecodeState, vocab_size: int, depth: int = 0) -> Context:
 
 
 def check_memory(state: DecodeState, draft: Draft) -> None:
-    """Raises ValueError if the state was made without a draft, and so has no memory for this one."""
+    """Raises ValueError if the state was made without a draft, and so has no memory."""
     if state.memory is None and not isinstance(draft, NoDraft):
         raise ValueError("the state was prefilled without a draft; pass the draft to prefill too")
 
 
 def map_rows(fn: Callable[..., Array], state: DecodeState, *others: DecodeState) -> DecodeState:
-    """`fn` of every array that has a row for each sequence: all but stop_tokens."""
+    """Maps `fn` over all arrays with a batch axis, that is all but stop_tokens."""
 
     def change(path, array, *rest):
         return array if path[0] == jax.tree_util.GetAttrKey("stop_tokens") else fn(array, *rest)
@@ -210,11 +211,11 @@ def map_rows(fn: Callable[..., Array], state: DecodeState, *others: DecodeState)
 
 
 def take_row(state: DecodeState, row: int | Int[ArrayLike, ""]) -> DecodeState:
-    """The state of one row, as a batch of 1."""
+    """Returns the state of one sequence, as a batch of 1."""
     # A gather: on a sharded array dynamic_slice would all-gather the batch axis first.
     return map_rows(lambda x: jnp.take(x, jnp.asarray(row, jnp.int32)[None], axis=0, mode="clip"), state)
 
 
 def put_row(state: DecodeState, row: int | Int[Array, ""], one: DecodeState) -> DecodeState:
-    """The state with a batch of 1 in place of a row."""
+    """Replaces one sequence by a batch of 1."""
     return map_rows(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=0), state, one)
