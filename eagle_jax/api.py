@@ -1,4 +1,4 @@
-"""The public functions: generate, stream, propose, forward, draft_forward."""
+"""The public functions: generate, stream, advance, propose, forward, draft_forward."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from eagle_jax.tree import AcceptFn, Tree, TreeConfig, TreePolicy
 class Output:
     """The result of `generate`.
 
-    tokens: each row its prompt, directly followed by its new tokens, then zeros. The buffer has the prompts' width +
-      max_new_tokens columns; with max_new_tokens above the capacity, the width + capacity.
+    tokens: each prompt, directly followed by its new tokens, zero-padded. The buffer has the prompts' width +
+      max_new_tokens columns, or the prompts' width + capacity if that is less.
     lengths: prompt and new tokens; a stop token counts.
     cycles: target passes after the prefill.
-    accepted: how many cycles accepted 0, 1, ..., depth draft tokens, before truncation; sums to `cycles`.
-    failed: NaN or infinite logits ended the row.
-    drafted: the new tokens that the draft proposed; the others are the target's own, one a cycle. So between any two
-      places of a text, accepted tokens a cycle = drafted ones / the others.
-    log_probs: of the new tokens under the target's own distribution (before temperature and the like), or None if not
-      asked for.
+    accepted: number of cycles that accepted 0, 1, ..., depth draft tokens, before truncation; sums to `cycles`.
+    failed: whether NaN or infinite logits ended the sequence.
+    drafted: which new tokens are accepted draft tokens. The others are the target's, one a cycle, so that in any part
+      of a text, accepted tokens per cycle = drafted tokens / other tokens.
+    log_probs: of the new tokens under the target's unprocessed distribution (before temperature and the like); None if
+      not asked for.
     """
 
     tokens: Int32[Array, "batch buffer"]
@@ -60,7 +60,7 @@ class Output:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """New tokens of a stream: row b's are tokens[b, :counts[b]]."""
+    """New tokens of a stream: sequence b gets tokens[b, :counts[b]]."""
 
     tokens: Int32[Array, "batch new"]
     counts: Int32[Array, " batch"]
@@ -85,32 +85,32 @@ def generate(
     log_probs: bool = False,
     accept_fn: AcceptFn | None = None,
 ) -> Output:
-    """Continues every prompt; the whole generation is one program without host round trips.
+    """Generates a continuation of every prompt, as one program without host round trips.
 
     Args:
-      target: the model whose text this is.
-      draft: an EAGLE head or another Draft, or None for plain decoding (`tree` is then ignored). All give the same
-        tokens, or samples of the same distribution.
+      target: the model whose text is generated.
+      draft: an EAGLE head or another Draft; None for plain decoding, where `tree` is ignored. Every draft gives the
+        same tokens, or samples of the same distribution.
       tokens: prompts, right-padded.
-      lengths: of the prompts, 1 to their width.
-      key: one typed key (row i has fold_in(key, i)) or keys, one a row; not needed by greedy decoding. A row's
-        result depends on the row and its own key alone: not on its neighbours, nor on the batch.
-      tree: how the draft's tree grows: a TreeConfig, a StaticTree or another TreePolicy; static. Drafts with a shape of
-        their own ignore it.
-      sampling: numbers for the whole batch, or [batch], one a row; data, so that changing them compiles nothing.
-      max_new_tokens: most new tokens a row; more than `capacity` mean as many as fit.
-      stop_tokens: token ids that end a row; the stop token is kept. None are taken from a config: leave it empty
-        to ignore the model's end of sequence.
-      capacity: most tokens (prompt + new) a row may hold, default the prompts' width + max_new_tokens.
-      num_samples: rows a prompt, one after the other: batch * num_samples in all, the prompt run once. Sample j of row
-        i has the key fold_in(row i's key, j).
+      lengths: of the prompts, at least 1.
+      key: one typed key (sequence i uses fold_in(key, i)), or a key a sequence; None for greedy decoding. A result
+        depends on the prompt and its key only, not on the rest of the batch.
+      tree: how the draft's tree grows: a TreeConfig, a StaticTree or another TreePolicy; static. Ignored by drafts with
+        a fixed tree.
+      sampling: numbers for the whole batch, or [batch], one a sequence. They are data: changing them never recompiles.
+      max_new_tokens: most new tokens of a sequence, limited by `capacity`.
+      stop_tokens: token ids that end a sequence; the stop token is its last token. The model's end of sequence is not
+        added.
+      capacity: most tokens (prompt + new) of a sequence; default the prompts' width + max_new_tokens.
+      num_samples: sequences per prompt, adjacent in a batch of batch * num_samples; the prompt runs once. Sample j of
+        prompt i has the key fold_in(key i, j).
       log_probs: whether to return the log-probabilities of the new tokens.
-      accept_fn: an acceptance rule of your own (its contract is in tree/accept.py); static.
+      accept_fn: your own acceptance rule (tree/accept.py has the contract); static.
     Returns:
       Output.
     Raises:
-      ValueError: for arguments that cannot be; values inside a caller's `jit` cannot be checked there, and a row
-        of impossible length comes back as `failed`.
+      ValueError: for invalid arguments. Under a caller's `jit` values cannot be checked; there a sequence of impossible
+        length is returned as `failed`.
     """
     tokens, lengths = check_arguments(
         target, draft, tokens, lengths, sampling, max_new_tokens, stop_tokens, capacity, tree, num_samples
@@ -121,7 +121,7 @@ def generate(
         tokens,
         lengths,
         **_program(sampling, key),
-        tree=None if draft is None else tree,  # one program, whatever tree plain decoding is given
+        tree=None if draft is None else tree,  # plain decoding compiles one program for any tree
         max_new_tokens=max_new_tokens,
         stop_tokens=jnp.array(stop_tokens, jnp.int32),
         capacity=capacity,
@@ -135,7 +135,7 @@ STATIC = ("tree", "max_new_tokens", "capacity", "num_samples", "log_probs", "acc
 
 
 def _program(sampling: SamplingConfig, key: Array | None) -> dict[str, Any]:
-    """Arguments that name the greedy program, or the sampled one with its numbers as data."""
+    """Returns the arguments that select the greedy program, or the sampled one with its numbers as data."""
     return {} if sampling.greedy else {"sampling": sampling, "key": key}
 
 
@@ -177,11 +177,11 @@ def stream(
     accept_fn: AcceptFn | None = None,
     cycles_per_chunk: int = 4,
 ) -> Iterator[Chunk]:
-    """Yields the tokens of `generate` as they come. The first chunk holds each row's first new token.
+    """Yields the tokens of `generate` while they are generated. The first chunk holds the first new token of each.
 
     Args:
-      cycles_per_chunk: cycles run on the device between two chunks; 1 shows the tokens of each cycle, more spend
-        less time between host and device. Other arguments as in `generate`.
+      cycles_per_chunk: cycles run on the device per chunk; more save host round trips.
+      Other arguments: as in `generate`.
     """
     tokens, lengths = check_arguments(
         target, draft, tokens, lengths, sampling, max_new_tokens, stop_tokens, capacity, tree, num_samples
@@ -225,9 +225,12 @@ def advance(
     cycles: int = 4,
     accept_fn: AcceptFn | None = None,
 ) -> tuple[DecodeState, Chunk]:
-    """Runs up to `cycles` cycles, fewer if every row is done before, and what they brought. The state is donated.
+    """Runs up to `cycles` cycles, until every sequence is done. Donates the state.
 
-    Prompts that `insert` left are run first. With draft=None, plain decoding steps; `tree` is then ignored.
+    Pending prompts from `insert` run first. With draft=None these are plain decoding steps, and `tree` is ignored.
+
+    Returns:
+      The state, and the new tokens.
     """
     draft = as_draft(target, draft)
     running = run_pending(target, draft, state)
@@ -236,12 +239,15 @@ def advance(
 
 @_advancing
 def _continue(target, draft, state, *, tree, cycles, accept_fn) -> tuple[DecodeState, Chunk]:
-    """`advance` of a state in which no prompt is pending, without the program that would run one."""
+    """As `advance`, for a state without pending prompts: the compiled program contains no prefill."""
     return _run_cycles(target, as_draft(target, draft), state, state.lengths, 0, tree, cycles, accept_fn)
 
 
 def _run_cycles(target, draft, state, before, first, tree, cycles, accept_fn) -> tuple[DecodeState, Chunk]:
-    """Runs up to `cycles` cycles. The chunk holds what follows `before` tokens, `first` of it from before them."""
+    """Runs up to `cycles` cycles. The chunk holds the tokens after the first `before`.
+
+    first: the most tokens that the state holds beyond `before` already, from a prefill.
+    """
     _, state = jax.lax.while_loop(
         lambda carry: (carry[0] < cycles) & ~carry[1].done.all(),
         lambda carry: (carry[0] + 1, step(target, draft, carry[1], tree=tree, accept_fn=accept_fn).state),
@@ -252,7 +258,7 @@ def _run_cycles(target, draft, state, before, first, tree, cycles, accept_fn) ->
 
 
 def _chunk(state: DecodeState, before: Int[Array, " batch"], width: int) -> Chunk:
-    """The tokens that rows gained since they had `before` of them, at most `width` each."""
+    """Returns the tokens of each sequence after its first `before`, at most `width` of them."""
     counts = state.lengths - before
     index = jnp.arange(width, dtype=jnp.int32)[None]
     places = jnp.minimum(before[:, None] + index, state.tokens.shape[1] - 1)
@@ -273,12 +279,12 @@ def propose(
     *,
     tree: TreePolicy = TreeConfig(),
 ) -> Tree:
-    """The first draft tree after each prompt; its root is the target's own next token.
+    """Returns the first draft tree after each prompt; its root is the target's next token.
 
     Args:
       tokens, lengths: as in `generate`.
     Returns:
-      Tree of tree.num_nodes nodes, unless the draft has a shape of its own.
+      Tree of tree.num_nodes nodes, unless the draft has a fixed tree.
     """
     draft = as_draft(target, draft)
     state = prefill(target, draft, tokens, lengths, max_new_tokens=1, tree=tree)
@@ -292,13 +298,13 @@ def forward(
     lengths: Int[Array, " batch"],
     draft: EagleDraft | None = None,
 ) -> tuple[Float32[Array, "batch prompt vocab"], Float[Array, "batch prompt features"]]:
-    """One causal pass of the target over whole prompts.
+    """Runs the target over whole prompts in one causal pass.
 
     Args:
-      tokens, lengths: as in `generate`; values past a row's length mean nothing.
-      draft: whose features to return; None stands for an EAGLE-3 head with the official taps.
+      tokens, lengths: as in `generate`. Results past a sequence's length are undefined.
+      draft: selects the features to return; None for those of an EAGLE-3 head with the official taps.
     Returns:
-      logits, and features: three taps side by side (EAGLE-3), or the hidden states after the final norm (EAGLE-1).
+      logits, and features: the taps, concatenated (EAGLE-3), or the hidden states after the final norm (EAGLE-1).
     """
     check_head(draft)
     positions, mask = _causal(tokens)
@@ -317,8 +323,11 @@ def draft_forward(
     tokens: Int[Array, "batch prompt"],
     lengths: Int[Array, " batch"],
 ) -> tuple[Float[Array, "batch prompt hidden"], Float32[Array, "batch prompt draft_vocab"]]:
-    """One causal pass of the draft over pairs: features with the tokens that follow them.
+    """Runs a head over whole prompts in one causal pass.
 
+    Args:
+      features: from `forward`.
+      tokens: the token that follows each feature.
     Returns:
       hidden states, before the head's final norm, and draft logits.
     """
@@ -358,7 +367,11 @@ def check_arguments(
     tree: TreePolicy,
     num_samples: int = 1,
 ) -> tuple[Int32[Array, "batch prompt"], Int32[Array, " batch"]]:
-    """tokens and lengths as int32 arrays. Raises ValueError naming the argument, its value and the allowed range."""
+    """Returns tokens and lengths as int32 arrays.
+
+    Raises:
+      ValueError: naming the argument, its value and the allowed range.
+    """
     check_models(target, draft)
     vocab = target.config.vocab_size
     if not isinstance(sampling, SamplingConfig):

@@ -1,4 +1,4 @@
-"""Detokenizer: token ids to text while they come."""
+"""Detokenizer: streams text from token ids."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 import numpy as np
 
-REPLACEMENT = "\ufffd"  # what a tokenizer decodes a part of a character to
-MOST_PARTS = 3  # replacement characters that one unfinished UTF-8 character can come out as
-# Tokens that are held back without a whole character at their end. A character takes four at most, but U+FFFD may also
-# be what a text says, and looks the same.
+REPLACEMENT = "\ufffd"  # a tokenizer's output for part of a character
+MOST_PARTS = 3  # most replacement characters for one unfinished UTF-8 character
+# Most tokens to hold back for an unfinished character. A character has four bytes at most, but the text may contain
+# U+FFFD itself, which looks the same.
 MOST_HELD = 16
 
 
 class Detokenizer:
-    """Decodes one text's token ids piece by piece; the pieces joined are the text decoded at once.
+    """Decodes a text's token ids incrementally; the pieces joined equal the text decoded at once.
 
-    A character is given out once all of its bytes are there. The work per token does not grow with the text: only the
-    tokens since the last whole piece, and those of that piece, are decoded.
+    A character is returned once all of its bytes have arrived. The cost per token is constant: only the tokens of the
+    last complete piece and those after it are decoded.
 
     Args:
       tokenizer: of the transformers library, fast or slow.
-      skip_special_tokens: whether special tokens (end of sequence, headers of a chat) are left out.
+      skip_special_tokens: whether to omit special tokens (end of sequence, chat headers).
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True):
@@ -30,12 +30,12 @@ class Detokenizer:
         self._restart()
 
     def add(self, ids: Any) -> str:
-        """Returns the text that is certain with these further ids; may be empty.
+        """Returns the text that these ids complete; may be empty.
 
         Args:
-          ids: a list of ints, or an array [T] of any library; T may be 0.
+          ids: a list of ints, or a one-dimensional array of any library; may be empty.
         Raises:
-          ValueError: for ids of several rows.
+          ValueError: for an array of any other rank.
         """
         ids = np.asarray(ids)
         if ids.ndim != 1:
@@ -43,15 +43,15 @@ class Detokenizer:
         return "".join(self._add_one(int(one)) for one in ids)
 
     def finish(self) -> str:
-        """Returns what is left, a replacement character for each part of one; a further `add` begins a new text."""
+        """Returns the rest of the text, with replacement characters for incomplete ones. Then starts a new text."""
         text = self._decode(self._before + self._held)
         left = text[len(self._given) :] if text.startswith(self._given) else self._decode(self._held)
         self._restart()
         return left
 
     def _restart(self) -> None:
-        # The tokens decoded together: those of the last piece, for the context (a SentencePiece tokenizer drops the
-        # space before the first token), and those held since. `_given`: what of their text was given out already.
+        # Tokens that are decoded together: those of the last piece, as context (a SentencePiece tokenizer drops the
+        # space before the first token), and those held back since. `_given` is the part of their text returned already.
         self._before: list[int] = []
         self._held: list[int] = []
         self._given = ""
@@ -61,10 +61,11 @@ class Detokenizer:
         text = self._decode(self._before + self._held)
         waits = text.endswith(REPLACEMENT) and len(self._held) <= MOST_HELD
         if not text.startswith(self._given):
-            # Byte tokens behind a whole character: all decode to replacement characters until the next one is whole.
+            # Byte tokens after a complete character: all of it decodes to replacement characters until the next
+            # character is complete.
             if waits:
                 return ""
-            # They make no character. What was given out stays; the rest is decoded by itself.
+            # They form no character. Decode the held tokens without the returned text.
             self._before, self._given = [], ""
             text = self._decode(self._held)
         unsure = len(text) - len(text.rstrip(REPLACEMENT))
@@ -80,9 +81,9 @@ class Detokenizer:
         return new
 
     def _forget(self, text: str) -> None:
-        """Drops the beginning of a long run of replacement characters, if the rest reads the same without it."""
+        """Drops the start of a long run of replacement characters if the rest decodes to the same text without it."""
         rest = self._held[-MOST_HELD:]
-        # Bytes may be characters without a broken one before them, if not these then without an unfinished last one.
+        # Without the invalid byte before them, bytes may decode to characters; also try without an unfinished last one.
         parts = [self._decode(rest[: MOST_HELD - cut]) for cut in range(MOST_PARTS + 1)]
         expected = len(text) - len(self._decode(self._before + self._held[:-MOST_HELD]))
         same = all(part.endswith(REPLACEMENT) and abs(len(part) - expected) <= 2 * MOST_PARTS for part in parts)

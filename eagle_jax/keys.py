@@ -1,6 +1,6 @@
-"""Keys: which typed key each sequence, each of its tokens and each of a draft's own draws has.
+"""Key derivation: the typed keys of sequences, of their tokens, and of a draft's draws.
 
-Texts per seed are a promise: a change here changes every sampled text.
+The text for a seed is a promise: any change here changes every sampled text.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from jaxtyping import Array, Int, Key
 def row_keys(
     key: Key[Array, ""] | Key[Array, " batch"] | None, batch: int, samples: int = 1
 ) -> Key[Array, " {batch*samples}"]:
-    """The keys of the rows: fold_in(key, i) of one key, or keys, one a row, as they are.
+    """Returns the keys of the sequences: fold_in(key, i) for one key; a key a sequence is returned unchanged.
 
-    Of several samples, sample j of row i has fold_in(key of row i, j).
+    With several samples, sample j of prompt i has fold_in(key of prompt i, j).
     """
     if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (batch,)):
         got = "None" if key is None else f"{key.dtype}{list(key.shape)}"
@@ -31,23 +31,25 @@ def row_keys(
 
 
 def token_keys(keys: Key[Array, " batch"], lengths: Int[Array, " batch"], count: int) -> Key[Array, "batch {count}"]:
-    """Keys of the next tokens: the token at index n of a sequence has fold_in(the sequence's key, n).
+    """Returns the keys of the next tokens: the token at index n of a sequence has fold_in(the sequence's key, n).
 
-    A draw therefore depends on the sequence's key and the token's index alone: not on other sequences, on chunks, or on
-    how many cycles the text before took.
+    A draw depends on the sequence's key and the token's index only, not on other sequences, chunks, or the number of
+    cycles so far.
 
     Args:
-      keys: of the sequences. lengths: tokens so far.
+      keys: of the sequences.
+      lengths: tokens so far.
     """
     index = lengths[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
     return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(keys, index)
 
 
 def draft_keys(keys: Key[Array, " batch"], lengths: Int[Array, " batch"], count: int) -> Key[Array, "batch {count}"]:
-    """Keys for a draft's own draws in this cycle, independent of every key that chooses tokens.
+    """Returns keys for a draft's draws in this cycle, independent of all keys that choose tokens.
 
     Args:
-      keys: of the sequences. lengths: tokens so far.
+      keys: of the sequences.
+      lengths: tokens so far.
     """
     fold_in = jax.random.fold_in
 

@@ -1,7 +1,7 @@
 """Sampling: from the target's logits to the distribution of the next token.
 
-The order is Hugging Face's: logit bias, repetition penalty, temperature, top-k, top-p, min-p. Every number is data,
-one for the whole batch or one a row, so that changing any of them never compiles another program.
+The order is Hugging Face's: logit bias, repetition penalty, temperature, top-k, top-p, min-p. All numbers are data, one
+for the batch or one a sequence: changing them never recompiles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eagle_jax.tree.accept import argmax
 
 __all__ = ["SamplingConfig", "probabilities", "process", "warp"]
 
-# What each number may be: a test, and the range in words.
+# The valid range of each number: a test, and a description.
 RANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "temperature": (lambda x: (x >= 0) & (x < math.inf), "0 (greedy) or a finite number above it"),
     "top_k": (lambda x: (x >= 0) & (x == x // 1), "a whole number: 0 (off) or the number of tokens to keep"),
@@ -33,20 +33,19 @@ RANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """Controls of sampling, as in `transformers.generate`. A pytree; a field is one number, or [batch], one a row.
+    """Sampling parameters, as in `transformers.generate`. A pytree whose fields are one number, or [batch].
 
-    temperature: 0 is greedy: the token of the largest logit, the first of equals. A Python 0, without a penalty or a
-      bias, selects the greedy program, which computes no probabilities and needs no key. In an array, 0 makes its row
-      greedy in a mixed batch.
-    top_k: keep the k largest logits, and what equals the k-th; 0 keeps all.
-    top_p: keep the smallest set of most probable tokens whose probability reaches top_p, and what equals the last of
-      them; 1 keeps all.
+    temperature: 0 is greedy: the token of the largest logit, the first on ties. A Python 0, without a penalty or bias,
+      selects the greedy program, which computes no probabilities and needs no key. In an array, 0 makes that sequence
+      of a mixed batch greedy.
+    top_k: keep the k largest logits, and ties with the k-th; 0 keeps all.
+    top_p: keep the smallest set of most probable tokens whose mass reaches top_p, and ties with the last; 1 keeps all.
     min_p: keep tokens at least min_p times as probable as the most probable one; 0 keeps all.
-    repetition_penalty: divide positive and multiply negative logits of tokens that occurred (in the prompt, the
-      text, and a tree node's own ancestors) by this; 1 changes nothing.
-    logit_bias: [vocab] or [batch, vocab], added to the logits; -inf forbids a token. None for none.
-    coupled: let the draft and the target share their random numbers (see `tree.accept_coupled`): the same
-      distribution, with more draft tokens accepted. Part of the program, not data.
+    repetition_penalty: divides positive and multiplies negative logits of tokens that occur in the prompt, the new
+      tokens, or a tree node's ancestors; 1 changes nothing.
+    logit_bias: [vocab] or [batch, vocab], added to the logits; -inf masks a token. None for none.
+    coupled: share the target's Gumbel noise with the draft (see `tree.accept_coupled`): the same distribution, with
+      more draft tokens accepted. Static.
 
     Raises:
       ValueError: for a number outside its range.
@@ -68,11 +67,11 @@ class SamplingConfig:
 
     @property
     def greedy(self) -> bool:
-        """Whether this selects the greedy program: by Python numbers, not by arrays that may hold them."""
+        """Whether this selects the greedy program. Only Python numbers do, as the values of arrays are data."""
         return _is(self.temperature, 0) and _is(self.repetition_penalty, 1) and self.logit_bias is None
 
     def check(self, batch: int, vocab_size: int) -> None:
-        """Raises ValueError for shapes that do not fit, and for values outside their range where they are known."""
+        """Raises ValueError for shapes that do not fit, and for concrete values outside their range."""
         for name in RANGES:
             value = getattr(self, name)
             if jnp.shape(value) not in ((), (batch,)):
@@ -89,7 +88,7 @@ class SamplingConfig:
             raise ValueError("sampling.logit_bias must be finite, or -inf to forbid a token; it holds NaN or +inf")
 
     def rows(self, batch: int) -> SamplingConfig:
-        """The same as arrays, a value a row: [batch] float32 (top_k int32), the bias [batch, vocab]."""
+        """Broadcasts every field to the batch: [batch] float32 (top_k int32), the bias [batch, vocab]."""
 
         def row(value, dtype):
             return jnp.broadcast_to(jnp.asarray(value, dtype), (batch,))
@@ -120,7 +119,7 @@ def probabilities(
     sampling: SamplingConfig,
     seen: Bool[Array, "#*batch vocab"] | Callable[[], Bool[Array, "#*batch vocab"]] | None = None,
 ) -> Float32[Array, "*batch vocab"]:
-    """The distribution of the next token: softmax of `process`."""
+    """Returns the distribution of the next token, the softmax of `process`."""
     return jax.nn.softmax(process(logits, sampling, seen), axis=-1)
 
 
@@ -129,15 +128,14 @@ def process(
     sampling: SamplingConfig,
     seen: Bool[Array, "#*batch vocab"] | Callable[[], Bool[Array, "#*batch vocab"]] | None = None,
 ) -> Float32[Array, "*batch vocab"]:
-    """Logits whose softmax is the distribution of the next token: 0 and -inf where the temperature is 0.
+    """Returns logits whose softmax is the distribution of the next token: 0 and -inf at temperature 0.
 
     Args:
-      logits: the batch is the first axis where a field of `sampling` is [batch]; others may follow, such as the nodes
-        of a tree.
-      seen: the tokens that repetition_penalty applies to, or a function that makes it, called only where a penalty is
-        set; None: no token.
+      logits: with the batch as the first axis if a field of `sampling` is [batch]; more axes may follow, such as nodes.
+      seen: which tokens repetition_penalty applies to, or a function that returns it and is called only if a penalty is
+        set; None for no token.
     Returns:
-      NaN for NaN logits, and where a bias forbids every token.
+      The processed logits; NaN where logits are NaN or a bias masks every token.
     """
     logits = logits.astype(jnp.float32)
     if sampling.logit_bias is not None:
@@ -156,12 +154,12 @@ def process(
 
 
 def warp(logits: Float[Array, "*batch vocab"], sampling: SamplingConfig) -> Float[Array, "*batch vocab"]:
-    """The part of `process` that looks at one distribution alone: temperature, top-k, top-p, min-p."""
+    """Applies temperature, top-k, top-p and min-p: the part of `process` that depends on the logits only."""
     temperature, top_k, top_p, min_p = (
         _beside(value, logits) for value in (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     )
     top = jnp.max(logits, axis=-1, keepdims=True)
-    # From the largest logit down, so that no temperature overflows.
+    # Subtract the largest logit first, so that a small temperature cannot overflow.
     warm = (logits - top) / jnp.where(temperature > 0, temperature, 1.0)
 
     def keep_top_k(x):
@@ -183,7 +181,7 @@ def warp(logits: Float[Array, "*batch vocab"], sampling: SamplingConfig) -> Floa
 def _one_hot_logits(
     logits: Float[Array, "*batch vocab"], top: Float[Array, "*batch 1"]
 ) -> Float[Array, "*batch vocab"]:
-    """0 at the first largest logit, -inf elsewhere; NaN where there is none."""
+    """Returns 0 at the first largest logit and -inf elsewhere; NaN if no logit is finite."""
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     first = argmax(logits)[..., None]
     return jnp.where(jnp.isfinite(top), jnp.where(index == first, np.float32(0), -jnp.inf), jnp.nan)
@@ -192,10 +190,12 @@ def _one_hot_logits(
 def _keep_mask(
     values: Float32[Array, "*batch vocab"], weights: Float[Array, "*batch vocab"], limit: Float[Array, "#*batch 1"]
 ) -> Bool[Array, "*batch vocab"]:
-    """Where the weights of strictly larger values sum to less than `limit`.
+    """Returns a mask of the values for which the weights of all strictly larger values sum to less than `limit`.
 
-    With weights of 1 and a limit of k: the k largest. With probabilities and top_p: the nucleus. No sort: bisection on
-    the bits of a float, which ordered as integers are ordered as floats, takes 32 sums and no memory.
+    With weights of 1 and a limit of k these are the k largest values; with probabilities and top_p, the nucleus.
+
+    Instead of a sort, this bisects on the threshold's bits: floats compare like their bits as integers. It takes 32
+    sums and no memory.
 
     Args:
       values: no NaN.
@@ -206,8 +206,8 @@ def _keep_mask(
     order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
     def halve(_, bounds):
-        low, high = bounds  # the least threshold that fits lies within
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        low, high = bounds  # enclose the smallest threshold that fits
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         fits = jnp.where(order > middle, weights, 0.0).sum(axis=-1, keepdims=True) < limit
         return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
 
@@ -218,7 +218,7 @@ def _keep_mask(
 
 
 def _beside(value: Any, logits: Float[Array, "*batch vocab"]) -> Num[Array, " ..."]:
-    """A number or [batch] in the rank of the logits."""
+    """Appends axes to a number or [batch] until it has the rank of the logits."""
     value = jnp.asarray(value)
     value = value.astype(jnp.int32 if jnp.issubdtype(value.dtype, jnp.integer) else jnp.float32)
     return value.reshape(value.shape + (1,) * (logits.ndim - value.ndim))
@@ -229,5 +229,5 @@ def _if(
     change: Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]],
     x: Float[Array, "*shape"],
 ) -> Float[Array, "*shape"]:
-    """`change(x)` where the condition holds, at no cost where it does not."""
+    """Returns `change(x)` if the condition holds, else x, at run time and without the cost of `change`."""
     return jax.lax.cond(condition, change, lambda x: x, x)

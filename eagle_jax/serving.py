@@ -1,10 +1,10 @@
-"""Serving: a running batch whose slots take the next request as soon as they are free (continuous batching).
+"""Serving with continuous batching: a running batch whose slots take the next request as soon as they are free.
 
     batch = RunningBatch(target, draft, slots=8, capacity=2048, stop_tokens=(2,))
     for answer in serve(batch, [Request([1, 15, 7], max_new_tokens=64), Request([1, 42])]):  # as they finish
         print(answer.request.prompt, answer.tokens, answer.finish)
 
-An answer depends on its own request alone: not on its slot, its neighbours, or the order in which requests come.
+An answer depends on its request only, not on its slot, on other requests, or on the order in which they arrive.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from eagle_jax.models.target import Target
 from eagle_jax.sampling import RANGES, SamplingConfig
 from eagle_jax.tree import TreeConfig, TreePolicy
 
-CYCLES = 4  # between two looks at the slots: fewer leave a finished one idle for less time, more save round trips
+CYCLES = 4  # per call of `advance`: fewer leave a finished slot idle for less time, more save host round trips
 Result = TypeVar("Result")
-# stop: at a stop token. length: at max_new_tokens. context: at the batch's capacity. failed: the target's logits were
-# NaN or infinite. cancelled: by `on_tokens`, or taken while it was running.
+# Why an answer ended. stop: a stop token. length: max_new_tokens. context: the batch's capacity. failed: NaN or
+# infinite logits of the target. cancelled: by `on_tokens`, or by `take` while it was running.
 Finish: TypeAlias = Literal["stop", "length", "context", "failed", "cancelled"]
 
 
@@ -42,14 +42,14 @@ Finish: TypeAlias = Literal["stop", "length", "context", "failed", "cancelled"]
 class Request:
     """A prompt to continue.
 
-    prompt: token ids, 1 to capacity - 1 of them.
-    key: the token at index n is drawn with fold_in(key, n). A greedy batch needs none.
+    prompt: 1 to capacity - 1 token ids.
+    key: the token at index n is drawn with fold_in(key, n). Not needed in a greedy batch.
     max_new_tokens: None for as many as the capacity leaves.
     sampling: with one number a field; None for the batch's.
-    stop_tokens: ids that end this answer, besides the batch's.
-    on_tokens: called with an answer's new tokens after each call of `advance` that brought some. The answer ends
-      there if it returns True. So it streams, finds stop strings, and cancels.
-    id: anything; not read.
+    stop_tokens: ids that end this answer, in addition to the batch's.
+    on_tokens: called with the answer's new tokens after every `advance` that added some; ends the answer if it returns
+      True. Use it for streaming, stop strings and cancelling.
+    id: any value; not read.
     """
 
     prompt: Sequence[int]
@@ -63,10 +63,13 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
-    """What a request got.
+    """The answer to a request.
 
-    tokens: the new ones, with the stop token if one ended it. log_probs: of each, if the batch keeps them.
-    cycles: target passes after the prompt's. reused: tokens of the prompt that were in the slot's cache already.
+    tokens: the new tokens, including a final stop token.
+    finish: why it ended, see `Finish`.
+    cycles: target passes after the prefill.
+    reused: prompt tokens that the slot's cache held already.
+    log_probs: of the new tokens, if the batch records them.
     """
 
     request: Request
@@ -79,7 +82,7 @@ class Answer:
 
 @dataclasses.dataclass
 class _Growing:
-    """An unfinished answer. text: all new tokens in the slot. done: whether the slot's sequence has ended."""
+    """An answer in a slot. text: all new tokens of the slot's sequence. done: whether that has ended."""
 
     request: Request
     reused: int
@@ -95,25 +98,26 @@ _set = jax.jit(lambda flags, index: flags.at[index].set(True), donate_argnums=0)
 
 
 class RunningBatch:
-    """A decoding state of fixed shape whose sequences start and end one by one.
+    """A decoding state of fixed shape whose sequences start and end independently.
 
-    A service compiles one program for `advance` (for each number of cycles) and one for each width of padded prompts.
+    A service compiles one program for `advance` (per number of cycles) and one per width of padded prompts.
 
-    slots: sequences at a time. longest_prompt: that a request may have. state: the `DecodeState`, which every call
-    donates and replaces.
+    slots: number of concurrent sequences.
+    longest_prompt: most tokens of a request's prompt.
+    state: the `DecodeState`, which every call donates and replaces.
 
     Args:
-      target, draft, tree: as in `generate`; draft=None is plain decoding. On a mesh if they are.
+      target, draft, tree: as in `generate`; draft=None is plain decoding. The batch is on their mesh, if any.
       capacity: most tokens (prompt + new) of a slot.
-      sampling: of requests that bring none, with one number a field. The default is a greedy batch, which takes greedy
-        requests only; in any other batch a request may have a temperature of 0.
+      sampling: of requests without one, with one number a field. The default is a greedy batch, which takes greedy
+        requests only; in any other batch a request may have temperature 0.
       stop_tokens: ids that end every answer.
-      log_probs: whether answers have log-probabilities, under the target's own distribution.
+      log_probs: whether to record log-probabilities under the target's unprocessed distribution.
       buckets: widths to pad prompts to.
-      reuse: keep the cached positions of the text that a slot's old and new prompt begin with, as in a conversation.
-        They were computed in other passes, so logits differ by rounding from those of a prompt run anew.
+      reuse: reuse the cached positions of the common prefix of a slot's old text and the new prompt, as in a
+        conversation. Logits differ by rounding, as other passes computed the prefix.
     Raises:
-      ValueError: for arguments that cannot be, or a capacity that the memory does not hold.
+      ValueError: for invalid arguments, or a capacity that exceeds the memory.
     """
 
     def __init__(
@@ -159,8 +163,8 @@ class RunningBatch:
 
         self.state = start(target, draft)
         self._growing: dict[int, _Growing] = {}  # by slot
-        self._free = list(range(slots))  # the slot that has been free for longest comes first
-        self._texts: list[Sequence[int]] = [()] * slots  # what each free slot's cache holds
+        self._free = list(range(slots))  # in the order in which they became free
+        self._texts: list[Sequence[int]] = [()] * slots  # the text in each free slot's cache
 
     @property
     def free(self) -> list[int]:
@@ -169,23 +173,23 @@ class RunningBatch:
 
     @property
     def running(self) -> list[int]:
-        """Slots whose answers are not finished."""
+        """Slots with unfinished answers."""
         return [slot for slot, growing in self._growing.items() if growing.finish is None]
 
     @property
     def finished(self) -> list[int]:
-        """Slots whose answers can be taken, in the order in which the requests came."""
+        """Slots with finished answers, in the order of their requests."""
         return [slot for slot, growing in self._growing.items() if growing.finish is not None]
 
     def compile(self, cycles: int = CYCLES) -> None:
-        """Compiles the programs of an empty batch before its first request, by a prompt of one token in slot 0."""
+        """Compiles the programs of an empty batch in advance, by running a prompt of one token in slot 0."""
         _check_empty(self)
         self._write(0, Request([0], jax.random.key(0), max_new_tokens=1))
         self._run(cycles)
         self._end(0)
 
     def check(self, request: Request) -> None:
-        """Raises ValueError for a request that this batch cannot take; it names the field and what is allowed."""
+        """Raises ValueError, naming the field and what it may be, for a request that this batch cannot take."""
         vocab, most = self.target.config.vocab_size, self.longest_prompt
         if not 1 <= len(request.prompt) <= most:
             raise ValueError(f"the prompt has {len(request.prompt)} tokens; this batch takes 1 to {most}")
@@ -211,9 +215,9 @@ class RunningBatch:
                 )
 
     def insert(self, request: Request) -> int:
-        """Gives a request a free slot, and returns that; the next `advance` runs the prompt.
+        """Inserts a request into a free slot and returns the slot. The next `advance` runs the prompt.
 
-        With `reuse` it is the slot whose text has the longest common prefix with the prompt.
+        With `reuse`, chooses the slot whose text has the longest common prefix with the prompt.
 
         Raises:
           ValueError: as `check`, and if no slot is free.
@@ -229,10 +233,10 @@ class RunningBatch:
         return slot
 
     def advance(self, cycles: int = CYCLES) -> Chunk:
-        """Runs new prompts and up to so many cycles, then calls each request's `on_tokens`.
+        """Runs pending prompts and up to `cycles` cycles, then calls each request's `on_tokens`.
 
         Returns:
-          The new tokens of all slots as NumPy arrays; those after an answer's end, too.
+          The new tokens of all slots as NumPy arrays, including those after an answer's end.
         """
         chunk = self._run(cycles)
         for slot, growing in self._growing.items():
@@ -241,11 +245,11 @@ class RunningBatch:
         return chunk
 
     def take(self, slot: int) -> Answer:
-        """Returns a slot's answer and frees the slot. An answer that is still running ends there, "cancelled"."""
+        """Returns a slot's answer and frees the slot. Cancels an unfinished answer."""
         if slot not in self._growing:
             raise ValueError(f"slot {slot} holds no request; {list(self._growing)} do")
         growing = self._growing.pop(slot)
-        if not growing.done:  # else it would keep `advance` running
+        if not growing.done:  # otherwise `advance` would continue its sequence
             self._end(slot)
         self._texts[slot] = () if growing.finish == "failed" else [*growing.request.prompt, *growing.text]
         self._free.append(slot)
@@ -264,7 +268,7 @@ class RunningBatch:
             self.take(slot)
 
     def _add(self, growing: _Growing, chunk: Chunk, slot: int) -> None:
-        """Adds a slot's new tokens to its answer, and finishes that where it ends."""
+        """Appends a slot's new tokens to its answer, and sets `finish` if it has ended."""
         request = growing.request
         new = chunk.tokens[slot, : chunk.counts[slot]].tolist()
         growing.text += new
@@ -286,7 +290,7 @@ class RunningBatch:
             growing.finish = "cancelled"
 
     def _write(self, slot: int, request: Request) -> int:
-        """Writes a request into the state; returns how many of its positions the cache holds already."""
+        """Writes a request into the state; returns how many cached positions it reuses."""
         samples = self.state.sampling is not None
         new = self.capacity if request.max_new_tokens is None else request.max_new_tokens
         length = len(request.prompt)
@@ -327,7 +331,7 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
 
 
 def _as_arrays(sampling: SamplingConfig) -> SamplingConfig:
-    """The same as arrays of fixed shapes and dtypes: a Python number and an array of one are different programs."""
+    """Converts the fields to arrays of fixed shapes and dtypes, so that all requests share one compiled program."""
     numbers = {
         name: np.full(1, getattr(sampling, name), np.int32 if name == "top_k" else np.float32) for name in RANGES
     }
@@ -337,27 +341,27 @@ def _as_arrays(sampling: SamplingConfig) -> SamplingConfig:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The length of the longest common prefix."""
+    """Returns the length of the longest common prefix."""
     return next(
         (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )
 
 
-# A task yields requests, one after the other, is sent their answers, and returns its result.
+# A task yields a request, is sent its answer, and so on; it returns its result.
 Task: TypeAlias = Generator[Request, Answer, Result]
 
 
 def run(batch: RunningBatch, tasks: Iterable[Task[Result] | None], *, cycles: int = CYCLES) -> Iterator[Result]:
-    """Runs tasks of several requests each, such as conversations, side by side; yields their results as they end.
+    """Runs tasks of several requests each, such as conversations, concurrently; yields their results as they end.
 
-    A task is a generator that yields a Request, is sent its Answer, and so on; what it returns is its result. Requests
-    of tasks that have begun go before those of new ones.
+    A task is a generator that yields a Request and is sent its Answer, any number of times, and returns its result.
+    Requests of started tasks take precedence over new tasks.
 
     Args:
-      batch: empty. What still runs when the caller leaves the loop is dropped.
-      tasks: asked for one whenever a slot is free. None says that there is none for now: the loop goes on with those
-        that run, and asks again. It ends when there is none and none runs.
-      cycles: between two looks at the slots.
+      batch: empty. Requests that are still running when the caller leaves the loop are dropped.
+      tasks: the next one is requested whenever a slot is free. None means that none is available now: the loop advances
+        the running tasks and asks again. It ends when none is available and none is running.
+      cycles: per call of `advance`.
     Raises:
       ValueError: for a request that the batch cannot take (see `RunningBatch.check`), or a batch that is not empty.
     """
@@ -389,11 +393,11 @@ def run(batch: RunningBatch, tasks: Iterable[Task[Result] | None], *, cycles: in
 
 
 def serve(batch: RunningBatch, requests: Iterable[Request | None], *, cycles: int = CYCLES) -> Iterator[Answer]:
-    """Answers requests, as many at a time as the batch has slots; yields the answers as they end.
+    """Answers requests, as many concurrently as the batch has slots; yields the answers as they end.
 
     Args:
-      requests: asked for one whenever a slot is free. None says that there is none for now (see `run`).
-      batch, cycles: as in `run`, which also says what is raised.
+      requests: the next one is requested whenever a slot is free. None means that none is available now (see `run`).
+      batch, cycles: as in `run`, as are the errors.
     """
 
     def ask(request: Request) -> Task[Answer]:

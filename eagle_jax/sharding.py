@@ -1,4 +1,4 @@
-"""Where arrays lie: meshes, the sharding of every parameter by its path, and constraints on states in a trace.
+"""Sharding: meshes, the partition rule of every parameter by its path, and constraints on states in a trace.
 
 A path names the attribute that holds the array, such as "layers.3.attention.q" or "norm".
 """
@@ -15,13 +15,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 Axis = str | tuple[str, ...] | None
 Values = TypeVar("Values")
 
-# Axis names of a mesh: of the batch; of batch and parameters, in training; of the parts of a product. An axis that a
-# mesh lacks is left out of every spec.
+# Mesh axes: data parallelism; data and parameters, in training (FSDP); tensor parallelism. Specs omit axes that a mesh
+# lacks.
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 BATCH = (DATA, FSDP)
 
-# Last components of a path -> the mesh axis of each dimension. Heads, MLP width and vocabulary are split;
-# paths not named here (norms, fc, small tables, Medusa's blocks) are replicated.
+# The last components of a path -> the mesh axis of each dimension. Heads, MLP width and vocabulary are sharded. Other
+# parameters (norms, fc, small tables, Medusa's blocks) are replicated.
 PARTITION_RULES: dict[str, tuple[str | None, ...]] = {
     "attention.q": (TENSOR, None, None),
     "attention.k": (TENSOR, None, None),
@@ -38,15 +38,15 @@ PARTITION_RULES: dict[str, tuple[str | None, ...]] = {
     "embed": (TENSOR, None),
     "lm_head": (TENSOR, None),
 }
-# Keys and values of a decoder, [batch, key-value heads, rows, head dim].
+# Cached keys and values, [batch, kv_heads, positions, head_dim].
 CACHE_RULE: tuple[Axis, ...] = (BATCH, TENSOR, None, None)
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:
-    """A mesh of so many devices an axis, {name: count}.
+    """Makes a mesh from {axis name: number of devices}.
 
     Raises:
-      ValueError: if there are fewer, or if it leaves out devices of a process that waits for the others.
+      ValueError: for more devices than there are. With several processes, also for fewer, as the others would wait.
     """
     needed, there = math.prod(axes.values()), jax.device_count()
     if needed > there or (needed < there and jax.process_count() > 1):
@@ -56,22 +56,22 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
 
 
 def mesh_of(values: Any) -> Mesh | AbstractMesh | None:
-    """The mesh that a model or a state lies on, in a traced function too; None if it lies on one device."""
+    """Returns the mesh of a model or a state, also in a trace; None if it is on a single device."""
     leaf = jax.tree.leaves(values)[0]
     placed = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else leaf.sharding
     return placed.mesh if isinstance(placed, NamedSharding) and placed.mesh.size > 1 else None
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """(GetAttrKey('layers'), SequenceKey(3), GetAttrKey('norm'), GetAttrKey('value')) -> "layers.3.norm"."""
+    """Converts (GetAttrKey('layers'), SequenceKey(3), GetAttrKey('norm'), GetAttrKey('value')) to "layers.3.norm"."""
     parts = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path]
     return ".".join(parts[:-1] if parts[-1] == "value" else parts)
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The PartitionSpec of the array at `path`; a dimension that its axis does not divide is replicated.
+    """Returns the PartitionSpec of the array at `path`. A dimension that its axis does not divide is replicated.
 
-    A mesh with the axis "fsdp" splits the largest dimension that is left, of matrices, by it.
+    On a mesh with the axis "fsdp", the largest remaining dimension of a matrix is sharded over it.
     """
     rule = PARTITION_RULES.get(".".join(path.split(".")[-2:])) or PARTITION_RULES.get(path.split(".")[-1])
     fits = list(fitting(rule or (None,) * len(shape), shape, mesh))
@@ -83,15 +83,18 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 
 def path_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where the array at `path` lies. What is computed from it the compiler places: axes of any type are Auto here."""
+    """Returns the NamedSharding of the array at `path`.
+
+    Its axes are Auto whatever the mesh has, so the compiler shards everything computed from the array.
+    """
     return NamedSharding(Mesh(mesh.devices, mesh.axis_names), partition_spec(path, shape, mesh))
 
 
 def constrain(values: Values, like: Any) -> Values:
     """Constrains a state, or any pytree derived from one, to the mesh of `like` (a model or another state).
 
-    Caches are split by sequence and head, the rest of the draft's memory by sequence. All else lies whole on every
-    device, where every process can read it.
+    Caches are sharded by sequence and head, the rest of the draft's memory by sequence. Everything else is replicated,
+    so that every process can read it.
     """
     mesh = mesh_of(like)
     if mesh is None:
@@ -110,7 +113,7 @@ def constrain(values: Values, like: Any) -> Values:
 
 
 def fitting(axes: Sequence[Axis], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """The axes of each dimension, without those that the mesh lacks; None where they do not divide it."""
+    """Returns a PartitionSpec without axes that the mesh lacks, and None where axes do not divide a dimension."""
 
     def fit(axis: Axis, size: int) -> Axis:
         names = axis if isinstance(axis, tuple) else (axis,)

@@ -1,4 +1,4 @@
-"""Checks for people who write an acceptance rule or a draft of their own: is the text still the target's?
+"""Losslessness checks for your own acceptance rules and drafts: is the text still the target's?
 
 from eagle_jax.testing import assert_lossless
 
@@ -31,13 +31,13 @@ from eagle_jax.models.target import Target
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import AcceptFn, TreeConfig, TreePolicy
 
-# Prompts [4, 5] of different lengths, right-padded with a token that would be seen if it were read.
+# Prompts of different lengths, right-padded with a valid token other than 0, so that reading the padding changes the text.
 PROMPTS = np.array([[3, 1, 4, 1, 5], [2, 6, 6, 6, 6], [0, 1, 5, 6, 6], [1, 4, 6, 6, 6]], np.int32)
 LENGTHS = np.array([5, 1, 3, 2], np.int32)
 NEW_TOKENS = 16  # of each greedy text
 ENUMERATED = 3  # new tokens of each sampled text; the prefill chooses the first, cycles the others
-MOST_TEXTS = 20_000  # that are enumerated: V ** ENUMERATED may not be larger
-FEWEST_EXPECTED = 5  # draws of a text, below which Pearson's chi-square pools it with others
+MOST_TEXTS = 20_000  # upper limit of vocab_size ** ENUMERATED
+FEWEST_EXPECTED = 5  # texts with fewer expected draws are pooled in Pearson's chi-square
 SIZES: dict[str, Any] = {
     "intermediate_size": 24,
     "num_heads": 2,
@@ -48,10 +48,10 @@ SIZES: dict[str, Any] = {
 
 
 class Report(NamedTuple):
-    """What `assert_lossless` measured.
+    """The measurements of `assert_lossless`.
 
-    accepted: draft tokens accepted a cycle, of the greedy texts; 0 means that nothing was put to the test.
-    p_value: of the chi-square test of the sampled texts; None where `sampling` is None.
+    accepted: accepted draft tokens per cycle of the greedy texts. At 0 nothing was tested.
+    p_value: of the chi-square test of the sampled texts; None if `sampling` is None.
     """
 
     accepted: float
@@ -61,14 +61,14 @@ class Report(NamedTuple):
 def toy_target(seed: int = 0, vocab_size: int = 7) -> Llama:
     """Returns a float32 Llama of 2 layers and width 16 with random weights.
 
-    They are scaled so that its distributions are neither flat nor sharp, and its largest logits rarely tie.
+    The weights are scaled so that distributions are neither flat nor sharp, and the largest logits rarely tie.
     """
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=16, num_layers=2, **SIZES)
     return _scaled(Llama(config, jax.random.key(seed)))
 
 
 def toy_draft(target: Target, seed: int = 1) -> Eagle3Draft:
-    """Returns an EAGLE-3 head with random weights for a target: often wrong, sometimes right."""
+    """Returns an EAGLE-3 head with random weights for a target; a few of its draft tokens are accepted."""
     vocab, width = target.config.vocab_size, target.config.hidden_size
     config = DraftConfig(
         vocab_size=vocab, draft_vocab_size=vocab, hidden_size=width, target_hidden_size=width, num_layers=1, **SIZES
@@ -95,21 +95,22 @@ def assert_lossless(
 
     Greedy: four prompts of different lengths give the tokens of plain decoding.
     Sampled: the first three new tokens have the distribution of plain sampling, enumerated exactly. A prompt and key
-    give the same text wherever in a batch they stand.
+    give the same text at any index of a batch.
 
     Args:
-      candidate: a draft, which is tried with the default rule; or an acceptance rule.
-      target: of few tokens, as all texts of three tokens are enumerated; default `toy_target()`. A draft must fit it.
-      draft: what a rule is tried with; default `toy_draft`. A rule that asks for draft_probs needs one that draws.
-      tree: ignored by drafts with a shape of their own.
-      sampling: what is sampled; None for a rule that is greedy only.
-      draws: sampled texts.
+      candidate: a draft, tested with the default rule; or an acceptance rule.
+      target: with a small vocabulary, as all texts of three tokens are enumerated; default `toy_target()`. A draft must
+        fit it.
+      draft: for testing a rule; default `toy_draft`. A rule that takes draft_probs needs a draft that samples.
+      tree: ignored by drafts with a fixed tree.
+      sampling: of the sampled texts; None for a rule that is greedy only.
+      draws: number of sampled texts.
       seed: of their keys.
-      false_alarm: the p-value of Pearson's chi-square below which the distribution counts as another.
+      false_alarm: the p-value of Pearson's chi-square below which the check fails.
     Returns:
-      Report; look at `accepted`, too: a draft that nothing is accepted of is lossless and useless.
+      Report. Check `accepted` as well: a draft that never gets a token accepted is lossless, and useless.
     Raises:
-      AssertionError: saying which text differs and where, or how improbable the sampled texts are.
+      AssertionError: naming the text that differs and its position, or the p-value of the sampled texts.
       ValueError: for a target with too large a vocabulary.
     """
     target = toy_target() if target is None else target
@@ -125,7 +126,7 @@ def assert_lossless(
     elif draft is None:
         draft = toy_draft(target)
     run = functools.partial(generate, tree=tree, accept_fn=accept_fn)
-    # The greedy program has no keys, which a sampling rule may need; in a batch that samples, temperature 0 is greedy.
+    # The greedy program has no keys, which a sampling rule may need. Temperature 0 in an array is greedy and has keys.
     cold = None
     if accept_fn is not None and sampling is not None:
         cold = dataclasses.replace(sampling, temperature=0.0).rows(len(PROMPTS))
@@ -139,7 +140,7 @@ def assert_lossless(
 
 
 def _check_greedy(run: Callable, target: Target, draft: Draft, sampling: SamplingConfig | None, seed: int) -> float:
-    """Raises AssertionError where the greedy text parts from plain decoding; returns draft tokens accepted a cycle."""
+    """Raises AssertionError if greedy texts differ from plain decoding; returns accepted draft tokens per cycle."""
     sampled = {} if sampling is None else {"key": jax.random.key(seed), "sampling": sampling}
     out = run(target, draft, PROMPTS, LENGTHS, max_new_tokens=NEW_TOKENS, **sampled)
     plain = generate(target, None, jnp.asarray(PROMPTS), jnp.asarray(LENGTHS), max_new_tokens=NEW_TOKENS)
@@ -149,7 +150,7 @@ def _check_greedy(run: Callable, target: Target, draft: Draft, sampling: Samplin
 
 
 def _check_independence(run: Callable, target: Target, draft: Draft, sampling: SamplingConfig, seed: int) -> None:
-    """Raises AssertionError where a sequence's sampled text depends on its place or neighbours in the batch."""
+    """Raises AssertionError if a sampled text depends on its index in the batch or on other sequences."""
     keys = jax.random.split(jax.random.key(seed), len(PROMPTS))
     rows = sampling.rows(len(PROMPTS))
     out = run(target, draft, PROMPTS, LENGTHS, keys, sampling=rows, max_new_tokens=NEW_TOKENS)
@@ -159,7 +160,7 @@ def _check_independence(run: Callable, target: Target, draft: Draft, sampling: S
 
 
 def _check_same(out: Any, reference: Any, what: str, other: str) -> None:
-    """Raises AssertionError, naming sequence, position and tokens, where two outputs differ."""
+    """Raises AssertionError, naming sequence, position and tokens, if two outputs differ."""
     for i, (ours, theirs) in enumerate(zip(_texts(out), _texts(reference), strict=True)):
         if ours == theirs:
             continue
@@ -178,7 +179,7 @@ def _texts(out: Any) -> list[list[int]]:
 def _draw(
     run: Callable, target: Target, draft: Draft, sampling: SamplingConfig, draws: int, seed: int
 ) -> Int[np.ndarray, "{draws} enumerated"]:
-    """Returns the first new tokens after the first prompt, a key each."""
+    """Samples the first new tokens after the first prompt, each text with its own key."""
     prompt, length = PROMPTS[:1], LENGTHS[:1]
 
     @jax.jit
@@ -209,7 +210,7 @@ def _check_distribution(
     drawn: Int[np.ndarray, "draws enumerated"], joint: Float[np.ndarray, "vocab vocab vocab"], false_alarm: float
 ) -> float:
     """Raises AssertionError if the texts are not drawn from the joint distribution; returns Pearson's p-value."""
-    from scipy.special import chdtrc  # of a package that JAX needs itself
+    from scipy.special import chdtrc  # SciPy is a dependency of JAX
 
     observed = np.zeros_like(joint)
     np.add.at(observed, tuple(drawn.T), 1)
