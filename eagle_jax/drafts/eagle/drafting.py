@@ -1,8 +1,5 @@
 """EAGLE heads as drafts: what EAGLE-1, 2 and 3 share. The networks are in eagle1.py and eagle3.py.
 
-Letters: B batch, T new pairs, F feature width, D width of the head, k nodes drafted at a time, V target vocabulary,
-Vd draft vocabulary.
-
 A *pair* is the feature of one position and the token that follows it. The memory holds the keys and values of all
 pairs so far, and the head's output at the last one, from which the next tree grows.
 """
@@ -16,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.noise import coupled
@@ -33,10 +31,10 @@ from eagle_jax.tree import DraftStep, TreePolicy
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EagleMemory:
-    """Cache of the pairs so far, and the head's output at the last one, hidden [B, D]."""
+    """Cache of the pairs so far, and the head's output at the last one."""
 
     cache: KVCache
-    hidden: jax.Array
+    hidden: Float[Array, "batch hidden"]
 
 
 class EagleDraft(Draft):
@@ -49,33 +47,33 @@ class EagleDraft(Draft):
     def dtype(self) -> Any:
         raise NotImplementedError
 
-    def features(self, output: TargetOutput) -> jax.Array:
-        """What the head reads of a target pass run with its `taps`: [B, T, F]."""
+    def features(self, output: TargetOutput) -> Float[Array, "batch new features"]:
+        """What the head reads of a target pass run with its `taps`."""
         raise NotImplementedError
 
-    def fuse(self, features: jax.Array) -> jax.Array:
-        """Target features [B, T, F] -> hidden [B, T, D]. Drafted hidden states skip this."""
+    def fuse(self, features: Float[Array, "batch new features"]) -> Float[Array, "batch new hidden"]:
+        """Hidden states from target features. Drafted hidden states skip this."""
         raise NotImplementedError
 
     def __call__(
         self,
         target: Target,
-        hidden: jax.Array,
-        tokens: jax.Array,
-        positions: jax.Array,
+        hidden: Float[Array, "batch new hidden"],
+        tokens: Int[Array, "batch new"],
+        positions: Int[Array, "batch new"],
         attend: Attend,
         *,
-        prompt_lengths: jax.Array,
-    ) -> tuple[jax.Array, Any]:
-        """One step over T pairs: hidden [B, T, D] with tokens [B, T] at positions [B, T].
+        prompt_lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch new hidden"], Any]:
+        """One step over pairs: hidden states with tokens at positions.
 
         Returns:
-          hidden [B, T, D] before any final norm, and what `attend` keeps.
+          hidden states before any final norm, and what `attend` keeps.
         """
         raise NotImplementedError
 
-    def logits(self, target: Target, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> logits [..., Vd], float32."""
+    def logits(self, target: Target, hidden: Float[Array, "*axes hidden"]) -> Float32[Array, "*axes draft_vocab"]:
+        """Draft logits from hidden states."""
         raise NotImplementedError
 
     @property
@@ -109,7 +107,13 @@ class EagleDraft(Draft):
             hidden=jnp.where((committed.count > 0)[:, None], last, memory.hidden),
         )
 
-    def propose(self, target: Target, context: Context, tree: TreePolicy, noise: jax.Array | None = None) -> Proposal:
+    def propose(
+        self,
+        target: Target,
+        context: Context,
+        tree: TreePolicy,
+        noise: Float[Array, "batch path vocab"] | None = None,
+    ) -> Proposal:
         """Grows a tree from the head's last output, a step of the head each level (arXiv 2401.15077, section 4.1)."""
         memory: EagleMemory = context.memory
         past = memory.cache
@@ -121,7 +125,7 @@ class EagleDraft(Draft):
         noisy = functools.partial(coupled, sampling=context.sampling, noise=noise, target_ids=ids)
 
         def draft_fn(carry, step: DraftStep):
-            hidden, scratch_k, scratch_v = carry  # hidden [B, k, D]: outputs of the previous step's nodes
+            hidden, scratch_k, scratch_v = carry  # hidden [batch, width, hidden]: outputs of the previous step's nodes
             positions = jnp.broadcast_to((past.length + step.level)[:, None], step.tokens.shape)
 
             def attend(q, k, v, spec=PLAIN):

@@ -1,7 +1,5 @@
 """Eagle1Draft: the EAGLE-1 and EAGLE-2 head (arXiv 2401.15077, section 4; 2406.16858 changes the tree only).
 
-Letters: B batch, T new pairs, D hidden size of head and target, V vocabulary.
-
 The feature is the target's hidden state after its final norm; the head predicts the next one, and the
 target's own `lm_head` turns it into draft logits. See eagle3.py for what a pair is.
 """
@@ -13,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.drafting import EagleDraft
@@ -26,7 +25,7 @@ from eagle_jax.ops.linear import Weight, linear
 class Eagle1Draft(EagleDraft, nnx.Module):
     """The head's weights and its functions; how it drafts is in drafting.py."""
 
-    def __init__(self, config: DraftConfig, key: jax.Array, dtype: Any = jnp.float32):
+    def __init__(self, config: DraftConfig, key: Key[Array, ""], dtype: Any = jnp.float32):
         """Random weights."""
         keys = jax.random.split(key, 3)
         d = config.hidden_size
@@ -47,8 +46,8 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         """No layer is tapped: the feature is the final hidden state."""
         return ()
 
-    def features(self, output: TargetOutput) -> jax.Array:
-        """What this head reads of a target pass: [B, T, D]."""
+    def features(self, output: TargetOutput) -> Float[Array, "batch new features"]:
+        """What this head reads of a target pass: hidden states."""
         return output.hidden
 
     def check_fits(self, target: Target) -> None:
@@ -56,24 +55,24 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         for field in ("vocab_size", "hidden_size"):
             require_same(field, getattr(self.config, field), getattr(target.config, field))
 
-    def fuse(self, features: jax.Array) -> jax.Array:
-        """Target features [B, T, D] are hidden states already."""
+    def fuse(self, features: Float[Array, "batch new hidden"]) -> Float[Array, "batch new hidden"]:
+        """Target features are hidden states already."""
         return features.astype(self.dtype)
 
     def __call__(
         self,
         target: Target,
-        hidden: jax.Array,
-        tokens: jax.Array,
-        positions: jax.Array,
+        hidden: Float[Array, "batch new hidden"],
+        tokens: Int[Array, "batch new"],
+        positions: Int[Array, "batch new"],
         attend: Attend,
         *,
-        prompt_lengths: jax.Array,
-    ) -> tuple[jax.Array, Any]:
-        """One step over T pairs: hidden [B, T, D] with tokens [B, T] at positions [B, T].
+        prompt_lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch new hidden"], Any]:
+        """One step over pairs: hidden states with tokens at positions.
 
         Returns:
-          hidden [B, T, D], and what `attend` keeps.
+          hidden states, and what `attend` keeps.
         """
         with jax.named_scope("embed"):
             embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
@@ -84,14 +83,14 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         with jax.named_scope("layer"):
             return self.layer(x, rotation, attend, self.config.attention_spec(0))
 
-    def before_logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] stands for the target's own, after its final norm."""
+    def before_logits(self, hidden: Float[Array, "*axes hidden"]) -> Float[Array, "*axes hidden"]:
+        """The hidden state stands for the target's own, after its final norm."""
         return hidden
 
-    def output_weight(self, target: Target) -> jax.Array:
-        """[V, D]: the target's lm_head."""
+    def output_weight(self, target: Target) -> Float[Array, "draft_vocab hidden"]:
+        """The target's lm_head."""
         return target.output_weight()
 
-    def logits(self, target: Target, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> logits [..., V], float32, by the target's lm_head."""
+    def logits(self, target: Target, hidden: Float[Array, "*axes hidden"]) -> Float32[Array, "*axes draft_vocab"]:
+        """Logits by the target's lm_head."""
         return target.logits(hidden.astype(target.dtype))

@@ -1,7 +1,5 @@
 """Eagle3Draft: the EAGLE-3 head (arXiv 2503.01840, section 3).
 
-Letters: B batch, T new pairs, D head width, F = taps * target width, V target vocabulary, Vd draft vocabulary.
-
 A *pair* is the feature of one position and the token that follows it. The head maps a pair to a hidden
 state that stands for the next position: its logits draft the token after, and it is the feature of the next
 drafting step.
@@ -14,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
 from eagle_jax.drafts.eagle.drafting import EagleDraft
@@ -25,9 +24,9 @@ from eagle_jax.ops.spec import PLAIN, Spec
 
 
 class Eagle3Layer(nnx.Module):
-    """A decoder layer whose attention reads the embedding and the hidden state side by side (width 2 D)."""
+    """A decoder layer whose attention reads the embedding and the hidden state side by side (twice the width)."""
 
-    def __init__(self, config: DraftConfig, key: jax.Array, dtype: Any):
+    def __init__(self, config: DraftConfig, key: Key[Array, ""], dtype: Any):
         keys = jax.random.split(key)
         self.config = config
         self.input_norm = ones((config.hidden_size,), dtype)
@@ -40,13 +39,13 @@ class Eagle3Layer(nnx.Module):
 
     def __call__(
         self,
-        embedding: jax.Array,
-        hidden: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
+        embedding: Float[Array, "batch new hidden"],
+        hidden: Float[Array, "batch new hidden"],
+        rotation: tuple[Array, Array],
         attend: Attend,
         spec: Spec = PLAIN,
-    ) -> tuple[jax.Array, Any]:
-        """embedding, hidden [B, T, D] -> ([B, T, D], what `attend` keeps)."""
+    ) -> tuple[Float[Array, "batch new hidden"], Any]:
+        """The layer's output, and what `attend` keeps."""
         eps = self.config.rms_norm_eps
         normed = rms_norm(hidden, self.hidden_norm[...], eps)
         residual = normed if self.config.norm_before_residual else hidden
@@ -59,7 +58,7 @@ class Eagle3Layer(nnx.Module):
 class Eagle3Draft(EagleDraft, nnx.Module):
     """The head's weights and its functions; how it drafts is in drafting.py."""
 
-    def __init__(self, config: DraftConfig, num_taps: int, key: jax.Array, dtype: Any = jnp.float32):
+    def __init__(self, config: DraftConfig, num_taps: int, key: Key[Array, ""], dtype: Any = jnp.float32):
         """Random weights. `num_taps` target layers feed `fc` (3 in every official head)."""
         keys = jax.random.split(key, 4)
         d = config.hidden_size
@@ -85,8 +84,8 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         """Target layers whose input is this head's feature."""
         return tap_layers(self.config, target.config.num_layers)
 
-    def features(self, output: TargetOutput) -> jax.Array:
-        """What this head reads of a target pass run with its `taps`: [B, T, F]."""
+    def features(self, output: TargetOutput) -> Float[Array, "batch new features"]:
+        """What this head reads of a target pass run with its `taps`."""
         assert output.taps is not None
         return output.taps
 
@@ -109,24 +108,24 @@ class Eagle3Draft(EagleDraft, nnx.Module):
             )
 
     @jax.named_scope("fc")
-    def fuse(self, features: jax.Array) -> jax.Array:
-        """Target features [B, T, F] -> hidden [B, T, D]. Drafted hidden states skip this."""
+    def fuse(self, features: Float[Array, "batch new features"]) -> Float[Array, "batch new hidden"]:
+        """Hidden states from target features. Drafted hidden states skip this."""
         return linear(features.astype(self.dtype), self.fc)
 
     def __call__(
         self,
         target: Target,
-        hidden: jax.Array,
-        tokens: jax.Array,
-        positions: jax.Array,
+        hidden: Float[Array, "batch new hidden"],
+        tokens: Int[Array, "batch new"],
+        positions: Int[Array, "batch new"],
         attend: Attend,
         *,
-        prompt_lengths: jax.Array,
-    ) -> tuple[jax.Array, Any]:
-        """One step over T pairs: hidden [B, T, D] with tokens [B, T] at positions [B, T].
+        prompt_lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch new hidden"], Any]:
+        """One step over pairs: hidden states with tokens at positions.
 
         Returns:
-          hidden [B, T, D] before the final norm, and what `attend` keeps.
+          hidden states before the final norm, and what `attend` keeps.
         """
         with jax.named_scope("embed"):
             embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
@@ -134,16 +133,16 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         with jax.named_scope("layer"):
             return self.layer(embedding, hidden, rotation, attend, self.config.attention_spec(0))
 
-    def before_logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> what `output_weight` is multiplied with, [..., D]."""
+    def before_logits(self, hidden: Float[Array, "*axes hidden"]) -> Float[Array, "*axes hidden"]:
+        """What `output_weight` is multiplied with."""
         return rms_norm(hidden, self.norm[...], self.config.rms_norm_eps)
 
-    def output_weight(self, target: Target) -> jax.Array:
-        """[Vd, D]: the head's own lm_head, or the target's."""
+    def output_weight(self, target: Target) -> Float[Array, "draft_vocab hidden"]:
+        """The head's own lm_head, or the target's."""
         return target.output_weight() if self.lm_head is None else self.lm_head[...]
 
-    def logits(self, target: Target, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> logits [..., Vd] over the draft vocabulary, float32."""
+    def logits(self, target: Target, hidden: Float[Array, "*axes hidden"]) -> Float32[Array, "*axes draft_vocab"]:
+        """Logits over the draft vocabulary."""
         x = self.before_logits(hidden)
         if self.lm_head is None:
             return target.logits(x.astype(target.dtype))
