@@ -1,4 +1,4 @@
-"""EAGLE heads: their configs, their networks, and how they draft.
+"""EAGLE heads: configs, networks and drafting.
 
 May import models, tree and the rest of drafts.
 """

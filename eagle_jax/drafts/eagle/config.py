@@ -16,18 +16,17 @@ OFFICIAL_TAPS = 3  # target layers that an EAGLE-3 head reads, unless its config
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig(LlamaConfig):
-    """The shape of an EAGLE head: one decoder layer and what feeds it.
+    """The sizes of an EAGLE head: one decoder layer, and the projections around it.
 
-    draft_vocab_size: Vd, the entries of the head's own `lm_head` (EAGLE-3).
-    target_hidden_size: hidden size of the target whose features it reads; differs from `hidden_size` for the
-      head of the 70B target.
+    draft_vocab_size: entries of the head's `lm_head` (EAGLE-3).
+    target_hidden_size: of the target whose features it reads; differs from `hidden_size` in the 70B target's head.
     taps: target layers whose *input* is read; None means layers 2, n // 2 and n - 3 of an n-layer target.
-    norm_before_residual: the layer's residual is the normalised hidden state (some speculators heads).
-    own_embedding: the checkpoint holds the head's embedding; else the target's is used.
-    own_lm_head: the checkpoint holds an EAGLE-3 head's lm_head; else the target's is used, over the whole vocabulary.
+    norm_before_residual: whether the residual is the normalised hidden state (some speculators heads).
+    own_embedding: whether the head has an embedding; otherwise it uses the target's.
+    own_lm_head: whether an EAGLE-3 head has an lm_head; otherwise it uses the target's, over the whole vocabulary.
     fc_bias, qkv_bias: EAGLE-1 only.
-    window: the draft attends to the text's first window[0] and its latest window[1] positions; None: to all of it.
-      No checkpoint says so; see `with_window`.
+    window: (first, recent) positions that the draft attends to; None for all. Not part of any checkpoint; see
+      `with_window`.
     """
 
     draft_vocab_size: int = 0
@@ -51,14 +50,14 @@ class DraftConfig(LlamaConfig):
         own_lm_head: bool = True,
         fc_bias: bool = True,
     ) -> DraftConfig:
-        """Reads a head's config dictionary in any of the forms that `flat_config` knows.
+        """Reads a head's config dictionary in any form that `flat_config` knows.
 
         Args:
-          kind: "eagle3" or "eagle1", from the checkpoint's tensor names, as `own_embedding` and `own_lm_head` are.
-            A draft vocabulary of its own needs an lm_head of its own.
-          fc_bias: whether an EAGLE-1 head's fc has a bias, where the config does not say.
+          kind: "eagle3" or "eagle1", from the checkpoint's tensor names, as are `own_embedding` and `own_lm_head`. A
+            separate draft vocabulary implies an lm_head.
+          fc_bias: whether an EAGLE-1 head's fc has a bias, unless the config says so.
         Raises:
-          ConfigError: as LlamaConfig.from_hf, and fields that contradict each other.
+          ConfigError: as LlamaConfig.from_hf, and for contradictory fields.
         """
         hf = flat_config(hf, where, kind)
         fields = llama_fields({"num_hidden_layers": 1} | hf, where)
@@ -102,9 +101,9 @@ class DraftConfig(LlamaConfig):
 
 
 def tap_layers(config: DraftConfig | None, num_layers: int) -> tuple[int, ...]:
-    """The target layers whose input an EAGLE-3 head reads, ascending (official code: 2, n // 2, n - 3).
+    """Returns the target layers whose input an EAGLE-3 head reads, ascending (official code: 2, n // 2, n - 3).
 
-    Index n is the residual stream after the last layer. Indices that coincide are repeated.
+    Index n is the residual stream after the last layer. Equal indices are repeated.
     """
     if config is not None and config.taps is not None:
         return config.taps

@@ -1,7 +1,7 @@
-"""EAGLE heads as drafts: what EAGLE-1, 2 and 3 share. The networks are in eagle1.py and eagle3.py.
+"""EAGLE heads as drafts: the part that EAGLE-1, 2 and 3 share. The networks are in eagle1.py and eagle3.py.
 
-A *pair* is the feature of one position and the token that follows it. The memory holds the keys and values of all
-pairs so far, and the head's output at the last one, from which the next tree grows.
+A *pair* is the target's feature at one position and the token that follows it. The memory holds the keys and values of
+all pairs so far, and the head's hidden state at the last one, from which the next tree grows.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ from eagle_jax.tree import DraftStep, TreePolicy
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EagleMemory:
-    """Cache of the pairs so far, and the head's output at the last one."""
+    """The cache of all pairs so far, and the head's hidden state at the last one."""
 
     cache: KVCache
     hidden: Float[Array, "batch hidden"]
 
 
 class EagleDraft(Draft):
-    """Drafts with a head of one layer, which a subclass provides: config, target_ids, features, fuse, call, logits."""
+    """Drafts with a head of one decoder layer.
+
+    A subclass provides config, target_ids, dtype, taps, features, fuse, __call__ and logits.
+    """
 
     config: DraftConfig
     target_ids: Any
@@ -48,11 +51,11 @@ class EagleDraft(Draft):
         raise NotImplementedError
 
     def features(self, output: TargetOutput) -> Float[Array, "batch new features"]:
-        """What the head reads of a target pass run with its `taps`."""
+        """Returns the head's input features from a target pass that ran with its `taps`."""
         raise NotImplementedError
 
     def fuse(self, features: Float[Array, "batch new features"]) -> Float[Array, "batch new hidden"]:
-        """Hidden states from target features. Drafted hidden states skip this."""
+        """Projects target features to the head's width. The head's hidden states skip this."""
         raise NotImplementedError
 
     def __call__(
@@ -65,35 +68,38 @@ class EagleDraft(Draft):
         *,
         prompt_lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch new hidden"], Any]:
-        """One step over pairs: hidden states with tokens at positions.
+        """Runs the head over pairs of hidden states and tokens.
 
+        Args:
+          hidden: fused features, or hidden states of the previous drafting step.
+          tokens: the token that follows each.
         Returns:
-          hidden states before any final norm, and what `attend` keeps.
+          hidden states before any final norm, and the second result of `attend`.
         """
         raise NotImplementedError
 
     def logits(self, target: Target, hidden: Float[Array, "*axes hidden"]) -> Float32[Array, "*axes draft_vocab"]:
-        """Draft logits from hidden states."""
+        """Returns the draft logits."""
         raise NotImplementedError
 
     @property
     def reusable(self) -> bool:
-        return self.config.rope.kind != "dynamic"  # there the rotation depends on the prompt's length
+        return self.config.rope.kind != "dynamic"  # dynamic RoPE depends on the prompt's length
 
     def start(self, target: Target, batch: int, rows: int) -> EagleMemory:
         cache = KVCache.zeros(self.config, batch, rows, self.dtype)
         return EagleMemory(cache, jnp.zeros((batch, self.config.hidden_size), self.dtype))
 
     def update(self, target: Target, memory: EagleMemory, committed: Committed) -> EagleMemory:
-        """Runs the head over the new pairs, with the target's own features in place of drafted ones."""
+        """Runs the head over the newly committed pairs, with the target's features instead of drafted hidden states."""
         batch, width = committed.tokens.shape
         past = memory.cache.with_length(committed.start)
         positions = committed.start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
         mask = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
 
         def attend(q, k, v, spec=PLAIN):
-            # Write the new rows first, then attend below `start`. Reading first lets XLA schedule the write early and
-            # copy the cache.
+            # Write the new positions first, then attend below `start`. Reading first lets XLA schedule the write early
+            # and copy the cache.
             cache = past.write([(k, v)], committed.start)
             in_blocks = committed.tree is None and width > 1
             layer = cache.layer(0)
@@ -114,7 +120,7 @@ class EagleDraft(Draft):
         tree: TreePolicy,
         noise: Float[Array, "batch path vocab"] | None = None,
     ) -> Proposal:
-        """Grows a tree from the head's last output, a step of the head each level (arXiv 2401.15077, section 4.1)."""
+        """Grows a tree from the head's last hidden state, one pass of the head per level (arXiv 2401.15077, 4.1)."""
         memory: EagleMemory = context.memory
         past = memory.cache
         root = context.root
@@ -149,13 +155,14 @@ AnyEagle = TypeVar("AnyEagle", bound=EagleDraft)
 
 
 def with_window(draft: AnyEagle, first: int, recent: int) -> AnyEagle:
-    """The draft, attending to no more than the text's `first` positions and its `recent` ones.
+    """Limits a draft's attention to a sliding window with sinks: the `first` and the `recent` positions of the text.
 
-    Lossless, as any change of a draft is. For texts longer than those the head was trained on, where its acceptance
-    falls (the first positions are kept as attention sinks: arXiv 2309.17453).
+    Use it for texts longer than the head's training sequences, where acceptance drops. Sinks are described in arXiv
+    2309.17453. Lossless, as is any change of a draft.
 
     Args:
-      first: 0 or more. recent: 1 or more, counted back from a position itself.
+      first: number of sinks, at least 0.
+      recent: positions of the window, at least 1, which include the query's.
     """
     if type(first) is not int or type(recent) is not int or first < 0 or recent < 1:
         raise ConfigError(f"a window has first >= 0 and recent >= 1 positions, got first={first!r}, recent={recent!r}")

@@ -1,7 +1,7 @@
 """Eagle1Draft: the EAGLE-1 and EAGLE-2 head (arXiv 2401.15077, section 4; 2406.16858 changes the tree only).
 
-The feature is the target's hidden state after its final norm; the head predicts the next one, and the
-target's own `lm_head` turns it into draft logits. See eagle3.py for what a pair is.
+The feature is the target's hidden state after its final norm. The head predicts the next one, to which the target's
+`lm_head` applies. drafting.py defines pairs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from eagle_jax.ops.linear import Weight, linear
 
 
 class Eagle1Draft(EagleDraft, nnx.Module):
-    """The head's weights and its functions; how it drafts is in drafting.py."""
+    """The head's network; drafting.py has how it drafts."""
 
     def __init__(self, config: DraftConfig, key: Key[Array, ""], dtype: Any = jnp.float32):
-        """Random weights."""
+        """Initialises random weights."""
         keys = jax.random.split(key, 3)
         d = config.hidden_size
         self.config = config
@@ -43,20 +43,20 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         return self.fc.dtype
 
     def taps(self, target: Target) -> tuple[int, ...]:
-        """No layer is tapped: the feature is the final hidden state."""
+        """Returns no layers, as the feature is the final hidden state."""
         return ()
 
     def features(self, output: TargetOutput) -> Float[Array, "batch new features"]:
-        """What this head reads of a target pass: hidden states."""
+        """Returns the hidden states of a target pass."""
         return output.hidden
 
     def check_fits(self, target: Target) -> None:
-        """Raises ConfigError, naming both numbers, if the head was not made for a target of this shape."""
+        """Raises ConfigError, naming both numbers, if the head's sizes do not fit the target."""
         for field in ("vocab_size", "hidden_size"):
             require_same(field, getattr(self.config, field), getattr(target.config, field))
 
     def fuse(self, features: Float[Array, "batch new hidden"]) -> Float[Array, "batch new hidden"]:
-        """Target features are hidden states already."""
+        """Casts the features: the target's hidden states have the head's width."""
         return features.astype(self.dtype)
 
     def __call__(
@@ -69,11 +69,7 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         *,
         prompt_lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch new hidden"], Any]:
-        """One step over pairs: hidden states with tokens at positions.
-
-        Returns:
-          hidden states, and what `attend` keeps.
-        """
+        """Runs the head over pairs; see `EagleDraft`."""
         with jax.named_scope("embed"):
             embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
         with jax.named_scope("fc"):
@@ -84,13 +80,13 @@ class Eagle1Draft(EagleDraft, nnx.Module):
             return self.layer(x, rotation, attend, self.config.attention_spec(0))
 
     def before_logits(self, hidden: Float[Array, "*axes hidden"]) -> Float[Array, "*axes hidden"]:
-        """The hidden state stands for the target's own, after its final norm."""
+        """Returns the hidden state unchanged: it predicts the target's, after its final norm."""
         return hidden
 
     def output_weight(self, target: Target) -> Float[Array, "draft_vocab hidden"]:
-        """The target's lm_head."""
+        """Returns the target's lm_head."""
         return target.output_weight()
 
     def logits(self, target: Target, hidden: Float[Array, "*axes hidden"]) -> Float32[Array, "*axes draft_vocab"]:
-        """Logits by the target's lm_head."""
+        """Applies the target's lm_head."""
         return target.logits(hidden.astype(target.dtype))

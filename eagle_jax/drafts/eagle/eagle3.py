@@ -1,8 +1,7 @@
 """Eagle3Draft: the EAGLE-3 head (arXiv 2503.01840, section 3).
 
-A *pair* is the feature of one position and the token that follows it. The head maps a pair to a hidden
-state that stands for the next position: its logits draft the token after, and it is the feature of the next
-drafting step.
+The head maps a pair (see drafting.py) to a hidden state for the next position. Its logits draft the token after that
+position, and the next drafting step reads it in place of a target feature.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from eagle_jax.ops.spec import PLAIN, Spec
 
 
 class Eagle3Layer(nnx.Module):
-    """A decoder layer whose attention reads the embedding and the hidden state side by side (twice the width)."""
+    """A decoder layer whose attention reads the concatenated embedding and hidden state, twice the width."""
 
     def __init__(self, config: DraftConfig, key: Key[Array, ""], dtype: Any):
         keys = jax.random.split(key)
@@ -45,7 +44,7 @@ class Eagle3Layer(nnx.Module):
         attend: Attend,
         spec: Spec = PLAIN,
     ) -> tuple[Float[Array, "batch new hidden"], Any]:
-        """The layer's output, and what `attend` keeps."""
+        """Returns the layer's output, and the second result of `attend`."""
         eps = self.config.rms_norm_eps
         normed = rms_norm(hidden, self.hidden_norm[...], eps)
         residual = normed if self.config.norm_before_residual else hidden
@@ -56,10 +55,10 @@ class Eagle3Layer(nnx.Module):
 
 
 class Eagle3Draft(EagleDraft, nnx.Module):
-    """The head's weights and its functions; how it drafts is in drafting.py."""
+    """The head's network; drafting.py has how it drafts."""
 
     def __init__(self, config: DraftConfig, num_taps: int, key: Key[Array, ""], dtype: Any = jnp.float32):
-        """Random weights. `num_taps` target layers feed `fc` (3 in every official head)."""
+        """Initialises random weights. `fc` reads `num_taps` target layers, 3 in every official head."""
         keys = jax.random.split(key, 4)
         d = config.hidden_size
         self.config = config
@@ -69,7 +68,7 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         # None: the target's lm_head.
         self.lm_head = Weight(normal(keys[2], (config.draft_vocab_size, d), dtype)) if config.own_lm_head else None
         self.embed = nnx.Param(normal(keys[3], (config.vocab_size, d), dtype)) if config.own_embedding else None
-        # Target id of every draft id; None where the two vocabularies are one.
+        # Target id of every draft id; None if the vocabularies are the same.
         self.target_ids = (
             nnx.Variable(jnp.arange(config.draft_vocab_size, dtype=jnp.int32))
             if config.draft_vocab_size != config.vocab_size
@@ -81,16 +80,16 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         return self.fc.dtype
 
     def taps(self, target: Target) -> tuple[int, ...]:
-        """Target layers whose input is this head's feature."""
+        """Returns the target layers whose inputs are the head's features."""
         return tap_layers(self.config, target.config.num_layers)
 
     def features(self, output: TargetOutput) -> Float[Array, "batch new features"]:
-        """What this head reads of a target pass run with its `taps`."""
+        """Returns the taps of a target pass, concatenated."""
         assert output.taps is not None
         return output.taps
 
     def check_fits(self, target: Target) -> None:
-        """Raises ConfigError, naming both numbers, if the head was not made for a target of this shape."""
+        """Raises ConfigError, naming both numbers, if the head's sizes do not fit the target."""
         config, t = self.config, target.config
         taps = self.taps(target)
 
@@ -109,7 +108,7 @@ class Eagle3Draft(EagleDraft, nnx.Module):
 
     @jax.named_scope("fc")
     def fuse(self, features: Float[Array, "batch new features"]) -> Float[Array, "batch new hidden"]:
-        """Hidden states from target features. Drafted hidden states skip this."""
+        """Projects target features to the head's width. The head's hidden states skip this."""
         return linear(features.astype(self.dtype), self.fc)
 
     def __call__(
@@ -122,11 +121,7 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         *,
         prompt_lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch new hidden"], Any]:
-        """One step over pairs: hidden states with tokens at positions.
-
-        Returns:
-          hidden states before the final norm, and what `attend` keeps.
-        """
+        """Runs the head over pairs; see `EagleDraft`."""
         with jax.named_scope("embed"):
             embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
@@ -134,15 +129,15 @@ class Eagle3Draft(EagleDraft, nnx.Module):
             return self.layer(embedding, hidden, rotation, attend, self.config.attention_spec(0))
 
     def before_logits(self, hidden: Float[Array, "*axes hidden"]) -> Float[Array, "*axes hidden"]:
-        """What `output_weight` is multiplied with."""
+        """Applies the final norm; `output_weight` multiplies the result."""
         return rms_norm(hidden, self.norm[...], self.config.rms_norm_eps)
 
     def output_weight(self, target: Target) -> Float[Array, "draft_vocab hidden"]:
-        """The head's own lm_head, or the target's."""
+        """Returns the head's lm_head if it has one, else the target's."""
         return target.output_weight() if self.lm_head is None else self.lm_head[...]
 
     def logits(self, target: Target, hidden: Float[Array, "*axes hidden"]) -> Float32[Array, "*axes draft_vocab"]:
-        """Logits over the draft vocabulary."""
+        """Returns logits over the draft vocabulary."""
         x = self.before_logits(hidden)
         if self.lm_head is None:
             return target.logits(x.astype(target.dtype))

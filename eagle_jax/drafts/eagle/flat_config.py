@@ -1,4 +1,4 @@
-"""A head's config.json as one flat config, whatever object of it a field is in, and however it is spelled.
+"""Flattens a head's config.json: its fields may be in nested objects, and spelled in several ways.
 
 official, SpecForge   fields at the top level
 NVIDIA, SGLang        some of them in `eagle_config`
@@ -24,7 +24,7 @@ from eagle_jax.models.fields import (
 NVIDIA = "eagle_config"
 LAYER = "transformer_layer_config"
 VLLM = "model"
-PLACES = (NVIDIA, LAYER, "text_config", VLLM)  # objects that may hold fields of the head, also nested in each other
+PLACES = (NVIDIA, LAYER, "text_config", VLLM)  # objects that may hold fields of the head, and may be nested
 
 TAPS = "eagle_aux_hidden_state_layer_ids"
 # Other spellings of a field.
@@ -37,7 +37,7 @@ SPELLINGS = {
     "rotary_emb_base": "rope_theta",
 }
 
-# What DraftConfig.from_hf reads.
+# The fields that DraftConfig.from_hf reads.
 READ = (
     "vocab_size",
     "hidden_size",
@@ -64,12 +64,12 @@ READ = (
     "bias",
     "qkv_bias",
 )
-# A head's layer is a copy of its target's config, whose tied embeddings are not the head's.
+# The layer's config is a copy of the target's, whose tie_word_embeddings does not apply to the head.
 FIRST_WINS = ("tie_word_embeddings",)
 
-# Values that leave the forward pass of a head as it is, as in `fields.NEUTRAL_VALUES`; for heads of every kind.
+# Values that do not change a head's forward pass, as in `fields.NEUTRAL_VALUES`; for heads of every kind.
 NEUTRAL_HEAD_VALUES: dict[str, tuple[Any, ...]] = {
-    # Norms around fc, and of what a step hands to the next one (EAGLE-3.1).
+    # Norms around fc, and of the hidden state that the next step reads (EAGLE-3.1).
     "norm_before_fc": (False,),
     "fc_norm": (False,),
     "norm_output": (False,),
@@ -100,12 +100,12 @@ NEUTRAL_HEAD_VALUES: dict[str, tuple[Any, ...]] = {
     "markov_rank": (0,),
     "selector_rank": (0,),
     "enable_confidence_head": (False,),
-    # Layers whose hidden states are read, by names that do not say whether before or after the layer.
+    # Tapped layers under names that do not say whether the input or the output of the layer is read.
     "aux_hidden_state_layer_ids": (),
     "aux_layer_indices": (),
     "layers_to_capture": (),
 }
-# The same for one kind: what an EAGLE-3 head always has, an EAGLE-1 head never has.
+# The same for one kind: EAGLE-3 heads always have these parts, EAGLE-1 heads never.
 NEUTRAL_VALUES_OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
     "eagle3": {
         "use_aux_hidden_state": (True,),
@@ -125,7 +125,7 @@ NEUTRAL_VALUES_OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 MATHEMATICS = joined(READ, SPELLINGS, NEUTRAL_VALUES, NEUTRAL_HEAD_VALUES, *NEUTRAL_VALUES_OF_KIND.values())
-# Further fields of `eagle_config`. They describe the head's training, or mean nothing where a head has one layer.
+# Further fields of `eagle_config`. They describe the head's training, or do not apply to a head of one layer.
 HARMLESS = {
     "architectures",
     "attention_dropout",
@@ -153,20 +153,20 @@ HARMLESS = {
     "use_cache",
 }
 
-SPECULATORS = "speculators_model_type"  # the field that tells a config of speculators
-# What speculators must say of each kind of head: readers differ on what an absent one means.
+SPECULATORS = "speculators_model_type"  # marks a config of the speculators library
+# Fields that speculators configs must have, as readers differ on their defaults.
 REQUIRED = {"eagle3": ("draft_vocab_size", "norm_before_residual"), "eagle": ("bias", "layernorms")}
 LAYERS = ("auto", "LlamaDecoderLayer")
 
 
 def flat_config(hf: Mapping[str, Any], where: str, kind: str) -> dict[str, Any]:
-    """The fields of a head's config.json, each once and by its first spelling; taps as layers whose input is read.
+    """Returns the fields of a head's config.json under their canonical names; taps as layers whose input is read.
 
     Args:
       kind: "eagle3" or "eagle1".
     Raises:
-      ConfigError: fields that contradict each other, mathematics that is not implemented, an unknown field of
-        `eagle_config`, or a speculator that is no EAGLE head; the message names the fields.
+      ConfigError: naming the fields, for contradictions, unimplemented mathematics, an unknown field of `eagle_config`,
+        or a speculator that is no EAGLE head.
     """
     neutral = NEUTRAL_VALUES | NEUTRAL_HEAD_VALUES | NEUTRAL_VALUES_OF_KIND[kind]
     flat: dict[str, Any] = {}
@@ -191,12 +191,12 @@ def flat_config(hf: Mapping[str, Any], where: str, kind: str) -> dict[str, Any]:
 
 
 def is_vllm_eagle1(hf: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of the form that vLLM reads EAGLE-1 heads in."""
+    """Returns whether a config.json has vLLM's form for EAGLE-1 heads."""
     return hf.get("model_type") == "eagle" and isinstance(hf.get(VLLM), Mapping)
 
 
 def _places(hf: Mapping[str, Any], where: str, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The config and the objects in it that hold fields of the head: ("", hf), ("eagle_config.", ...), ..."""
+    """Yields the config and the objects in it that hold fields of the head: ("", hf), ("eagle_config.", ...), ..."""
     yield place, hf
     for name in PLACES:
         value = hf.get(name)
@@ -207,7 +207,7 @@ def _places(hf: Mapping[str, Any], where: str, place: str = "") -> Iterator[tupl
 
 
 def _refuse_unread(fields: Mapping[str, Any], where: str, place: str) -> None:
-    """Raises ConfigError for fields that nobody would read and that could change the mathematics."""
+    """Raises ConfigError for fields that are not read and could change the mathematics."""
     for name, value in fields.items():
         if not says_something(value) or name in PLACES or name in MATHEMATICS:
             continue
@@ -224,10 +224,10 @@ def _refuse_unread(fields: Mapping[str, Any], where: str, place: str) -> None:
 
 
 def _inputs(name: str, value: Any, where: str, place: str) -> tuple[int, ...]:
-    """Tapped layers as layer *inputs*: the output of layer i is the input of i + 1.
+    """Converts tapped layers to layer *inputs*: the output of layer i is the input of layer i + 1.
 
-    `eagle_config` (SGLang, NVIDIA) and `target_layer_ids` name layers whose output is read, the field of speculators
-    at the top level those whose input is read.
+    `eagle_config` (SGLang, NVIDIA) and `target_layer_ids` name layers whose output is read. The top-level field of
+    speculators names layers whose input is read.
     """
     layers = layer_indices(f"{place}{name}", value, where)
     outputs = name != TAPS or place.endswith(f"{NVIDIA}.")
@@ -235,7 +235,7 @@ def _inputs(name: str, value: Any, where: str, place: str) -> tuple[int, ...]:
 
 
 def _check_speculators(hf: Mapping[str, Any], flat: Mapping[str, Any], where: str) -> None:
-    """Raises ConfigError for a config of speculators that is of another kind, or leaves out a field."""
+    """Raises ConfigError for a speculators config of an unsupported kind, or with a missing field."""
     if SPECULATORS not in hf:
         return
     kind = hf[SPECULATORS]
