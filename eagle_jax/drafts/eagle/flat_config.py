@@ -170,7 +170,7 @@ def flat_config(hf: Mapping[str, Any], where: str, kind: str) -> dict[str, Any]:
     """
     neutral = NEUTRAL_VALUES | NEUTRAL_HEAD_VALUES | NEUTRAL_VALUES_OF_KIND[kind]
     flat: dict[str, Any] = {}
-    found: dict[str, dict[str, Any]] = {}
+    values_of: dict[str, dict[str, Any]] = {}
     for place, fields in _places(hf, where):
         refuse_unknown_mathematics(fields, neutral, where, place)
         _refuse_unread(fields, where, place)
@@ -181,8 +181,8 @@ def flat_config(hf: Mapping[str, Any], where: str, kind: str) -> dict[str, Any]:
             if says_something(value):
                 flat.setdefault(name, value)
                 if name in READ and name not in FIRST_WINS:
-                    found.setdefault(name, {})[f"{place}{spelling}"] = value
-    for name, values in found.items():
+                    values_of.setdefault(name, {})[f"{place}{spelling}"] = value
+    for name, values in values_of.items():
         if name == TAPS and len(set(values.values())) > 1:
             raise ConfigError(f"{where}: {' and '.join(values)} name different layers: inputs of {values}; keep one")
         require_equal(values, where)
