@@ -71,7 +71,13 @@ def check_api(app, env) -> None:
                 logging.getLogger(__name__).warning("api.md has no %s.%s", module.__name__, name)
 
 
+def short_arrays(app, what, name, obj, options, signature, returns):
+    """Writes shapes as the source does, Float[Array, "batch"], without the module that an array's class is in."""
+    return tuple(text and re.sub(r"\bjaxlib\.[\w.]*\bArray\b", "Array", text) for text in (signature, returns))
+
+
 def setup(app) -> None:
+    app.connect("autodoc-process-signature", short_arrays)
     app.connect("autodoc-process-docstring", to_rst)
     app.connect("autodoc-process-signature", short_types)
     app.connect("env-check-consistency", check_api)
