@@ -367,11 +367,7 @@ def check_arguments(
     tree: TreePolicy,
     num_samples: int = 1,
 ) -> tuple[Int32[Array, "batch prompt"], Int32[Array, " batch"]]:
-    """Returns tokens and lengths as int32 arrays.
-
-    Raises:
-      ValueError: naming the argument, its value and the allowed range.
-    """
+    """Returns tokens and lengths as int32. Raises ValueError naming the argument, its value and the allowed range."""
     check_models(target, draft)
     vocab = target.config.vocab_size
     if not isinstance(sampling, SamplingConfig):

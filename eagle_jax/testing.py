@@ -31,7 +31,7 @@ from eagle_jax.models.target import Target
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import AcceptFn, TreeConfig, TreePolicy
 
-# Prompts of different lengths, right-padded with a valid token other than 0, so that reading the padding changes the text.
+# Prompts of different lengths, right-padded with a valid token other than 0: reading the padding would change the text.
 PROMPTS = np.array([[3, 1, 4, 1, 5], [2, 6, 6, 6, 6], [0, 1, 5, 6, 6], [1, 4, 6, 6, 6]], np.int32)
 LENGTHS = np.array([5, 1, 3, 2], np.int32)
 NEW_TOKENS = 16  # of each greedy text

@@ -26,7 +26,13 @@ ROOMS = (
 )
 
 # Public functions that refuse wrong arguments in words of their own.
-DOORS = {"eagle_jax.api.generate", "eagle_jax.api.stream", "eagle_jax.decode.insert.insert"}
+DOORS = {
+    "eagle_jax.api.generate",
+    "eagle_jax.api.stream",
+    "eagle_jax.decode.insert.insert",
+    "eagle_jax.decode.prefill.prefill",
+    "eagle_jax.keys.row_keys",
+}
 
 F = TypeVar("F", bound=Callable)
 

@@ -62,4 +62,5 @@ def axes(text: str) -> Iterator[str]:
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) and len(node.slice.elts) == 2:
             shape, dtype = node.slice.elts[1], ast.unparse(node.value)
             if hasattr(jaxtyping, dtype) and isinstance(shape, ast.Constant) and isinstance(shape.value, str):
-                yield from re.findall(r"[a-z_]+", re.sub(r"\{.*?\}", "", shape.value))
+                fixed = re.sub(r"\{.*?\}|\*\w+", "", shape.value)  # without sizes computed, and "*axes"
+                yield from re.findall(r"[a-z_]+", fixed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from eagle_jax.decode.plan import Plan, cache_positions, padded_width, plan
@@ -22,7 +22,7 @@ from eagle_jax.decode.plan import Plan, cache_positions, padded_width, plan
 def test_plans(width, new, options, expected, longest, limits):
     sizes = plan(width, new, **options)
     assert sizes == expected and sizes.longest_prompt == longest
-    assert sizes.limits(np.array([1, 32])).tolist() == limits
+    assert sizes.limits(jnp.array([1, 32])).tolist() == limits
     assert sizes.columns == width + min(new, sizes.capacity)
 
 

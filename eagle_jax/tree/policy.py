@@ -32,7 +32,7 @@ class DraftStep(NamedTuple):
     tokens: Int[Array, "batch width"]
     parents: Int[Array, "batch width"]
     mask: Bool[Array, "batch width drafted"]
-    level: Int32[Array, ""]
+    level: Int32[Array, ""] | int
 
 
 DraftFn = Callable[[Any, DraftStep], tuple[Float[Array, "batch width draft_vocab"], Any]]
