@@ -1,6 +1,6 @@
-"""Conversion: reads official checkpoints, writes converted folders and loads them, exports heads.
+"""Reads official checkpoints and GGUF files, writes and loads converted folders, and exports heads.
 
-May import drafts and everything below them, never decode; file formats are imported in functions, where they are read.
+May import drafts and everything below them, never decode. Packages of file formats are imported in functions.
 """
 
 from eagle_jax.convert.error import CheckpointError

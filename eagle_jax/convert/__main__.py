@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code (argparse itself exits with 2)."""
+    """Runs the command; returns its exit code (argparse itself exits with 2)."""
     parser = argparse.ArgumentParser(
         prog="python -m eagle_jax.convert", description="Convert a target model and its draft for eagle_jax."
     )

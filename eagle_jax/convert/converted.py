@@ -1,7 +1,7 @@
-"""The parts of a converted folder: what they are called, how they are written, checked and restored.
+"""Defines the format of a converted folder: names, writes, checks and restores its parts.
 
-A part is an orbax item holding a flat {path: array} dictionary: a layer, an embedding, an lm_head, a Medusa head, or
-the rest.
+A part is an orbax item with a flat {path: array} dictionary. There is one for each layer and Medusa head, for the
+embedding and the lm_head, and one for the rest.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "eagle_jax converted model", 1
 TARGET, DRAFT, PARAMETERS = "target", "draft", "parameters"  # folders
 
-CHUNK_BYTES = 32 << 20  # of a stored file; bounds what a write or a read buffers
+CHUNK_BYTES = 32 << 20  # size of a stored file; bounds the buffer of a write or a read
 
 
 class _Frozen(np.ndarray):
-    """An array that orbax need not copy before it writes: nothing changes it meanwhile."""
+    """Keeps orbax from copying an array before it writes. Nothing may change the array meanwhile."""
 
     def __deepcopy__(self, memo: dict[int, Any] | None) -> _Frozen:
         return self
 
 
 def is_conversion(folder: Path) -> bool:
-    """Whether a folder has the manifest of a converted folder, of whatever version."""
+    """Returns whether a folder has the manifest of a converted folder, of any version."""
     try:
         return read_json(folder / MANIFEST).get("format") == FORMAT
     except CheckpointError:
@@ -42,7 +42,7 @@ def is_conversion(folder: Path) -> bool:
 
 
 def part_of(path: str) -> str:
-    """ "layers.3.attention.q" -> "layers.3"; "embed" and "lm_head" stand alone; anything else -> "rest"."""
+    """Returns the part of a path: "layers.3.attention.q" -> "layers.3", "embed", "lm_head"; all others -> "rest"."""
     layer = re.match(r"(layers|heads)\.\d+", path)
     if layer:
         return layer[0]
@@ -50,7 +50,7 @@ def part_of(path: str) -> str:
 
 
 def parts_of(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
-    """{part: its paths}, in the order of `leaves`."""
+    """Groups paths by part, in the order of `leaves`."""
     parts: dict[str, list[str]] = {}
     for path in leaves:
         parts.setdefault(part_of(path), []).append(path)
@@ -58,15 +58,15 @@ def parts_of(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def describe(array: Any) -> dict[str, Any]:
-    """Shape and dtype of an array, as a manifest states them."""
+    """Returns the shape and dtype of an array as a manifest states them."""
     return {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name}
 
 
 def save_part(folder: Path, arrays: Mapping[str, np.ndarray], chunk_bytes: int = CHUNK_BYTES) -> None:
-    """Writes a part. Chunked and without orbax's OCDBT, which would hold the whole part in memory twice.
+    """Writes a part in chunks, without orbax's OCDBT, which would buffer the whole part twice.
 
     Args:
-      chunk_bytes: of a stored file; bounds what a write or a read buffers.
+      chunk_bytes: size of a stored file; bounds the buffer of a write or a read.
     """
     import orbax.checkpoint as ocp
 
@@ -100,7 +100,7 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Drops orbax's remark, once a part, that there are no OCDBT files to merge."""
+    """Drops orbax's log line, one for each part, that there are no OCDBT files to merge."""
 
     def relevant(record: logging.LogRecord) -> bool:
         return "Skipping merge of OCDBT" not in record.getMessage()

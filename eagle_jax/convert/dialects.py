@@ -1,4 +1,4 @@
-"""How checkpoints of each kind of model are told apart, sized and named: one table. A new head adds its entry here."""
+"""Recognises, sizes and names the checkpoints of each kind of model, by one table. A new head adds an entry."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from eagle_jax.models import params
 from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.llama import Llama
 
-OPTIONAL = ("embed", "lm_head", "fc_bias")  # paths of EAGLE heads that tensor names tell of, not the config
+OPTIONAL = ("embed", "lm_head", "fc_bias")  # paths of EAGLE heads whose presence shows in the tensor names only
 VOCABULARY = {names.DRAFT_TO_TARGET, names.TARGET_TO_DRAFT}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a model is sized by.
+    """Holds the sizes of a model.
 
-    hf: its config.json. where: for messages. held: the paths OPTIONAL in its files. shapes: {path: shape}.
+    hf: its config.json. where: its name, for messages. held: the paths of OPTIONAL in its files. shapes: {path: shape}.
     """
 
     hf: Mapping[str, Any]
@@ -37,17 +37,17 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """What conversion knows of one kind of model.
+    """Describes one kind of model to the conversion.
 
-    recognise: the table of names that a checkpoint uses; None if its tensors' names are of another kind.
-    build: the abstract model, of a dtype. official: the table of names that a model is written with.
-    sized_by: of a kind whose config holds no sizes, the path of the tensor that messages name; None: config.json.
+    recognise: returns the name table that a checkpoint uses; None if its tensor names are of another kind.
+    build: returns the abstract model of a dtype. official: returns the name table that a model is written with.
+    sized_by: the path of the tensor that sizes a kind whose config has no sizes; None: config.json.
     check: raises CheckpointError where a checkpoint's config contradicts the model.
-    unread: the tensors that no parameter comes from.
-    ties_lm_head: whether config.json may tie the lm_head to the embedding, and a file holds either or both.
-    tied_to_own: whether an lm_head that is absent may be the head's own embedding, by config.json.
-    vocabulary: whether it may have a vocabulary of its own, in tables beside the weights.
-    copies_lm_head: whether its file may hold a copy of the target's lm_head.
+    unread: returns the tensors that are no parameter's source.
+    ties_lm_head: whether config.json may tie the lm_head to the embedding; a file then holds either or both.
+    tied_to_own: whether config.json may tie a missing lm_head to the head's embedding.
+    vocabulary: whether there may be a draft vocabulary, in tables beside the weights.
+    copies_lm_head: whether a file may hold a copy of the target's lm_head.
     """
 
     recognise: Callable[[Collection[str]], dict[str, str] | None]
@@ -93,14 +93,14 @@ def build(
     """Builds the abstract model of a kind and a Hugging Face config.
 
     Args:
-      where: what the sizes come from, for messages.
-      held: which of the paths OPTIONAL the files of an EAGLE head hold; its config does not tell.
-      shapes: {path: shape} of all parameters; of Medusa heads, whose config holds no sizes.
+      where: the source of the sizes, for messages.
+      held: the paths of OPTIONAL that the files of an EAGLE head hold; its config does not say.
+      shapes: {path: shape} of all parameters of Medusa heads, whose config has no sizes.
     Raises:
-      CheckpointError: an unknown kind, or shapes that no model has.
+      CheckpointError: an unknown kind, or impossible shapes.
       ConfigError: a config that is not implemented.
     """
-    if kind not in list(DIALECTS):  # a damaged manifest may hold what cannot be hashed
+    if kind not in list(DIALECTS):  # a damaged manifest may hold an unhashable value
         raise CheckpointError(f"{where}: unknown kind of model {kind!r}")
     return DIALECTS[kind].build(Source(hf, where, held, shapes or {}), dtype)
 
@@ -131,7 +131,7 @@ def _medusa(source: Source, dtype: Any) -> Any:
 
 
 def medusa_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> MedusaConfig:
-    """The config of Medusa heads from {path: shape}. Paths and shapes that contradict it are for the caller to find."""
+    """Derives the config of Medusa heads from {path: shape}. The caller compares the other paths and shapes with it."""
     sizes = shapes.get("heads.0.lm_head", ())
     if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
         raise CheckpointError(f"{where}: a Medusa head's lm_head has shape [V, H], here it is {list(sizes)}")
@@ -141,7 +141,7 @@ def medusa_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> MedusaCo
 
 
 def _check_medusa(model: Medusa, checkpoint: Checkpoint) -> None:
-    """Reads one field of the config: published ones say medusa_num_heads 2 where the file holds 5."""
+    """Compares medusa_num_layers only: published configs say medusa_num_heads 2 for files with 5 heads."""
     told, num_blocks = checkpoint.config.get("medusa_num_layers"), model.config.num_blocks
     if told not in (None, num_blocks):
         raise CheckpointError(
@@ -151,7 +151,7 @@ def _check_medusa(model: Medusa, checkpoint: Checkpoint) -> None:
 
 
 def _unread_eagle1(model: Eagle1Draft, checkpoint: Checkpoint) -> set[str]:
-    """The copy of the target's lm_head, trivial vocabulary tables, and what vLLM wants in the file."""
+    """Returns the copy of the target's lm_head, trivial vocabulary tables, and tensors that only vLLM wants."""
     one_vocabulary = model.config.draft_vocab_size == model.config.vocab_size
     unread = {names.LLAMA["lm_head"]} | (VOCABULARY if one_vocabulary else set())
     if is_vllm_eagle1(checkpoint.config):
@@ -159,7 +159,7 @@ def _unread_eagle1(model: Eagle1Draft, checkpoint: Checkpoint) -> set[str]:
     return unread
 
 
-# By the kind's name in manifests. A checkpoint is of the first kind that recognises its names.
+# Keyed by the kind's name in manifests. A checkpoint has the first kind that recognises its names.
 DIALECTS: dict[str, Dialect] = {
     "eagle3": Dialect(
         recognise=names.eagle3_table,

@@ -1,4 +1,4 @@
-"""What other engines read of an EAGLE head: names, config fields, and what they cannot run. Data, and pure functions.
+"""Describes how other engines read an EAGLE head: names, config fields, and heads that they cannot run.
 
 Letters: D head width, V vocabulary, Vd draft vocabulary, n target layers. docs/export.md says which sources were read.
 """
@@ -25,7 +25,7 @@ from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
 from eagle_jax.models.llama import Llama
 
-# Official names of the kinds that can be exported; None: no engine here reads them.
+# Official names of the exportable kinds; None: no engine here reads the kind.
 EXPORTED: dict[str, dict[str, str] | None] = {
     "eagle3": names.EAGLE3,
     "eagle1": names.EAGLE1,
@@ -38,7 +38,7 @@ BOTH = ("eagle3", "eagle1")
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """One engine's loader. Fields that name kinds ("eagle3", "eagle1") say for which kind a feature is read.
+    """Describes one engine's loader. Fields that list kinds ("eagle3", "eagle1") say which kinds a feature is for.
 
     title: for messages. file: the weights. architectures: of each kind. midlayer: the layer of an EAGLE-3 head is
     called midlayer, else layers.0.
@@ -145,11 +145,11 @@ ENGINES: dict[str, Engine] = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What an export writes.
+    """Holds the contents of an export.
 
     kind: of the head. file: of the weights; tensors: by the engine's names; config: config.json but for the dtype.
-    expected: the config that reading it back gives; added: parameters that the head itself lacks, by path.
-    notes: what a user should know.
+    expected: the config after reading back; added: {path: parameter} missing from the head itself.
+    notes: sentences for the user.
     """
 
     kind: str
@@ -162,7 +162,7 @@ class Plan:
 
 
 def plan(draft: Draft, target: Llama, format: str) -> Plan:
-    """What a head becomes in a format.
+    """Plans the export of a head in a format.
 
     Args:
       draft: an Eagle3Draft or Eagle1Draft.
@@ -204,7 +204,9 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
         draft_vocab_size=config.draft_vocab_size if kind == "eagle3" else config.vocab_size,
         target_hidden_size=config.target_hidden_size if kind == "eagle3" else config.hidden_size,
         norm_before_residual=config.norm_before_residual and kind == "eagle3",
-        fc_bias=kind == "eagle3" or config.fc_bias or "fc_bias" in added,  # an EAGLE-3 head's config says nothing: True
+        fc_bias=kind == "eagle3"
+        or config.fc_bias
+        or "fc_bias" in added,  # the config of an EAGLE-3 head does not say, which means True
         qkv_bias=config.qkv_bias and kind == "eagle1",
         window=None,
         own_lm_head=not borrowed or "lm_head" in added,
@@ -228,7 +230,7 @@ def check_engine(draft: Draft, target: Llama, format: str) -> None:
 
 
 def refusals(draft: Eagle3Draft | Eagle1Draft, target: Llama, format: str) -> list[str]:
-    """Why an engine would not run this EAGLE head as it was trained; empty if it would."""
+    """Returns the reasons why an engine would not run this EAGLE head as it was trained; empty if it would."""
     engine, kind = _engine(format), KINDS[type(draft)]
     config = draft.config
     found = []
@@ -258,7 +260,7 @@ def refusals(draft: Eagle3Draft | Eagle1Draft, target: Llama, format: str) -> li
 
 
 def _tap_refusals(config: DraftConfig, layers: int, engine: Engine) -> list[str]:
-    """Taps are read while the layers run: each at most once, ascending, before a layer."""
+    """Refuses taps that are not ascending, repeated, or after the last layer: engines read them while layers run."""
     taps = tap_layers(config, layers)
     found = []
     if taps != tap_layers(None, layers) and not engine.taps:
@@ -275,7 +277,7 @@ def _tap_refusals(config: DraftConfig, layers: int, engine: Engine) -> list[str]
 
 
 def _same_embedding(draft: Any, target: Llama) -> bool:
-    """Whether the head's embedding, in the target's dtype, is the target's bit for bit. Unknown counts as no."""
+    """Returns whether the head's embedding, cast to the target's dtype, equals the target's. Unknown counts as no."""
     ours, theirs = params.flatten(draft)["embed"], params.flatten(target)["embed"]
     if isinstance(theirs, jax.ShapeDtypeStruct):
         return False
@@ -283,7 +285,7 @@ def _same_embedding(draft: Any, target: Llama) -> bool:
 
 
 def _output_rows(target: Llama) -> np.ndarray:
-    """The target's output matrix [V, D]."""
+    """Returns the target's output matrix [V, D]."""
     leaf = params.flatten(target)["embed" if target.lm_head is None else "lm_head"]
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise ConfigError("this head has no lm_head, and the target is abstract: load the target with its weights")
@@ -291,7 +293,7 @@ def _output_rows(target: Llama) -> np.ndarray:
 
 
 def _config_json(config: DraftConfig, kind: str, engine: Engine) -> dict[str, Any]:
-    """config.json of a head whose config is already in the form that reading gives back."""
+    """Returns the config.json of a head whose config already has the form that reading back gives."""
     rope, type_name = config.rope, "rope_type" if engine.any_head_dim else "type"
     scaling: dict[str, Any] | None = None
     if rope.kind != "default":
@@ -323,7 +325,7 @@ def _config_json(config: DraftConfig, kind: str, engine: Engine) -> dict[str, An
         "tie_word_embeddings": False,
     }
     if kind == "eagle1":
-        # SGLang takes `bias` for that of attention.
+        # SGLang reads `bias` as the bias of attention.
         if engine.fc_bias != "always":
             fields["bias"] = config.fc_bias
         return fields | ({"qkv_bias": True} if config.qkv_bias else {})
@@ -336,7 +338,7 @@ def _config_json(config: DraftConfig, kind: str, engine: Engine) -> dict[str, An
     if config.taps is not None and engine.taps == TAPS:
         fields[TAPS] = list(config.taps)
     elif config.taps is not None:
-        # Layers whose output is read: that of i is the input of i + 1.
+        # Layers whose output is read: the output of i is the input of i + 1.
         fields["eagle_config"] = {"use_aux_hidden_state": True, TAPS: [tap - 1 for tap in config.taps]}
     return fields
 

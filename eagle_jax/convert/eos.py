@@ -1,4 +1,4 @@
-"""eos_tokens: the ids that end a target's text, from all the places that hold some."""
+"""Collects the ids that end a target's text, from its configs and its tokenizer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ CONFIGS = ("config.json", "generation_config.json")
 
 
 def eos_tokens(folder: Path, vocab_size: int, tokenizer: Any) -> tuple[int, ...]:
-    """Reads the ids that end a text: `eos_token_id` of both configs, and the tokenizer's own.
+    """Reads the ids that end a text: `eos_token_id` of both configs and of the tokenizer.
 
     Chat models need all three: often only the tokenizer names the token that ends a turn.
 
     Args:
-      folder: of the target's config.json and generation_config.json; each may be missing.
-      vocab_size: ids outside it are left out: some configs hold -1, or an id of another vocabulary.
-      tokenizer: of the target; None if it has none.
+      folder: holds the target's config.json and generation_config.json; each may be missing.
+      vocab_size: ids outside it are dropped: some configs hold -1, or an id of another vocabulary.
+      tokenizer: the target's; None if it has none.
     Raises:
       CheckpointError: naming a config whose `eos_token_id` is no token id.
     """
@@ -31,7 +31,7 @@ def eos_tokens(folder: Path, vocab_size: int, tokenizer: Any) -> tuple[int, ...]
 
 
 def _ids(path: Path) -> set[int]:
-    """The `eos_token_id` of a config: none, one id or a list of them."""
+    """Reads the `eos_token_id` of a config: none, one id or a list of them."""
     value = read_json(path).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     wrong = [id for id in ids if type(id) is not int]  # a bool is no id

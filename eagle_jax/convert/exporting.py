@@ -1,4 +1,4 @@
-"""export: an EAGLE head -> a folder that the official code, SGLang or vLLM loads; read back and compared."""
+"""Exports an EAGLE head to a folder for the official code, SGLang or vLLM; reads it back and compares."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WEIGHTS = re.compile(r"\.(safetensors|bin|pt)(\.index\.json)?$")
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written. shapes: {tensor name: (shape, dtype)}; num_bytes: of all files; config: config.json."""
+    """Describes an export. shapes: {tensor name: (shape, dtype)}; num_bytes: of all files; config: config.json."""
 
     format: str
     folder: Path
@@ -55,8 +55,8 @@ def export(
 
     Args:
       draft: an Eagle3Draft or Eagle1Draft.
-      target: the model it drafts for. None of its weights is written, except the lm_head of a head that has none, for
-        the official code. It may be abstract where no array of it is needed; see `plan`.
+      target: the model it drafts for. Its lm_head is written for the official code if the head lacks one; no other
+        weight is. It may be abstract where no array of it is needed; see `plan`.
       out: the folder to write: the weights and config.json.
       format: "official", "sglang" or "vllm"; see docs/export.md.
       dtype: "float32", "bfloat16" or "float16", to cast; None keeps the head's own. The vocabulary tables d2t [Vd]
@@ -97,12 +97,12 @@ def export(
 
 
 def _is_users(path: Path) -> bool:
-    """Returns whether a file, by its path below the folder, is not one that an export writes."""
+    """Returns whether no export writes a file of this path below the folder."""
     return path.as_posix() not in WRITTEN
 
 
 def check_place(out: Path, overwrite: bool) -> None:
-    """Refuses an output folder that an export may not write to.
+    """Checks that an export may write to a folder.
 
     Raises:
       CheckpointError: for a file, for a folder that is not empty, or, with `overwrite`, for one with weights that no
@@ -130,14 +130,14 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         from safetensors.numpy import save_file
 
         path.touch()
-        mode = path.stat().st_mode  # the user's own; what safetensors writes, none but its owner may read
+        mode = path.stat().st_mode  # the user's default mode: safetensors writes files that only the owner may read
         save_file(dict(tensors), path, metadata={"format": "pt"})
         path.chmod(mode)
         return
     import torch
 
     def as_torch(array: np.ndarray) -> torch.Tensor:
-        # A copy: arrays of JAX are read-only. NumPy has no bfloat16 of its own: the bits pass as int16.
+        # Copies, since JAX's arrays are read-only. PyTorch does not take NumPy's bfloat16: pass its bits as int16.
         if array.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
         return torch.from_numpy(array.copy())
@@ -152,12 +152,12 @@ def verify(
     tensors: Mapping[str, np.ndarray],
     leaves: Mapping[str, np.ndarray],
 ) -> None:
-    """Reads a written folder as any checkpoint, and compares it bit for bit with what it was to hold.
+    """Reads a written folder like any checkpoint, and compares it bit for bit with the export.
 
     Args:
-      config, tensors: what was written. leaves: the head's parameters by path.
+      config, tensors: the written values. leaves: the head's parameters by path.
     Raises:
-      CheckpointError: naming what differs.
+      CheckpointError: naming the differences.
     """
     checkpoint = open_checkpoint(folder)
     match = match_draft(checkpoint, leaves["fc"].dtype)
@@ -191,7 +191,7 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Checked weights in `dtype`; a vocabulary table as it is."""
+    """Casts weights to `dtype`, checked; returns a vocabulary table as it is."""
     if name in (names.DRAFT_TO_TARGET, names.TARGET_TO_DRAFT, "target_ids"):
         return array
     return finite_values(Tensor(name, Path("the head"), array.shape, array.dtype.name, lambda: array), dtype)

@@ -1,4 +1,4 @@
-"""Folders by name: a local one, or a repository of the Hugging Face hub that is downloaded into the hub's cache."""
+"""Finds folders by name: a local one, or a repository of the Hugging Face hub, downloaded into the hub's cache."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.small_files import SMALL_FILES
 
-MEDUSA_FILE = "medusa_lm_head.pt"  # the one .pt that is read: others are optimizer states, or whole pickled modules
+MEDUSA_FILE = "medusa_lm_head.pt"  # the only .pt file that is read: others are optimizer states or pickled modules
 
-FOLDERS = tuple(pattern for pattern in SMALL_FILES if "/" in pattern)  # the only files of subfolders that are fetched
+FOLDERS = tuple(pattern for pattern in SMALL_FILES if "/" in pattern)  # the only files fetched from subfolders
 LOG_IN = "log in (`hf auth login`, or set HF_TOKEN)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """How a repository is fetched, as `huggingface_hub.snapshot_download` takes it. Its environment variables count.
+    """Holds arguments of `huggingface_hub.snapshot_download`, which also reads its environment variables.
 
-    revision: a branch, tag or commit. token: None means that of `hf auth login` or HF_TOKEN. local_files_only: use
-    what the cache holds, and no network.
+    revision: a branch, tag or commit. token: None means that of `hf auth login` or HF_TOKEN. local_files_only: use the
+    cache and no network.
     """
 
     revision: str | None = None
@@ -30,10 +30,10 @@ class Hub:
 
 
 def resolve(source: str | Path, hub: Hub | None = None, weights: bool = True) -> Path:
-    """The local folder of `source`: itself, or the snapshot of a Hugging Face repository id.
+    """Returns the local folder of `source`: itself, or the snapshot of a Hugging Face repository id.
 
     Args:
-      weights: whether its weights are needed: those in safetensors, else the others. Without, only small files come.
+      weights: download weights too: safetensors, or the other formats where there are none. False: small files only.
     Raises:
       CheckpointError: if there is no such folder or repository, or the download fails; the message says why.
     """
@@ -62,14 +62,14 @@ def named_revision(source: str) -> tuple[str, str | None]:
 
 
 def no_such_folder(source: str | Path) -> str:
-    """The message that there is no such folder, with those of a similar name."""
+    """Returns the message that there is no such folder, with folders of similar names."""
     expanded = Path(source).expanduser()
     near = [expanded] if expanded.is_dir() else _near(expanded)
     return f"{source}: no such folder" + (f" (did you mean {' or '.join(map(str, near))}?)" if near else "")
 
 
 def _near(path: Path) -> list[Path]:
-    """Folders with a name like that of the first part of a path that is not there."""
+    """Returns folders whose names resemble the first missing part of a path."""
     missing = next((part for part in reversed([path, *path.parents]) if not part.exists()), None)
     if missing is None or not missing.parent.is_dir():
         return []
@@ -83,7 +83,7 @@ def _near(path: Path) -> list[Path]:
 
 
 def _download(source: str, hub: Hub, *weights: str) -> Path:
-    """The snapshot of a repository: its small files, and weights of these patterns; nothing else from subfolders."""
+    """Downloads the small files of a repository and weights of these patterns; of subfolders only FOLDERS."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -100,7 +100,7 @@ def _download(source: str, hub: Hub, *weights: str) -> Path:
 
 
 def _why(source: str, hub: Hub, error: Exception) -> str:
-    """Why a download failed, and what helps."""
+    """Returns why a download failed, and what helps."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -119,5 +119,5 @@ def _why(source: str, hub: Hub, error: Exception) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
+    """Returns the first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

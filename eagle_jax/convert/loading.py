@@ -1,4 +1,4 @@
-"""Models from a converted folder (`load`) or straight from official checkpoints (`from_pretrained`)."""
+"""Loads models from a converted folder (`load`) or directly from official checkpoints (`from_pretrained`)."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Mo
 
     Args:
       dtype: of both models; None means the dtype they were converted to.
-      mesh: every array is read straight into its sharding on this mesh (axes "data", "tensor"); None: one device.
+      mesh: reads every array into its sharding on this mesh (axes "data", "tensor"); None: one device.
     Returns:
       The target, and the draft (Eagle3Draft, Eagle1Draft, Medusa or DraftModel) or None.
     Raises:
-      CheckpointError: if the folder is no conversion, not a whole one, or was changed since.
+      CheckpointError: if the folder is not a converted folder, is incomplete, or was changed since.
     """
     folder = Path(path)
     dtype = None if dtype is None else parameter_dtype(dtype)
@@ -76,8 +76,8 @@ def from_pretrained(
 
     Args:
       target: a Hugging Face folder or hub id, or a GGUF file of Llama's architecture.
-      draft: another, or None. Its tensors' names tell what it is: an EAGLE head, Medusa heads, or a whole model, which
-        comes as a DraftModel.
+      draft: another, or None. Its tensor names show its kind: an EAGLE head, Medusa heads, or a whole model, which is
+        returned as a DraftModel.
       dtype: of both models; None means the target's own.
       mesh: as in `load`.
       revision, draft_revision: a branch, tag or commit of the target's and of the draft's hub repository.
@@ -101,12 +101,12 @@ def load_draft(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Draft:
-    """Loads one more draft for a target that is loaded already.
+    """Loads another draft for a loaded target.
 
     Args:
       path: a converted folder, whose draft is taken, or an official checkpoint (a folder or hub id).
       dtype: None means the target's own.
-      mesh: as in `load`; None: where the target lies.
+      mesh: as in `load`; None: the target's devices.
       revision, token, local_files_only: of a hub id; see `from_pretrained`.
     Raises:
       CheckpointError, ConfigError: as `load` and `from_pretrained`.
@@ -135,9 +135,9 @@ def load_head(
     revision: str | None = None,
     draft_revision: str | None = None,
 ) -> tuple[Llama, Draft | None]:
-    """Loads a draft in its own dtype, and of its target only the weights that `export` needs.
+    """Loads a draft in its own dtype, and only the target's weights that `export` needs.
 
-    Those are the embedding, and the lm_head where the draft has none of its own.
+    Those are the embedding, and the lm_head if the draft lacks one.
 
     Args:
       source: a converted folder, whose draft is taken; with `draft`, the target's official checkpoint.
@@ -171,7 +171,7 @@ _AGAIN = "convert again with --overwrite (python -m eagle_jax.convert)"
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """What a manifest says about one model.
+    """Holds a manifest's entry of one model.
 
     held: see `build`. arrays: {path: shape and dtype}; shapes: {path: shape}; checksums: {part: sha256}.
     """
@@ -186,7 +186,7 @@ class _Entry:
 
 
 def _entries(folder: Path) -> dict[str, _Entry]:
-    """The models that a folder's manifest lists, by role."""
+    """Returns the manifest's entries of a folder, by role."""
     path = folder / converted.MANIFEST
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file, not a folder" if folder.exists() else no_such_folder(folder))
@@ -212,7 +212,7 @@ def _entries(folder: Path) -> dict[str, _Entry]:
 
 def _entry(model: dict[str, Any], dtype: str) -> _Entry:
     arrays = {path: array for part in model["parts"].values() for path, array in part["arrays"].items()}
-    # Folders of older versions do not say whether a head has an lm_head: those have one.
+    # Folders of older versions do not say whether a head has an lm_head; their heads have one.
     told = {"embed": model["own_embedding"], "lm_head": model.get("own_lm_head", True), "fc_bias": "fc_bias" in arrays}
     return _Entry(
         kind=model["kind"],
@@ -234,7 +234,7 @@ def _load_model(folder: Path, entry: _Entry, dtype: np.dtype | None, mesh: Mesh 
 
 
 def _checked_model(folder: Path, entry: _Entry) -> Any:
-    """The abstract model that config.json describes; the manifest must describe the same."""
+    """Returns the abstract model of config.json. The manifest must describe the same model."""
     config_path = folder / "config.json"
     if converted.file_sha256(config_path) != entry.config_sha256:
         raise CheckpointError(f"{config_path}: was changed after the conversion; {_AGAIN}")
@@ -250,7 +250,7 @@ def _checked_model(folder: Path, entry: _Entry) -> Any:
 def _load_parts(
     folder: Path, entry: _Entry, leaves: dict[str, Any], mesh: Mesh | None
 ) -> Iterator[tuple[Path, dict[str, jax.Array]]]:
-    """The parts that hold these leaves, one after the other: (its folder, its arrays)."""
+    """Reads the parts of these leaves one after the other; yields (folder, arrays)."""
     for part, paths in converted.parts_of(leaves).items():
         part_folder = folder / converted.PARAMETERS / part
         if not part_folder.is_dir():
@@ -264,25 +264,25 @@ def _load_parts(
 
 
 def _needed_by_export(target: Llama, draft: Draft) -> list[str]:
-    """The paths of a target's arrays that an export of the draft may compare or write."""
+    """Returns the paths of the target's arrays that an export of the draft may compare or write."""
     borrows = isinstance(draft, Eagle3Draft) and not draft.config.own_lm_head
     return list(dict.fromkeys(["embed", *([output_path(target)] if borrows else [])]))
 
 
 def _with_arrays(target: Llama, arrays: Mapping[str, Any]) -> Llama:
-    """An abstract target with some real arrays."""
+    """Returns an abstract target with some real arrays."""
     return params.load(target, params.flatten(target) | dict(arrays))
 
 
 def _output_rows(target: Llama) -> np.ndarray:
-    """A loaded target's output matrix [V, D], however it is stored."""
+    """Returns a loaded target's output matrix [V, D]; undoes the transposed storage of InputFirst."""
     weight = target.embed if target.lm_head is None else target.lm_head
     rows = np.asarray(weight[...])
     return rows.T if isinstance(weight, InputFirst) else rows
 
 
 def _weights_dtype(match: Match) -> np.dtype:
-    """What a checkpoint's weights are stored in, where that is one dtype that models are kept in; else its config's."""
+    """Returns the dtype of a checkpoint's weights if they share one of PARAMETER_DTYPES, else the config's."""
     found = {tensor.dtype for tensor in match.tensors.values()}
     one = found.pop() if len(found) == 1 else None
     return parameter_dtype(one) if one in PARAMETER_DTYPES else own_dtype(match.checkpoint)
@@ -293,7 +293,7 @@ def _fill(match: Match, mesh: Mesh | None) -> Any:
     for path, leaf in params.flatten(match.model).items():
         values = match.read(path)
         if mesh is None:
-            # A copy: where memory is aligned, JAX would go on using that of the file.
+            # Copies: JAX would alias the mapped file where its memory is aligned.
             arrays[path] = jax.device_put(values.copy())
         else:
             arrays[path] = _shard(values, path_sharding(path, leaf.shape, mesh))
@@ -301,7 +301,7 @@ def _fill(match: Match, mesh: Mesh | None) -> Any:
 
 
 def _shard(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Each device gets a copy of its own part; the rest of a mapped file is not read."""
+    """Copies each device's shard from a mapped file; a process reads only its shards."""
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index].copy())
 
 
@@ -311,7 +311,7 @@ def _placed(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.Sha
 
 
 def _cast(arrays: dict[str, jax.Array], dtype: np.dtype, where: Path) -> dict[str, jax.Array]:
-    """A part with its floating-point arrays in another dtype, each in its sharding still."""
+    """Casts the floating-point arrays of a part to another dtype and keeps their shardings."""
     cast, finite = _cast_all(list(arrays.values()), dtype)
     too_large = [path for path, fits in zip(arrays, finite, strict=True) if not fits]
     if too_large:
@@ -321,6 +321,6 @@ def _cast(arrays: dict[str, jax.Array], dtype: np.dtype, where: Path) -> dict[st
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _cast_all(arrays: list[jax.Array], dtype: np.dtype) -> tuple[list[jax.Array], list[jax.Array]]:
-    """A list, and one function: so that all layers share a program, whatever their paths."""
+    """Takes a list, so that layers of equal shapes share one compiled program."""
     cast = [array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array for array in arrays]
     return cast, [jnp.isfinite(array).all() for array in cast]

@@ -1,4 +1,4 @@
-"""Matching a checkpoint to the model that its config describes: every tensor has a place, every place a tensor."""
+"""Matches a checkpoint to the model of its config: every tensor has a parameter, every parameter a tensor."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
 
 LM_HEAD = names.LLAMA["lm_head"]
 
-BLOCK = 1 << 22  # values checked or cast at a time: bounds the temporaries
+BLOCK = 1 << 22  # values per check or cast; bounds the temporaries
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A model and where its parameters come from.
+    """Holds an abstract model and the sources of its parameters.
 
-    kind: a key of DIALECTS. model: abstract (shapes and dtypes in place of arrays).
-    tensors: the source of each parameter by path; all but `target_ids`, which is read already.
-    copy: the target's lm_head in the file of an EAGLE-1 head, which drafts with the target's; see `check_copy`.
+    kind: a key of DIALECTS. model: has shapes and dtypes in place of arrays.
+    tensors: the source of each parameter by path, except `target_ids`, which is already read.
+    copy: a copy of the target's lm_head in the file of an EAGLE-1 head; see `check_copy`.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Match:
     copy: Tensor | None = None
 
     def read(self, path: str) -> np.ndarray:
-        """The parameter at `path`: checked, in the model's shape and dtype; a view of the file where no cast is due."""
+        """Reads a parameter, checked, in the model's shape and dtype; a view of the file where no cast is needed."""
         if path == "target_ids":
             assert self.target_ids is not None  # the model has this path only with ids
             return self.target_ids
@@ -59,13 +59,13 @@ class Match:
 def match_pair(
     target: str | Path, draft: str | Path | None, dtype: Any, hub: Hub | None = None, draft_hub: Hub | None = None
 ) -> tuple[Match, Match | None]:
-    """Opens and matches both checkpoints, and checks that the draft was made for the target.
+    """Opens and matches both checkpoints, and checks that the draft fits the target.
 
-    Reads no weights, except those that are in the files twice and have to be equal.
+    Reads no weights, except duplicates that have to be equal.
 
     Args:
       dtype: of both models; None means the target's own.
-      hub, draft_hub: how the target's and the draft's repositories are fetched.
+      hub, draft_hub: download options of the target's and the draft's repositories.
     Raises:
       CheckpointError: a damaged or contradictory checkpoint.
       ConfigError: a config that is not implemented, or a draft that does not fit its target.
@@ -89,7 +89,7 @@ def match_target(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
 
 
 def match_draft(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
-    """Matches the checkpoint of a draft; its kind is read from its tensor names."""
+    """Matches the checkpoint of a draft; its tensor names show its kind."""
     where = str(checkpoint.folder)
     official = names.head_names(checkpoint.tensors.keys() | checkpoint.faults.keys(), where)
     checkpoint = dataclasses.replace(
@@ -115,7 +115,7 @@ def match_draft(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
 
 
 def check_copy(match: Match, target_rows: Callable[[], np.ndarray]) -> None:
-    """Checks the copy of the target's lm_head that some engines want in the file of an EAGLE-1 head.
+    """Checks the copy of the target's lm_head that some engines require in the file of an EAGLE-1 head.
 
     Args:
       target_rows: reads the target's output matrix, [V, D].
@@ -134,20 +134,20 @@ def check_copy(match: Match, target_rows: Callable[[], np.ndarray]) -> None:
 
 
 def output_path(target: Llama) -> str:
-    """The path of a target's output matrix: its lm_head, or the embedding where they are tied."""
+    """Returns the path of a target's output matrix: its lm_head, or the tied embedding."""
     return "embed" if target.config.tie_word_embeddings else "lm_head"
 
 
 def as_draft(model: Any) -> Draft:
-    """A model in the draft's role: a whole Llama is wrapped, any other draft is one as it is."""
+    """Wraps a whole Llama as a DraftModel; returns any other draft as it is."""
     return DraftModel(model) if isinstance(model, Llama) else model
 
 
 def parameter_dtype(dtype: Any) -> np.dtype:
-    """The NumPy dtype of a name or a type.
+    """Returns the NumPy dtype of a name or a type.
 
     Raises:
-      CheckpointError: if models are not kept in this dtype.
+      CheckpointError: if it is not one of PARAMETER_DTYPES.
     """
     try:
         name = jnp.dtype(dtype).name
@@ -159,7 +159,7 @@ def parameter_dtype(dtype: Any) -> np.dtype:
 
 
 def own_dtype(checkpoint: Checkpoint) -> np.dtype:
-    """What a checkpoint's config names as its dtype, else that of its floating-point tensors with a meaning."""
+    """Returns the dtype that a checkpoint's config names, else the one of its floating-point tensors."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     read = {name: tensor for name, tensor in checkpoint.tensors.items() if not names.IGNORED.fullmatch(name)}
     found = {tensor.dtype for tensor in read.values() if tensor.dtype in FLOATS}
@@ -171,7 +171,7 @@ def own_dtype(checkpoint: Checkpoint) -> np.dtype:
 
 
 def finite_values(tensor: Tensor, dtype: Any) -> np.ndarray:
-    """The values of a floating-point tensor in `dtype`.
+    """Reads a floating-point tensor in `dtype`.
 
     Raises:
       CheckpointError: NaN or infinity in the file, or a value that is too large for `dtype`.
@@ -206,7 +206,7 @@ def _match(kind: str, table: Mapping[str, str], model: Any, checkpoint: Checkpoi
     tied = dialect.ties_lm_head and model.config.tie_word_embeddings
     lm_head = table.get("lm_head", LM_HEAD)
     if tied and weights["embed"] not in tensors and lm_head in tensors:
-        weights["embed"] = lm_head  # of two names for one tensor a file may keep either
+        weights["embed"] = lm_head  # a file may keep either name of a tied tensor
     unread = dialect.unread(model, checkpoint)
 
     _require(weights.values(), checkpoint, f"the files are incomplete, or {sized_by} belongs to another model")
@@ -253,7 +253,7 @@ def _check_repeats(lm_head: Tensor, embedding: Tensor) -> None:
 
 
 def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays of one shape are equal, in blocks that bound the temporaries."""
+    """Compares two arrays of one shape, in blocks that bound the temporaries."""
     a, b = a.reshape(-1), b.reshape(-1)
     return all(np.array_equal(a[i : i + BLOCK], b[i : i + BLOCK]) for i in range(0, a.size, BLOCK))
 

@@ -1,10 +1,10 @@
-"""Official tensor names and our parameter paths: tables, and the few functions that read them.
+"""Maps our parameter paths to official tensor names, by tables.
 
 Letters: N query heads, K key-value heads, H head dim, D hidden size, V vocabulary, Vd draft vocabulary.
 
-Both sides keep PyTorch's order, output dimension first. The only difference in shape is that queries, keys
-and values have their heads split out here: q is [N, H, D] for the official (N * H, D), its bias [N, H] for
-(N * H,). So every conversion is a reshape.
+Both sides keep PyTorch's order, output dimension first. Only queries, keys and values differ in shape: their heads
+are a dimension here. q is [N, H, D] for the official (N * H, D), its bias [N, H] for (N * H,). Every conversion is a
+reshape.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 
 from eagle_jax.convert.error import CheckpointError
 
-# One decoder layer, relative to its prefix: our path -> official name.
+# One decoder layer, without its prefix: our path -> official name.
 LAYER: dict[str, str] = {
     "input_norm": "input_layernorm.weight",
     "post_attention_norm": "post_attention_layernorm.weight",
@@ -34,7 +34,7 @@ LAYER: dict[str, str] = {
     "mlp.down_bias": "mlp.down_proj.bias",
 }
 
-# The whole of each kind of model; {i} stands for a layer's index.
+# All parameters of each kind of model; {i} stands for a layer's index.
 LLAMA: dict[str, str] = {
     "embed": "model.embed_tokens.weight",
     **{f"layers.{{i}}.{path}": f"model.layers.{{i}}.{name}" for path, name in LAYER.items()},
@@ -84,22 +84,22 @@ EAGLE1_FUSION: dict[str, str] = {
 }
 
 # A tensor of Medusa heads: prefix, head, place in the head, kind. Newer files have the prefix, older ones none.
-# Two digits bound the table that the names of a file can ask for.
+# Two digits bound the table, whose size the names of an untrusted file decide.
 MEDUSA_PREFIX = "medusa_head."
 MEDUSA = re.compile(rf"({re.escape(MEDUSA_PREFIX)})?(\d{{1,2}})\.(\d{{1,2}})\.(linear\.weight|linear\.bias|weight)")
 
-# Vocabulary tables of an EAGLE-3 head: no weights, so read and written apart from them.
+# Vocabulary tables of an EAGLE-3 head; read and written apart from the weights.
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 
-# The prefix that vLLM puts before all names of a head but fc and lm_head, and NeMo before most of them.
+# vLLM prefixes all names of a head except fc and lm_head, NeMo most of them.
 PREFIX = "model."
-# Tensors of vLLM's form of an EAGLE-1 head that it loads and never computes with.
+# Tensors that vLLM loads with an EAGLE-1 head and does not use.
 VLLM_UNREAD = re.compile(r"layers\.0\.input_layernorm\.weight|norm\.weight|token_map")
 
-# Tensors of no meaning: old exporters wrote the frequencies, speculators a copy of the target's last weights.
+# Redundant tensors: old exporters wrote the RoPE frequencies, speculators a copy of the target's last weights.
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|verifier_(norm|lm_head)\.weight")
 
-# Paths whose dimensions `axis` and `axis + 1` (heads and head dim) are one dimension of the official tensor.
+# {path: axis}: dimensions `axis` and `axis + 1` (heads, head dim) are one dimension of the official tensor.
 HEAD_AXIS: dict[str, int] = {
     "attention.q": 0,
     "attention.k": 0,
@@ -111,7 +111,7 @@ HEAD_AXIS: dict[str, int] = {
 
 
 def medusa_names(num_heads: int, num_blocks: int, prefix: str = MEDUSA_PREFIX) -> dict[str, str]:
-    """The table of Medusa heads, path by path. A head's lm_head comes after its blocks and is counted with them."""
+    """Builds the table of Medusa heads. A head's lm_head has the index after its last block."""
     table = {}
     for i in range(num_heads):
         for j in range(num_blocks):
@@ -122,7 +122,7 @@ def medusa_names(num_heads: int, num_blocks: int, prefix: str = MEDUSA_PREFIX) -
 
 
 def official_name(table: Mapping[str, str], path: str) -> str:
-    """ "layers.3.attention.q" -> "model.layers.3.self_attn.q_proj.weight", by the table LLAMA."""
+    """Looks a path up: "layers.3.attention.q" -> "model.layers.3.self_attn.q_proj.weight" in the table LLAMA."""
     index = re.search(r"\d+", path)
     if index is None or path in table:
         return table[path]
@@ -130,7 +130,7 @@ def official_name(table: Mapping[str, str], path: str) -> str:
 
 
 def official_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """("layer.attention.q", (N, H, D)) -> (N * H, D)."""
+    """Merges heads and head dim of a path's shape: ("layer.attention.q", (N, H, D)) -> (N * H, D)."""
     axis = HEAD_AXIS.get(".".join(path.split(".")[-2:]))
     if axis is None:
         return tuple(shape)
@@ -159,21 +159,21 @@ def head_names(tensor_names: Collection[str], where: str) -> dict[str, str]:
 
 
 def eagle3_table(tensor_names: Collection[str]) -> dict[str, str] | None:
-    """The table of an EAGLE-3 head; None if these are not the names of one."""
+    """Returns the table of an EAGLE-3 head; None for names of another kind."""
     if any(name.startswith("midlayer.") for name in tensor_names):
         return EAGLE3
     return EAGLE3_LAYERS if "layers.0.hidden_norm.weight" in tensor_names else None
 
 
 def eagle1_table(tensor_names: Collection[str]) -> dict[str, str] | None:
-    """The table of an EAGLE-1 head, of names that are not those of an EAGLE-3 head; None if they are of neither."""
+    """Returns the table of an EAGLE-1 head; None for names of another kind. Call `eagle3_table` first."""
     if "fc.weight" in tensor_names and any(name.startswith("layers.0.") for name in tensor_names):
         return EAGLE1
     return EAGLE1_FUSION if "fusion_fc.weight" in tensor_names else None
 
 
 def medusa_table(tensor_names: Collection[str]) -> dict[str, str] | None:
-    """The table of as many heads and blocks as the highest numbers tell of, whatever is missing below them."""
+    """Returns the table of Medusa heads; the highest indices in the names give the numbers of heads and blocks."""
     found = [match for match in map(MEDUSA.fullmatch, tensor_names) if match]
     if not found:
         return None
@@ -183,7 +183,7 @@ def medusa_table(tensor_names: Collection[str]) -> dict[str, str] | None:
 
 
 def llama_table(tensor_names: Collection[str]) -> dict[str, str] | None:
-    """The table of a language model; None if these are not the names of one."""
+    """Returns the table of a language model; None for names of another kind."""
     if any(name.startswith("model.layers.") for name in tensor_names):
         return LLAMA
     return GGUF if any(name.startswith("blk.") for name in tensor_names) else None

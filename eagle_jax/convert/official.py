@@ -1,4 +1,4 @@
-"""to_official: a model, or its gradient, under the official tensor names."""
+"""Returns a model, or its gradient, under the official tensor names."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.target import Target
 
-# {class: kind}; a DraftModel gives what its Llama does.
+# {class: kind}; a DraftModel is written as its Llama.
 KINDS: dict[type, str] = {Llama: "llama", **{CLASSES[kind]: kind for kind in DIALECTS}}
 
 
 def to_official(model: Target | Draft) -> dict[str, np.ndarray]:
-    """{official tensor name: array} with official shapes, in the model's dtypes.
+    """Returns {official tensor name: array} with official shapes, in the model's dtypes.
 
     Args:
-      model: a model, or a gradient of it (a pytree of the same class). An EAGLE-3 head comes with `d2t` int64
-        and `t2d` bool, trivial ones where both vocabularies are one; a gradient, whose integer table is of
-        JAX's float0, comes without. A DraftModel gives what its Llama does.
+      model: a model, or a gradient of it (a pytree of the same class). An EAGLE-3 head also gives `d2t` int64 and `t2d`
+        bool, trivial ones if it has the target's vocabulary. A gradient does not: its integer table is of JAX's
+        float0. A DraftModel gives the tensors of its Llama.
     Raises:
-      TypeError: for a draft without weights, or anything else that no checkpoint holds.
+      TypeError: for a draft without weights, or an object that no checkpoint can hold.
     """
     if isinstance(model, DraftModel):
         return to_official(model.model)
@@ -47,7 +47,7 @@ def to_official(model: Target | Draft) -> dict[str, np.ndarray]:
     if dialect.vocabulary:
         config: Any = getattr(model, "config", None)
         has_table = config.draft_vocab_size != config.vocab_size
-        # A gradient's table is float0, or was left out.
+        # The table of a gradient is float0 or absent.
         if not has_table or (ids is not None and ids.dtype != jax.dtypes.float0):
             d2t, t2d = official_tables(ids, config.vocab_size)
             arrays |= {names.DRAFT_TO_TARGET: d2t, names.TARGET_TO_DRAFT: t2d}

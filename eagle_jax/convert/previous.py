@@ -1,4 +1,4 @@
-"""What an output folder holds before a conversion: which files are a previous conversion's, and which the user's."""
+"""Inspects an output folder before a conversion: tells a previous conversion's files from the user's."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from eagle_jax.convert.small_files import small_files
 from eagle_jax.files import checksums
 from eagle_jax.files.atomic import added_to, files_below, new_folder
 
-SMALL = "small_files"  # in a manifest: {path below target/: sha256} of the files copied beside the weights
-TUNED = "tuned.json"  # what `eagle-jax tune` leaves in a converted folder
+SMALL = "small_files"  # key of a manifest: {path below target/: sha256} of the small files
+TUNED = "tuned.json"  # written into a converted folder by `eagle-jax tune`
 ROLES = (converted.TARGET, converted.DRAFT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Previous:
-    """An output folder before a conversion. manifest: of the conversion that it holds, or None."""
+    """Describes an output folder before a conversion. manifest: that of the conversion in it, or None."""
 
     out: Path
     manifest: Mapping[str, Any] | None
 
     @classmethod
     def of(cls, out: Path) -> Previous:
-        """Looks at a folder, which may be absent."""
+        """Inspects a folder, which may be absent."""
         return cls(out, read_json(out / converted.MANIFEST) if converted.is_conversion(out) else None)
 
     @property
     def is_free(self) -> bool:
-        """Whether the folder is absent or empty."""
+        """Returns whether the folder is absent or empty."""
         return not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
 
     @functools.cached_property
     def copied(self) -> Mapping[str, str]:
-        """{path below target/: sha256} of the small files that the previous conversion copied."""
+        """Returns {path below target/: sha256} of the small files that the previous conversion copied."""
         listed = (self.manifest or {}).get(SMALL)
         if isinstance(listed, Mapping):
             return listed
-        folder = self.out / converted.TARGET  # of an older version, which lists none
+        folder = self.out / converted.TARGET  # manifests of older versions do not list them
         return {path: converted.file_sha256(folder / path) for path in small_files(folder)}
 
     def check(self, target: str | Path, draft: str | Path | None, overwrite: bool) -> None:
-        """Refuses, before any work, a place that cannot be written to.
+        """Checks, before any work, that a conversion may write to the folder.
 
         Raises:
-          CheckpointError: for an `out` that is a file, is or contains a source, or holds something else. With
-            `overwrite`: for one that is no conversion and has files where a conversion writes.
+          CheckpointError: for an `out` that is a file, is or contains a source, or has other contents. With
+            `overwrite`: for one that is no converted folder and has files where a conversion writes.
         """
         sources = {converted.TARGET: target} | ({} if draft is None else {converted.DRAFT: draft})
         for source in sources.values():
@@ -79,7 +79,7 @@ class Previous:
                 )
 
     def taken(self) -> CheckpointError:
-        """The error that the folder holds something else."""
+        """Returns the error that the folder has other contents."""
         users = self.users()
         stays = f", which keeps {some(users)}" if users else ""
         if self.manifest is None:
@@ -94,7 +94,7 @@ class Previous:
         )
 
     def holds(self, matches: Mapping[str, Match]) -> bool:
-        """Whether the folder is, undamaged, what a conversion of these would write."""
+        """Returns whether the folder equals a conversion of these matches, undamaged."""
         assert self.manifest is not None
         dtype = np.dtype(matches[converted.TARGET].model.dtype).name
         if self.manifest.get("version") != converted.VERSION or self.manifest.get("dtype") != dtype:
@@ -102,11 +102,11 @@ class Previous:
         roles = {role for role in ROLES if self._entry(role)}
         try:
             return roles == matches.keys() and all(self._holds_model(role, match) for role, match in matches.items())
-        except (CheckpointError, KeyError, TypeError):  # a file is missing, or an entry of the manifest
+        except (CheckpointError, KeyError, TypeError):  # a missing file or manifest entry
             return False
 
     def is_users(self, path: Path) -> bool:
-        """Returns whether a file, by its path below the folder, is not from a conversion, or was changed since."""
+        """Returns whether a file, by its path below the folder, is the user's: no conversion wrote or left it so."""
         if self.manifest is None:
             return True
         role, *rest = path.parts
@@ -120,18 +120,18 @@ class Previous:
         return copied is None or converted.file_sha256(self.out / path) != copied
 
     def replaced(self) -> AbstractContextManager[Path]:
-        """The folder to write a new conversion to, which takes the place of the previous one when the block ends."""
+        """Opens a folder for a new conversion, which replaces the previous one when the block ends."""
         if self.manifest is None and not self.is_free:
             return added_to(self.out)
         return new_folder(self.out, keep=self.is_users)
 
     def users(self) -> list[str]:
-        """The user's own files, by their paths below the folder."""
+        """Returns the paths of the user's files below the folder."""
         paths = [path for path in files_below(self.out) if self.is_users(path)]
         return [path.as_posix() for path in sorted(paths, key=lambda path: (len(path.parts), path))]
 
     def remarks(self, manifest: Mapping[str, Any]) -> list[str]:
-        """Sentences for the user about files that were there before a new conversion, of this manifest."""
+        """Returns sentences for the user about files that were there before the new conversion of this manifest."""
         if self.is_free:
             return []
         written = {f"{converted.TARGET}/{path}" for path in manifest[SMALL]}
@@ -147,12 +147,12 @@ class Previous:
         return found
 
     def _entry(self, role: str) -> Mapping[str, Any]:
-        """What the manifest says about one model; nothing if it has none, or is damaged."""
+        """Returns the manifest's entry of one model; empty if it is missing or damaged."""
         entry = (self.manifest or {}).get(role)
         return entry if isinstance(entry, Mapping) else {}
 
     def _may_hold(self, sources: Mapping[str, str | Path]) -> bool:
-        """Whether the sources, of which hub ids are not fetched yet, could be those of the conversion."""
+        """Returns whether the folder may hold a conversion of these sources; hub ids are not downloaded to find out."""
         if {role for role in ROLES if self._entry(role)} != sources.keys():
             return False
         ids = {role: source for role, source in sources.items() if not Path(source).exists()}
@@ -178,11 +178,11 @@ class Previous:
 
 
 def _weights(manifest: Mapping[str, Any] | None, role: str) -> Any:
-    """What tells the weights of two conversions apart: checksums of their files, and the dtype."""
+    """Returns what identifies the weights of a conversion: checksums of the source files, and the dtype."""
     files = ((manifest or {}).get(role) or {}).get("files")
     return files, (manifest or {}).get("dtype")
 
 
 def some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Lists the first few names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

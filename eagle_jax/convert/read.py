@@ -1,9 +1,9 @@
-"""Reading a Hugging Face checkpoint folder, or a GGUF file: config.json and lazily read tensors.
+"""Reads a Hugging Face checkpoint folder, or a GGUF file: its config, and its tensors lazily.
 
-Weights come as `.safetensors` or `.bin`, one file or shards, with or without an index; Medusa heads as
-`medusa_lm_head.pt`, too. Opening reads headers only; a tensor is mapped or read when it is asked for, so memory holds
-about one tensor at a time. Files are not trusted: PyTorch's are unpickled by its weights-only reader, and an index
-names files of its own folder or is refused.
+Weights are `.safetensors` or `.bin`: one file or shards, with or without an index. Medusa heads may also be
+`medusa_lm_head.pt`. Opening reads headers only. A tensor is mapped or read on demand, so memory holds about one tensor
+at a time. Files are not trusted: PyTorch's weights-only reader unpickles, and an index that names a file outside its
+folder is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from eagle_jax.convert.gguf import checkpoint as gguf
 from eagle_jax.convert.hub import MEDUSA_FILE, Hub, first_line, resolve
 from eagle_jax.convert.small_files import small_files
 
-# Data types by their safetensors names. Others (float8, ...) are listed under their own name and never read.
+# Data types by their safetensors names. Others (float8, ...) keep their name and are not read.
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -47,7 +47,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: what its header says, and `load`, which maps or reads it."""
+    """Describes a tensor in a file by its header; `load` maps or reads it."""
 
     name: str
     file: Path
@@ -62,12 +62,11 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An open folder.
+    """Describes an open folder or GGUF file.
 
-    source: what the caller called it. files: the weight files that are read.
-    made: {path: bytes} of config.json and the small files that a GGUF file has in its metadata; empty for a folder.
-    faults: {tensor name: why it cannot be read}, such as a shard that is not there. Only a tensor that a model needs
-    makes its fault an error.
+    source: the caller's name for it. files: the weight files.
+    made: {path: bytes} of config.json and small files written from a GGUF file's metadata; empty for a folder.
+    faults: {tensor name: why it cannot be read}, such as a missing shard; an error only if a model needs the tensor.
     """
 
     source: str
@@ -80,31 +79,30 @@ class Checkpoint:
 
     @property
     def config_path(self) -> Path:
-        """The file that holds the config."""
+        """Returns the file that holds the config."""
         return self.files[0] if self.made else self.folder / CONFIG
 
     @property
     def sized_by(self) -> str:
-        """What messages call the config."""
+        """Returns the name of the config in messages."""
         return "its metadata" if self.made else CONFIG
 
     def small_files(self) -> list[str]:
-        """The paths of the small files, sorted; see `small_files.SMALL_FILES`."""
+        """Returns the paths of the small files, sorted; see `small_files.SMALL_FILES`."""
         return sorted(self.made.keys() - {CONFIG}) if self.made else small_files(self.folder)
 
     def read_small(self, path: str) -> bytes:
-        """The bytes of config.json, or of one of the small files."""
+        """Reads config.json, or one of the small files."""
         return self.made[path] if self.made else (self.folder / path).read_bytes()
 
 
 def open_checkpoint(source: str | Path, hub: Hub | None = None) -> Checkpoint:
-    """Opens a local folder or GGUF file, or downloads a Hugging Face repository and opens that.
+    """Opens a local folder, a GGUF file, or a Hugging Face repository, which it downloads.
 
     Args:
-      hub: how a repository is fetched.
-
+      hub: download options of a repository.
     Raises:
-      CheckpointError: naming the file that is missing or damaged, and what to do about it.
+      CheckpointError: naming the missing or damaged file, and what to do about it.
       ConfigError: for a GGUF file of mathematics that is not implemented.
     """
     file = find_gguf(source)
@@ -135,7 +133,7 @@ def open_checkpoint(source: str | Path, hub: Hub | None = None) -> Checkpoint:
 
 
 def find_gguf(source: str | Path) -> Path | None:
-    """The GGUF file that a name stands for: itself, or the one of a folder without other weights; None without one."""
+    """Returns the GGUF file of a name: itself, or the only one of a folder without other weights; else None."""
     path = Path(source)
     if path.is_file():
         return path if path.suffix == ".gguf" else None
@@ -145,9 +143,9 @@ def find_gguf(source: str | Path) -> Path | None:
 
 
 def folder_of(source: str | Path, hub: Hub | None = None, weights: bool = True) -> Path:
-    """The folder of a model's config.json and small files; see `resolve`.
+    """Returns the folder of a model's config.json and small files; see `resolve`.
 
-    A GGUF file has none: they are written to a temporary one, which is removed when the program ends.
+    For a GGUF file it writes them to a temporary folder, which is removed when the program ends.
     """
     file = find_gguf(source)
     if file is None:
@@ -157,7 +155,7 @@ def folder_of(source: str | Path, hub: Hub | None = None, weights: bool = True) 
 
 @functools.cache
 def _written(file: Path, changed: int) -> Path:
-    """The temporary folder of a GGUF file as of its last change, in nanoseconds."""
+    """Writes the small files of a GGUF file to a temporary folder, anew if `changed` (mtime in ns) differs."""
     folder = Path(tempfile.mkdtemp(prefix="eagle-jax-gguf-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for path, data in open_checkpoint(file).made.items():
@@ -173,11 +171,10 @@ def _open_gguf(source: str | Path, path: Path) -> Checkpoint:
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files to read, and {tensor name: file name} of their index (empty without one).
+    """Returns the weight files to read, and {tensor name: file name} of their index (empty without one).
 
-    `.safetensors` wins over `.bin`, and a file with the standard name over an index that does not list it
-    (both as in transformers). An index of a format of which no file is left does not count. MEDUSA_FILE is read
-    where there is neither format.
+    `.safetensors` takes precedence over `.bin`, and a file of the standard name over an index that does not list it
+    (both as in transformers). An index whose files are all missing is ignored. MEDUSA_FILE is the last choice.
     """
     absent = None
     for single, shards in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "*.bin")):
@@ -186,11 +183,11 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         named = sorted(set(weight_map.values()))
         if (folder / single).is_file() and single not in named:
             return [folder / single], {}
-        # Folders may hold other files beside shards of the standard name, such as consolidated.safetensors.
+        # A folder may also hold files that are no shards, such as consolidated.safetensors.
         present = sorted(folder.glob(single.replace(".", "*."))) or sorted(folder.glob(shards))
         missing = [name for name in named or _shards_of(present) if not (folder / name).is_file()]
         listed = [folder / name for name in named if name not in missing]
-        if listed:  # with shards missing, perhaps, of which nobody needs a tensor
+        if listed:  # some shards may be missing, whose tensors nobody may need
             return listed, weight_map
         if missing and present:
             raise CheckpointError(f"{folder / missing[0]}: this shard is missing; download or copy it again")
@@ -205,7 +202,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """{tensor name: file name} of an index; every file name is one of the index's own folder."""
+    """Reads {tensor name: file name} of an index; refuses names of files outside its folder."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map; the index is damaged, download it again")
@@ -218,7 +215,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """Reads a JSON object from a file."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
@@ -231,9 +228,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, then the values.
+    """Lists the tensors of a .safetensors file: 8 bytes of header length, a JSON header, then the values.
 
-    Read here and not by the safetensors package, which copies every tensor: these are views of the mapped file.
+    Tensors are views of the mapped file. The safetensors package would copy every tensor.
     """
     damaged = "the file is damaged or incomplete, download or copy it again"
     try:
@@ -268,9 +265,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         used += end - start
 
         def load(offset=8 + length + start, dtype=dtype, shape=shape) -> np.ndarray:
-            if not math.prod(shape):  # nothing cannot be mapped
+            if not math.prod(shape):  # an empty array cannot be mapped
                 return np.empty(shape, dtype)
-            # A map of its own, so that its pages go when the tensor does.
+            # One map per tensor, so that its pages are released with the tensor.
             return np.require(np.memmap(path, dtype, "r", offset, shape), requirements="A")
 
         tensors[name] = Tensor(name, path, shape, dtype.name if dtype is not None else kind, load)
@@ -280,7 +277,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_bin(path: Path) -> dict[str, Tensor]:
-    """The tensors of a PyTorch file, mapped where the format allows it (zip files, since PyTorch 1.6)."""
+    """Lists the tensors of a PyTorch file, mapped where the format allows it (zip files, since PyTorch 1.6)."""
     try:
         import torch
     except ImportError as error:
@@ -291,7 +288,7 @@ def read_bin(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # unpickling damaged bytes can raise anything
+    except Exception as error:  # unpickling damaged bytes may raise any exception
         raise CheckpointError(
             f"{path}: PyTorch's weights-only reader refuses this file ({first_line(error)}); it is damaged, "
             "incomplete, or holds more than tensors. Download it again, or use a .safetensors file"
@@ -307,7 +304,7 @@ def read_bin(path: Path) -> dict[str, Tensor]:
 
         def load(value=value) -> np.ndarray:
             value = value.detach().contiguous()
-            # NumPy has no bfloat16 of its own: the bits pass as int16.
+            # PyTorch does not convert bfloat16 to NumPy: pass its bits as int16.
             if value.dtype == torch.bfloat16:
                 return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
             return value.numpy()
@@ -317,7 +314,7 @@ def read_bin(path: Path) -> dict[str, Tensor]:
 
 
 def _shards_of(files: list[Path]) -> list[str]:
-    """Names of all the shards of the series that these files are part of: x-00001-of-00002.bin, ..."""
+    """Returns the names of all shards of the series that these files belong to: x-00001-of-00002.bin, ..."""
     names = []
     for file in files:
         series = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)", file.name)

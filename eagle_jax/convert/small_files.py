@@ -1,11 +1,11 @@
-"""The small files that belong to a target beside its config and weights: what its tokenizer and its defaults need."""
+"""Lists and copies the small files of a target: those of its tokenizer, chat templates and generation defaults."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-# Patterns below a model's folder. Whatever the tokenizer's class, its files are among these.
+# Patterns below a model's folder; they match the files of every tokenizer class.
 SMALL_FILES = (
     "tokenizer.json",
     "tokenizer.*.json",  # of certain versions of transformers
@@ -28,7 +28,7 @@ SMALL_FILES = (
 
 
 def copy_small_files(source: Path, folder: Path) -> list[str]:
-    """Copies them from one folder to another; returns their paths below it, sorted."""
+    """Copies the small files of a folder to another; returns their paths below it, sorted."""
     paths = small_files(source)
     for path in paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +37,6 @@ def copy_small_files(source: Path, folder: Path) -> list[str]:
 
 
 def small_files(folder: Path) -> list[str]:
-    """The paths below a folder of those that are there, sorted."""
+    """Returns the paths of a folder's small files below it, sorted."""
     found = {file for pattern in SMALL_FILES for file in folder.glob(pattern) if file.is_file()}
     return sorted(file.relative_to(folder).as_posix() for file in found)

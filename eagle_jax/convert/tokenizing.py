@@ -1,4 +1,4 @@
-"""Tokenizers of models: the one place that loads them, and says what is missing."""
+"""Loads tokenizers; names missing files and packages."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.read import folder_of
 from eagle_jax.convert.small_files import small_files
 
-# Files that only the sentencepiece library reads, and the modules that it takes.
+# Files that only the sentencepiece library reads; their first byte; {module: package} needed for them.
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-FIRST_BYTE = b"\n"  # of its format; a tiktoken file has the same name and begins with a letter
+FIRST_BYTE = b"\n"  # a tiktoken file may have the same name; it begins with a letter
 NEEDED = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model")  # with one of them, a folder has a tokenizer, usable or not
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model")  # a folder with one of these has a tokenizer, usable or not
 
 
 def tokenizer(
     path: str | Path, *, revision: str | None = None, token: str | bool | None = None, local_files_only: bool = False
 ) -> Any:
-    """The transformers tokenizer of a converted folder, of a Hugging Face folder or hub id, or of a GGUF file.
+    """Loads the transformers tokenizer of a converted folder, a Hugging Face folder or hub id, or a GGUF file.
 
     Args:
       revision, token, local_files_only: of a hub id; see `from_pretrained`.
     Raises:
-      CheckpointError: if there are no tokenizer files, or damaged ones, or a package is missing that reads them.
+      CheckpointError: if tokenizer files are missing or damaged, or a package that reads them is missing.
     """
     if converted.is_conversion(Path(path)):
         folder = Path(path) / converted.TARGET
@@ -53,11 +53,11 @@ def tokenizer_of(folder: Path) -> Any | None:
 
 
 def _class(folder: Path) -> Any:
-    """Returns the class that a folder names, without the lookup of `AutoTokenizer`, which takes seconds."""
+    """Returns the tokenizer class that a folder names. Spares the lookup of `AutoTokenizer`, which takes seconds."""
     try:
         named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["tokenizer_class"]
     except (OSError, ValueError, KeyError, TypeError):
-        named = None  # damaged, or not there: AutoTokenizer's own message is the better one
+        named = None  # damaged or missing: AutoTokenizer has the better message
     if named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def _class(folder: Path) -> Any:
 
 
 def _sentencepiece(folder: Path) -> tuple[str, list[str]]:
-    """A folder's SentencePiece file and the packages that reading it lacks; ("", []) if it needs no such file."""
+    """Returns a folder's SentencePiece file and the missing packages that read it; ("", []) if it needs none."""
     files = small_files(folder)
     model = next((file for file in files if file.startswith(SENTENCEPIECE)), "")
     if not model or "tokenizer.json" in files or (folder / model).read_bytes()[:1] != FIRST_BYTE:
@@ -79,5 +79,5 @@ def _sentencepiece(folder: Path) -> tuple[str, list[str]]:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that would hold it
+    except ModuleNotFoundError:  # the parent package is missing
         return False

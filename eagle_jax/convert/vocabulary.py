@@ -1,7 +1,7 @@
-"""The vocabulary tables of an EAGLE-3 head, official form <-> ours.
+"""Converts the vocabulary tables of an EAGLE-3 head between the official form and ours.
 
 Official: `d2t` [Vd] int64, target id = draft id + d2t[draft id]; `t2d` [V] bool, True where a target id has a
-draft id. Ours: `target_ids` [Vd] int32, the target id itself, or None where the two vocabularies are one.
+draft id. Ours: `target_ids` [Vd] int32, the target ids, or None if the draft has the target's vocabulary.
 
     V = 6, target_ids = [1, 2, 5]:  d2t = [1, 1, 3],  t2d = [F, T, T, F, F, T]
 """
@@ -16,13 +16,13 @@ from eagle_jax.convert.error import CheckpointError
 def target_ids_of(
     d2t: np.ndarray | None, t2d: np.ndarray | None, draft_size: int, target_size: int, where: str
 ) -> np.ndarray | None:
-    """Reads d2t [Vd] and t2d [V], of which t2d may be absent.
+    """Converts d2t [Vd] to target ids, and checks t2d [V], which may be absent, against it.
 
     Args:
       draft_size, target_size: Vd and V, from the head's config.
       where: the checkpoint's name, for messages.
     Returns:
-      target_ids [Vd] int32; None where Vd == V, whose tables nobody reads.
+      target_ids [Vd] int32; None where Vd == V, where both tables are ignored.
     Raises:
       CheckpointError: a table that is missing, out of range, repeats an id, or contradicts the other one.
     """
@@ -52,7 +52,7 @@ def target_ids_of(
 
 
 def official_tables(target_ids: np.ndarray | None, target_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """target_ids [Vd] (None: one vocabulary) -> d2t [Vd] int64, t2d [V] bool."""
+    """Converts target_ids [Vd] (None: the target's vocabulary) to d2t [Vd] int64 and t2d [V] bool."""
     ids = np.arange(target_size) if target_ids is None else np.asarray(target_ids)
     t2d = np.zeros(target_size, np.bool_)
     t2d[ids] = True

@@ -1,12 +1,12 @@
-"""convert: official checkpoints -> a folder that loads straight into shardings.
+"""Converts official checkpoints to a folder that loads directly into shardings.
 
-    out/manifest.json                        what is here, its sources, and checksums
-    out/target/config.json, tokenizer.json   as they came (a GGUF file's: written from its metadata), and further ones
+    out/manifest.json                        contents, sources and checksums
+    out/target/config.json, tokenizer.json   copied, as other small files are; for GGUF made from its metadata
     out/target/parameters/<part>/            orbax items: embed, layers.0, ..., lm_head, rest
     out/draft/config.json, parameters/       the same for the draft, if there is one
 
-The folder is written beside its place and renamed into it when it is complete. previous.py says what becomes of one
-that was there.
+The write is atomic: a new folder beside `out`, renamed when it is complete. previous.py handles a folder that was
+there before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from eagle_jax.files.atomic import settle, write_json
 from eagle_jax.models import params
 from eagle_jax.version import __version__
 
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all): source files hashed and parameters written
+Progress = Callable[[int, int], None]  # (bytes done, total): source files hashed and parameters written
 
 
 def convert(
@@ -50,12 +50,12 @@ def convert(
     Args:
       target: a Hugging Face folder or hub id, or a GGUF file of Llama's architecture.
       draft: another, which holds an EAGLE head, Medusa heads, or a smaller model of the target's vocabulary.
-      out: the folder to write, absent or empty. One that holds this very conversion already is left as it is.
+      out: the folder to write, absent or empty. A folder that holds the same conversion is left as it is.
       dtype: "float32", "bfloat16" or "float16"; None keeps the target's own, for both models.
-      overwrite: write into a folder that holds something else, too. Only the files of a previous conversion are
-        replaced, once the new ones are complete; all other files stay.
-      progress: called now and then with the bytes done and the bytes in all.
-      note: called with sentences about what was there before: what stays, and what is out of date.
+      overwrite: also write into a folder with other contents. Replaces only the files of a previous conversion, once
+        the new ones are complete; all other files stay.
+      progress: called now and then with the bytes done and the total.
+      note: called with sentences about earlier files: which stay, and which are out of date.
       revision, draft_revision, token, local_files_only: of hub ids; see `from_pretrained`.
     Returns:
       The absolute path of `out`.
@@ -83,7 +83,7 @@ def convert(
         models = {role: _write_model(match, partial / role, report) for role, match in matches.items()}
         small = _write_small_files(target_match.checkpoint, partial / converted.TARGET)
         manifest = _manifest(np.dtype(target_match.model.dtype).name, models, small)
-        # Last: a folder without a manifest does not load.
+        # Written last: a folder without a manifest does not load.
         write_json(partial / converted.MANIFEST, manifest)
         remarks = previous.remarks(manifest)
     for sentence in remarks:
@@ -98,7 +98,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 class _Report:
-    """Adds up what is done for `progress`."""
+    """Sums the bytes done and reports them to `progress`."""
 
     def __init__(self, progress: Progress | None, total: int):
         self.progress, self.done, self.total = progress, 0, total

@@ -21,7 +21,7 @@ PARTS = "split.count"
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """An open GGUF file.
+    """Holds the contents of an open GGUF file.
 
     config: what config.json would hold. files: {path in a model's folder: bytes}, config.json among them.
     tensors: {name in the file: (shape, dtype, how it is read)}. faults: {name: why it cannot be read}.
@@ -57,7 +57,7 @@ def describe(path: Path) -> Described:
 
 
 def gguf_file(folder: Path) -> Path | None:
-    """The GGUF file of a folder that holds one and no other weights; None if it holds none.
+    """Returns the only GGUF file of a folder; None if it holds none.
 
     Raises:
       CheckpointError: if there are several.
@@ -70,7 +70,7 @@ def gguf_file(folder: Path) -> Path | None:
 
 
 def _heads(name: str, config: dict[str, Any]) -> int | None:
-    """How many heads the rows of a tensor divide into, whose order has to be undone; None for the other tensors."""
+    """Returns the number of heads of a tensor with interleaved rows; None for all other tensors."""
     rotated = tensors.ROTATED.fullmatch(name)
     if rotated is None:
         return None

@@ -105,7 +105,7 @@ def config_of(header: Header, rope_factors: Callable[[], np.ndarray]) -> dict[st
 
 
 def special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The special tokens by the names of their fields in config.json."""
+    """Returns the ids of special tokens by their fields of config.json."""
     ids = {key: metadata.get(f"tokenizer.ggml.{key}") for key in (*SPECIAL, *ENDS)}
     fields: dict[str, Any] = {field: ids[key] for key, field in SPECIAL.items() if type(ids[key]) is int}
     ends = list(dict.fromkeys(ids[key] for key in ENDS if type(ids[key]) is int))
@@ -113,7 +113,7 @@ def special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse(own: Mapping[str, Any], where: str) -> None:
-    """Refuses keys that are not known, and known ones whose values change the forward pass."""
+    """Refuses unknown keys, and known keys whose values change the forward pass."""
     for key, value in own.items():
         if key in NEUTRAL and value not in NEUTRAL[key]:
             raise ConfigError(f"{where}: {ARCHITECTURE}.{key} = {value!r} is not implemented")
@@ -124,7 +124,7 @@ def _refuse(own: Mapping[str, Any], where: str) -> None:
 
 
 def _one(value: Any, where: str) -> Any:
-    """A number that may be written once a layer, where all layers have the same."""
+    """Returns a number that a file may repeat for each layer; refuses layers that differ."""
     if not isinstance(value, list):
         return value
     if len(set(value)) != 1:
@@ -140,21 +140,21 @@ def _rows(header: Header) -> int:
 
 
 def _dtype(header: Header) -> str:
-    """float16 or bfloat16 where all matrices are; else float32, which dequantised values are exact in."""
+    """Returns float16 or bfloat16 if all matrices have it, else float32, which holds dequantised values exactly."""
     found = {entry.type for entry in header.entries.values() if len(entry.shape) > 1}
     name = PLAIN[found.pop()].name if len(found) == 1 and found <= PLAIN.keys() else "float32"
     return name if name in ("float16", "bfloat16") else "float32"
 
 
 def _head_dim(config: Mapping[str, Any]) -> Any:
-    """The size of a head; None where the sizes are none, which the config's reader refuses."""
+    """Returns the size of a head; None for invalid sizes, which the config's reader refuses."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     sizes = type(heads) is int and type(hidden) is int and heads > 0
     return config.get("head_dim", hidden // heads if sizes else None)
 
 
 def _scaling(own: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The rope_scaling that the metadata names; of its kinds, the config's reader refuses those not implemented."""
+    """Returns the rope_scaling of the metadata. The config's reader refuses kinds that are not implemented."""
     if "rope.scale_linear" in own:  # of old files
         return {"rope_type": "linear", "factor": own["rope.scale_linear"]} if own["rope.scale_linear"] != 1.0 else {}
     if own.get("rope.scaling.type", "none") == "none":
@@ -163,7 +163,7 @@ def _scaling(own: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def llama3_scaling(factors: np.ndarray, head_dim: int, theta: float, where: str) -> dict[str, Any]:
-    """Finds the settings of Llama 3's scaling from the divisors of the frequencies that a file holds in their place.
+    """Recovers the settings of Llama 3's scaling: a file holds only the divisors of the frequencies.
 
     With s = (L f / 2 pi - low) / (high - low) for a frequency f, clipped to 0..1, a divisor is
     1 / ((1 - s) / factor + s). Only L / (high - low) and low / (high - low) can be known from it; low is taken as 1.

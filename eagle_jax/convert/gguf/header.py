@@ -45,7 +45,7 @@ FLOAT32, BOOL, STRING, ARRAY = 6, 7, 8, 9
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor as the header describes it.
+    """Describes a tensor.
 
     shape: the fastest dimension last, as in NumPy. type: its number in the format. offset: of its bytes in the file.
     """
@@ -57,7 +57,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file says before its values. size: of the file, in bytes."""
+    """Holds the parsed header of a file. size: of the whole file, in bytes."""
 
     path: Path
     metadata: dict[str, Any]
@@ -92,7 +92,7 @@ class _Reader:
         return CheckpointError(f"{self.path}: {what}; the file is damaged or incomplete, download or copy it again")
 
     def take(self, count: int) -> bytes:
-        """The next bytes."""
+        """Reads the next bytes."""
         if count > len(self.data) - self.at:
             raise self.damaged("the header is cut off")
         self.at += count
@@ -147,7 +147,7 @@ class _Reader:
             raise CheckpointError(f"{self.path}: is a GGUF file of version {version}; versions {known} are read")
 
     def value(self, key: str, type: int) -> Any:
-        """A value of the metadata."""
+        """Reads a value of the metadata."""
         if type == STRING:
             return self.string()
         if type == ARRAY:
@@ -171,7 +171,7 @@ class _Reader:
         return values.tolist()
 
     def tensor(self, name: str) -> tuple[tuple[int, ...], int, int]:
-        """The shape of a tensor, its type and its offset among the values."""
+        """Reads a tensor's shape, its type and its offset among the values."""
         rank = self.u32()
         if rank > MAX_DIMENSIONS:
             raise self.damaged(f"tensor {name!r} has {rank} dimensions")

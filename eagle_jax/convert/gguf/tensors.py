@@ -22,7 +22,7 @@ PLAIN: dict[int, np.dtype] = {
     30: np.dtype(ml_dtypes.bfloat16),
 }
 
-# Rows of queries and keys, whose two halves of a head are interleaved in the file.
+# Queries and keys; the file interleaves the two halves of each head's rows.
 ROTATED = re.compile(r"blk\.\d+\.attn_(q|k)\.(weight|bias)")
 
 Load = Callable[[], np.ndarray]
@@ -52,7 +52,7 @@ def reader(header: Header, name: str, heads: int | None) -> tuple[str, Load]:
 
 
 def _layout(entry: Entry, where: str) -> tuple[str, int]:
-    """The dtype that an entry is read as, and how many bytes it takes in the file."""
+    """Returns the dtype that an entry is read as, and its bytes in the file."""
     if entry.type in PLAIN:
         return PLAIN[entry.type].name, math.prod(entry.shape) * PLAIN[entry.type].itemsize
     block, size = _blocks(entry.type, where)
@@ -62,7 +62,7 @@ def _layout(entry: Entry, where: str) -> tuple[str, int]:
 
 
 def _blocks(type: int, where: str) -> tuple[int, int]:
-    """How many values a block of a quantisation holds, and in how many bytes."""
+    """Returns the values and the bytes of a quantisation's block."""
     try:
         import gguf
     except ImportError as error:
@@ -81,7 +81,7 @@ def _blocks(type: int, where: str) -> tuple[int, int]:
 
 
 def _load(path: Path, entry: Entry, count: int) -> np.ndarray:
-    if not math.prod(entry.shape):  # nothing cannot be mapped
+    if not math.prod(entry.shape):  # an empty array cannot be mapped
         return np.empty(entry.shape, PLAIN.get(entry.type, np.float32))
     # A map for each tensor, which releases its pages with the tensor.
     values = np.memmap(path, np.uint8, "r", entry.offset, (count,))

@@ -62,7 +62,7 @@ def tokenizer_files(header: Header) -> dict[str, bytes]:
 
 
 class _Vocabulary:
-    """The tokens of a file, with their types and scores, and what its metadata says about them."""
+    """Reads the vocabulary of a file's metadata: tokens, types and special ids."""
 
     def __init__(self, metadata: Mapping[str, Any], where: str):
         self.metadata, self.where = metadata, where
@@ -78,7 +78,7 @@ class _Vocabulary:
         return CheckpointError(f"{self.where}: its vocabulary has {what}; the file is damaged, download it again")
 
     def array(self, name: str, type: type, default: list[Any] | None = None) -> list[Any]:
-        """A list of the metadata."""
+        """Reads a list of the metadata."""
         values = self.metadata.get(KEY + name, default)
         if not isinstance(values, list) or not all(isinstance(value, type) for value in values):
             raise self.damaged(f"no list {KEY}{name}")
@@ -88,7 +88,7 @@ class _Vocabulary:
         return bool(self.metadata.get(f"{KEY}{name}", default))
 
     def special(self, name: str, default: int | None = None) -> str | None:
-        """The token of a special id; None where the file names none."""
+        """Returns the token of a special id; None if the file has no such id."""
         id = self.metadata.get(f"{KEY}{name}_token_id", default)
         if id is None:
             return None
@@ -101,7 +101,7 @@ class _Vocabulary:
         return self.metadata[f"{KEY}model"] == "llama"
 
     def special_tokens(self) -> dict[str, str]:
-        """{field of tokenizer_config.json: token}."""
+        """Returns {field of tokenizer_config.json: token}."""
         defaults = {"bos": 1, "eos": 2, "unknown": 0} if self.is_sentencepiece else {}
         fields = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
         found = {field: self.special(name, defaults.get(name)) for name, field in fields.items()}
@@ -115,7 +115,7 @@ class _Vocabulary:
         }
 
     def described(self, model: dict[str, Any], bos: bool, **steps: Any) -> dict[str, Any]:
-        """A tokenizer.json.
+        """Builds a tokenizer.json.
 
         Args:
           bos: whether a text begins with bos where the file does not say so.
@@ -139,7 +139,7 @@ class _Vocabulary:
         return blank | steps | {"post_processor": self.ends(bos), "model": model}
 
     def ends(self, bos: bool) -> dict[str, Any] | None:
-        """The step that puts bos before a text, and eos behind it, where the file wants them."""
+        """Builds the post-processor that adds bos and eos, if the file asks for them."""
         specials = self.special_tokens()
         before = [specials["bos_token"]] if self.flag("add_bos_token", bos) and "bos_token" in specials else []
         after = [specials["eos_token"]] if self.flag("add_eos_token", False) and "eos_token" in specials else []
@@ -162,7 +162,7 @@ class _Vocabulary:
 
 
 def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
-    """A tokenizer.json of byte-level BPE."""
+    """Builds the tokenizer.json of byte-level BPE."""
     cut = vocabulary.metadata.get(f"{KEY}pre")
     if cut not in CUTS:
         raise CheckpointError(
@@ -188,7 +188,7 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
-    """A tokenizer.json of a SentencePiece vocabulary of merges by score, with a token for each byte."""
+    """Builds the tokenizer.json of a SentencePiece vocabulary: merges by score, and a token for each byte."""
     prefix = vocabulary.flag("add_space_prefix", True)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     undone = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
@@ -209,7 +209,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
 
 
 def _merges_by_score(vocabulary: _Vocabulary) -> list[list[str]]:
-    """Every way to join two tokens to a third, the third with the highest score first."""
+    """Returns all pairs of tokens whose concatenation is a token, by descending score of that token."""
     ids, scores = vocabulary.ids, vocabulary.array("scores", float)
     if len(scores) != len(vocabulary.tokens):
         raise vocabulary.damaged(f"{len(scores)} scores of {len(vocabulary.tokens)} tokens")
@@ -225,7 +225,7 @@ def _merges_by_score(vocabulary: _Vocabulary) -> list[list[str]]:
 
 
 def _templates(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The chat template, and further ones by name."""
+    """Returns the files of the chat template and of further named ones."""
     files = {"chat_template.jinja": metadata[TEMPLATE]} if isinstance(metadata.get(TEMPLATE), str) else {}
     for key, text in metadata.items():
         if key.startswith(f"{TEMPLATE}.") and isinstance(text, str):
