@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from eagle_jax.decode.plan import Plan, cache_positions, padded_width, plan
+from eagle_jax.decode.plan import Plan, cache_positions, limits_of, padded_width, plan
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,11 @@ def test_plans(width, new, options, expected, longest, limits):
     assert sizes == expected and sizes.longest_prompt == longest
     assert sizes.limits(jnp.array([1, 32])).tolist() == limits
     assert sizes.columns == width + min(new, sizes.capacity)
+
+
+def test_insert_s_limits_are_a_plan_s():
+    length, most = jnp.int32(5), jnp.int32(7)
+    assert [int(limits_of(length, asked, 20)) for asked in (None, 7, np.int64(7), most, 10**20)] == [20, 12, 12, 12, 20]
 
 
 def test_a_prompt_that_fills_the_target_s_positions_is_refused():

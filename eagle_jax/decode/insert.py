@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int, Key
 
+from eagle_jax.decode.plan import limits_of
 from eagle_jax.decode.prefill import PREFILL_CHUNK, choose_first, run_prompts
 from eagle_jax.decode.state import DecodeState, check_memory, put_row, take_row
 from eagle_jax.drafts.protocol import Draft
@@ -61,7 +62,7 @@ def insert(
 
     old = take_row(state, row)
     reused = _reused(old, prompt, length, index) if reuse else jnp.zeros(1, jnp.int32)
-    limit = _limit(length, max_new_tokens, room)
+    limit = limits_of(length, max_new_tokens, room)
     cleared = ("cycles", "accepted", "drafted", "log_probs")
     new = dataclasses.replace(
         old,
@@ -98,15 +99,6 @@ def _reused(
     common = jax.lax.argmin(jnp.append((prompt == old.tokens[0]) & (index < length), False), 0, jnp.int32)
     count = jnp.minimum(jnp.minimum(common - 1, length - 1), old.cache.length)
     return jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(count, 0)).astype(jnp.int32)
-
-
-def _limit(length: Int[Array, ""], max_new_tokens: int | Int[ArrayLike, ""] | None, room: int) -> Int[Array, ""]:
-    """Returns the length at which the sequence ends."""
-    if max_new_tokens is None:
-        return jnp.int32(room)
-    if isinstance(max_new_tokens, int | np.integer):
-        max_new_tokens = min(int(max_new_tokens), room)
-    return jnp.minimum(jnp.int32(room), length + jnp.minimum(max_new_tokens, room))
 
 
 def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> None:

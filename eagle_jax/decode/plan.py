@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, ArrayLike, Int
 
 from eagle_jax.models.cache import ROW_TILE
 
@@ -48,7 +49,22 @@ class Plan:
 
     def limits(self, lengths: Int[Array, " batch"]) -> Int[Array, " batch"]:
         """Returns the lengths at which sequences with prompts of these lengths end."""
-        return jnp.minimum(lengths + self.max_new_tokens, self.capacity)
+        return limits_of(lengths, self.asked, self.capacity)
+
+
+def limits_of(
+    lengths: Int[Array, "*batch"], asked: int | Int[ArrayLike, ""] | None, capacity: int
+) -> Int[Array, "*batch"]:
+    """Returns the lengths at which sequences end.
+
+    Args:
+      lengths: of their prompts.
+      asked: most new tokens that the caller asked for; None or more than fit: as many as fit.
+    """
+    if asked is None:
+        return jnp.full_like(lengths, capacity)
+    most = min(int(asked), capacity) if isinstance(asked, int | np.integer) else jnp.minimum(asked, capacity)
+    return jnp.minimum(lengths + most, capacity)
 
 
 def plan(
