@@ -15,28 +15,30 @@ from eagle_jax.decode.cycle import step
 from tests.drafts import oracle
 from tests.toy import golden_pair, random_target, scaled
 
-ROOM = 128  # columns of the oracle's passes
+TEXTS, ROOM = 16, 64  # rows and columns of the oracle's passes
 NEW = 40
+
+
+@jax.jit
+def best_two(target, tokens, lengths):
+    """The two largest logits after every text, and their tokens."""
+    logits, _ = eagle_jax.forward(target, tokens, lengths)
+    last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return jax.lax.top_k(last, 2)
 
 
 def next_tokens_of(target):
     """The oracle's view of the target: greedy tokens after any texts, by plain passes over the whole of each."""
 
-    @jax.jit
-    def run(tokens, lengths):
-        logits, _ = eagle_jax.forward(target, tokens, lengths)
-        last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return jax.lax.top_k(last, 2)
-
     def next_tokens(texts):
         said = []
-        for start in range(0, len(texts), 32):
-            some = texts[start : start + 32]
-            tokens = np.zeros((32, ROOM), np.int32)
-            lengths = np.ones(32, np.int32)
+        for start in range(0, len(texts), TEXTS):
+            some = texts[start : start + TEXTS]
+            tokens = np.zeros((TEXTS, ROOM), np.int32)
+            lengths = np.ones(TEXTS, np.int32)
             for row, text in enumerate(some):
                 tokens[row, : len(text)], lengths[row] = text, len(text)
-            best, ids = run(jnp.asarray(tokens), jnp.asarray(lengths))
+            best, ids = best_two(target, jnp.asarray(tokens), jnp.asarray(lengths))
             # A near-tie might go the other way in a pass of another shape.
             assert (best[: len(some), 0] - best[: len(some), 1]).min() > 1e-4
             said += ids[: len(some), 0].tolist()
@@ -45,16 +47,18 @@ def next_tokens_of(target):
     return next_tokens
 
 
+start = jax.jit(functools.partial(eagle_jax.prefill, max_new_tokens=NEW + 20), static_argnames="tree")
+run = jax.jit(step, static_argnames="tree")
+
+
 def cycles_of(target, draft, prompt, tree=None):
     """The decoder's cycles: trees, and the tokens that each brought."""
     tokens, lengths = jnp.array([prompt]), jnp.array([len(prompt)])
     tree = TreeConfig() if tree is None else tree
-    prefill = jax.jit(functools.partial(eagle_jax.prefill, max_new_tokens=NEW + 20, tree=tree))
-    state = prefill(target, draft, tokens, lengths)
-    run = jax.jit(functools.partial(step, tree=tree))
+    state = start(target, draft, tokens, lengths, tree=tree)
     while int(state.lengths[0]) < len(prompt) + 1 + NEW:
         before = int(state.lengths[0])
-        done = run(target, draft, state)
+        done = run(target, draft, state, tree=tree)
         state = done.state
         yield jax.device_get(done.tree), np.asarray(state.tokens[0, before : int(state.lengths[0])]).tolist()
 
