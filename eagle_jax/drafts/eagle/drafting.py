@@ -66,7 +66,7 @@ class EagleDraft(Draft):
         positions: Int[Array, "batch new"],
         attend: Attend,
         *,
-        prompt_lengths: Int[Array, " batch"],
+        prompt_lengths: Int[Array, " batch"] | Int[Array, "batch new"],
     ) -> tuple[Float[Array, "batch new hidden"], Any]:
         """Runs the head over pairs of hidden states and tokens.
 

@@ -67,7 +67,7 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         positions: Int[Array, "batch new"],
         attend: Attend,
         *,
-        prompt_lengths: Int[Array, " batch"],
+        prompt_lengths: Int[Array, " batch"] | Int[Array, "batch new"],
     ) -> tuple[Float[Array, "batch new hidden"], Any]:
         """Runs the head over pairs; see `EagleDraft`."""
         with jax.named_scope("embed"):
