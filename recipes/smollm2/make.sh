@@ -34,4 +34,6 @@ for head in eagle3 eagle1; do
     eagle-jax train --config $here/$head.yaml mesh.data="$devices" --precompute $out/features/$head
     eagle-jax train --config $here/$head.yaml mesh.data="$devices" features=$out/features/$head
     rm -r $out/features/$head
+    mkdir -p $here/heads && rm -rf $here/heads/$head
+    cp -r $out/runs/$head/best $here/heads/$head
 done
