@@ -16,6 +16,8 @@ except ImportError:  # on a machine with a GPU, set up for nothing but decoding
 
 ROOMS = (
     "eagle_jax.tree",
+    "eagle_jax.ops",
+    "eagle_jax.models",
     "eagle_jax.drafts",
     "eagle_jax.decode",
     "eagle_jax.keys",

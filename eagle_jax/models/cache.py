@@ -1,7 +1,5 @@
 """KVCache: the keys and values of committed tokens.
 
-Letters: B batch, K key-value heads, S cache positions, H head dim, T new tokens.
-
 Positions at and past a sequence's length hold garbage: attention masks them by `length`, and the next commit overwrites
 them. Rejected tree nodes and finished sequences therefore need no cleaning up.
 """
@@ -16,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from eagle_jax.ops.cached import CacheLayer
 from eagle_jax.sharding import CACHE_RULE, fitting, mesh_of
@@ -23,7 +22,10 @@ from eagle_jax.sharding import CACHE_RULE, fitting, mesh_of
 # Caches hold a multiple of so many positions, a tile of accelerators' matmuls; else XLA pads, and so copies, the cache.
 ROW_TILE = 128
 
-NewKV = Sequence[tuple[jax.Array, jax.Array]]  # keys and values of T new tokens, a [B, K, T, H] pair for each layer
+# Keys and values of new tokens, a pair for each layer.
+NewKV = Sequence[tuple[Float[Array, "batch kv_heads new head_dim"], Float[Array, "batch kv_heads new head_dim"]]]
+CacheArray = Float[Array, "batch kv_heads cache head_dim"]
+Start = Int[Array, ""] | Int[Array, " batch"]  # a position for the whole batch, or one for each sequence
 
 
 class CacheShape(Protocol):
@@ -33,25 +35,23 @@ class CacheShape(Protocol):
     def num_layers(self) -> int: ...
 
     @property
-    def num_kv_heads(self) -> int:
-        """K."""
+    def num_kv_heads(self) -> int: ...
 
     @property
-    def head_dim(self) -> int:
-        """H."""
+    def head_dim(self) -> int: ...
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values k, v, one [B, K, S, H] array for each layer, and the committed length [B] int32.
+    """Keys and values, an array for each layer, and how many positions of each sequence are committed.
 
     A list, not a stacked array: slicing a stack would copy each layer.
     """
 
-    k: list[jax.Array]
-    v: list[jax.Array]
-    length: jax.Array
+    k: list[CacheArray]
+    v: list[CacheArray]
+    length: Int[Array, " batch"]
 
     @classmethod
     def zeros(cls, config: CacheShape, batch: int, rows: int, dtype: Any) -> KVCache:
@@ -65,21 +65,27 @@ class KVCache:
 
     @property
     def rows(self) -> int:
-        """S, the positions that a sequence can hold."""
+        """The positions that a sequence can hold."""
         return self.k[0].shape[2]
 
     def layer(self, index: int) -> CacheLayer:
         return CacheLayer(self.k[index], self.v[index], self.length)
 
-    def with_length(self, length: jax.Array) -> KVCache:
+    def with_length(self, length: Int[Array, " batch"]) -> KVCache:
         return dataclasses.replace(self, length=length)
 
-    def write_layer(self, index: int, k: jax.Array, v: jax.Array, start: jax.Array) -> CacheLayer:
+    def write_layer(
+        self,
+        index: int,
+        k: Float[Array, "batch kv_heads new head_dim"],
+        v: Float[Array, "batch kv_heads new head_dim"],
+        start: Start,
+    ) -> CacheLayer:
         """Writes new keys and values at `start` into one layer, as `write` does, and returns that layer."""
         return CacheLayer(_write(self.k[index], k, start), _write(self.v[index], v, start), self.length)
 
-    def write(self, new_kv: NewKV, start: jax.Array) -> KVCache:
-        """Writes new keys and values at `start`: one offset [] for the whole batch, or one for each sequence [B].
+    def write(self, new_kv: NewKV, start: Start) -> KVCache:
+        """Writes new keys and values at `start`.
 
         Leaves `length` as it is. The caller ensures that they fit: past the end, `dynamic_update_slice` would clamp and
         overwrite committed positions.
@@ -91,7 +97,7 @@ class KVCache:
         )
 
 
-def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def _write(cache: CacheArray, new: Float[Array, "batch kv_heads new head_dim"], start: Start) -> CacheArray:
     new = new.astype(cache.dtype)
     if start.ndim == 0:
         return put(cache, new, (0, 0, start, 0))
@@ -102,14 +108,16 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     return jax.shard_map(_write_each, mesh=mesh, in_specs=(spec, spec, P(spec[0])), out_specs=spec)(cache, new, start)
 
 
-def _write_each(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def _write_each(
+    cache: CacheArray, new: Float[Array, "batch kv_heads new head_dim"], start: Int[Array, " batch"]
+) -> CacheArray:
     # One slice for each sequence: a batched update would become a scatter, which copies the cache on TPUs.
     for row in range(cache.shape[0]):
         cache = put(cache, new[row : row + 1], (row, 0, start[row], 0))
     return cache
 
 
-def put(array: jax.Array, new: jax.Array, start: Sequence[int | jax.Array]) -> jax.Array:
+def put(array: jax.Array, new: jax.Array, start: Sequence[int | Int[Array, ""]]) -> jax.Array:
     """Calls `dynamic_update_slice` with int32 indices.
 
     With 64-bit types enabled, Python ints would become int64, which may not be mixed with traced int32 indices.
@@ -118,7 +126,7 @@ def put(array: jax.Array, new: jax.Array, start: Sequence[int | jax.Array]) -> j
     return jax.lax.dynamic_update_slice(array, new, place)
 
 
-def take_tokens(new_kv: NewKV, index: jax.Array) -> NewKV:
-    """Gathers new tokens at index [B, R] from every layer's keys and values: [B, K, T, H] -> [B, K, R, H]."""
+def take_tokens(new_kv: NewKV, index: Int[Array, "batch taken"]) -> list[tuple[jax.Array, jax.Array]]:
+    """Gathers the new tokens at `index` from every layer's keys and values: [batch, kv_heads, taken, head_dim]."""
     gather = jax.vmap(lambda array, i: array[:, i])
     return [(gather(k, index), gather(v, index)) for k, v in new_kv]

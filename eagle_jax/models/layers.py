@@ -1,8 +1,7 @@
 """Parts of a decoder layer: RMSNorm and RoPE as pure functions, attention and MLP as modules that hold weights.
 
-Letters: B batch, T new tokens, D model width, F MLP width, N query heads, K key-value heads, H head dim.
-
-Weights keep PyTorch's order, output dimension first: o [D, N * H], gate [F, D], q [N, H, D]. Conversion is a reshape.
+Weights keep PyTorch's order, output dimension first, so conversion is a reshape. q, k and v are [heads, head_dim,
+input]; o, [hidden, heads * head_dim], and the MLP's are matrices.
 On TPUs, q in two dimensions or o in three would be copied.
 """
 
@@ -15,29 +14,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.ops.linear import Weight, linear
 from eagle_jax.ops.spec import PLAIN, Spec
 
-# attend(q [B, T, N, H], k [B, K, T, H], v [B, K, T, H], spec) -> (attention's result [B, T, N, H], any pytree).
+# attend(q [batch, new, heads, head_dim], k and v [batch, kv_heads, new, head_dim], spec) -> (result, as q; any pytree).
 # The caller's closure, which knows the cache and the mask; the layer adds its `Spec`. The pytree (k and v, a cache that
 # holds them, or None) is returned by the layer unchanged.
 Attend = Callable[..., tuple[jax.Array, Any]]
 # The same for all layers of a model: attend(layer index, q, k, v, spec).
 AttendLayer = Callable[..., tuple[jax.Array, Any]]
+Rotation = tuple[Float32[Array, "batch new 1 half"], Float32[Array, "batch new 1 half"]]  # cos, sin; half of head_dim
 
 
 @jax.named_scope("norm")
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(
+    x: Float[Array, "*tokens hidden"], weight: Float[Array, " hidden"], eps: float
+) -> Float[Array, "*tokens hidden"]:
     """Computes RMSNorm over the last axis in float32; multiplies by the weight in x's dtype, as the reference does."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Returns inverse frequencies [H / 2] in float32, with linear or llama3 scaling applied.
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float32[np.ndarray, " half"]:
+    """Returns inverse frequencies, with linear or llama3 scaling applied.
 
     Dynamic scaling depends on the text's length, so `rope_angles` applies it.
     """
@@ -56,15 +59,17 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 @jax.named_scope("rope")
 def rope_angles(
-    rope: RopeConfig, head_dim: int, positions: jax.Array, prompt_lengths: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin [B, T, 1, H / 2], float32, of the rotation at each position.
+    rope: RopeConfig,
+    head_dim: int,
+    positions: Int[Array, "batch new"],
+    prompt_lengths: Int[Array, " batch"] | Int[Array, "batch new"],
+) -> Rotation:
+    """Returns cos and sin of the rotation at each position.
 
     Args:
-      positions: [B, T].
-      prompt_lengths: [B], or [B, T] for packed documents; read by dynamic scaling only, which depends on the text's
-        length. For a prompt's tokens that is the prompt's length; for a later token, its position + 1. Step-by-step
-        decoding computes the same, so a pass over a tree agrees with single steps.
+      prompt_lengths: of each sequence, or of each token for packed documents. Read by dynamic scaling only, which
+        depends on the text's length. For a prompt's tokens that is the prompt's length; for a later token, its
+        position + 1. Step-by-step decoding computes the same, so a pass over a tree agrees with single steps.
     """
     frequencies = jnp.asarray(rope_frequencies(rope, head_dim))
     positions = positions[:, :, None, None]
@@ -83,8 +88,12 @@ def rope_angles(
 
 
 @jax.named_scope("rope")
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Applies rotary embedding to x [B, T, heads, H] in float32; the first half of H pairs with the second.
+def rotate(
+    x: Float[Array, "batch new heads head_dim"],
+    cos: Float32[Array, "batch new 1 half"],
+    sin: Float32[Array, "batch new 1 half"],
+) -> Float[Array, "batch new heads head_dim"]:
+    """Applies rotary embedding in float32; the first half of head_dim pairs with the second.
 
     [a, b] -> [a cos - b sin, b cos + a sin]. Swaps the halves by a reversal, which XLA:CPU fuses into the products; it
     would not fuse a concatenation.
@@ -96,7 +105,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention: q, k, v and o projections. `input_size` is D, but 2 D in an EAGLE-3 head."""
+    """Grouped-query attention: q, k, v and o projections. `input_size` is 2 * hidden in an EAGLE-3 head."""
 
     def __init__(
         self, config: LlamaConfig, input_size: int, key: jax.Array, dtype: Any, *, qkv_bias: bool, o_bias: bool
@@ -115,9 +124,9 @@ class Attention(nnx.Module):
 
     @jax.named_scope("attention")
     def __call__(
-        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend, spec: Spec = PLAIN
-    ) -> tuple[jax.Array, Any]:
-        """x [B, T, input_size] -> ([B, T, D], what `attend` returned beside it). `attend` gets rotated q and k."""
+        self, x: Float[Array, "batch new input"], rotation: Rotation, attend: Attend, spec: Spec = PLAIN
+    ) -> tuple[Float[Array, "batch new hidden"], Any]:
+        """Attends by `attend`, which gets rotated q and k, and returns what it returned beside its result, too."""
         q = _project("q", x, self.q, self.q_bias)
         k = _project("k", x, self.k, self.k_bias)
         v = _project("v", x, self.v, self.v_bias)
@@ -129,7 +138,9 @@ class Attention(nnx.Module):
         return _project("o", mixed.reshape(*mixed.shape[:2], -1), self.o, self.o_bias), kept
 
 
-def _project(name: str, x: jax.Array, weight: Weight, bias: nnx.Param | None) -> jax.Array:
+def _project(
+    name: str, x: Float[Array, "batch new input"], weight: Weight, bias: nnx.Param | None
+) -> Float[Array, "batch new ..."]:
     with jax.named_scope(name):
         return add_bias(linear(x, weight), bias)
 
@@ -148,18 +159,18 @@ class MLP(nnx.Module):
         self.down_bias = zeros((d,), dtype) if config.mlp_bias else None
 
     @jax.named_scope("mlp")
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "batch new hidden"]) -> Float[Array, "batch new hidden"]:
         gate = _project("gate", x, self.gate, self.gate_bias)
         up = _project("up", x, self.up, self.up_bias)
         return _project("down", jax.nn.silu(gate) * up, self.down, self.down_bias)
 
 
-def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """Adds a bias [...] to x [B, T, ...], unless it is None."""
+def add_bias(x: Float[Array, "batch new ..."], bias: nnx.Param | None) -> Float[Array, "batch new ..."]:
+    """Adds a bias [...] to every token, unless it is None."""
     return x if bias is None else x + bias[None, None]
 
 
-def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Draws from N(0, 0.02^2), Llama's initialisation."""
     return 0.02 * jax.random.normal(key, shape, dtype)
 

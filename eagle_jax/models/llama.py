@@ -1,7 +1,4 @@
-"""Llama: the target model.
-
-Letters: B batch, T new tokens, D hidden size, V vocabulary, F width of the features that a draft reads.
-"""
+"""Llama: the target model."""
 
 from __future__ import annotations
 
@@ -11,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.config import LlamaConfig
-from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, normal, ones, rms_norm, rope_angles
+from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, Rotation, normal, ones, rms_norm, rope_angles
 from eagle_jax.models.target import TargetOutput
 from eagle_jax.ops.attention import attention
 from eagle_jax.ops.linear import Weight, linear
@@ -36,9 +34,9 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, keys[1], dtype)
 
     def __call__(
-        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attend: Attend, spec: Spec = PLAIN
-    ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> ([B, T, D], what `attend` returned beside its result)."""
+        self, x: Float[Array, "batch new hidden"], rotation: Rotation, attend: Attend, spec: Spec = PLAIN
+    ) -> tuple[Float[Array, "batch new hidden"], Any]:
+        """Returns the layer's output, and what `attend` returned beside its result."""
         eps = self.config.rms_norm_eps
         normed = x if self.input_norm is None else rms_norm(x, self.input_norm[...], eps)
         mixed, kept = self.attention(normed, rotation, attend, spec)
@@ -72,16 +70,16 @@ class Llama(nnx.Module):
 
     def __call__(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
+        tokens: Int[Array, "batch new"],
+        positions: Int[Array, "batch new"],
+        mask: Bool[Array, "batch new new"],
         *,
-        prompt_lengths: jax.Array,
+        prompt_lengths: Int[Array, " batch"],
         cache: KVCache | None = None,
         taps: tuple[int, ...] = (),
         in_blocks: bool = False,
     ) -> TargetOutput:
-        """Runs T new tokens, which attend to the cache and to each other under `mask`; see `Target`."""
+        """Runs new tokens, which attend to the cache and to each other under `mask`; see `Target`."""
 
         def attend(index, q, k, v, spec=PLAIN):
             old = None if cache is None else cache.layer(index)
@@ -92,11 +90,11 @@ class Llama(nnx.Module):
 
     def run(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
+        tokens: Int[Array, "batch new"],
+        positions: Int[Array, "batch new"],
         attend: AttendLayer,
         *,
-        prompt_lengths: jax.Array,
+        prompt_lengths: Int[Array, " batch"] | Int[Array, "batch new"],
         taps: tuple[int, ...] = (),
     ) -> tuple[TargetOutput, list[Any]]:
         """Runs a pass whose attention the caller computes; see `Target`."""
@@ -113,11 +111,11 @@ class Llama(nnx.Module):
         tapped = jnp.concatenate([stream[tap] for tap in taps], axis=-1) if taps else None
         return TargetOutput(rms_norm(x, self.norm[...], self.config.rms_norm_eps), tapped), kept
 
-    def output_weight(self) -> jax.Array:
-        """Returns lm_head [V, D], or the embedding if they are tied."""
+    def output_weight(self) -> Float[Array, "vocab hidden"]:
+        """Returns lm_head, or the embedding if they are tied."""
         return (self.embed if self.lm_head is None else self.lm_head)[...]
 
     @jax.named_scope("lm_head")
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Multiplies hidden [..., D] after the final norm by the output weight: logits [..., V] in float32."""
+    def logits(self, hidden: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens vocab"]:
+        """Multiplies hidden states after the final norm by the output weight."""
         return linear(hidden, self.embed if self.lm_head is None else self.lm_head, jnp.float32)

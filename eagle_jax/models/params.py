@@ -60,7 +60,7 @@ def input_first(model: Model) -> Model:
 
     XLA:CPU multiplies a few rows by this layout without transposing the weight first. Results differ by rounding, and
     accelerators gain nothing. The copy is for decoding only: convert, shard or train the original. A target with tied
-    embeddings gets a separate output matrix, V * D more numbers, because lookups gather rows of the embedding.
+    embeddings gets a separate output matrix, vocab * hidden more numbers, because lookups gather rows of the embedding.
     """
 
     def untie(node):

@@ -1,7 +1,5 @@
 """Target: the protocol of the model whose text is generated, as decoding, drafting and training use it.
 
-Letters: B batch, T new tokens, N query heads, K key-value heads, H head dim, D hidden size, V vocabulary.
-
 `Llama` implements it. So does any class with the members of `Target`; it need not inherit.
 """
 
@@ -10,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from eagle_jax.models.cache import CacheShape, KVCache, NewKV
 from eagle_jax.models.config import RopeConfig
@@ -17,16 +16,16 @@ from eagle_jax.models.layers import AttendLayer
 
 
 class TargetOutput(NamedTuple):
-    """The outputs of a pass over T new tokens.
+    """The outputs of a pass over new tokens.
 
-    hidden: [B, T, D] after the final norm.
-    taps: [B, T, len(taps) * D], the tapped layers' hidden states, concatenated; None without taps.
-    new_kv: keys and values of the new tokens, a [B, K, T, H] pair for each layer. Empty from `Target.run`, which hands
-      them to `attend`.
+    hidden: after the final norm.
+    taps: the tapped layers' hidden states, concatenated: taps * hidden numbers. None without taps.
+    new_kv: keys and values of the new tokens, a pair for each layer. Empty from `Target.run`, which hands them to
+      `attend`.
     """
 
-    hidden: jax.Array
-    taps: jax.Array | None = None
+    hidden: Float[Array, "batch new hidden"]
+    taps: Float[Array, "batch new features"] | None = None
     new_kv: NewKV = ()
 
 
@@ -34,12 +33,10 @@ class TargetConfig(CacheShape, Protocol):
     """The fields that are read of a target's config: these, and those of `CacheShape`."""
 
     @property
-    def vocab_size(self) -> int:
-        """V."""
+    def vocab_size(self) -> int: ...
 
     @property
-    def hidden_size(self) -> int:
-        """D."""
+    def hidden_size(self) -> int: ...
 
     @property
     def max_position_embeddings(self) -> int:
@@ -51,10 +48,10 @@ class TargetConfig(CacheShape, Protocol):
 
 
 class Embedding(Protocol):
-    """An array [V, D], or a parameter that holds one."""
+    """An array [vocab, hidden], or a parameter that holds one."""
 
     def __getitem__(self, index: Any, /) -> jax.Array:
-        """Looks up token ids [B, T]: [B, T, D]. `...` returns the whole array."""
+        """Looks up token ids [batch, new]: [batch, new, hidden]. `...` returns the whole array."""
 
 
 class Target(Protocol):
@@ -73,39 +70,38 @@ class Target(Protocol):
 
     @property
     def embed(self) -> Embedding:
-        """The input embedding [V, D]; EAGLE heads without an embedding use it, too."""
+        """The input embedding; EAGLE heads without an embedding use it, too."""
 
     def __call__(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
+        tokens: Int[Array, "batch new"],
+        positions: Int[Array, "batch new"],
+        mask: Bool[Array, "batch new new"],
         *,
-        prompt_lengths: jax.Array,
+        prompt_lengths: Int[Array, " batch"],
         cache: KVCache | None = None,
         taps: tuple[int, ...] = (),
         in_blocks: bool = False,
     ) -> TargetOutput:
-        """Runs T new tokens: a prompt, a chunk of it, a tree, or a single step.
+        """Runs new tokens: a prompt, a chunk of it, a tree, or a single step.
 
         Does not write to the cache; the caller commits `TargetOutput.new_kv`.
 
         Args:
-          tokens, positions: [B, T] int32.
-          mask: [B, T, T] bool, True for the new tokens that a new token attends to (itself included). It also attends
+          mask: True for the new tokens that a new token attends to (itself included). It also attends
             to `cache` below the cache's length.
-          prompt_lengths: [B] int32, see `rope_angles`.
+          prompt_lengths: see `rope_angles`.
           taps: as in `run`.
           in_blocks: see `ops.attention.attention`; for chunks of a prompt.
         """
 
     def run(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
+        tokens: Int[Array, "batch new"],
+        positions: Int[Array, "batch new"],
         attend: AttendLayer,
         *,
-        prompt_lengths: jax.Array,
+        prompt_lengths: Int[Array, " batch"] | Int[Array, "batch new"],
         taps: tuple[int, ...] = (),
     ) -> tuple[TargetOutput, list[Any]]:
         """Runs a pass whose attention the caller computes.
@@ -118,11 +114,11 @@ class Target(Protocol):
           The output without `new_kv`, and a list of what `attend` returned for each layer beside its result.
         """
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] after the final norm -> logits [..., V], float32."""
+    def logits(self, hidden: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens vocab"]:
+        """Turns hidden states after the final norm into logits."""
 
-    def output_weight(self) -> jax.Array:
-        """Returns the matrix [V, D] of `logits`, by which training multiplies a chunk of positions at a time."""
+    def output_weight(self) -> Float[Array, "vocab hidden"]:
+        """Returns the matrix of `logits`, by which training multiplies a chunk of positions at a time."""
 
 
 MEMBERS = tuple(name for name in vars(Target) if not name.startswith("_"))

@@ -1,13 +1,11 @@
-"""Gathers.
-
-Letters: B batch, T positions.
-"""
+"""Gathers."""
 
 from __future__ import annotations
 
 import jax
+from jaxtyping import Array, Int, Shaped
 
 
-def take_one(values: jax.Array, index: jax.Array) -> jax.Array:
-    """Gathers one position of each sequence: values [B, T, ...] at index [B] -> [B, ...]."""
+def take_one(values: Shaped[Array, "batch positions ..."], index: Int[Array, " batch"]) -> Shaped[Array, "batch ..."]:
+    """Gathers one position of each sequence."""
     return jax.vmap(lambda row, i: row[i])(values, index)

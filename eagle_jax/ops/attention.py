@@ -1,7 +1,5 @@
 """The one door to attention: `attention` with a KV cache for decoding, `causal` with a gradient for training.
 
-Letters: B batch, T new tokens, M new keys, S positions, N query heads, K key-value heads, G = N / K, H head dim.
-
 A layer's `Spec` says what its queries see and how its scores are made. A backend says which specs it supports, and
 `pick` chooses among them. Plain XLA supports every spec.
 """
@@ -15,12 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.ops import flash
 from eagle_jax.ops.cached import CacheLayer, Queries, add_blocks, add_whole
 from eagle_jax.ops.causal import OwnKV, blocks_gradient, finished, grouped, in_blocks, own_part, rounded_blocks
 from eagle_jax.ops.layout import Layout
-from eagle_jax.ops.softmax import Part, add_sinks, merge_parts, softmax_part
+from eagle_jax.ops.softmax import GroupedQueries, Keys, Part, add_sinks, merge_parts, softmax_part
 from eagle_jax.ops.spec import PLAIN, Spec
 
 # Positions of a cache in a block: for a chunk of a prompt, and on a CPU.
@@ -38,7 +37,7 @@ class Backend(NamedTuple):
 
     compute: Any
     platform: str | None = None
-    supports: Callable[[Spec, jax.Array], bool] = lambda spec, q: True
+    supports: Callable[[Spec, Float[Array, ...]], bool] = lambda spec, q: True
 
 
 # compute(queries, part of the new keys, cache) -> the two merged. On a CPU, blocks skip the arithmetic on unused
@@ -52,7 +51,7 @@ class Causal(NamedTuple):
     """A forward and a backward function: part(q, k, v, text, spec) and gradient(q, k, v, text, spec, of_part)."""
 
     part: Callable[..., Part]
-    gradient: Callable[..., tuple[jax.Array, ...]]
+    gradient: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
 def by_kernel(kernel: flash.Kernel) -> Causal:
@@ -67,7 +66,7 @@ CAUSAL = (
 )
 
 
-def pick(backends: Sequence[Backend], spec: Spec, q: jax.Array) -> dict[str | None, Any]:
+def pick(backends: Sequence[Backend], spec: Spec, q: Float[Array, ...]) -> dict[str | None, Any]:
     """Returns {platform: implementation} of the backends that support a spec; None stands for all other platforms."""
     return {backend.platform: backend.compute for backend in backends if backend.supports(spec, q)}
 
@@ -79,32 +78,29 @@ def by_platform(ways: dict[str | None, Callable[..., Any]], *args: Any) -> Any:
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
+    q: Float[Array, "batch new heads head_dim"],
+    k: Float[Array, "batch kv_heads kv head_dim"],
+    v: Float[Array, "batch kv_heads kv head_dim"],
+    mask: Bool[Array, "batch new kv"],
     cache: CacheLayer | None = None,
     *,
     spec: Spec = PLAIN,
-    positions: jax.Array | None = None,
+    positions: Int[Array, "batch new"] | None = None,
     limit_new: bool = True,
     in_blocks: bool = False,
-) -> jax.Array:
+) -> Float[Array, "batch new heads head_dim"]:
     """Attends to a KV cache and to new keys: one softmax, computed in two parts and merged.
 
     Args:
-      q: [B, T, N, H].
-      k, v: [B, K, M, H] new keys and values.
-      mask: [B, T, M], True where a query sees a new key. Every query must see at least one.
+      k, v: new keys and values.
+      mask: True where a query sees a new key. Every query must see at least one.
       cache: every query sees its positions below `length` that are inside the window.
       spec: the layer's window, sinks, softcap and scale.
-      positions: [B, T] of the queries; required if the spec has a window.
-      limit_new: apply the window to the new keys, too, at the queries' positions (M = T). False: the mask alone says
-        which new keys a query sees.
+      positions: of the queries; required if the spec has a window.
+      limit_new: apply the window to the new keys, too, which are those of the queries' tokens. False: the mask alone
+        says which new keys a query sees.
       in_blocks: go through the cache in blocks, up to its filled length. For a chunk of a prompt, whose scores over the
         whole cache would be larger than the cache.
-    Returns:
-      [B, T, N, H].
     """
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -113,7 +109,7 @@ def attention(
             raise ValueError("a layer with a window needs the positions of its queries")
         if limit_new:
             mask &= spec.sees(positions[:, :, None], positions[:, None])
-    # Query heads that share a key-value head become more queries of it, [B, K, G * T, H]: a plain batched matmul.
+    # Query heads that share a key-value head become more queries of it: a plain batched matmul.
     flat = jnp.moveaxis(q.reshape(batch, tokens, kv_heads, -1, head_dim), 1, 3)
     flat = flat.reshape(batch, kv_heads, -1, head_dim)
 
@@ -132,16 +128,18 @@ def attention(
 
 
 def causal(
-    q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec = PLAIN, own: OwnKV | None = None
-) -> jax.Array:
+    q: Float[Array, "batch positions heads head_dim"],
+    k: Keys,
+    v: Keys,
+    text: Layout,
+    spec: Spec = PLAIN,
+    own: OwnKV | None = None,
+) -> Float[Array, "batch positions heads head_dim"]:
     """Attends causally inside each document, with a gradient in q, k, v and `own`.
 
     Args:
-      q: [B, S, N, H]. k, v: [B, K, S, H].
       text: where documents lie; a query must see at least one key.
       own: keys and values of later training steps. The queries then stand `own.steps` positions after k and v.
-    Returns:
-      [B, S, N, H].
     """
     queries = grouped(q, k.shape[1])
     part = causal_part(queries, k, v, text, spec, 0 if own is None else own.steps)
@@ -150,7 +148,7 @@ def causal(
 
 @jax.named_scope("causal")
 def causal_part(
-    q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec = PLAIN, ahead: int | jax.Array = 0
+    q: GroupedQueries, k: Keys, v: Keys, text: Layout, spec: Spec = PLAIN, ahead: int | Int[Array, ""] = 0
 ) -> Part:
     """Attends causally inside each document, and returns a part of a softmax to merge with others.
 
@@ -159,10 +157,10 @@ def causal_part(
     with one document a sequence, padding sees the padding before it, so outputs at padding mean nothing.
 
     Args:
-      q: [B, K, G, S, H]. k, v: [B, K, S, H]. text: where documents lie; a query must see at least one key.
+      text: where documents lie; a query must see at least one key.
       ahead: how many positions after k and v the queries stand; a window reads it.
     Returns:
-      As `softmax_part`, [B, K, G, S, 1], [B, K, G, S, 1] and [B, K, G, S, H].
+      [batch, kv_heads, groups, positions, ...].
     """
     if not any(pick(CAUSAL, spec, q)):  # plain XLA on every platform
         return in_blocks(q, k, v, text, spec, ahead)
@@ -170,7 +168,7 @@ def causal_part(
 
 
 @jax.custom_vjp
-def by_backend(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec) -> Part:
+def by_backend(q: GroupedQueries, k: Keys, v: Keys, text: Layout, spec: Spec) -> Part:
     """Computes `causal_part` by the platform's flash kernel, or in blocks; the weighted values are in q's dtype.
 
     The gradient is a custom one, because the kernels have none through the log-sum-exp.
@@ -192,11 +190,11 @@ def _backward(kept, of_part):
 by_backend.defvjp(_forward, _backward)
 
 
-def _finished(part: Part, spec: Spec) -> jax.Array:
+def _finished(part: Part, spec: Spec) -> Float[Array, "batch positions heads head_dim"]:
     return finished(add_sinks(part, spec))
 
 
 @jax.checkpoint
-def _with_own(part: Part, q: jax.Array, own: OwnKV, spec: Spec) -> jax.Array:
-    """Merges `part` with `own_part`: [B, S, N, H] in q's dtype. Float32 values are rematerialised for the gradient."""
+def _with_own(part: Part, q: GroupedQueries, own: OwnKV, spec: Spec) -> Float[Array, "batch positions heads head_dim"]:
+    """Merges `part` with `own_part`, in q's dtype. Float32 values are rematerialised for the gradient."""
     return _finished(merge_parts(part, own_part(q, own, spec)), spec).astype(q.dtype)

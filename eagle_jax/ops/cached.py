@@ -1,7 +1,4 @@
-"""Attention to a KV cache: in one product over all its positions, or in blocks up to the filled length.
-
-Letters: B batch, T new tokens, M keys, S cache positions, K key-value heads, G query heads of each, H head dim.
-"""
+"""Attention to a KV cache: in one product over all its positions, or in blocks up to the filled length."""
 
 from __future__ import annotations
 
@@ -9,29 +6,36 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.ops.softmax import Part, merge_parts, softmax_part
 from eagle_jax.ops.spec import Spec
 
 
 class CacheLayer(NamedTuple):
-    """One layer of a KV cache: k, v [B, K, S, H], whose first `length` [B] positions are committed."""
+    """One layer of a KV cache, whose first `length` positions are committed."""
 
-    k: jax.Array
-    v: jax.Array
-    length: jax.Array
+    k: Float[Array, "batch kv_heads cache head_dim"]
+    v: Float[Array, "batch kv_heads cache head_dim"]
+    length: Int[Array, " batch"]
 
 
 class Queries(NamedTuple):
-    """Queries [B, K, G * T, H] of `tokens` = T new tokens. A window reads their positions [B, T]."""
+    """Queries of `tokens` new tokens, grouped as `softmax` says. A window reads their positions."""
 
-    grouped: jax.Array
+    grouped: Float[Array, "batch kv_heads queries head_dim"]
     tokens: int
     spec: Spec
-    positions: jax.Array | None
+    positions: Int[Array, "batch new"] | None
 
-    def part(self, keys: jax.Array, values: jax.Array, positions: jax.Array, filled: jax.Array) -> Part:
-        """Attends to keys at positions [1, M], masking those that are not `filled` [B, M]."""
+    def part(
+        self,
+        keys: Float[Array, "batch kv_heads kv head_dim"],
+        values: Float[Array, "batch kv_heads kv head_dim"],
+        positions: Int[Array, "1 kv"],
+        filled: Bool[Array, "batch kv"],
+    ) -> Part:
+        """Attends to keys at these positions, masking those that are not `filled`."""
         seen = filled[:, None]
         if self.positions is not None and self.spec.window is not None:
             seen = seen & self.spec.sees(self.positions[:, :, None], positions[:, None])

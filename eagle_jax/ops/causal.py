@@ -1,8 +1,5 @@
 """Causal attention inside documents in blocks of plain XLA, and attention of later training steps to their own keys.
 
-Letters: B batch, S positions, N query heads, K key-value heads, G = N / K, H head dim, M later steps, Q queries of a
-block.
-
 A later step of the training-time test queries the first step's keys causally. Of the later steps so far it queries the
 keys at its own position only.
 """
@@ -13,30 +10,31 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from eagle_jax.ops.layout import Layout
 from eagle_jax.ops.linear import dot
-from eagle_jax.ops.softmax import Part, softmax_part
+from eagle_jax.ops.softmax import GroupedQueries, Keys, Part, softmax_part
 from eagle_jax.ops.spec import PLAIN, Spec
 
 BLOCK = 512  # queries whose scores are materialised at a time
 
 
 class OwnKV(NamedTuple):
-    """Keys and values k, v [B, S, K, M, H] of M later steps, the first `steps` valid; only their position sees them."""
+    """Keys and values of later steps, the first `steps` of them valid. Only queries at their position see them."""
 
-    k: jax.Array
-    v: jax.Array
-    steps: jax.Array
+    k: Float[Array, "batch positions kv_heads later head_dim"]
+    v: Float[Array, "batch positions kv_heads later head_dim"]
+    steps: Int[Array, ""]
 
 
 def in_blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: GroupedQueries,
+    k: Keys,
+    v: Keys,
     text: Layout,
     spec: Spec = PLAIN,
-    ahead: int | jax.Array = 0,
+    ahead: int | Int[Array, ""] = 0,
     block: int = BLOCK,
 ) -> Part:
     """Computes `attention.causal_part` for `block` queries at a time, and rematerialises a block for its gradient."""
@@ -65,37 +63,37 @@ def in_blocks(
     starts = jnp.arange(count, dtype=jnp.int32) * block
     parts = jax.lax.map(part, (starts, blocks, _cut(text.first, block, 0), _cut(text.end, block, width)))
 
-    def whole(values):  # [count, B, K, G * Q, X] -> [B, K, G, S, X]
+    def whole(values):  # [count, batch, kv_heads, groups * block, ...] -> [batch, kv_heads, groups, positions, ...]
         values = values.reshape(count, batch, kv_heads, groups, block, -1)
         return jnp.moveaxis(values, 0, 3).reshape(batch, kv_heads, groups, count * block, -1)[:, :, :, :width]
 
     return tuple(map(whole, parts))
 
 
-def _cut(places: jax.Array, block: int, fill: int) -> jax.Array:
-    """Splits numbers of positions into those of each block's queries, padded: [B, S] -> [blocks, B, Q]."""
+def _cut(places: Int[Array, "batch positions"], block: int, fill: int) -> Int[Array, "blocks batch {block}"]:
+    """Splits numbers of positions into those of each block's queries, padded with `fill`."""
     batch, width = places.shape
     count = -(-width // block)
     places = jnp.pad(places, [(0, 0), (0, count * block - width)], constant_values=fill)
     return jnp.moveaxis(places.reshape(batch, count, block), 1, 0)
 
 
-def rounded_blocks(q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec) -> Part:
+def rounded_blocks(q: GroupedQueries, k: Keys, v: Keys, text: Layout, spec: Spec) -> Part:
     """Computes `in_blocks` with the weighted values rounded to q's dtype, as kernels return them."""
     top, total, out = in_blocks(q, k, v, text, spec)
     return top, total, out.astype(q.dtype)
 
 
 def blocks_gradient(
-    q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec, of_part: Part
-) -> tuple[jax.Array, ...]:
+    q: GroupedQueries, k: Keys, v: Keys, text: Layout, spec: Spec, of_part: Part
+) -> tuple[GroupedQueries, Keys, Keys]:
     """Returns the gradients of `rounded_blocks` in q, k and v."""
     return jax.vjp(lambda q, k, v: rounded_blocks(q, k, v, text, spec), q, k, v)[1](of_part)
 
 
 @jax.named_scope("own_keys")
-def own_part(q: jax.Array, own: OwnKV, spec: Spec = PLAIN) -> Part:
-    """Attends from queries q [B, K, G, S, H] to the keys of later steps at their own position; a part, as `in_blocks`.
+def own_part(q: GroupedQueries, own: OwnKV, spec: Spec = PLAIN) -> Part:
+    """Attends from queries to the keys of later steps at their own position; a part, as `in_blocks`.
 
     A window hides none of them, because the decoder hides no drafted ancestor from a node.
     """
@@ -109,14 +107,16 @@ def own_part(q: jax.Array, own: OwnKV, spec: Spec = PLAIN) -> Part:
     return tuple(jnp.moveaxis(x, 1, 3) for x in (top, weights.sum(axis=-1, keepdims=True), out))
 
 
-def grouped(q: jax.Array, kv_heads: int) -> jax.Array:
-    """Groups query heads by their key-value head: [B, S, N, H] -> [B, K, G, S, H]."""
+def grouped(
+    q: Float[Array, "batch positions heads head_dim"], kv_heads: int
+) -> Float[Array, "batch {kv_heads} groups positions head_dim"]:
+    """Groups query heads by their key-value head."""
     batch, width, _, head_dim = q.shape
     return jnp.moveaxis(q.reshape(batch, width, kv_heads, -1, head_dim), 1, 3)
 
 
-def finished(part: Part) -> jax.Array:
-    """Normalises a part [B, K, G, S, ...] and joins its heads: [B, S, N, H], float32."""
+def finished(part: Part) -> Float32[Array, "batch positions heads head_dim"]:
+    """Normalises a part [batch, kv_heads, groups, positions, ...] and joins its heads."""
     _, total, out = part
     batch, _, _, width, head_dim = out.shape
     return jnp.moveaxis(out / total, 3, 1).reshape(batch, width, -1, head_dim)

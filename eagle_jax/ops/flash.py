@@ -1,7 +1,5 @@
 """Causal attention by JAX's flash kernels, with the log-sum-exp and a gradient through it.
 
-Letters: B batch, S positions, K key-value heads, G query heads of each, H head dim.
-
 The kernels are Pallas's Triton attention on a CUDA GPU and splash attention on a TPU. Both return the log-sum-exp.
 Neither has a gradient through it, which merging with the keys of later steps needs. A second attention supplies it: one
 whose values are the keys. With P = softmax(s q k'), o = P v, l the log-sum-exp, and gradients do and dl:
@@ -22,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from eagle_jax.ops.layout import Layout
-from eagle_jax.ops.softmax import Part
+from eagle_jax.ops.softmax import GroupedQueries, Keys, Part
 from eagle_jax.ops.spec import Spec
 from eagle_jax.sharding import CACHE_RULE, fitting, mesh_of
 
@@ -32,13 +31,13 @@ BLOCK = 128  # sequences are padded to a multiple
 NARROWEST = 16  # the smallest head dim that Triton multiplies
 LANES = 128  # a TPU's lanes; head dims are padded to a multiple
 
-# Causal attention among positions of the same segment: (q [B, K, G, S, H], k, v [B, K, S, H], segments [B, S], scale,
-# log_sum_exp) -> [B, K, G, S, H], with a gradient in q, k and v. If log_sum_exp, it returns the log-sum-exp, too,
-# [B, K, G, S] float32, and has no gradient.
+# Causal attention among positions of the same segment: (q, k, v, segments [batch, positions], scale, log_sum_exp) ->
+# the shape of q, with a gradient in q, k and v. If log_sum_exp, it also returns the log-sum-exp, float32
+# [batch, kv_heads, groups, positions], and has no gradient.
 Kernel = Callable[..., Any]
 
 
-def supports(spec: Spec, q: jax.Array) -> bool:
+def supports(spec: Spec, q: Float[Array, ...]) -> bool:
     """Returns whether the kernels compute a spec: any scale and sinks (which are merged later), no window or softcap.
 
     The gradient through the log-sum-exp above needs scores that are linear in q and k.
@@ -47,15 +46,14 @@ def supports(spec: Spec, q: jax.Array) -> bool:
     return fits and spec.window is None and spec.softcap is None
 
 
-def flash_part(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec) -> Part:
+def flash_part(kernel: Kernel, q: GroupedQueries, k: Keys, v: Keys, text: Layout, spec: Spec) -> Part:
     """Computes a part of a softmax: causal attention inside each document. `gradient` is its backward pass.
 
     Args:
-      q: [B, K, G, S, H]. k, v: [B, K, S, H].
       text: `first` serves as segment ids.
     Returns:
-      As `softmax_part`, [B, K, G, S, 1], [B, K, G, S, 1] and [B, K, G, S, H]. The log-sum-exp stands in place of the
-      largest score, and 1 in place of the sum of exponentials. The values are normalised, in q's dtype.
+      [batch, kv_heads, groups, positions, ...]. The log-sum-exp stands in place of the largest score, and 1 in place of
+      the sum of exponentials. The values are normalised, in q's dtype.
     """
 
     def attend(segments, q, k, v):
@@ -67,8 +65,8 @@ def flash_part(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, text: L
 
 
 def gradient(
-    kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, text: Layout, spec: Spec, of_part: Part
-) -> tuple[jax.Array, ...]:
+    kernel: Kernel, q: GroupedQueries, k: Keys, v: Keys, text: Layout, spec: Spec, of_part: Part
+) -> tuple[GroupedQueries, Keys, Keys]:
     """Returns the gradients in q, k and v from that of `flash_part`'s result."""
     scale = spec.scale_of(q.shape[-1])
 
@@ -88,7 +86,7 @@ def gradient(
 
 
 def _by_row_and_head(fn, results, segments, *arrays):
-    """Calls fn(segments, *arrays) with [..., S, X] padded to whole blocks, sharded by sequences and heads on a mesh.
+    """Calls fn(segments, *arrays) with positions padded to whole blocks, sharded by sequences and heads on a mesh.
 
     A compiler cannot shard a kernel by itself.
     """
@@ -110,7 +108,7 @@ def triton(q, k, v, segments, *, scale, log_sum_exp, interpret=False):
         warnings.filterwarnings("ignore", message=".*tokamax", category=DeprecationWarning)
         from jax.experimental.pallas.ops.gpu.attention import mha
 
-    def heads_inside(array, groups):  # [B, K, ..., S, H] -> [B, S, K * G, H]
+    def heads_inside(array, groups):  # -> [batch, positions, heads, head_dim]
         return jnp.moveaxis(array, 1, 2) if groups == 1 else jnp.repeat(jnp.moveaxis(array, 1, 2), groups, axis=2)
 
     batch, kv_heads, groups, width, head_dim = q.shape

@@ -1,7 +1,4 @@
-"""Where documents lie in the sequences of a batch: one in each, or several packed (the segment ids of other packages).
-
-Letters: B batch, S positions of a sequence.
-"""
+"""Where documents lie in the sequences of a batch: one in each, or several packed by segment ids."""
 
 from __future__ import annotations
 
@@ -9,26 +6,27 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Int32
 
 
 class Layout(NamedTuple):
-    """Documents of a batch, as numbers for every position; [B, S] int32 each.
+    """Documents of a batch, as numbers for every position.
 
     positions: the position inside its document, from 0.
     first: the position in the sequence where its document starts; a segment id, for no two documents share it.
     end: one past its document's last token. A query at t attends to keys from first[t] to min(t, end[t] - 1).
     """
 
-    positions: jax.Array
-    first: jax.Array
-    end: jax.Array
+    positions: Int32[Array, "batch positions"]
+    first: Int32[Array, "batch positions"]
+    end: Int32[Array, "batch positions"]
 
 
-def layout(lengths: jax.Array, width: int, documents: jax.Array | None = None) -> Layout:
-    """Lays out sequences that hold `lengths` [B] tokens, right-padded to `width`.
+def layout(lengths: Int[Array, " batch"], width: int, documents: Int[Array, "batch {width}"] | None = None) -> Layout:
+    """Lays out sequences that hold `lengths` tokens, right-padded to `width`.
 
     Args:
-      documents: [B, S], a number for every token that changes where a document ends. None: one document a sequence.
+      documents: a number for every token that changes where a document ends. None: one document a sequence.
 
         lengths 5, documents 0 0 0 1 1 (1):  positions 0 1 2 0 1 0    first 0 0 0 3 3 5    end 3 3 3 5 5 6
     """

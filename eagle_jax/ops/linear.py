@@ -1,7 +1,4 @@
-"""Weights, and products with them.
-
-Letters: D input width of a weight.
-"""
+"""Weights, and products with them."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 CPU_FEW_ROWS = 8  # up to so many rows a CPU multiplies one at a time, with a weight stored output first
 CPU_EIGEN_ROWS = 16  # up to so many rows Eigen multiplies faster than YNNPACK, with a weight stored input first
@@ -24,15 +22,15 @@ def dot(equation: str, x: jax.Array, y: jax.Array, out_dtype: Any = None) -> jax
 
 
 class Weight(nnx.Param):
-    """A parameter [..., D] that knows how it multiplies. A subclass may store it in another layout."""
+    """A parameter [..., input] that knows how it multiplies. A subclass may store it in another layout."""
 
     @property
     def input_size(self) -> int:
-        """D, in any layout."""
+        """The length of the input axis, in any layout."""
         return self.shape[-1]
 
-    def multiply(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
-        """Multiplies x [..., D]: [..., the weight's other dimensions].
+    def multiply(self, x: Float[Array, "... input"], out_dtype: Any = None) -> Float[Array, ...]:
+        """Multiplies x by the weight: [..., the weight's other axes].
 
         Flattens both operands to matrices: XLA:CPU transposes a weight of higher rank on every call, and its gradient
         is twice as slow. A CPU multiplies 2 to CPU_FEW_ROWS rows one at a time, as plain decoding does: a small matmul
@@ -61,13 +59,13 @@ class Weight(nnx.Param):
 
 
 class InputFirst(Weight):
-    """A weight [..., D] stored as [D, ...]: XLA:CPU multiplies a few rows by this layout without transposing it."""
+    """A weight stored as [input, ...]: XLA:CPU multiplies a few rows by this layout without transposing it."""
 
     @property
     def input_size(self) -> int:
         return self.shape[0]
 
-    def multiply(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
+    def multiply(self, x: Float[Array, "... input"], out_dtype: Any = None) -> Float[Array, ...]:
         stored, rows = self[...], x.reshape(-1, x.shape[-1])
         matrix = stored.reshape(len(stored), -1)
         if 1 < len(rows) <= CPU_EIGEN_ROWS and rows.dtype == jnp.float32:
@@ -82,9 +80,11 @@ class InputFirst(Weight):
         return self
 
 
-def linear(x: jax.Array, weight: jax.Array | nnx.Param, out_dtype: Any = None) -> jax.Array:
-    """Multiplies x [..., D] by a weight: [..., the weight's other dimensions].
+def linear(
+    x: Float[Array, "... input"], weight: Float[Array, "... input"] | nnx.Param, out_dtype: Any = None
+) -> Float[Array, ...]:
+    """Multiplies x by a weight: [..., the weight's other axes].
 
-    A plain array [..., D] multiplies as a `Weight` does, and so does an embedding that is the output matrix, too.
+    A plain array [..., input] multiplies as a `Weight` does, and so does an embedding that is the output matrix, too.
     """
     return (weight if isinstance(weight, Weight) else Weight(weight[...])).multiply(x, out_dtype)

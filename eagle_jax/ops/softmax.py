@@ -1,30 +1,41 @@
 """Online softmax in parts: attention to some of the keys, unnormalised, and how two parts are merged.
 
-Letters: B batch, T new tokens, S keys, N query heads, K key-value heads, G = N / K, H head dim.
+Query heads that share a key-value head are more queries of it. The axis `queries` holds the query heads of a key-value
+head, and for each of them the new tokens.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from eagle_jax.ops.linear import dot
 from eagle_jax.ops.spec import PLAIN, Spec
 
-# (largest score [..., 1], sum of exponentials [..., 1], weighted sum of values [..., H]), unnormalised.
+# (largest score [..., 1], sum of exponentials [..., 1], weighted sum of values [..., head_dim]).
 Part = tuple[jax.Array, ...]
+
+# Queries by key-value head, and the keys or values that they attend to.
+GroupedQueries = Float[Array, "batch kv_heads groups positions head_dim"]
+Keys = Float[Array, "batch kv_heads positions head_dim"]
 
 
 def softmax_part(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, tokens: int, spec: Spec = PLAIN
+    q: Float[Array, "batch kv_heads queries head_dim"],
+    keys: Float[Array, "batch kv_heads kv head_dim"],
+    values: Float[Array, "batch kv_heads kv head_dim"],
+    seen: Bool[Array, "batch new kv"] | Bool[Array, "batch 1 kv"],
+    tokens: int,
+    spec: Spec = PLAIN,
 ) -> Part:
-    """Computes attention of q [B, K, G * T, H] to keys and values [B, K, S, H], before normalisation.
+    """Computes attention to some of the keys, before normalisation.
 
     Args:
-      seen: [B, T, S], True where a query sees a key; a window must be in it.
+      seen: True where a query sees a key; a window must be in it.
       spec: its softcap and scale are applied here; its sinks by `add_sinks`, once for all parts.
     Returns:
-      The largest score and the sum of exponentials [B, K, G * T, 1], and the weighted values [B, K, G * T, H]; float32.
+      [batch, kv_heads, queries, ...], float32.
     """
     batch, kv_heads, queries, head_dim = q.shape
     scores = spec.scores(dot("bkqh,bksh->bkqs", q, keys, jnp.float32), head_dim)
@@ -45,7 +56,10 @@ def merge_parts(a: Part, b: Part) -> Part:
 
 
 def add_sinks(part: Part, spec: Spec) -> Part:
-    """Merges a part [B, K, G * T, ...] or [B, K, G, T, ...] with the sinks, if the spec has any."""
+    """Merges a part [batch, kv_heads, queries, ...] with the sinks, if the spec has any.
+
+    The queries of a part may also be two axes, query heads and positions.
+    """
     if spec.sinks is None:
         return part
     batch, kv_heads = part[0].shape[:2]

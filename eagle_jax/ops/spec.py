@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 
 @functools.partial(
@@ -18,24 +19,26 @@ class Spec:
 
     window: sliding window; a query sees its own position and the `window` - 1 before it. None: all positions before it.
     first: with a window, positions below `first` stay visible to every query (attention sinks of arXiv 2309.17453).
-    sinks: [N], a logit for each query head that enters the softmax and has no value (gpt-oss).
+    sinks: a logit for each query head that enters the softmax and has no value (gpt-oss).
     softcap: replaces a score by softcap * tanh(score / softcap), before the mask (Gemma 2).
-    scale: factor on q k'. None: H ** -0.5.
+    scale: factor on q k'. None: head_dim ** -0.5.
     """
 
     window: int | None = None
     first: int = 0
-    sinks: jax.Array | None = None
+    sinks: Float[Array, " heads"] | None = None
     softcap: float | None = None
     scale: float | None = None
 
     @property
     def plain(self) -> bool:
-        """Whether this is Llama's attention: full, without sinks or softcap, scaled by H ** -0.5."""
+        """Whether this is Llama's attention: full, without sinks or softcap, scaled by head_dim ** -0.5."""
         return self.window is None and self.sinks is None and self.softcap is None and self.scale is None
 
-    def sees(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """Returns whether a query position sees a key position through the window; the two shapes broadcast.
+    def sees(
+        self, queries: Int[Array, "#batch new 1"], keys: Int[Array, "#batch #new kv"]
+    ) -> Bool[Array, "batch new kv"]:
+        """Returns whether a query position sees a key position through the window.
 
         Ignores causality: later keys are the mask's business.
         """
@@ -46,7 +49,7 @@ class Spec:
         """Returns the factor on q k' for this head dim."""
         return head_dim**-0.5 if self.scale is None else self.scale
 
-    def scores(self, products: jax.Array, head_dim: int) -> jax.Array:
+    def scores(self, products: Float32[Array, "*queries kv"], head_dim: int) -> Float32[Array, "*queries kv"]:
         """Turns products q k' into scores, before the mask."""
         scores = products * self.scale_of(head_dim)
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)

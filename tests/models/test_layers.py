@@ -39,7 +39,7 @@ def test_rotation_pairs_the_halves():
 @settings(max_examples=15)
 @given(shift=st.integers(0, 5000), base=st.sampled_from([10000.0, 500000.0]))
 def test_rotated_products_depend_on_distance(shift, base):
-    q, k = normal(0, 1, 1, 1, 8), normal(1, 1, 1, 1, 8)
+    q, k = jnp.asarray(normal(0, 1, 1, 1, 8)), jnp.asarray(normal(1, 1, 1, 1, 8))
 
     def product(i: int, j: int) -> float:
         cos, sin = rope_angles(RopeConfig(theta=base), 8, jnp.asarray([[i, j]]), jnp.zeros(1, jnp.int32))

@@ -165,7 +165,7 @@ def test_every_backend_is_numpy_under_every_spec_that_it_supports(name, monkeypa
     width, new, lengths = 90, 5, np.array([90, 41])
     last = lengths[:, None] - new + np.arange(new)  # [B, new]: positions of the queries that are compared
     q, k, v = normal(0, 2, width, 4, 16), normal(1, 2, 2, width, 16), normal(2, 2, 2, width, 16)
-    queries = np.take_along_axis(q, last[:, :, None, None], axis=1)
+    queries = jnp.asarray(np.take_along_axis(q, last[:, :, None, None], axis=1))
     specs = {what: spec for what, spec in SPECS.items() if backend.supports(spec, jnp.asarray(q))}
     assert len(specs) == (4 if backend.platform else len(SPECS))
 
@@ -211,7 +211,7 @@ def test_blocks_of_queries_change_nothing(spec):
     """The last block is padded; documents begin within blocks, and a window counts from a document's start."""
     q, k, v, of_out = (normal(i, 2, 1, 4, 23, 16) for i in range(4))
     k, v = k[:, :, 0], v[:, :, 0]
-    documents = (np.arange(23)[None] >= np.array([[10], [4]])).astype(np.int32)
+    documents = jnp.asarray(np.arange(23)[None] >= np.array([[10], [4]]), jnp.int32)
     text = layout(jnp.array([23, 9]), 23, documents)
 
     @functools.partial(jax.jit, static_argnames="block")
