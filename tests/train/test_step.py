@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import Any
 
 import jax
@@ -14,13 +15,22 @@ from jax.sharding import AxisType
 
 from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig
 from eagle_jax.models import params
+from eagle_jax.ops.linear import linear
 from eagle_jax.sharding import path_name, path_sharding
 from eagle_jax.train import optimizer_state, optimizer_step
 from eagle_jax.train.config import OptimizerSettings
 from eagle_jax.train.data.dataset import Dataset, pack
 from eagle_jax.train.data.loader import on_mesh
+from eagle_jax.train.loss import vocabulary
 from eagle_jax.train.loss.objective import Eagle1Objective, Eagle3Objective, TargetObjective
-from eagle_jax.train.loss.vocabulary import Labels, Soft, likeliest_tokens, vocabulary_loss, vocabulary_losses
+from eagle_jax.train.loss.vocabulary import (
+    Labels,
+    Soft,
+    likeliest_tokens,
+    vocabulary_loss,
+    vocabulary_losses,
+    weighted_loss,
+)
 from eagle_jax.train.run import optimizer, step
 from tests.toy import scaled
 
@@ -204,6 +214,47 @@ def test_losses_of_several_steps_are_each_its_own(soft, chunk):
     )
     for ours, right in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, right, atol=1e-5)
+
+
+def test_gradients_made_forward_are_those_made_backward():
+    keys = jax.random.split(jax.random.key(7), 4)
+    x, weight = jax.random.normal(keys[0], (4, 3, 11, 8)), jax.random.normal(keys[1], (19, 8))
+    teacher = Soft(jax.random.normal(keys[2], (3, 14, 6)), jax.random.normal(keys[3], (19, 6)))
+    importance, step_weights = (jnp.arange(132.0) % 5).reshape(4, 3, 11), jnp.array([1.0, 0.5, 2.0, 0.1])
+
+    def forward(x, weight):
+        total, sums = weighted_loss(x, weight, teacher, importance, step_weights, 10)
+        return 3 * total, sums
+
+    def backward(x, weight):
+        sums = vocabulary_losses(x, weight, teacher, importance, 10)
+        return 3 * (step_weights * sums.loss).sum(), sums
+
+    ours, theirs = (jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, weight) for f in (forward, backward))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("together", "products"), [(True, {"teacher": 1, "draft": 4}), (False, {"teacher": 2, "draft": 8})]
+)
+def test_the_teacher_s_product_is_made_once_for_all_steps(monkeypatch, together, products):
+    x, weight = jnp.ones((4, 3, 11, 8)), jnp.ones((19, 8))
+    teacher, importance, counts = Soft(jnp.ones((3, 14, 6)), jnp.ones((19, 6))), jnp.ones((4, 3, 11)), Counter()
+
+    def counted(x, weight, dtype):
+        name = "teacher" if weight.shape == teacher.rows.shape else "draft"
+        jax.debug.callback(lambda: counts.update([name]))
+        return linear(x, weight, dtype)
+
+    def loss(x, weight):
+        if together:
+            return weighted_loss(x, weight, teacher, importance, jnp.ones(4), 33)[0]
+        return vocabulary_losses(x, weight, teacher, importance, 33).loss.sum()
+
+    monkeypatch.setattr(vocabulary, "linear", counted)
+    jax.block_until_ready(jax.grad(loss, (0, 1))(x, weight))
+    jax.effects_barrier()
+    assert counts == products
 
 
 def test_bfloat16_computes_near_float32_masters():

@@ -49,11 +49,21 @@ class Examples(NamedTuple):
     known: jax.Array
 
 
-class Eagle3Sums(NamedTuple):
-    """Weighted sums over positions. features: SmoothL1 to the target's hidden states; 0 if not requested."""
+class Eagle3Outputs(NamedTuple):
+    """The head's outputs at all steps, and its teacher.
 
-    tokens: LossSums
-    features: jax.Array
+    x: [steps, B, S, D], the normalised hidden states. weight: [Vd, D], of their logits. teacher: hidden states from
+    position 1 on, padded by the number of steps.
+    """
+
+    x: jax.Array
+    weight: jax.Array
+    teacher: Soft
+
+    @property
+    def logits_from(self) -> tuple[jax.Array, jax.Array, Soft]:
+        """Returns x in the weight's dtype, the weight and the teacher: the operands of the vocabulary losses."""
+        return self.x.astype(self.weight.dtype), self.weight, self.teacher
 
 
 def examples(
@@ -140,7 +150,9 @@ def eagle3_loss(
         raise ValueError('alignment "official" knows one document a row; pack documents with "corrected"')
     made = examples(draft, target, tokens, lengths, loss_mask, documents, chunk)
     learned, weights = eagle3_weights(made, steps, alignment)
-    sums = eagle3_sums(draft, target, made, weights, chunk=chunk).tokens
+    outputs = eagle3_outputs(draft, target, made, steps)
+    with jax.named_scope("eagle3_loss"):
+        sums = vocabulary_losses(*outputs.logits_from, weights, chunk)
     total = tokens.size if alignment == "official" else jnp.maximum(weights.sum(axis=(1, 2)), 1)
     loss = sums.loss - sums.entropy if divergence == "kl" else sums.loss
     return loss / total, sums.match / (learned.sum(axis=(1, 2)) + 1e-6)
@@ -172,47 +184,36 @@ def eagle3_weights(made: Examples, steps: int, alignment: Alignment = "corrected
 
 
 @jax.named_scope("eagle3_loss")
-def eagle3_sums(
-    draft: Eagle3Draft,
-    target: Target,
-    made: Examples,
-    weights: jax.Array,
-    *,
-    features: bool = False,
-    dtype: Any = None,
-    chunk: int = CHUNK,
-) -> Eagle3Sums:
-    """Returns sums of the steps' losses, weighted by `weights` [steps, B, S]: [steps] each.
+def eagle3_outputs(draft: Eagle3Draft, target: Target, made: Examples, steps: int, dtype: Any = None) -> Eagle3Outputs:
+    """Runs the steps of the training-time test.
 
     Args:
-      features: also regress the normalised hidden states to the target's, which must have the head's width.
       dtype: of the head's computation; None: the head's.
     """
-    steps, _, width = weights.shape
-    if features and draft.config.hidden_size != target.config.hidden_size:
-        raise ValueError(
-            f"a regression of features needs a head as wide as its target, {target.config.hidden_size}, not "
-            f"{draft.config.hidden_size}: set loss.feature_weight to 0"
-        )
+    width = made.tokens.shape[1]
     weight = target.output_weight()
     rows = jax.lax.stop_gradient(weight if draft.target_ids is None else weight[draft.target_ids[...]])  # [Vd, H]
-    # Everything is read `steps` places further on, at most; past the end there are zeros, as in the reference.
+    # Step k reads k positions on. Zero padding past the end, as in the reference.
     following = jnp.pad(made.tokens, [(0, 0), (0, steps)])
     answers = jnp.pad(made.answers[:, 1:], [(0, 0), (0, steps), (0, 0)])
     hidden = _Steps(draft, dtype, width).run(target, made, following, steps)
     head = in_dtype(draft, dtype)
     x = jax.checkpoint(head.before_logits)(hidden)
     output = head.output_weight(target)  # the target's, in its own dtype, where the head has no lm_head
-    sums = vocabulary_losses(x.astype(output.dtype), output, Soft(answers, rows), weights, chunk)
-    if not features:
-        return Eagle3Sums(sums, jnp.zeros(steps, jnp.float32))
+    return Eagle3Outputs(x, output, Soft(answers, rows))
+
+
+@jax.named_scope("feature_loss")
+def feature_distances(outputs: Eagle3Outputs, weights: jax.Array) -> jax.Array:
+    """Returns sums of the SmoothL1 distances to the target's hidden states, weighted by [steps, B, S]: [steps]."""
+    width = weights.shape[2]
 
     @jax.checkpoint
     def distance(of_step):
         step, x, importance = of_step
-        return (importance * smooth_l1(x, _shifted(answers, step, width))).sum()
+        return (importance * smooth_l1(x, _shifted(outputs.teacher.hidden, step, width))).sum()
 
-    return Eagle3Sums(sums, jax.lax.map(distance, (jnp.arange(steps, dtype=jnp.int32), x, weights)))
+    return jax.lax.map(distance, (jnp.arange(len(weights), dtype=jnp.int32), outputs.x, weights))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -242,7 +243,7 @@ class _Steps:
         def attend(q, k, v, spec=PLAIN):
             own_k, own_v = (with_step(old, new, step) for old, new in zip(own, (k, v), strict=True))
             first_k, first_v = first_kv
-            return causal(q, first_k, first_v, constants["text"], spec, OwnKV(own_k, own_v, step)), (k, v)
+            return causal(q, first_k, first_v, constants["text"], spec, OwnKV(own_k, own_v, step)), (own_k, own_v)
 
         return self.one(floats, constants, hidden, step, attend)
 

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from eagle_jax.models.cache import put
 
 StepKV = tuple[jax.Array, jax.Array]  # the keys and values of one step, [B, K, S, H] each
+OwnKV = tuple[jax.Array, jax.Array]  # those of all later steps, [B, S, K, M, H] each
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def later_steps(
-    one: Callable[..., tuple[jax.Array, StepKV]],
+    one: Callable[..., tuple[jax.Array, OwnKV]],
     steps: int,
     floats: Any,
     constants: Any,
@@ -34,8 +35,8 @@ def later_steps(
     """Returns the hidden states of all steps, [N, B, S, D]. Differentiable in floats, hidden and first.
 
     Args:
-      one: (floats, constants, hidden [B, S, D], first, own, step) -> (hidden, the step's keys and values). It reads
-        `own`, [B, S, K, M, H] each, below index step - 1 only.
+      one: (floats, constants, hidden [B, S, D], first, own, step) -> (hidden, own with this step's). It reads `own`,
+        [B, S, K, M, H] each, below index step - 1 only, and writes there.
       floats: the trained arrays. constants: the others.
       hidden: [B, S, D], the output of step 0. first: its keys and values, [B, K, S, H] each.
     """
@@ -49,8 +50,8 @@ def _forward(one, steps, floats, constants, hidden, first):
 
     def advance(step, carry):
         outputs, own = carry
-        following, new = one(floats, constants, outputs[step - 1], first, own, step)
-        return outputs.at[step].set(following), jax.tree.map(lambda o, n: with_step(o, n, step), own, new)
+        following, own = one(floats, constants, outputs[step - 1], first, own, step)
+        return outputs.at[step].set(following), own
 
     outputs, own = jax.lax.fori_loop(1, steps, advance, (outputs, own))
     return outputs, (floats, constants, outputs, first, own)
@@ -60,25 +61,20 @@ def _backward(one, steps, kept, of_outputs):
     floats, constants, outputs, first, own = kept
 
     def back(carry, step):
-        of_floats, of_hidden, of_first, of_own = carry
+        own, of_floats, of_hidden, of_first, of_own = carry
 
         def again(floats, hidden, first, own):
             return one(floats, constants, hidden, first, own, step)
 
-        _, pull = jax.vjp(again, floats, outputs[step - 1], first, own)
-        of_new = jax.tree.map(lambda of: jnp.moveaxis(of[:, :, :, step - 1], 2, 1), of_own)
-        more_floats, of_hidden, more_first, more_own = pull((of_hidden, of_new))
-        add = functools.partial(jax.tree.map, jnp.add)
-        return (
-            add(of_floats, more_floats),
-            of_hidden + of_outputs[step - 1],
-            add(of_first, more_first),
-            add(of_own, more_own),
-        ), None
+        # `own` is a carry, although recomputing a step changes none of it, so that XLA writes into it without a copy.
+        (_, own), pull = jax.vjp(again, floats, outputs[step - 1], first, own)
+        more_floats, of_hidden, more_first, of_own = pull((of_hidden, of_own))
+        of_floats, of_first = jax.tree.map(jnp.add, (of_floats, of_first), (more_floats, more_first))
+        return (own, of_floats, of_hidden + of_outputs[step - 1], of_first, of_own), None
 
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    start = (zeros(floats), of_outputs[-1], zeros(first), zeros(own))
-    (of_floats, of_hidden, of_first, _), _ = jax.lax.scan(
+    start = (own, zeros(floats), of_outputs[-1], zeros(first), zeros(own))
+    (_, of_floats, of_hidden, of_first, _), _ = jax.lax.scan(
         back, start, jnp.arange(1, steps, dtype=jnp.int32), reverse=True
     )
     return of_floats, None, of_hidden, of_first

@@ -20,7 +20,7 @@ from eagle_jax.ops.attention import causal
 from eagle_jax.ops.layout import layout
 from eagle_jax.ops.spec import PLAIN
 from eagle_jax.train.loss import eagle
-from eagle_jax.train.loss.vocabulary import CHUNK, Labels, vocabulary_loss
+from eagle_jax.train.loss.vocabulary import CHUNK, Labels, vocabulary_loss, weighted_loss
 
 Batch = Mapping[str, jax.Array]  # tokens, loss_mask [B, S], lengths [B]; documents and features where they are given
 Metrics = dict[str, jax.Array]
@@ -60,6 +60,11 @@ class Eagle3Objective:
     chunk: int = CHUNK
 
     def prepare(self, model, target, batch):
+        if self.feature_weight > 0 and model.config.hidden_size != target.config.hidden_size:
+            raise ValueError(
+                f"a regression of features needs a head as wide as its target, {target.config.hidden_size}, not "
+                f"{model.config.hidden_size}: set loss.feature_weight to 0"
+            )
         return _examples(model, target, batch, self.chunk, documents=self.alignment != "official")
 
     def counts(self, prepared):
@@ -71,15 +76,19 @@ class Eagle3Objective:
         del key
         total, learned = (jnp.maximum(count, 1) for count in counts)
         _, weights = eagle.eagle3_weights(prepared, len(self.weights), self.alignment)
-        regress = self.feature_weight > 0
-        sums, distances = eagle.eagle3_sums(
-            model, target, prepared, weights, features=regress, dtype=self.dtype, chunk=self.chunk
-        )
-        losses = (sums.loss - sums.entropy if self.divergence == "kl" else sums.loss) / total
-        feature_losses = distances / total
-        whole = (jnp.asarray(self.weights, jnp.float32) * (losses + self.feature_weight * feature_losses)).sum()
-        metrics = {"loss": whole, "losses": losses, "accuracies": sums.match / learned}
-        return whole, metrics | ({"feature_losses": feature_losses} if regress else {})
+        outputs = eagle.eagle3_outputs(model, target, prepared, len(self.weights), self.dtype)
+        step_weights = jnp.asarray(self.weights, jnp.float32) / total
+        with jax.named_scope("eagle3_loss"):
+            loss, sums = weighted_loss(*outputs.logits_from, weights, step_weights, self.chunk)
+        metrics = {"losses": sums.loss / total, "accuracies": sums.match / learned}
+        if self.divergence == "kl":
+            loss -= (step_weights * sums.entropy).sum()
+            metrics["losses"] -= sums.entropy / total
+        if self.feature_weight > 0:
+            distances = eagle.feature_distances(outputs, weights)
+            loss += self.feature_weight * (step_weights * distances).sum()
+            metrics["feature_losses"] = distances / total
+        return loss, {"loss": loss} | metrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,15 @@
-"""Cross-entropy over a vocabulary, a chunk of positions at a time, with a gradient of its own.
+"""Cross-entropy over a vocabulary for several steps, in chunks of positions, with a custom gradient.
 
-Letters: B batch, S positions, C positions of a row in a chunk, K losses of one batch (steps), D width of what the
-logits are made of, H width of the target's hidden states, V entries of the vocabulary.
+Letters: B batch, S positions, C positions of a sequence in a chunk, K steps, D width of the hidden states that the
+logits are computed from, H width of the target's hidden states, V entries of the vocabulary.
 
-Logits, probabilities and their gradients exist for one chunk only. Going backward they are computed again, and the
-gradient of the weight is added up in float32, in one array for all losses.
+Logits, probabilities and their gradients exist for one chunk and one step at a time, so memory does not grow with K.
+The teacher's probabilities are computed once per position: step k reads them k positions on. The gradient of the weight
+is accumulated in float32, in one array for all steps.
+
+In units of S V D multiply-adds, a training step needs K logits, K gradients of x and K of the weight, and one teacher
+product. `weighted_loss` takes no more, because it knows the weights of the steps in the forward pass and computes the
+gradients there. `vocabulary_losses` leaves the weights to the caller, and computes logits and teacher again backward.
 """
 
 from __future__ import annotations
@@ -14,7 +19,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from eagle_jax.models.cache import put
 from eagle_jax.ops.linear import dot, linear
@@ -23,23 +27,22 @@ CHUNK = 2048  # positions whose logits exist at a time, on a device
 
 
 class Soft(NamedTuple):
-    """A teacher's distributions, softmax(hidden rows^T): hidden [B, S + K - 1, H], rows [V, H]."""
+    """A teacher's distributions softmax(hidden rows^T): hidden [B, S + K - 1, H], rows [V, H]."""
 
     hidden: jax.Array
     rows: jax.Array
 
 
 class Labels(NamedTuple):
-    """The right tokens: ids [B, S + K - 1]."""
+    """A teacher that knows the tokens: ids [B, S + K - 1]."""
 
     ids: jax.Array
 
 
 class LossSums(NamedTuple):
-    """Sums over positions, each times its importance; [K], or scalars; float32.
+    """Sums over positions, weighted by importance: [K] or scalars, float32.
 
-    loss: cross-entropy. match: whether both have one likeliest token. entropy: the teacher's; cross-entropy is more
-    than the KL divergence by it.
+    loss: cross-entropy. match: equality of the argmax. entropy: the teacher's, cross-entropy minus KL divergence.
     """
 
     loss: jax.Array
@@ -50,9 +53,9 @@ class LossSums(NamedTuple):
 def vocabulary_loss(
     x: jax.Array, weight: jax.Array, teacher: Soft | Labels, importance: jax.Array, chunk: int = CHUNK
 ) -> LossSums:
-    """`vocabulary_losses` of one x [B, S, D] and importance [B, S]: scalars."""
-    sums = vocabulary_losses(x[None], weight, teacher, importance[None], chunk)
-    return jax.tree.map(lambda value: value[0], sums)
+    """Computes the sums of one step, x [B, S, D] and importance [B, S]: scalars. See `vocabulary_losses`."""
+    loss, sums = weighted_loss(x[None], weight, teacher, importance[None], jnp.ones(1, jnp.float32), chunk)
+    return LossSums(loss, sums.match[0], sums.entropy[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -60,107 +63,205 @@ def vocabulary_loss(
 def vocabulary_losses(
     x: jax.Array, weight: jax.Array, teacher: Soft | Labels, importance: jax.Array, chunk: int = CHUNK
 ) -> LossSums:
-    """Cross-entropies of softmax(x weight^T) against a teacher, summed: [K]. Differentiable in x and weight.
+    """Sums the cross-entropies of softmax(x weight^T) against a teacher: [K]. `loss` is differentiable in x and weight.
 
     Args:
-      x: [K, B, S, D]. Position s of x[k] is to agree with the teacher's position s + k. weight: [V, D].
-      importance: [K, B, S] float32 of every position; those of 0 do not count.
-      chunk: positions of all rows whose logits exist at a time.
+      x: [K, B, S, D]. Position s of x[k] is compared with the teacher's position s + k. weight: [V, D].
+      importance: [K, B, S] float32, the weights of positions.
+      chunk: positions of all sequences whose logits exist at a time.
     """
-    count, part = _parts(x, teacher, importance, chunk)
-
-    def add(index, sums):
-        k, _, x, teacher, importance = part(index)
-        logits = linear(x, weight, jnp.float32)
-        wanted, likeliest = _wanted(teacher, logits)
-        loss = jax.nn.logsumexp(logits, axis=-1) - (wanted * logits).sum(axis=-1)
-        entropy = -(wanted * jnp.log(jnp.where(wanted > 0, wanted, 1))).sum(axis=-1)
-        match = jax.lax.argmax(logits, logits.ndim - 1, jnp.int32) == likeliest
-        new = LossSums(*((importance * value).sum() for value in (loss, match, entropy)))
-        return jax.tree.map(lambda total, value: total.at[k].add(value), sums, new)
-
-    return jax.lax.fori_loop(0, count, add, LossSums(*[jnp.zeros(len(x), jnp.float32)] * 3))
+    return _sums(x, weight, teacher, importance, chunk)
 
 
-def _forward(x, weight, teacher, importance, chunk):
+def _losses_forward(x, weight, teacher, importance, chunk):
     return vocabulary_losses(x, weight, teacher, importance, chunk), (x, weight, teacher, importance)
 
 
 @jax.named_scope("vocabulary_loss")
-def _backward(chunk, kept, gradient):
-    """d loss / d logits = importance * (softmax(logits) - wanted)."""
+def _losses_backward(chunk, kept, of_sums):
     x, weight, teacher, importance = kept
-    count, part = _parts(x, teacher, importance, chunk)
-
-    def add(index, gradients):
-        weight_gradient, x_gradient = gradients
-        k, start, x, teacher, importance = part(index)
-        logits = linear(x, weight, jnp.float32)
-        wanted, _ = _wanted(teacher, logits)
-        error = (jax.nn.softmax(logits, axis=-1) - wanted) * (importance * gradient.loss[k])[..., None]
-        error = error.astype(x.dtype)
-        weight_gradient += dot("bcv,bcd->vd", error, x, jnp.float32)
-        of_x = dot("rv,vd->rd", error.reshape(-1, error.shape[-1]), weight, jnp.float32)
-        of_x = of_x.reshape(1, *x.shape).astype(x.dtype)
-        return weight_gradient, put(x_gradient, of_x, (k, 0, start, 0))
-
-    losses, batch, width, inputs = x.shape
-    size, chunks = _chunk(batch, width, chunk)
-    start = jnp.zeros(weight.shape, jnp.float32), jnp.zeros((losses, batch, size * chunks, inputs), x.dtype)
-    weight_gradient, x_gradient = jax.lax.fori_loop(0, count, add, start)
-    return x_gradient[:, :, :width], weight_gradient.astype(weight.dtype), None, None
+    _, gradients = _sums_and_gradients(x, weight, teacher, importance, of_sums.loss, chunk)
+    return *gradients, None, None
 
 
-vocabulary_losses.defvjp(_forward, _backward)
+vocabulary_losses.defvjp(_losses_forward, _losses_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@jax.named_scope("vocabulary_loss")
+def weighted_loss(
+    x: jax.Array,
+    weight: jax.Array,
+    teacher: Soft | Labels,
+    importance: jax.Array,
+    step_weights: jax.Array,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, LossSums]:
+    """Returns sum_k step_weights[k] * loss[k], differentiable in x and weight, and the sums, which have no gradient.
+
+    Computes the gradients in the forward pass, where the logits are. Arguments as in `vocabulary_losses`.
+    """
+    sums = _sums(x, weight, teacher, importance, chunk)
+    return (step_weights * sums.loss).sum(), sums
+
+
+@jax.named_scope("vocabulary_loss")
+def _weighted_forward(x, weight, teacher, importance, step_weights, chunk):
+    sums, gradients = _sums_and_gradients(x, weight, teacher, importance, step_weights, chunk)
+    return ((step_weights * sums.loss).sum(), sums), gradients
+
+
+def _weighted_backward(chunk, gradients, of_output):
+    del chunk
+    of_total = of_output[0]
+    return *((of_total * gradient).astype(gradient.dtype) for gradient in gradients), None, None, None
+
+
+weighted_loss.defvjp(_weighted_forward, _weighted_backward)
+
+
+def _sums(x, weight, teacher, importance, chunk):
+    def add(sums, x, part):
+        return _added(sums, part, _divergence(linear(part.x, weight, jnp.float32), part.answers)), x
+
+    return _over_chunks(add, _zero_sums(x), x, len(weight), teacher, importance, chunk)[0]
+
+
+def _sums_and_gradients(x, weight, teacher, importance, step_weights, chunk):
+    """Returns the sums, and the gradients of (step_weights * sums.loss).sum() with respect to x and weight."""
+
+    def add(carry, x, part):
+        sums, of_weight = carry
+        logits = linear(part.x, weight, jnp.float32)
+        values = _divergence(logits, part.answers)
+        error = values.gradient * (part.importance * step_weights[part.step])[..., None]
+        error = error.astype(x.dtype).reshape(-1, error.shape[-1])
+        # Barrier: a product that contracts the first axis of both takes XLA:CPU twice as long.
+        columns = jax.lax.optimization_barrier(part.x.reshape(-1, x.shape[-1]).T)
+        of_weight += dot("dr,rv->dv", columns, error, jnp.float32)
+        of_rows = dot("rv,vd->rd", error, weight, jnp.float32).reshape(1, *part.x.shape).astype(x.dtype)
+        # In place of x, which saves an array of its size: nothing reads this part again.
+        return (_added(sums, part, values), of_weight), put(x, of_rows, (part.step, 0, part.start, 0))
+
+    start = _zero_sums(x), jnp.zeros(weight.shape[::-1], jnp.float32)
+    (sums, of_weight), of_x = _over_chunks(add, start, x, len(weight), teacher, importance, chunk)
+    return sums, (of_x[:, :, : x.shape[2]], of_weight.T.astype(weight.dtype))
+
+
+class _Answers(NamedTuple):
+    """The teacher at the positions of a chunk: probabilities [B, C, V], argmax [B, C], entropies [B, C]."""
+
+    wanted: jax.Array
+    likeliest: jax.Array
+    entropy: jax.Array
+
+
+class _Part(NamedTuple):
+    """A chunk of a step. start: its first position. x: [B, C, D]. importance: [B, C]."""
+
+    step: jax.Array
+    start: jax.Array
+    x: jax.Array
+    importance: jax.Array
+    answers: _Answers
+
+
+class _Divergence(NamedTuple):
+    """Values of positions [B, C], and the gradient of `loss` with respect to the logits, [B, C, V]."""
+
+    loss: jax.Array
+    match: jax.Array
+    entropy: jax.Array
+    gradient: jax.Array
+
+
+def _divergence(logits: jax.Array, answers: _Answers) -> _Divergence:
+    wanted = answers.wanted
+    top = logits.max(axis=-1, keepdims=True)
+    powers = jnp.exp(logits - top)
+    total = powers.sum(axis=-1, keepdims=True)
+    loss = (top + jnp.log(total))[..., 0] - (wanted * logits).sum(axis=-1)
+    match = _argmax(logits, top) == answers.likeliest
+    return _Divergence(loss, match, answers.entropy, powers / total - wanted)
+
+
+def _over_chunks(add, carry, x, vocabulary, teacher, importance, chunk):
+    """Returns carry and x after `carry, x = add(carry, x, part)` for all chunks and, within a chunk, all steps.
+
+    Chunks divide the positions, not the batch: no sequence moves to another device.
+    """
+    steps, batch, width, _ = x.shape
+    size, count = _chunk(batch, width, chunk)
+    x, importance = (_padded(array, 2, size * count) for array in (x, importance))
+    teacher = teacher._replace(**{teacher._fields[0]: _padded(teacher[0], 1, size * count + steps - 1)})
+
+    def over_steps(index, carry):
+        start = jnp.asarray(index, jnp.int32) * size
+        answers = _answers(teacher, vocabulary, start, size + steps - 1)
+
+        def one(step, carry):
+            carry, x = carry
+            step = jnp.asarray(step, jnp.int32)
+            rows, weights = (_slice(array[step], start, size) for array in (x, importance))
+            own = jax.tree.map(lambda array: _slice(array, step, size), answers)
+            return add(carry, x, _Part(step, start, rows, weights, own))
+
+        return one(0, carry) if steps == 1 else jax.lax.fori_loop(0, steps, one, carry)
+
+    return jax.lax.fori_loop(0, count, over_steps, (carry, x))
+
+
+def _answers(teacher: Soft | Labels, vocabulary: int, start: jax.Array, size: int) -> _Answers:
+    """Computes the teacher's answers at `size` positions from `start` on."""
+    given = _slice(teacher[0], start, size)
+    if isinstance(teacher, Labels):
+        wanted = jax.nn.one_hot(given, vocabulary, dtype=jnp.float32)
+        return _Answers(wanted, given, jnp.zeros(given.shape, jnp.float32))
+    logits = linear(given, teacher.rows, jnp.float32)
+    wanted = jax.nn.softmax(logits, axis=-1)
+    entropy = -(wanted * jnp.log(jnp.where(wanted > 0, wanted, 1))).sum(axis=-1)
+    return _Answers(wanted, _argmax(logits), entropy)
+
+
+def _argmax(logits: jax.Array, top: jax.Array | None = None) -> jax.Array:
+    """Returns the first index of the maximum `top` [..., 1] over the last axis.
+
+    Two reductions of one number vectorise; XLA:CPU reduces `argmax` element by element, which takes as long as four
+    products with the vocabulary.
+    """
+    top = logits.max(axis=-1, keepdims=True) if top is None else top
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(logits == top, index, logits.shape[-1]).min(axis=-1)
+
+
+def _zero_sums(x: jax.Array) -> LossSums:
+    return LossSums(*[jnp.zeros(len(x), jnp.float32)] * 3)
+
+
+def _added(sums: LossSums, part: _Part, values: _Divergence) -> LossSums:
+    """Adds the values of a part, weighted by importance, to the sums of its step."""
+    new = LossSums(*((part.importance * value).sum() for value in (values.loss, values.match, values.entropy)))
+    return jax.tree.map(lambda total, value: total.at[part.step].add(value), sums, new)
+
+
+def _slice(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """Slices `size` positions of [B, S, ...] from `start` on."""
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
 
 
 @jax.named_scope("likeliest_tokens")
 def likeliest_tokens(hidden: jax.Array, weight: jax.Array, chunk: int = CHUNK) -> jax.Array:
-    """argmax of hidden weight^T, [B, S]: hidden [B, S, H], weight [V, H]."""
+    """Returns the argmax of hidden weight^T, [B, S]: hidden [B, S, H], weight [V, H]."""
     batch, width = hidden.shape[:2]
     parts = _split(hidden, chunk)
-    ids = jax.lax.map(lambda part: jax.lax.argmax(linear(part, weight, jnp.float32), part.ndim - 1, jnp.int32), parts)
+    ids = jax.lax.map(lambda part: _argmax(linear(part, weight, jnp.float32)), parts)
     return jnp.moveaxis(ids, 0, 1).reshape(batch, -1)[:, :width]
 
 
-def _wanted(teacher: Soft | Labels, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The teacher's probabilities [B, C, V] and likeliest tokens [B, C]."""
-    if isinstance(teacher, Labels):
-        return jax.nn.one_hot(teacher.ids, logits.shape[-1], dtype=jnp.float32), teacher.ids
-    wanted = linear(teacher.hidden, teacher.rows, jnp.float32)
-    return jax.nn.softmax(wanted, axis=-1), jax.lax.argmax(wanted, wanted.ndim - 1, jnp.int32)
-
-
 def _chunk(batch: int, width: int, chunk: int) -> tuple[int, int]:
-    """The positions of a row in a chunk, and the chunks of a row."""
+    """Returns the positions of a sequence in a chunk, and the number of chunks."""
     size = min(max(chunk // batch, 1), width)
     return size, -(-width // size)
-
-
-def _parts(x, teacher, importance, chunk):
-    """How many chunks there are, and what gives one by its number: k, its first position, and its own of everything.
-
-    A row stays where it is, whatever devices the batch is spread over.
-    """
-    losses, batch, width, _ = x.shape
-    size, count = _chunk(batch, width, chunk)
-    x = _padded(x, 2, size * count)
-    importance = _padded(importance, 2, size * count)
-    teacher_rows = _padded(teacher[0], 1, size * count + losses - 1)
-
-    def part(index):
-        index, zero = jnp.asarray(index, jnp.int32), np.int32(0)  # also where 64-bit types are on
-        k, start = index // count, index % count * size
-        own = [
-            jax.lax.dynamic_slice(
-                array, (k, zero, start, *[zero] * (array.ndim - 3)), (1, batch, size, *array.shape[3:])
-            )[0]
-            for array in (x, importance)
-        ]
-        right = jax.lax.dynamic_slice_in_dim(teacher_rows, start + k, size, axis=1)
-        return k, start, own[0], teacher._replace(**{teacher._fields[0]: right}), own[1]
-
-    return losses * count, part
 
 
 def _padded(array: jax.Array, axis: int, width: int) -> jax.Array:
@@ -170,7 +271,7 @@ def _padded(array: jax.Array, axis: int, width: int) -> jax.Array:
 
 
 def _split(values: jax.Array, chunk: int) -> jax.Array:
-    """[B, S, H] -> [chunks, B, C, H]."""
+    """Splits [B, S, H] into chunks [chunks, B, C, H]."""
     batch, width = values.shape[:2]
     size, count = _chunk(batch, width, chunk)
     return jnp.moveaxis(_padded(values, 1, size * count).reshape(batch, count, size, -1), 1, 0)
