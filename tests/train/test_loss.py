@@ -16,6 +16,7 @@ from eagle_jax.convert import names, to_official
 from eagle_jax.drafts.protocol import Text
 from eagle_jax.models import params
 from eagle_jax.ops.attention import attention
+from eagle_jax.ops.spec import PLAIN
 from eagle_jax.train import eagle1_loss, eagle3_loss
 from eagle_jax.train.loss import eagle
 from tests.toy import GOLDEN, golden_pair, random_eagle1, random_eagle3, random_prompts, random_target
@@ -106,8 +107,8 @@ def test_eagle1_equals_the_reference(head):
 
 
 def test_the_corrected_alignment_counts_what_is_predicted():
-    """Against the same hidden states, a row, a step and a token at a time."""
-    target, draft = random_target(0, 6.0), random_eagle3(1, 6.0)
+    """Against the same hidden states, a row, a step and a token at a time; the head's window holds in every step."""
+    target, draft = random_target(0, 6.0), eagle_jax.with_window(random_eagle3(1, 6.0), 1, 4)
     tokens, lengths = random_prompts(2, 3, 14)
     lengths = lengths.at[0].set(14)
     mask = jnp.asarray(np.random.default_rng(3).integers(0, 2, (3, 14)))
@@ -145,11 +146,15 @@ def _every_step(draft, target, tokens, lengths, steps):
         ids = jnp.pad(tokens, [(0, 0), (0, step + 1)])[:, step + 1 :]
         positions = jnp.broadcast_to(jnp.arange(width) + step, (batch, width))
 
-        def attend(q, k, v):
+        def attend(q, k, v, spec=PLAIN, step=step):
             keys.append(k)
             values.append(v)
             own = jnp.broadcast_to(jnp.eye(width, dtype=bool), (batch, width, width))
-            causal = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
+            ahead = jnp.arange(width)[:, None] + step - jnp.arange(width)[None]  # positions from a key to a query
+            causal = ahead >= step
+            if spec.window is not None:
+                causal &= (ahead < spec.window) | (jnp.arange(width)[None] < spec.first)
+            causal = jnp.broadcast_to(causal, (batch, width, width))
             mask = jnp.concatenate(
                 [causal & (jnp.arange(width)[None, None] < lengths[:, None, None]), *[own] * (len(keys) - 1)], 2
             )
