@@ -52,11 +52,6 @@ def to_rst(app, what, name, obj, options, lines) -> None:
     lines[:] = result
 
 
-def short_types(app, what, name, obj, options, signature, returns) -> tuple[str | None, str | None]:
-    """Shortens the shapes of jaxtyping in a signature: `Int32[Array, 'batch nodes']`."""
-    return tuple(text and text.replace("jaxlib._jax.Array", "Array") for text in (signature, returns))
-
-
 PUBLIC = (eagle_jax, eagle_jax.convert, eagle_jax.sampling, eagle_jax.train, eagle_jax.tree)
 
 
@@ -79,5 +74,4 @@ def short_arrays(app, what, name, obj, options, signature, returns):
 def setup(app) -> None:
     app.connect("autodoc-process-signature", short_arrays)
     app.connect("autodoc-process-docstring", to_rst)
-    app.connect("autodoc-process-signature", short_types)
     app.connect("env-check-consistency", check_api)
