@@ -61,7 +61,7 @@ def prefill(
     *,
     sampling: SamplingConfig = SamplingConfig(),
     max_new_tokens: int = 256,
-    stop_tokens: tuple[int, ...] | Int[ArrayLike, " stops"] = (),
+    stop_tokens: tuple[int | Int[Array, ""], ...] | Int[ArrayLike, " stops"] = (),
     capacity: int | None = None,
     tree: TreePolicy | None = None,
     num_samples: int = 1,

@@ -101,7 +101,7 @@ def empty_state(
     capacity: int,
     *,
     sampling: SamplingConfig = SamplingConfig(),
-    stop_tokens: tuple[int, ...] | Int[ArrayLike, " stops"] = (),
+    stop_tokens: tuple[int | Int[Array, ""], ...] | Int[ArrayLike, " stops"] = (),
     tree: TreePolicy | None = None,
     log_probs: bool = False,
     width: int | None = None,
