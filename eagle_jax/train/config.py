@@ -77,6 +77,7 @@ class LossSettings(Settings):
 
     steps: of EAGLE-3's training-time test. Step k weighs step_weights[k]; None: step_decay ** k.
     alignment, divergence: of EAGLE-3, see `eagle3_loss`.
+    objective: of a token, EAGLE-3's or EAGLE-1's. "lk" and "lk_adaptive" train on the probability of acceptance.
     feature_weight: of EAGLE-3's regression to the target's last hidden states. The paper has none (0); with little data
       it teaches faster.
     token_weight: of EAGLE-1's cross-entropy, added to the feature regression.
@@ -88,6 +89,7 @@ class LossSettings(Settings):
     step_weights: tuple[pydantic.NonNegativeFloat, ...] | None = None
     alignment: Literal["corrected", "official"] = "corrected"
     divergence: Literal["cross_entropy", "kl"] = "cross_entropy"
+    objective: Literal["cross_entropy", "lk", "lk_adaptive"] = "cross_entropy"
     feature_weight: pydantic.NonNegativeFloat = 0.0
     token_weight: pydantic.NonNegativeFloat = 0.1
     noise: bool = True
@@ -96,6 +98,8 @@ class LossSettings(Settings):
     def _check(self) -> LossSettings:
         if self.step_weights is not None and len(self.step_weights) != self.steps:
             raise ValueError(f"step_weights has {len(self.step_weights)} entries for {self.steps} steps")
+        if self.divergence == "kl" and self.objective != "cross_entropy":
+            raise ValueError(f"divergence kl is of cross-entropy, not of objective {self.objective}")
         return self
 
     @property
@@ -206,6 +210,8 @@ class TrainSettings(Settings):
             raise ValueError("give steps or epochs, one of them")
         if self.loss.alignment == "official" and self.data.packing:
             raise ValueError("loss.alignment official knows one document a row; set data.packing: false")
+        if self.loss.objective != "cross_entropy" and self.kind == "target":
+            raise ValueError("loss.objective is for heads; a target learns by cross-entropy")
         if self.features is not None and self.kind == "target":
             raise ValueError("features are for heads; a target has none")
         for length in self.data.buckets or (self.data.row_length,):

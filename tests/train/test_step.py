@@ -18,7 +18,7 @@ from eagle_jax.models import params
 from eagle_jax.ops.linear import linear
 from eagle_jax.sharding import path_name, path_sharding
 from eagle_jax.train import optimizer_state, optimizer_step
-from eagle_jax.train.config import OptimizerSettings
+from eagle_jax.train.config import LossSettings, OptimizerSettings
 from eagle_jax.train.data.dataset import Dataset, pack
 from eagle_jax.train.data.loader import on_mesh
 from eagle_jax.train.loss import vocabulary
@@ -32,6 +32,7 @@ from eagle_jax.train.loss.vocabulary import (
     weighted_loss,
 )
 from eagle_jax.train.run import optimizer, step
+from eagle_jax.train.run.assemble import TRAINED
 from tests.toy import scaled
 
 TARGET = LlamaConfig(
@@ -45,6 +46,7 @@ OBJECTIVES = {
     "eagle3": Eagle3Objective((1.0, 0.8, 0.64), chunk=37),
     "eagle1": Eagle1Objective(noise=False, chunk=37),
     "target": TargetObjective(chunk=37),
+    "eagle3 lk": Eagle3Objective((1.0, 0.8, 0.64), chunk=37, token_loss="lk_adaptive"),
     "eagle3 with features": Eagle3Objective((1.0, 0.8, 0.64), feature_weight=3.0, chunk=37),
 }
 WIDTH = 24
@@ -216,22 +218,78 @@ def test_losses_of_several_steps_are_each_its_own(soft, chunk):
         np.testing.assert_allclose(ours, right, atol=1e-5)
 
 
-def test_gradients_made_forward_are_those_made_backward():
+@pytest.mark.parametrize("token_loss", ["cross_entropy", "lk"])
+def test_gradients_made_forward_are_those_made_backward(token_loss):
     keys = jax.random.split(jax.random.key(7), 4)
     x, weight = jax.random.normal(keys[0], (4, 3, 11, 8)), jax.random.normal(keys[1], (19, 8))
     teacher = Soft(jax.random.normal(keys[2], (3, 14, 6)), jax.random.normal(keys[3], (19, 6)))
     importance, step_weights = (jnp.arange(132.0) % 5).reshape(4, 3, 11), jnp.array([1.0, 0.5, 2.0, 0.1])
 
     def forward(x, weight):
-        total, sums = weighted_loss(x, weight, teacher, importance, step_weights, 10)
+        total, sums = weighted_loss(x, weight, teacher, importance, step_weights, 10, token_loss)
         return 3 * total, sums
 
     def backward(x, weight):
-        sums = vocabulary_losses(x, weight, teacher, importance, 10)
+        sums = vocabulary_losses(x, weight, teacher, importance, 10, token_loss)
         return 3 * (step_weights * sums.loss).sum(), sums
 
     ours, theirs = (jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, weight) for f in (forward, backward))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+
+
+def token_loss_of(token_loss: str, logits: np.ndarray, wanted: np.ndarray, share: np.ndarray | None = None):
+    """The loss of positions [P], float64, and the share of KL in the mixture, which the gradient holds constant."""
+    log_q = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    accepted = np.minimum(wanted, np.exp(log_q)).sum(-1)
+    share = np.exp(-3 * accepted) if share is None else share
+    mixture = share * (wanted * (np.log(wanted) - log_q)).sum(-1) + (1 - share) * (1 - accepted)
+    return {"cross_entropy": -(wanted * log_q).sum(-1), "lk": -np.log(accepted), "lk_adaptive": mixture}[
+        token_loss
+    ], share
+
+
+@pytest.mark.parametrize("token_loss", ["cross_entropy", "lk", "lk_adaptive"])
+def test_token_losses_and_their_gradients_by_finite_differences(token_loss):
+    """Logits are x itself, and the teacher's the logarithms of p."""
+    rng = np.random.default_rng(8)
+    logits, wanted = 2 * rng.normal(size=(6, 9)), rng.dirichlet(np.ones(9), 6)
+    importance = np.array([1.0, 0, 2, 1, 0.5, 1])
+    teacher = Soft(jnp.log(wanted)[None].astype(jnp.float32), jnp.eye(9))
+
+    def ours(x):
+        return vocabulary_loss(x, jnp.eye(9), teacher, jnp.asarray(importance)[None], 4, token_loss).loss
+
+    loss, gradient = jax.jit(jax.value_and_grad(ours))(jnp.asarray(logits, jnp.float32)[None])
+    expected, share = token_loss_of(token_loss, logits, wanted)
+    np.testing.assert_allclose(loss, (importance * expected).sum(), rtol=1e-5)
+    for entry in np.ndindex(logits.shape):
+        step = np.zeros(logits.shape)
+        step[entry] = 1e-6
+        high, low = (token_loss_of(token_loss, logits + s * step, wanted, share)[0][entry[0]] for s in (1, -1))
+        np.testing.assert_allclose(gradient[0][entry], importance[entry[0]] * (high - low) / 2e-6, atol=2e-5)
+
+
+def test_distributions_without_a_common_token_give_a_finite_loss():
+    teacher = Soft(jnp.array([[[200.0, 0, 0]]]), jnp.eye(3))
+    for token_loss in ("lk", "lk_adaptive"):
+        loss = functools.partial(vocabulary_loss, token_loss=token_loss)
+        value, gradient = jax.value_and_grad(lambda x, loss=loss: loss(x, jnp.eye(3), teacher, jnp.ones((1, 1))).loss)(
+            jnp.array([[[0.0, 0, 200]]])
+        )
+        assert 50 < value < 300 and np.isfinite(gradient).all()
+
+
+def test_the_objective_of_the_settings_is_that_of_the_token_loss():
+    for kind in ("eagle1", "eagle3"):
+        training = TRAINED[kind]
+        assert training is not None
+        assert training.objective(LossSettings(objective="lk"), None, 8).token_loss == "lk"
+    with pytest.raises(ValueError, match="divergence kl is of cross-entropy, not of objective lk"):
+        LossSettings(objective="lk", divergence="kl")
+    with pytest.raises(ValueError, match='divergence "kl" is of cross-entropy'):
+        Eagle3Objective(divergence="kl", token_loss="lk")
+    with pytest.raises(ValueError, match="token_loss must be one of cross_entropy, lk, lk_adaptive, got 'tv'"):
+        Eagle1Objective(token_loss="tv")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ positions, and weighted sums over positions. The loss is the quotient of the sum
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,15 @@ from eagle_jax.ops.causal import OwnKV
 from eagle_jax.ops.layout import Layout, layout
 from eagle_jax.ops.spec import PLAIN
 from eagle_jax.train.loss.later_steps import later_steps, with_step
-from eagle_jax.train.loss.vocabulary import CHUNK, LossSums, Soft, likeliest_tokens, vocabulary_loss, vocabulary_losses
+from eagle_jax.train.loss.vocabulary import (
+    CHUNK,
+    LossSums,
+    Soft,
+    TokenLoss,
+    likeliest_tokens,
+    vocabulary_loss,
+    vocabulary_losses,
+)
 
 Alignment = Literal["corrected", "official"]
 
@@ -122,6 +130,7 @@ def eagle3_loss(
     documents: jax.Array | None = None,
     divergence: Literal["cross_entropy", "kl"] = "cross_entropy",
     chunk: int = CHUNK,
+    token_loss: TokenLoss = "cross_entropy",
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the loss of each step of the training-time test against the target's distribution. Runs the target.
 
@@ -138,6 +147,8 @@ def eagle3_loss(
       documents: [B, S], see `layout`, for several documents in a sequence; None: one.
       divergence: "kl" subtracts the target's entropy from the cross-entropy, which leaves the gradient unchanged.
       chunk: positions whose logits exist at a time.
+      token_loss: of a position, over the draft vocabulary. "lk": minus the logarithm of the acceptance probability
+        sum_x min(p(x), q(x)). "lk_adaptive": KL, then total variation, as the acceptance rises.
     Returns:
       losses and accuracies [steps] float32, not weighted by step. Accuracy is the share of positions to learn where
       draft and target have the same argmax.
@@ -146,16 +157,29 @@ def eagle3_loss(
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
     if divergence not in ("cross_entropy", "kl"):
         raise ValueError(f'divergence must be "cross_entropy" or "kl", got {divergence!r}')
+    check_token_loss(token_loss, divergence)
     if alignment == "official" and documents is not None:
         raise ValueError('alignment "official" knows one document a row; pack documents with "corrected"')
     made = examples(draft, target, tokens, lengths, loss_mask, documents, chunk)
     learned, weights = eagle3_weights(made, steps, alignment)
     outputs = eagle3_outputs(draft, target, made, steps)
     with jax.named_scope("eagle3_loss"):
-        sums = vocabulary_losses(*outputs.logits_from, weights, chunk)
+        sums = vocabulary_losses(*outputs.logits_from, weights, chunk, token_loss)
     total = tokens.size if alignment == "official" else jnp.maximum(weights.sum(axis=(1, 2)), 1)
     loss = sums.loss - sums.entropy if divergence == "kl" else sums.loss
     return loss / total, sums.match / (learned.sum(axis=(1, 2)) + 1e-6)
+
+
+def check_token_loss(token_loss: str, divergence: str = "cross_entropy") -> None:
+    """Refuses an unknown token loss, and a divergence that only cross-entropy has.
+
+    Raises:
+      ValueError: naming both.
+    """
+    if token_loss not in get_args(TokenLoss):
+        raise ValueError(f"token_loss must be one of {', '.join(get_args(TokenLoss))}, got {token_loss!r}")
+    if divergence == "kl" and token_loss != "cross_entropy":
+        raise ValueError(f'divergence "kl" is of cross-entropy; the token loss is {token_loss!r}')
 
 
 def eagle3_weights(made: Examples, steps: int, alignment: Alignment = "corrected") -> tuple[jax.Array, jax.Array]:
@@ -279,6 +303,7 @@ def eagle1_loss(
     *,
     documents: jax.Array | None = None,
     chunk: int = CHUNK,
+    token_loss: TokenLoss = "cross_entropy",
 ) -> tuple[jax.Array, jax.Array]:
     """Returns EAGLE-1's feature regression and soft cross-entropy (arXiv 2401.15077, section 4.2). Runs the target.
 
@@ -286,12 +311,13 @@ def eagle1_loss(
       As `eagle3_loss`. The loss_mask of a document's last token is ignored: no feature follows it.
       key: adds the official uniform noise (u - 0.5) * 0.2 * 512 / length to the features; None: no noise.
     Returns:
-      The mean SmoothL1 between predicted and true features, and the mean cross-entropy of their distributions over the
-      target's vocabulary. The official loss is the first + 0.1 times the second.
+      The mean SmoothL1 between predicted and true features, and the mean token loss (cross-entropy) of their
+      distributions over the target's vocabulary. The official loss is the first + 0.1 times the second.
     """
+    check_token_loss(token_loss)
     made = examples(draft, target, tokens, lengths, loss_mask, documents, chunk)
     weights = eagle1_weights(made)
-    feature, sums = eagle1_sums(draft, target, made, weights, key, chunk=chunk)
+    feature, sums = eagle1_sums(draft, target, made, weights, key, chunk=chunk, token_loss=token_loss)
     total = weights.sum() + 1e-5
     return feature / total, sums.loss / total
 
@@ -311,6 +337,7 @@ def eagle1_sums(
     *,
     dtype: Any = None,
     chunk: int = CHUNK,
+    token_loss: TokenLoss = "cross_entropy",
 ) -> tuple[jax.Array, LossSums]:
     """Returns sums, weighted by `weights` [B, S], of the features' SmoothL1 and of the tokens' losses."""
     text, features = made.text, made.features
@@ -328,7 +355,7 @@ def eagle1_sums(
         target, draft.fuse(features), following, text.positions, attend, prompt_lengths=text.end - text.first
     )
     weight = jax.lax.stop_gradient(target.output_weight())
-    sums = vocabulary_loss(hidden.astype(weight.dtype), weight, Soft(answers, weight), weights, chunk)
+    sums = vocabulary_loss(hidden.astype(weight.dtype), weight, Soft(answers, weight), weights, chunk, token_loss)
     return (weights * smooth_l1(hidden, answers)).sum(), sums
 
 

@@ -20,7 +20,7 @@ from eagle_jax.ops.attention import causal
 from eagle_jax.ops.layout import layout
 from eagle_jax.ops.spec import PLAIN
 from eagle_jax.train.loss import eagle
-from eagle_jax.train.loss.vocabulary import CHUNK, Labels, vocabulary_loss, weighted_loss
+from eagle_jax.train.loss.vocabulary import CHUNK, Labels, TokenLoss, vocabulary_loss, weighted_loss
 
 Batch = Mapping[str, jax.Array]  # tokens, loss_mask [B, S], lengths [B]; documents and features where they are given
 Metrics = dict[str, jax.Array]
@@ -46,7 +46,7 @@ class Eagle3Objective:
     """The loss of an EAGLE-3 head: the sum over steps k of weights[k] * (loss + feature_weight * feature regression).
 
     weights: one per step of the training-time test.
-    alignment, divergence: see `eagle3_loss`.
+    alignment, divergence, token_loss: see `eagle3_loss`.
     feature_weight: of a regression to the target's last hidden states; 0 as in the paper.
     dtype: of the computation; None: the model's.
     chunk: positions whose logits exist at a time.
@@ -58,6 +58,10 @@ class Eagle3Objective:
     feature_weight: float = 0.0
     dtype: Any = None
     chunk: int = CHUNK
+    token_loss: TokenLoss = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        eagle.check_token_loss(self.token_loss, self.divergence)
 
     def prepare(self, model, target, batch):
         if self.feature_weight > 0 and model.config.hidden_size != target.config.hidden_size:
@@ -79,7 +83,7 @@ class Eagle3Objective:
         outputs = eagle.eagle3_outputs(model, target, prepared, len(self.weights), self.dtype)
         step_weights = jnp.asarray(self.weights, jnp.float32) / total
         with jax.named_scope("eagle3_loss"):
-            loss, sums = weighted_loss(*outputs.logits_from, weights, step_weights, self.chunk)
+            loss, sums = weighted_loss(*outputs.logits_from, weights, step_weights, self.chunk, self.token_loss)
         metrics = {"losses": sums.loss / total, "accuracies": sums.match / learned}
         if self.divergence == "kl":
             loss -= (step_weights * sums.entropy).sum()
@@ -93,16 +97,20 @@ class Eagle3Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Eagle1Objective:
-    """The loss of an EAGLE-1 head: SmoothL1 of the features + token_weight * cross-entropy.
+    """The loss of an EAGLE-1 head: SmoothL1 of the features + token_weight * token loss.
 
     noise: add the official uniform noise to the features, see `eagle1_loss`.
-    dtype, chunk: as in `Eagle3Objective`.
+    dtype, chunk, token_loss: as in `Eagle3Objective`.
     """
 
     token_weight: float = 0.1
     noise: bool = True
     dtype: Any = None
     chunk: int = CHUNK
+    token_loss: TokenLoss = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        eagle.check_token_loss(self.token_loss)
 
     def prepare(self, model, target, batch):
         return _examples(model, target, batch, self.chunk)
@@ -114,7 +122,8 @@ class Eagle1Objective:
         total = jnp.maximum(counts, 1)
         weights = eagle.eagle1_weights(prepared)
         key = key if self.noise else None
-        feature, token = eagle.eagle1_sums(model, target, prepared, weights, key, dtype=self.dtype, chunk=self.chunk)
+        options = {"dtype": self.dtype, "chunk": self.chunk, "token_loss": self.token_loss}
+        feature, token = eagle.eagle1_sums(model, target, prepared, weights, key, **options)
         whole = (feature + self.token_weight * token.loss) / total
         metrics = {"feature_loss": feature, "token_loss": token.loss, "accuracy": token.match}
         return whole, {"loss": whole} | {name: value / total for name, value in metrics.items()}

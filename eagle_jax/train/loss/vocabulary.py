@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary for several steps, in chunks of positions, with a custom gradient.
+"""Losses over a vocabulary for several steps, in chunks of positions, with a custom gradient.
 
 Letters: B batch, S positions, C positions of a sequence in a chunk, K steps, D width of the hidden states that the
 logits are computed from, H width of the target's hidden states, V entries of the vocabulary.
@@ -15,7 +15,7 @@ gradients there. `vocabulary_losses` leaves the weights to the caller, and compu
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from eagle_jax.models.cache import put
 from eagle_jax.ops.linear import dot, linear
 
 CHUNK = 2048  # positions whose logits exist at a time, on a device
+LK_DECAY = 3.0  # eta: how fast the mixture of "lk_adaptive" moves from KL to total variation
+TokenLoss = Literal["cross_entropy", "lk", "lk_adaptive"]  # see `_divergence`
 
 
 class Soft(NamedTuple):
@@ -42,7 +44,7 @@ class Labels(NamedTuple):
 class LossSums(NamedTuple):
     """Sums over positions, weighted by importance: [K] or scalars, float32.
 
-    loss: cross-entropy. match: equality of the argmax. entropy: the teacher's, cross-entropy minus KL divergence.
+    loss: the token loss. match: equality of the argmax. entropy: the teacher's; cross-entropy minus KL divergence.
     """
 
     loss: jax.Array
@@ -51,43 +53,54 @@ class LossSums(NamedTuple):
 
 
 def vocabulary_loss(
-    x: jax.Array, weight: jax.Array, teacher: Soft | Labels, importance: jax.Array, chunk: int = CHUNK
+    x: jax.Array,
+    weight: jax.Array,
+    teacher: Soft | Labels,
+    importance: jax.Array,
+    chunk: int = CHUNK,
+    token_loss: TokenLoss = "cross_entropy",
 ) -> LossSums:
     """Computes the sums of one step, x [B, S, D] and importance [B, S]: scalars. See `vocabulary_losses`."""
-    loss, sums = weighted_loss(x[None], weight, teacher, importance[None], jnp.ones(1, jnp.float32), chunk)
+    loss, sums = weighted_loss(x[None], weight, teacher, importance[None], jnp.ones(1, jnp.float32), chunk, token_loss)
     return LossSums(loss, sums.match[0], sums.entropy[0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 @jax.named_scope("vocabulary_loss")
 def vocabulary_losses(
-    x: jax.Array, weight: jax.Array, teacher: Soft | Labels, importance: jax.Array, chunk: int = CHUNK
+    x: jax.Array,
+    weight: jax.Array,
+    teacher: Soft | Labels,
+    importance: jax.Array,
+    chunk: int = CHUNK,
+    token_loss: TokenLoss = "cross_entropy",
 ) -> LossSums:
-    """Sums the cross-entropies of softmax(x weight^T) against a teacher: [K]. `loss` is differentiable in x and weight.
+    """Sums the losses of softmax(x weight^T) against a teacher: [K]. `loss` is differentiable in x and weight.
 
     Args:
       x: [K, B, S, D]. Position s of x[k] is compared with the teacher's position s + k. weight: [V, D].
       importance: [K, B, S] float32, the weights of positions.
       chunk: positions of all sequences whose logits exist at a time.
+      token_loss: the loss of a position, see `_divergence`.
     """
-    return _sums(x, weight, teacher, importance, chunk)
+    return _sums(x, weight, teacher, importance, chunk, token_loss)
 
 
-def _losses_forward(x, weight, teacher, importance, chunk):
-    return vocabulary_losses(x, weight, teacher, importance, chunk), (x, weight, teacher, importance)
+def _losses_forward(x, weight, teacher, importance, chunk, token_loss):
+    return _sums(x, weight, teacher, importance, chunk, token_loss), (x, weight, teacher, importance)
 
 
 @jax.named_scope("vocabulary_loss")
-def _losses_backward(chunk, kept, of_sums):
+def _losses_backward(chunk, token_loss, kept, of_sums):
     x, weight, teacher, importance = kept
-    _, gradients = _sums_and_gradients(x, weight, teacher, importance, of_sums.loss, chunk)
+    _, gradients = _sums_and_gradients(x, weight, teacher, importance, of_sums.loss, chunk, token_loss)
     return *gradients, None, None
 
 
 vocabulary_losses.defvjp(_losses_forward, _losses_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 @jax.named_scope("vocabulary_loss")
 def weighted_loss(
     x: jax.Array,
@@ -96,23 +109,24 @@ def weighted_loss(
     importance: jax.Array,
     step_weights: jax.Array,
     chunk: int = CHUNK,
+    token_loss: TokenLoss = "cross_entropy",
 ) -> tuple[jax.Array, LossSums]:
     """Returns sum_k step_weights[k] * loss[k], differentiable in x and weight, and the sums, which have no gradient.
 
     Computes the gradients in the forward pass, where the logits are. Arguments as in `vocabulary_losses`.
     """
-    sums = _sums(x, weight, teacher, importance, chunk)
+    sums = _sums(x, weight, teacher, importance, chunk, token_loss)
     return (step_weights * sums.loss).sum(), sums
 
 
 @jax.named_scope("vocabulary_loss")
-def _weighted_forward(x, weight, teacher, importance, step_weights, chunk):
-    sums, gradients = _sums_and_gradients(x, weight, teacher, importance, step_weights, chunk)
+def _weighted_forward(x, weight, teacher, importance, step_weights, chunk, token_loss):
+    sums, gradients = _sums_and_gradients(x, weight, teacher, importance, step_weights, chunk, token_loss)
     return ((step_weights * sums.loss).sum(), sums), gradients
 
 
-def _weighted_backward(chunk, gradients, of_output):
-    del chunk
+def _weighted_backward(chunk, token_loss, gradients, of_output):
+    del chunk, token_loss
     of_total = of_output[0]
     return *((of_total * gradient).astype(gradient.dtype) for gradient in gradients), None, None, None
 
@@ -120,20 +134,20 @@ def _weighted_backward(chunk, gradients, of_output):
 weighted_loss.defvjp(_weighted_forward, _weighted_backward)
 
 
-def _sums(x, weight, teacher, importance, chunk):
+def _sums(x, weight, teacher, importance, chunk, token_loss):
     def add(sums, x, part):
-        return _added(sums, part, _divergence(linear(part.x, weight, jnp.float32), part.answers)), x
+        return _added(sums, part, _divergence(linear(part.x, weight, jnp.float32), part.answers, token_loss)), x
 
     return _over_chunks(add, _zero_sums(x), x, len(weight), teacher, importance, chunk)[0]
 
 
-def _sums_and_gradients(x, weight, teacher, importance, step_weights, chunk):
+def _sums_and_gradients(x, weight, teacher, importance, step_weights, chunk, token_loss):
     """Returns the sums, and the gradients of (step_weights * sums.loss).sum() with respect to x and weight."""
 
     def add(carry, x, part):
         sums, of_weight = carry
         logits = linear(part.x, weight, jnp.float32)
-        values = _divergence(logits, part.answers)
+        values = _divergence(logits, part.answers, token_loss)
         error = values.gradient * (part.importance * step_weights[part.step])[..., None]
         error = error.astype(x.dtype).reshape(-1, error.shape[-1])
         # Barrier: a product that contracts the first axis of both takes XLA:CPU twice as long.
@@ -175,14 +189,33 @@ class _Divergence(NamedTuple):
     gradient: jax.Array
 
 
-def _divergence(logits: jax.Array, answers: _Answers) -> _Divergence:
+def _divergence(logits: jax.Array, answers: _Answers, token_loss: TokenLoss) -> _Divergence:
+    """Computes the loss of a draft q = softmax(logits) against the teacher p, and its gradient.
+
+    "cross_entropy": -sum_x p(x) log q(x).
+    "lk": -log alpha, where alpha = sum_x min(p(x), q(x)) is the probability that sampling accepts a token drawn from q.
+    "lk_adaptive": w KL(p, q) + (1 - w) (1 - alpha), where w = exp(-LK_DECAY alpha) at each position, held constant:
+      KL while the draft is far from the teacher, then total variation, whose gradient vanishes far from it.
+    """
     wanted = answers.wanted
     top = logits.max(axis=-1, keepdims=True)
     powers = jnp.exp(logits - top)
     total = powers.sum(axis=-1, keepdims=True)
-    loss = (top + jnp.log(total))[..., 0] - (wanted * logits).sum(axis=-1)
+    draft = powers / total
     match = _argmax(logits, top) == answers.likeliest
-    return _Divergence(loss, match, answers.entropy, powers / total - wanted)
+    cross = (top + jnp.log(total))[..., 0] - (wanted * logits).sum(axis=-1)
+    if token_loss == "cross_entropy":
+        return _Divergence(cross, match, answers.entropy, draft - wanted)
+    # Not 0: where p and q share nothing, the loss is large and finite, and its gradient 0.
+    accepted = jnp.maximum(jnp.minimum(wanted, draft).sum(axis=-1), jnp.finfo(jnp.float32).tiny)
+    rises = draft * (draft < wanted)  # min(p, q) rises with q below p alone
+    of_accepted = rises - draft * rises.sum(axis=-1, keepdims=True)
+    if token_loss == "lk":
+        return _Divergence(-jnp.log(accepted), match, answers.entropy, -of_accepted / accepted[..., None])
+    share = jnp.exp(-LK_DECAY * accepted)
+    loss = share * (cross - answers.entropy) + (1 - share) * (1 - accepted)
+    share = share[..., None]
+    return _Divergence(loss, match, answers.entropy, share * (draft - wanted) - (1 - share) * of_accepted)
 
 
 def _over_chunks(add, carry, x, vocabulary, teacher, importance, chunk):

@@ -292,14 +292,16 @@ TRAINED: dict[str, Training | None] = {
     ),
     "eagle1": Training(
         predicted=lambda loss: slice(None, -1),
-        objective=lambda loss, dtype, chunk: Eagle1Objective(loss.token_weight, loss.noise, dtype, chunk),
+        objective=lambda loss, dtype, chunk: Eagle1Objective(
+            loss.token_weight, loss.noise, dtype, chunk, loss.objective
+        ),
         new_head=lambda config, key, target, train, say: Eagle1Draft(config, key),
         head_fields=lambda head, vocabulary: {"fc_bias": True},
     ),
     "eagle3": Training(
         predicted=lambda loss: slice(None) if loss.alignment == "official" else slice(2, None),
         objective=lambda loss, dtype, chunk: Eagle3Objective(
-            loss.weights, loss.alignment, loss.divergence, loss.feature_weight, dtype, chunk
+            loss.weights, loss.alignment, loss.divergence, loss.feature_weight, dtype, chunk, loss.objective
         ),
         new_head=new_eagle3,
         head_fields=lambda head, vocabulary: {"draft_vocab_size": vocabulary, "taps": head.taps},
