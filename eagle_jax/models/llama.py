@@ -8,13 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from eagle_jax.models.cache import KVCache
 from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, Rotation, normal, ones, rms_norm, rope_angles
-from eagle_jax.models.target import TargetOutput
-from eagle_jax.ops.attention import attention
+from eagle_jax.models.target import TargetOutput, cached_pass
 from eagle_jax.ops.linear import Weight, linear
 from eagle_jax.ops.spec import PLAIN, Spec
 
@@ -68,25 +66,7 @@ class Llama(nnx.Module):
     def output_is_embedding(self) -> bool:
         return self.lm_head is None
 
-    def __call__(
-        self,
-        tokens: Int[Array, "batch new"],
-        positions: Int[Array, "batch new"],
-        mask: Bool[Array, "batch new new"],
-        *,
-        prompt_lengths: Int[Array, " batch"],
-        cache: KVCache | None = None,
-        taps: tuple[int, ...] = (),
-        in_blocks: bool = False,
-    ) -> TargetOutput:
-        """Runs new tokens, which attend to the cache and to each other under `mask`; see `Target`."""
-
-        def attend(index, q, k, v, spec=PLAIN):
-            old = None if cache is None else cache.layer(index)
-            return attention(q, k, v, mask, old, spec=spec, positions=positions, in_blocks=in_blocks), (k, v)
-
-        out, new_kv = self.run(tokens, positions, attend, prompt_lengths=prompt_lengths, taps=taps)
-        return out._replace(new_kv=new_kv)
+    __call__ = cached_pass
 
     def run(
         self,

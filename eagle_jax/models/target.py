@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from eagle_jax.models.cache import CacheShape, KVCache, NewKV
 from eagle_jax.models.config import RopeConfig
 from eagle_jax.models.layers import AttendLayer
+from eagle_jax.ops.attention import attention
+from eagle_jax.ops.spec import PLAIN
 
 
 class TargetOutput(NamedTuple):
@@ -119,6 +121,27 @@ class Target(Protocol):
 
     def output_weight(self) -> Float[Array, "vocab hidden"]:
         """Returns the matrix of `logits`, by which training multiplies a chunk of positions at a time."""
+
+
+def cached_pass(
+    self: Target,
+    tokens: Int[Array, "batch new"],
+    positions: Int[Array, "batch new"],
+    mask: Bool[Array, "batch new new"],
+    *,
+    prompt_lengths: Int[Array, " batch"],
+    cache: KVCache | None = None,
+    taps: tuple[int, ...] = (),
+    in_blocks: bool = False,
+) -> TargetOutput:
+    """Runs new tokens by `run`, with `ops.attention`. The `__call__` of a class that has a `run`; see `Target`."""
+
+    def attend(index, q, k, v, spec=PLAIN):
+        old = None if cache is None else cache.layer(index)
+        return attention(q, k, v, mask, old, spec=spec, positions=positions, in_blocks=in_blocks), (k, v)
+
+    output, new_kv = self.run(tokens, positions, attend, prompt_lengths=prompt_lengths, taps=taps)
+    return output._replace(new_kv=new_kv)
 
 
 MEMBERS = tuple(name for name in vars(Target) if not name.startswith("_"))

@@ -12,7 +12,7 @@ import pytest
 import eagle_jax
 from eagle_jax import DraftConfig, DraftModel, Eagle1Draft, Eagle3Draft, TargetOutput
 from eagle_jax.models.config import RopeConfig
-from eagle_jax.ops.attention import attention
+from eagle_jax.models.target import cached_pass
 from eagle_jax.train import eagle1_loss, eagle3_loss
 from tests.toy import NEW, TREE, near_ties, random_prompts, rows_of, scaled
 
@@ -43,13 +43,7 @@ class OneLayer:
     def dtype(self):
         return self.embed.dtype
 
-    def __call__(self, tokens, positions, mask, *, prompt_lengths, cache=None, taps=(), in_blocks=False):
-        def attend(index, q, k, v):
-            old = None if cache is None else cache.layer(index)
-            return attention(q, k, v, mask, old, in_blocks=in_blocks), (k, v)
-
-        out, new_kv = self.run(tokens, positions, attend, prompt_lengths=prompt_lengths, taps=taps)
-        return out._replace(new_kv=new_kv)
+    __call__ = cached_pass
 
     def run(self, tokens, positions, attend, *, prompt_lengths, taps=()):
         waves = 10.0 ** -jnp.linspace(0, 2, self.config.hidden_size)
