@@ -51,7 +51,11 @@ def check(function: F) -> F:
     Constructors are not checked: JAX rebuilds pytrees with None, shardings or markers in place of arrays.
     """
     name = f"{function.__module__}.{function.__qualname__}"
-    shapes = {name: hint for name, hint in function.__annotations__.items() if _states_shape(hint)}
+    hints = function.__annotations__
+    # jaxtyping calls this for the arguments, with Any in place of the result, and for all: check nothing twice.
+    if hints.get("return", Any) is not Any:
+        hints = {"return": hints["return"]}
+    shapes = {name: hint for name, hint in hints.items() if _states_shape(hint)}
     if not shapes or name in DOORS or name.endswith(".__init__"):
         return function
     function.__annotations__ = shapes

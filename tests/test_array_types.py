@@ -16,7 +16,7 @@ import jaxtyping
 import pytest
 
 from eagle_jax.tree import Tree, accept_sampling
-from tests.array_types import ROOMS
+from tests.array_types import ROOMS, check
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
@@ -29,6 +29,15 @@ def test_a_wrong_shape_is_caught():
         accept_sampling(tree, jnp.full((2, 1, 7), 1 / 7), jnp.zeros((2, 1)))  # one for a node, of which there is none
     with pytest.raises(jaxtyping.TypeCheckError, match="'probs'"):
         jax.eval_shape(accept_sampling, tree, jnp.full((2, 7), 1 / 7), jnp.zeros((2, 0)))
+
+
+def test_a_wrong_result_is_caught():
+    @jaxtyping.jaxtyped(typechecker=check)
+    def rest(x: jaxtyping.Float[jax.Array, " entries"]) -> jaxtyping.Float[jax.Array, " entries"]:
+        return x[1:]
+
+    with pytest.raises(jaxtyping.TypeCheckError, match="return value"):
+        rest(jnp.zeros(3))
 
 
 def test_a_pytree_may_hold_anything():
