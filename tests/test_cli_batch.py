@@ -445,11 +445,11 @@ def test_a_model_that_asks_for_sampling_and_gets_none(tmp_path, monkeypatch):
     assert line().startswith("greedy decoding; the model asks for --temperature 0.6 --top-k 50 --top-p 0.9")
     assert line(greedy_by_default=False) is line(model="other") is None
 
-    def resolve(source, hub, weights):
+    def folder_of(source, hub, weights):
         assert (source, hub, weights) == ("owner/name", Hub("v2", local_files_only=True), False)
         return tmp_path
 
-    monkeypatch.setattr(sampling_options, "resolve", resolve)
+    monkeypatch.setattr(sampling_options, "folder_of", folder_of)
     assert line(target="owner/name", revision="v2").startswith("greedy decoding; the model asks for")
 
 

@@ -31,7 +31,7 @@ def test_a_hub_id_may_name_a_revision(folder, monkeypatch):
     def found(model):
         return lambda source, *args, revision, **options: asked.append((source, revision)) or model
 
-    monkeypatch.setattr(assemble, "resolve", lambda source, hub: asked.append((source, hub.revision)) or folder)
+    monkeypatch.setattr(assemble, "folder_of", lambda source, hub: asked.append((source, hub.revision)) or folder)
     head = settings_of(target="owner/target@v1", start="owner/head@v2")
     origin = assemble.source(head)
     monkeypatch.setattr(convert, "load_draft", found(random_eagle3(0)))
