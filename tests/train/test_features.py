@@ -268,11 +268,11 @@ def test_missing_damaged_and_strange_shards_are_refused(place, written, tmp_path
         ({"seed": 1}, "train rows"),
         ({"head": {"taps": [0, 1, 1]}}, "taps"),
         ({"dtype": "bfloat16"}, "dtype"),
-        ({"kind": "eagle1"}, "kind"),
+        ({"kind": "eagle1", "seed": 1}, "train rows"),
         ("data", "train rows"),
         ("target", "target"),
     ],
-    ids=["seed", "taps", "dtype", "kind", "data", "target"],
+    ids=["seed", "taps", "dtype", "eagle1-seed", "data", "target"],
 )
 def test_features_of_another_run_are_refused(place, written, tmp_path, change, differs):
     _, folder = written
@@ -291,6 +291,24 @@ def test_features_of_another_run_are_refused(place, written, tmp_path, change, d
     if change == "data":
         with pytest.raises(FeaturesError, match="features of another run"):
             precompute(read_settings(config), folder, lambda _: None)
+
+
+def test_eagle1_reads_the_last_hidden_states_of_eagle3s_features(place, written, tmp_path):
+    """EAGLE-3 reads none of EAGLE-1's, which lack its taps; writing into a folder of another kind is refused."""
+    config = write_config(place, tmp_path / "run", "eagle1", PACKED)
+    ours = case(place, config)
+    rows = range(len(ours.splits["train"][1][32]))
+    wide = case(place, written[0]).stored(written[1]).batch("train", 32, rows)
+    narrow = ours.stored(written[1]).batch("train", 32, rows)
+    np.testing.assert_array_equal(narrow["answers"], wide["answers"])
+    np.testing.assert_array_equal(narrow["features"], wide["answers"])
+    with pytest.raises(FeaturesError, match=r"another run \(kind, taps, width differ\)"):
+        precompute(read_settings(config), written[1], lambda _: None)
+    assert precompute(read_settings(config), tmp_path / "own", lambda _: None) == 0
+    own = ours.stored(tmp_path / "own").batch("train", 32, rows)
+    np.testing.assert_allclose(own["answers"], narrow["answers"], atol=1e-6)
+    with pytest.raises(FeaturesError, match="kind, taps, width differ"):
+        case(place, written[0]).stored(tmp_path / "own")
 
 
 def test_settings_that_features_do_not_depend_on(place, written, tmp_path):

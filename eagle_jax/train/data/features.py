@@ -5,7 +5,7 @@
 
 A shard concatenates a few rows without padding, except the first padded position (see STORED_PADDING). A position holds
 the F features that the head reads, then the target's last hidden state (H). For EAGLE-1 both are the same and stored
-once. bfloat16 is stored as uint16, bit by bit.
+once; so a run of EAGLE-1 reads a folder of EAGLE-3, too. bfloat16 is stored as uint16, bit by bit.
 
 Letters: N rows, S positions of a row, F width of the features, H width of the target.
 """
@@ -223,7 +223,12 @@ class Features:
         manifest = _manifest(folder)
         if manifest is None:
             raise FeaturesError(f"{folder}: there are no features ({MANIFEST}); {AGAIN} {folder}")
-        _check_same(folder, manifest["made_from"], made)
+        theirs = manifest["made_from"]
+        # Every kind of head stores the last hidden state, which is all that a head without taps reads.
+        wider = contents.features == 0 and theirs.get("width", 0) > contents.width
+        of_kind = {"kind", "taps", "width"} if wider else set()
+        _check_same(folder, theirs, {name: value for name, value in made.items() if name not in of_kind})
+        self.first_number = theirs["width"] - contents.width if wider else 0
         groups = _as_written(groups, manifest)
         self.groups = {(group.split, group.length): group for group in groups}
         self.known = manifest["shards"]
@@ -244,6 +249,7 @@ class Features:
             shard = group.shard_of(row)
             first = group.starts[group.rows(shard).start]
             part = self._shard(group.name(shard))[group.starts[row] - first : group.starts[row + 1] - first]
+            part = np.ascontiguousarray(part[:, self.first_number :])
             made[place, : len(part)] = part.view(contents.real)
         answers = made[..., contents.features :]
         return {"features": made[..., : contents.features] if contents.features else answers, "answers": answers}
