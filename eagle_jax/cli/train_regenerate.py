@@ -21,6 +21,7 @@ from eagle_jax.cli.options.tree_options import BATCH, GROWTH, choose_tree_for_ma
 from eagle_jax.convert import converted
 from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.read import folder_of, read_json
+from eagle_jax.models.architectures import config_of
 from eagle_jax.models.config import LlamaConfig
 from eagle_jax.sampling import SamplingConfig
 
@@ -168,4 +169,4 @@ def target_of(args: argparse.Namespace) -> tuple[Path, LlamaConfig]:
         folder = folder_of(args.target, Hub(args.revision), weights=False)
     else:
         folder = Path(args.model) / converted.TARGET
-    return folder, LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    return folder, config_of(read_json(folder / "config.json"), str(folder / "config.json"))

@@ -15,7 +15,7 @@ from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.eagle.flat_config import is_vllm_eagle1
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.models import params
-from eagle_jax.models.config import LlamaConfig
+from eagle_jax.models.architectures import ARCHITECTURES, config_of
 from eagle_jax.models.llama import Llama
 
 OPTIONAL = ("embed", "lm_head", "fc_bias")  # paths of EAGLE heads whose presence shows in the tensor names only
@@ -43,6 +43,7 @@ class Dialect:
     build: returns the abstract model of a dtype. official: returns the name table that a model is written with.
     sized_by: the path of the tensor that sizes a kind whose config has no sizes; None: config.json.
     check: raises CheckpointError where a checkpoint's config contradicts the model.
+    table: returns the name table of a checkpoint, from the one that `recognise` returned and the model.
     unread: returns the tensors that are no parameter's source.
     ties_lm_head: whether config.json may tie the lm_head to the embedding; a file then holds either or both.
     tied_to_own: whether config.json may tie a missing lm_head to the head's embedding.
@@ -55,6 +56,7 @@ class Dialect:
     official: Callable[[Any], dict[str, str]]
     sized_by: str | None = None
     check: Callable[[Any, Checkpoint], None] = lambda model, checkpoint: None
+    table: Callable[[dict[str, str], Any], dict[str, str]] = lambda recognised, model: recognised
     unread: Callable[[Any, Checkpoint], set[str]] = lambda model, checkpoint: set()
     ties_lm_head: bool = False
     tied_to_own: bool = False
@@ -106,8 +108,12 @@ def build(
 
 
 def _llama(source: Source, dtype: Any) -> Any:
-    config = LlamaConfig.from_hf(source.hf, source.where)
-    return params.abstract(lambda key: Llama(config, key, dtype))
+    config = config_of(source.hf, source.where)
+    return params.abstract(lambda key: ARCHITECTURES[config.model_type].model(config, key, dtype))
+
+
+def _llama_names(model: Llama) -> dict[str, str]:
+    return names.decoder_table(names.LAYER | ARCHITECTURES[model.config.model_type].names)
 
 
 def _eagle1(source: Source, dtype: Any) -> Any:
@@ -186,7 +192,8 @@ DIALECTS: dict[str, Dialect] = {
     "llama": Dialect(
         recognise=names.llama_table,
         build=_llama,
-        official=lambda model: names.LLAMA,
+        official=_llama_names,
+        table=lambda recognised, model: recognised if recognised is names.GGUF else _llama_names(model),
         ties_lm_head=True,
     ),
 }

@@ -82,7 +82,7 @@ def match_pair(
 
 
 def match_target(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
-    """Matches a Llama checkpoint."""
+    """Matches the checkpoint of a language model."""
     model = build("llama", checkpoint.config, str(checkpoint.config_path), dtype)
     table = names.llama_table(checkpoint.tensors.keys() | checkpoint.faults.keys()) or names.LLAMA
     return _match("llama", table, model, checkpoint, checkpoint.sized_by)
@@ -198,8 +198,9 @@ def finite_values(tensor: Tensor, dtype: Any) -> np.ndarray:
     return out.reshape(source.shape)
 
 
-def _match(kind: str, table: Mapping[str, str], model: Any, checkpoint: Checkpoint, sized_by: str) -> Match:
+def _match(kind: str, table: dict[str, str], model: Any, checkpoint: Checkpoint, sized_by: str) -> Match:
     dialect = DIALECTS[kind]
+    table = dialect.table(table, model)
     leaves = params.flatten(model)
     tensors = checkpoint.tensors
     weights = {path: names.official_name(table, path) for path in leaves if path != "target_ids"}

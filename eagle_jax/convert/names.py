@@ -26,6 +26,8 @@ LAYER: dict[str, str] = {
     "attention.k_bias": "self_attn.k_proj.bias",
     "attention.v_bias": "self_attn.v_proj.bias",
     "attention.o_bias": "self_attn.o_proj.bias",
+    "attention.q_norm": "self_attn.q_norm.weight",
+    "attention.k_norm": "self_attn.k_norm.weight",
     "mlp.gate": "mlp.gate_proj.weight",
     "mlp.up": "mlp.up_proj.weight",
     "mlp.down": "mlp.down_proj.weight",
@@ -34,13 +36,19 @@ LAYER: dict[str, str] = {
     "mlp.down_bias": "mlp.down_proj.bias",
 }
 
-# All parameters of each kind of model; {i} stands for a layer's index.
-LLAMA: dict[str, str] = {
-    "embed": "model.embed_tokens.weight",
-    **{f"layers.{{i}}.{path}": f"model.layers.{{i}}.{name}" for path, name in LAYER.items()},
-    "norm": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-}
+
+def decoder_table(layer: Mapping[str, str]) -> dict[str, str]:
+    """Builds the table of a language model from that of its layers; {i} stands for a layer's index."""
+    return {
+        "embed": "model.embed_tokens.weight",
+        **{f"layers.{{i}}.{path}": f"model.layers.{{i}}.{name}" for path, name in layer.items()},
+        "norm": "model.norm.weight",
+        "lm_head": "lm_head.weight",
+    }
+
+
+# All parameters of each kind of model.
+LLAMA: dict[str, str] = decoder_table(LAYER)
 # The same in GGUF files.
 _GGUF_LAYER: dict[str, str] = {
     "input_norm": "attn_norm",

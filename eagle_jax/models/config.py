@@ -97,7 +97,15 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama-architecture model (Llama 2 to 3.3, Vicuna, DeepSeek-R1-Distill-Llama)."""
+    """The shape of a decoder of Llama's family, and the parts that it has; the defaults are Llama's.
+
+    `from_hf` reads a Llama (Llama 2 to 3.3, Vicuna, DeepSeek-R1-Distill-Llama), `architectures.config_of` any of them.
+
+    model_type: the architecture's name in config.json, a key of `architectures.ARCHITECTURES`.
+    attention_bias: biases of q, k, v and o. qkv_bias: biases of q, k and v alone.
+    qk_norm: RMSNorm of every query head and key head, before RoPE.
+    windows: the sliding window of each layer, None for full attention; (): full attention in all layers.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -112,6 +120,11 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    _: dataclasses.KW_ONLY
+    model_type: str = "llama"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
@@ -128,7 +141,7 @@ class LlamaConfig:
 
     def attention_spec(self, layer: int) -> Spec:
         """Returns a layer's window, softcap and scale. Sinks are weights, so a layer with sinks adds them itself."""
-        return Spec()
+        return Spec(window=self.windows[layer] if self.windows else None)
 
 
 def require_same(what: str, ours: int, theirs: int) -> None:

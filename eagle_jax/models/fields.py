@@ -6,7 +6,7 @@ accepted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 Table = Mapping[str, tuple[Any, ...]]
@@ -65,20 +65,23 @@ class ConfigError(ValueError):
     """A configuration that is not implemented, or that contradicts itself."""
 
 
-def refuse_unknown_mathematics(hf: Mapping[str, Any], neutral: Table, where: str, place: str = "") -> None:
+def refuse_unknown_mathematics(
+    hf: Mapping[str, Any], neutral: Table, where: str, place: str = "", reads: Collection[str] = ()
+) -> None:
     """Raises ConfigError for a field whose value changes the forward pass in a way that is not implemented.
 
     Args:
       place: prefix of a nested object's fields in messages, such as "eagle_config."; "" for the top level.
+      reads: fields that the caller reads, whatever their values.
     """
     for name, values in neutral.items():
         value = hf.get(name)
-        if name == "sliding_window" and hf.get("use_sliding_window") is False:
+        if name in reads or (name == "sliding_window" and hf.get("use_sliding_window") is False):
             continue
         if says_something(value) and value not in values:
             accepted = ", ".join(repr(v) for v in values) or "null"
             raise ConfigError(f"{where}: {place}{name} = {value!r} is not implemented (accepted: {accepted})")
-    layer_types = hf.get("layer_types") or ()
+    layer_types = () if "layer_types" in reads else hf.get("layer_types") or ()
     if not isinstance(layer_types, list | tuple) or any(kind != "full_attention" for kind in layer_types):
         raise ConfigError(f"{where}: {place}layer_types {layer_types} are not implemented (only full_attention)")
 

@@ -121,6 +121,8 @@ class Attention(nnx.Module):
         self.k_bias = zeros((k, h), dtype) if qkv_bias else None
         self.v_bias = zeros((k, h), dtype) if qkv_bias else None
         self.o_bias = zeros((d,), dtype) if o_bias else None
+        self.q_norm = ones((h,), dtype) if config.qk_norm else None
+        self.k_norm = ones((h,), dtype) if config.qk_norm else None
 
     @jax.named_scope("attention")
     def __call__(
@@ -130,12 +132,19 @@ class Attention(nnx.Module):
         q = _project("q", x, self.q, self.q_bias)
         k = _project("k", x, self.k, self.k_bias)
         v = _project("v", x, self.v, self.v_bias)
+        q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         # Barrier: materialise k and v here; otherwise XLA keeps the (larger) projection inputs alive until the commit.
         k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
         # A closure that takes no spec works for plain layers, and raises for all others rather than ignore theirs.
         mixed, kept = attend(q, k, v) if spec.plain else attend(q, k, v, spec)
         return _project("o", mixed.reshape(*mixed.shape[:2], -1), self.o, self.o_bias), kept
+
+    def _normed(
+        self, heads: Float[Array, "batch new heads head_dim"], weight: nnx.Param | None
+    ) -> Float[Array, "batch new heads head_dim"]:
+        """Normalises every head, unless the weight is None."""
+        return heads if weight is None else rms_norm(heads, weight[...], self.config.rms_norm_eps)
 
 
 def _project(

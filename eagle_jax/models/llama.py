@@ -1,4 +1,4 @@
-"""Llama: the target model."""
+"""Llama: the target model, a decoder whose parts its config chooses. architectures.py has the configs that are read."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from eagle_jax.ops.spec import PLAIN, Spec
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each with a residual. The layer of an EAGLE-1 head lacks the input norm."""
 
-    def __init__(
-        self, config: LlamaConfig, key: jax.Array, dtype: Any, *, input_norm: bool = True, qkv_bias: bool = False
-    ):
+    def __init__(self, config: LlamaConfig, key: jax.Array, dtype: Any, *, index: int = 0, input_norm: bool = True):
         keys = jax.random.split(key)
         bias = config.attention_bias
         self.config = config
         self.input_norm = ones((config.hidden_size,), dtype) if input_norm else None
-        self.attention = Attention(config, config.hidden_size, keys[0], dtype, qkv_bias=bias or qkv_bias, o_bias=bias)
+        self.attention = Attention(
+            config, config.hidden_size, keys[0], dtype, qkv_bias=bias or config.qkv_bias, o_bias=bias
+        )
         self.post_attention_norm = ones((config.hidden_size,), dtype)
-        self.mlp = MLP(config, keys[1], dtype)
+        self.mlp = make_mlp(config, index, keys[1], dtype)
 
     def __call__(
         self, x: Float[Array, "batch new hidden"], rotation: Rotation, attend: Attend, spec: Spec = PLAIN
@@ -42,15 +42,28 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(rms_norm(x, self.post_attention_norm[...], eps)), kept
 
 
+def make_mlp(config: LlamaConfig, index: int, key: jax.Array, dtype: Any) -> MLP:
+    """Builds the MLP of the layer `index`: the one place that chooses its kind by the config."""
+    del index  # one kind in all layers
+    return MLP(config, key, dtype)
+
+
 class Llama(nnx.Module):
-    """A Llama-architecture language model, as a stateless pytree of weights. Implements `Target`."""
+    """A decoder-only language model of Llama's family, as a stateless pytree of weights. Implements `Target`.
+
+    A subclass with another `layer_class` is an architecture of its own; see `architectures.Architecture`.
+    """
+
+    layer_class = DecoderLayer
 
     def __init__(self, config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32):
         """Initialises random weights; `params.load` replaces them."""
         keys = jax.random.split(key, config.num_layers + 2)
         self.config = config
         self.embed = nnx.Param(normal(keys[0], (config.vocab_size, config.hidden_size), dtype))
-        self.layers = nnx.List([DecoderLayer(config, layer_key, dtype) for layer_key in keys[2:]])
+        self.layers = nnx.List(
+            [self.layer_class(config, layer_key, dtype, index=index) for index, layer_key in enumerate(keys[2:])]
+        )
         self.norm = ones((config.hidden_size,), dtype)
         self.lm_head = (
             None

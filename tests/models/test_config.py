@@ -183,7 +183,8 @@ def test_no_field_is_left_out():
     covered = {field for _, expected in (*FIELDS.values(), *DRAFT_FIELDS.values()) for field in expected}
     told_by_tensors = {"own_embedding": True, "own_lm_head": False}
     fields = {field.name for field in dataclasses.fields(DraftConfig)}
-    assert covered | told_by_tensors.keys() | {"window"} == fields
+    by_architecture = {"model_type", "qk_norm", "windows"}  # tests/models/test_architectures.py
+    assert covered | told_by_tensors.keys() | by_architecture | {"window"} == fields
     plain = PLAIN | dict(num_hidden_layers=1)
     for name, value in told_by_tensors.items():
         assert changes(DraftConfig.from_hf(plain), DraftConfig.from_hf(plain, **{name: value})) == {name: value}

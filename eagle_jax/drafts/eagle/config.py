@@ -35,7 +35,6 @@ class DraftConfig(LlamaConfig):
     norm_before_residual: bool = False
     own_embedding: bool = False
     fc_bias: bool = False
-    qkv_bias: bool = False
     window: tuple[int, int] | None = None
     own_lm_head: bool = True
 

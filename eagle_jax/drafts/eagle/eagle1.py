@@ -33,7 +33,7 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         self.embed = nnx.Param(normal(keys[0], (config.vocab_size, d), dtype)) if config.own_embedding else None
         self.fc = Weight(normal(keys[1], (d, 2 * d), dtype))
         self.fc_bias = zeros((d,), dtype) if config.fc_bias else None
-        self.layer = DecoderLayer(config, keys[2], dtype, input_norm=False, qkv_bias=config.qkv_bias)
+        self.layer = DecoderLayer(config, keys[2], dtype, input_norm=False)
 
     # Draft ids are target ids.
     target_ids = None

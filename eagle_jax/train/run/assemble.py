@@ -25,6 +25,7 @@ from eagle_jax.drafts.protocol import Draft
 from eagle_jax.drafts.registry import CLASSES
 from eagle_jax.files import checksums
 from eagle_jax.models import params
+from eagle_jax.models.architectures import ARCHITECTURES, config_of
 from eagle_jax.models.config import LlamaConfig, RopeConfig
 from eagle_jax.models.llama import Llama
 from eagle_jax.train import fingerprint
@@ -60,7 +61,7 @@ def source(settings: TrainSettings) -> DataSource:
     if settings.kind == "target":
         assert settings.model is not None
         path = Path(settings.model)
-        config = LlamaConfig.from_hf(read_json(path), str(path))
+        config = config_of(read_json(path), str(path))
         return DataSource(path.parent, tokenizer_of(path.parent), config, predicted_by(settings))
     assert settings.target is not None
     folder = Path(settings.target)
@@ -69,7 +70,7 @@ def source(settings: TrainSettings) -> DataSource:
     else:
         target, revision = named_revision(settings.target)
         folder = folder_of(target, Hub(revision))
-    config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = config_of(read_json(folder / "config.json"), str(folder / "config.json"))
     return DataSource(folder, tokenizer_of(folder), config, predicted_by(settings))
 
 
@@ -170,7 +171,7 @@ def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None,
             raise ValueError(f"start: {settings.start} has another config than {settings.model}")
         return model
     if settings.kind == "target":
-        return Llama(origin.config, key)
+        return ARCHITECTURES[origin.config.model_type].model(origin.config, key, jnp.float32)
     assert target is not None
     if settings.start is not None:
         start, revision = named_revision(settings.start)
@@ -200,18 +201,19 @@ def new_eagle3(config: DraftConfig, key: jax.Array, target: Llama, train: Datase
 
 
 def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
-    """Returns the config of a head: the target's shape with the changes in settings.head."""
+    """Returns the config of a head: a layer of Llama in the target's shape, with the changes in settings.head."""
     head = settings.head
-    fields = dataclasses.asdict(target) | dict(
+    fields: dict[str, Any] = dict(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
         num_layers=1,
         intermediate_size=head.intermediate_size or target.intermediate_size,
         num_heads=head.num_heads or target.num_heads,
         num_kv_heads=head.num_kv_heads or target.num_kv_heads,
         head_dim=head.head_dim or target.head_dim,
+        rms_norm_eps=target.rms_norm_eps,
         rope=RopeConfig(head.rope_theta),
-        tie_word_embeddings=False,
-        attention_bias=False,
-        mlp_bias=False,
+        max_position_embeddings=target.max_position_embeddings,
     )
     if fields["num_heads"] % fields["num_kv_heads"]:
         raise ValueError(

@@ -1,0 +1,225 @@
+"""Every architecture of the table equals transformers' own class, read from a folder as transformers writes it.
+
+Random small models in float32. The windows are shorter than the prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from flax import nnx
+
+import eagle_jax
+from eagle_jax import DraftModel
+from eagle_jax.convert import from_pretrained, to_official
+from eagle_jax.models.architectures import ARCHITECTURES, config_of
+from eagle_jax.models.cache import KVCache
+from eagle_jax.models.fields import ConfigError
+from tests.models.reference import prompt_pass
+
+TOLERANCE = 1e-4
+SMALL = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+)
+MIXED = ["sliding_attention", "full_attention"]
+# {case: (the config class of transformers, fields)}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("MistralConfig", dict(sliding_window=4, head_dim=12)),
+    "mistral without a window": ("MistralConfig", dict(sliding_window=None)),
+    "qwen2": ("Qwen2Config", dict(tie_word_embeddings=True)),
+    "qwen2 with windows": ("Qwen2Config", dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
+    "qwen3": ("Qwen3Config", dict(head_dim=12)),
+    "qwen3 with windows": (
+        "Qwen3Config",
+        dict(head_dim=12, attention_bias=True, use_sliding_window=True, sliding_window=4, layer_types=MIXED),
+    ),
+}
+# One of each architecture, for the tests that compile most.
+ONE_EACH = ["mistral", "qwen2 with windows", "qwen3 with windows"]
+NEW = 16  # tokens
+
+
+def random_tokens(*shape: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, SMALL["vocab_size"], shape, dtype=np.int32)
+
+
+LENGTHS = np.array([12, 5])
+TOKENS = random_tokens(2, 12)
+
+
+@functools.cache
+def theirs(case: str) -> transformers.PreTrainedModel:
+    """Makes transformers' model with every parameter random, biases and norms too."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    name, fields = CASES[case]
+    config = getattr(transformers, name)(**SMALL | fields)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + 0.3 * noise if "norm" in name else 0.25 * noise)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Returns the folder of a case as `save_pretrained` writes it."""
+
+    @functools.cache
+    def write(case: str) -> Path:
+        path = tmp_path_factory.mktemp("target")
+        theirs(case).save_pretrained(path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    """Returns our model of a case, read from its folder."""
+    return functools.cache(lambda case: from_pretrained(folder(case))[0])
+
+
+def their_pass(case: str, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns logits [T, V], and hidden states: the input of each layer, and last the output of the final norm."""
+    import torch
+
+    with torch.no_grad():
+        out = theirs(case)(torch.from_numpy(tokens.astype(np.int64))[None], output_hidden_states=True)
+    return out.logits[0].numpy(), [state[0].numpy() for state in out.hidden_states]
+
+
+@pytest.fixture(scope="module")
+def prompts(ours):
+    """Returns what a case's model makes of a ragged batch: (output, logits)."""
+    tokens, lengths = jnp.asarray(TOKENS), jnp.asarray(LENGTHS)
+    return functools.cache(lambda case: prompt_pass(ours(case), tokens, lengths, taps=(0, 1)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_taps_of_a_ragged_batch(case, prompts):
+    out, logits = prompts(case)
+    for row, length in enumerate(LENGTHS):
+        expected, states = their_pass(case, TOKENS[row, :length])
+        np.testing.assert_allclose(logits[row, :length], expected, atol=TOLERANCE)
+        np.testing.assert_allclose(out.taps[row, :length], np.concatenate(states[:-1], axis=-1), atol=TOLERANCE)
+        np.testing.assert_allclose(out.hidden[row, :length], states[-1], atol=TOLERANCE)
+
+
+PARENTS, DEPTHS = [-1, 0, 0, 2, 3, 4], [0, 1, 1, 2, 3, 4]
+PATHS = [[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 3, 4], [0, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_tree_pass_equals_a_pass_over_each_path(case, ours, prompts):
+    """Nodes under an ancestor mask, with a cache; the deepest nodes' windows end inside the tree."""
+    model, nodes = ours(case), random_tokens(2, 6, seed=5)
+    mask = np.zeros((2, 6, 6), bool)
+    for node, path in enumerate(PATHS):
+        assert PARENTS[node] == (path[-2] if len(path) > 1 else -1) and DEPTHS[node] == len(path) - 1
+        mask[:, node, path] = True
+    cache = KVCache.zeros(model.config, 2, TOKENS.shape[1] + 6, model.dtype)
+    cache = cache.write(prompts(case)[0].new_kv, jnp.zeros((), jnp.int32)).with_length(jnp.asarray(LENGTHS))
+    logits = verify(model, jnp.asarray(nodes), jnp.asarray(mask), cache)
+    for row, length in enumerate(LENGTHS):
+        for node, path in enumerate(PATHS):
+            expected, _ = their_pass(case, np.concatenate([TOKENS[row, :length], nodes[row, path]]))
+            np.testing.assert_allclose(logits[row, node], expected[-1], atol=TOLERANCE, err_msg=f"node {node}")
+
+
+@jax.jit
+def verify(model, nodes, mask, cache):
+    positions = cache.length[:, None] + jnp.asarray(DEPTHS)[None]
+    out = model(nodes, positions, mask, prompt_lengths=cache.length, cache=cache)
+    return model.logits(out.hidden)
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_speculative_text_is_their_greedy_text(case, ours):
+    """Every new token is the argmax of transformers' pass over the whole text. The target's first layer drafts."""
+    target = ours(case)
+    small = copy.copy(target)
+    small.config = dataclasses.replace(target.config, num_layers=1)
+    small.layers = nnx.List(target.layers[:1])
+    tree = eagle_jax.TreeConfig(depth=3, top_k=2, num_nodes=6)
+    tokens, lengths = jnp.asarray(TOKENS), jnp.asarray(LENGTHS)
+    out = eagle_jax.generate(target, DraftModel(small), tokens, lengths, tree=tree, max_new_tokens=NEW)
+    assert out.accepted[:, 1:].sum() > 0 and out.accepted[:, 0].sum() > 0
+    for row, length in enumerate(LENGTHS):
+        text = np.asarray(out.tokens)[row, : length + NEW]
+        logits = their_pass(case, text)[0][length - 1 : -1]
+        chosen = logits[np.arange(NEW), text[length:]]
+        np.testing.assert_allclose(chosen, logits.max(axis=-1), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_are_written_as_they_were_read(case, ours):
+    written = to_official(ours(case))
+    expected = {name: weight.detach().numpy() for name, weight in theirs(case).state_dict().items()}
+    if theirs(case).config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    assert written.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(written[name], array)
+
+
+# Fields of a config.json that an architecture reads, other values, and what its config then holds.
+QWEN2 = dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+READ = [
+    (dict(model_type="mistral"), dict(windows=(4096, 4096))),
+    (dict(model_type="mistral", sliding_window=None), dict(windows=())),
+    (dict(model_type="mistral", sliding_window=4, layer_types=MIXED), dict(windows=(4, None))),
+    (dict(model_type="mistral", attention_bias=True), dict(attention_bias=True)),
+    (QWEN2, dict(windows=(None, 4), qkv_bias=True)),
+    (QWEN2 | dict(layer_types=MIXED), dict(windows=(4, None))),
+    (QWEN2 | dict(use_sliding_window=False), dict(windows=())),
+    (dict(model_type="qwen2", sliding_window=4), dict(windows=(), qkv_bias=True, qk_norm=False)),
+    (dict(model_type="qwen3"), dict(head_dim=128, qk_norm=True, qkv_bias=False)),
+    (dict(model_type="llama"), dict(windows=(), qkv_bias=False, qk_norm=False)),
+    (dict(model_type=None), dict(model_type="llama")),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), READ)
+def test_fields_of_an_architecture(fields, expected):
+    config = config_of(SMALL | fields)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(model_type="phi9"), f"model_type = 'phi9' is not implemented .accepted: {', '.join(ARCHITECTURES)}"),
+        (dict(model_type=["llama"]), "model_type = .'llama'. is not implemented"),
+        (dict(model_type="llama", sliding_window=4), "sliding_window = 4 is not implemented"),
+        (dict(model_type="mistral", use_sliding_window=True), "use_sliding_window = True is not implemented"),
+        (dict(model_type="mistral", sliding_window=-1), "sliding_window must be a positive integer, got -1"),
+        (QWEN2 | dict(sliding_window=None), "sliding_window is missing"),
+        (QWEN2 | dict(max_window_layers=None), "max_window_layers must be a number of layers, got None"),
+        (QWEN2 | dict(layer_types=MIXED[:1]), "layer_types must list a kind for each of 2 layers"),
+        (QWEN2 | dict(layer_types=["linear_attention"] * 2), "layer_types 'linear_attention' is not implemented"),
+        (QWEN2 | dict(use_sliding_window=False, layer_types=MIXED), "sliding_window is missing"),
+        (QWEN2 | dict(attn_logit_softcapping=5.0), "attn_logit_softcapping = 5.0 is not implemented"),
+    ],
+)
+def test_what_an_architecture_does_not_read_is_refused_by_name(fields, message):
+    with pytest.raises(ConfigError, match=f"some/config.json: {message}"):
+        config_of(SMALL | fields, "some/config.json")
