@@ -329,12 +329,13 @@ def draft_forward(
       features: from `forward`.
       tokens: the token that follows each feature.
     Returns:
-      hidden states, before the head's final norm, and draft logits.
+      hidden states, before the head's final norm (after it in heads with `norm_output`), and draft logits.
     """
     check_head(draft)
     positions, mask = _causal(tokens)
 
-    def attend(q, k, v, spec=PLAIN):
+    def attend(index, q, k, v, spec=PLAIN):
+        del index
         return attention(q, k, v, mask, spec=spec, positions=positions), None
 
     hidden, _ = draft(target, draft.fuse(features), tokens, positions, attend, prompt_lengths=lengths)

@@ -34,7 +34,7 @@ TARGET = LlamaConfig(
 
 
 def draft_config(**changes: Any) -> DraftConfig:
-    fields = {**TARGET.__dict__, "num_layers": 1, "draft_vocab_size": 41, "target_hidden_size": 32, "fc_bias": True}
+    fields = {**TARGET.__dict__, "num_layers": 1, "draft_vocab_size": 41, "target_hidden_size": 32}
     return DraftConfig(**fields | changes)
 
 
@@ -52,7 +52,7 @@ def random_eagle3(seed: int, scale: float = 12.0) -> Eagle3Draft:
 
 
 def random_eagle1(seed: int, scale: float = 12.0) -> Eagle1Draft:
-    return scaled(Eagle1Draft(draft_config(draft_vocab_size=97), jax.random.key(seed)), scale)
+    return scaled(Eagle1Draft(draft_config(draft_vocab_size=97, fc_bias=True), jax.random.key(seed)), scale)
 
 
 @functools.cache

@@ -125,8 +125,8 @@ def _eagle1(source: Source, dtype: Any) -> Any:
 
 def _eagle3(source: Source, dtype: Any) -> Any:
     own = {"own_embedding": "embed" in source.held, "own_lm_head": "lm_head" in source.held}
-    fc_bias = not is_vllm_eagle1(source.hf) or "fc_bias" in source.held
-    config = DraftConfig.from_hf(source.hf, source.where, kind="eagle3", fc_bias=fc_bias, **own)
+    own["fc_bias"] = "fc_bias" in source.held
+    config = DraftConfig.from_hf(source.hf, source.where, kind="eagle3", **own)
     num_taps = OFFICIAL_TAPS if config.taps is None else len(config.taps)
     return params.abstract(lambda key: Eagle3Draft(config, num_taps, key, dtype))
 

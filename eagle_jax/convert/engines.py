@@ -34,6 +34,8 @@ EXPORTED: dict[str, dict[str, str] | None] = {
 }
 KINDS: dict[type, str] = {CLASSES[kind]: kind for kind, table in EXPORTED.items() if table is not None}
 BOTH = ("eagle3", "eagle1")
+# Parts of EAGLE-3 heads that the official head lacks: fields of a DraftConfig, false unless a head has the part.
+PARTS = ("fc_norm", "norm_before_fc", "norm_output", "windows", "qk_norm", "qkv_bias", "fc_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +206,7 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
         draft_vocab_size=config.draft_vocab_size if kind == "eagle3" else config.vocab_size,
         target_hidden_size=config.target_hidden_size if kind == "eagle3" else config.hidden_size,
         norm_before_residual=config.norm_before_residual and kind == "eagle3",
-        fc_bias=kind == "eagle3"
-        or config.fc_bias
-        or "fc_bias" in added,  # the config of an EAGLE-3 head does not say, which means True
+        fc_bias=config.fc_bias or "fc_bias" in added,
         qkv_bias=config.qkv_bias and kind == "eagle1",
         window=None,
         own_lm_head=not borrowed or "lm_head" in added,
@@ -254,6 +254,11 @@ def refusals(draft: Eagle3Draft | Eagle1Draft, target: Llama, format: str) -> li
         if config.fc_bias and engine.fc_bias == "never":
             found.append("fc.bias (bias is true) is not read")
         return found
+    found += [
+        f"{part} is {getattr(config, part)}, the format has no such part" for part in PARTS if getattr(config, part)
+    ]
+    if config.num_layers > 1:
+        found.append(f"it has {config.num_layers} layers, the format's head has one")
     if config.norm_before_residual and not engine.norm_before_residual:
         found.append("norm_before_residual is true, its layer has no such residual")
     return found + _tap_refusals(config, target.config.num_layers, engine)

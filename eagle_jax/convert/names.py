@@ -70,9 +70,13 @@ GGUF: dict[str, str] = {
 }
 EAGLE3: dict[str, str] = {
     "embed": "embed_tokens.weight",
+    "fc_norm.{i}": "fc_norm.{i}.weight",
+    "input_norm": "input_norm.weight",
     "fc": "fc.weight",
+    "fc_bias": "fc.bias",
     **{f"layer.{path}": f"midlayer.{name}" for path, name in LAYER.items()},
     "layer.hidden_norm": "midlayer.hidden_norm.weight",
+    **{f"layers.{{i}}.{path}": f"layers.{{i}}.{name}" for path, name in LAYER.items()},
     "norm": "norm.weight",
     "lm_head": "lm_head.weight",
     "target_ids": "d2t",

@@ -141,7 +141,11 @@ class LlamaConfig:
 
     def attention_spec(self, layer: int) -> Spec:
         """Returns a layer's window, softcap and scale. Sinks are weights, so a layer with sinks adds them itself."""
-        return Spec(window=self.windows[layer] if self.windows else None)
+        return Spec(window=self.window_of(layer))
+
+    def window_of(self, layer: int) -> int | None:
+        """Returns a layer's sliding window, from `windows`; None for full attention."""
+        return self.windows[layer] if self.windows else None
 
 
 def require_same(what: str, ours: int, theirs: int) -> None:

@@ -21,11 +21,15 @@ BLOCK = 512  # queries whose scores are materialised at a time
 
 
 class OwnKV(NamedTuple):
-    """Keys and values of later steps, the first `steps` of them valid. Only queries at their position see them."""
+    """Keys and values of later steps, the first `steps` of them valid. Only queries at their position see them.
+
+    window: a query sees its own step and the `window` - 1 before it; None: all steps before it.
+    """
 
     k: Float[Array, "batch positions kv_heads later head_dim"]
     v: Float[Array, "batch positions kv_heads later head_dim"]
     steps: Int[Array, ""]
+    window: int | None = None
 
 
 def in_blocks(
@@ -95,12 +99,16 @@ def blocks_gradient(
 def own_part(q: GroupedQueries, own: OwnKV, spec: Spec = PLAIN) -> Part:
     """Attends from queries to the keys of later steps at their own position; a part, as `in_blocks`.
 
-    A window hides none of them, because the decoder hides no drafted ancestor from a node.
+    The window of `spec` hides none of them; `own.window` does. The decoder treats drafted ancestors alike.
     """
-    k, v, steps = own
+    k, v, steps, window = own
     q = jnp.moveaxis(q, 3, 1)
     scores = spec.scores(dot("bskgh,bskmh->bskgm", q, k, jnp.float32), q.shape[-1])
-    scores = jnp.where(jnp.arange(k.shape[3], dtype=jnp.int32) < steps, scores, -jnp.inf)
+    later = jnp.arange(k.shape[3], dtype=jnp.int32)
+    seen = later < steps
+    if window is not None:
+        seen &= later >= steps - window
+    scores = jnp.where(seen, scores, -jnp.inf)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - top)
     out = dot("bskgm,bskmh->bskgh", weights.astype(v.dtype), v, jnp.float32)

@@ -159,11 +159,8 @@ def test_specforge_taps_are_outputs(target: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"fc_norm": True}, "fc_norm = True is not implemented"),
-        ({"norm_output": True}, "norm_output = True is not implemented"),
-        ({"use_aux_norm": True}, "use_aux_norm = True is not implemented"),
+        ({"norm_output": True}, "norm_output = True without fc_norm or norm_before_fc means EAGLE-3.1"),
         ({"model_type": "qwen3"}, "model_type = 'qwen3' is not implemented"),
-        ({"num_hidden_layers": 2}, "a head has one layer, num_hidden_layers is 2"),
     ],
 )
 def test_specforge_refusals(target: Path, tmp_path: Path, fields: dict[str, Any], message: str):
@@ -235,9 +232,7 @@ def test_speculators_eagle1(target: Path, tmp_path: Path, bias: bool):
         (SPECULATORS, {"speculators_model_type": "dflash"}, "speculators_model_type = 'dflash' is not implemented"),
         (SPECULATORS, {"norm_before_residual": None}, "norm_before_residual is missing; take it from"),
         (SPECULATORS, {"draft_vocab_size": None}, "draft_vocab_size is missing; take it from"),
-        (SPECULATORS, {"norm_before_fc": True}, "norm_before_fc = True is not implemented"),
-        (SPECULATORS, {"fc_norm": True}, "fc_norm = True is not implemented"),
-        (SPECULATORS, {"norm_output": True}, "norm_output = True is not implemented"),
+        (SPECULATORS, {"norm_before_fc": True, "fc_norm": True}, "fc_norm and norm_before_fc exclude each other"),
         (SPECULATORS, {"transformer_layer_config": None}, "transformer_layer_config must be an object, got None"),
         (SPECULATORS_EAGLE1, {"layernorms": True}, "layernorms = True is not implemented"),
         (SPECULATORS_EAGLE1, {"fusion_bias": None}, "fusion_bias is missing; take it from"),
@@ -261,8 +256,7 @@ def test_speculators_refusals(
     ("fields", "message"),
     [
         ({"model_type": "qwen3"}, "model_type = 'qwen3' is not implemented"),
-        ({"num_hidden_layers": 2}, "a head has one layer"),
-        ({"sliding_window": 4, "layer_types": ["sliding_attention"]}, "sliding_window = 4 is not implemented"),
+        ({"sliding_window": 4, "layer_types": ["chunked_attention"]}, r"layer_types \['chunked_attention'\] are not"),
     ],
 )
 def test_layers_that_are_refused(target: Path, tmp_path: Path, fields: dict[str, Any], message: str):

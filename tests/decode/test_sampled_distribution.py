@@ -31,9 +31,7 @@ def tiny_config() -> LlamaConfig:
 def tiny():
     """A target and a draft of 11 tokens that differ, with distributions neither flat nor sharp."""
     config = tiny_config()
-    head = DraftConfig(
-        **config.__dict__ | {"num_layers": 1, "draft_vocab_size": 7, "target_hidden_size": 16, "fc_bias": True}
-    )
+    head = DraftConfig(**config.__dict__ | {"num_layers": 1, "draft_vocab_size": 7, "target_hidden_size": 16})
     target = scaled(Llama(config, jax.random.key(0)), 12.0)
     return target, scaled(Eagle3Draft(head, 3, jax.random.key(1)), 12.0)
 

@@ -39,11 +39,12 @@ class Kind:
 
 def head_config(config: LlamaConfig, draft_vocab_size: int) -> DraftConfig:
     own = {"num_layers": 1, "draft_vocab_size": draft_vocab_size, "target_hidden_size": config.hidden_size}
-    return DraftConfig(**config.__dict__ | own | {"fc_bias": True})
+    return DraftConfig(**config.__dict__ | own)
 
 
 def eagle1(config, seed, scale):
-    return scaled(Eagle1Draft(head_config(config, config.vocab_size), jax.random.key(seed)), scale)
+    head = dataclasses.replace(head_config(config, config.vocab_size), fc_bias=True)
+    return scaled(Eagle1Draft(head, jax.random.key(seed)), scale)
 
 
 def eagle3(config, seed, scale):

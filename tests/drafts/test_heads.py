@@ -23,9 +23,10 @@ HEADS = ["t1_eagle3_dv96", "t1_eagle3_dv256", "t2_eagle1_bias", "t2_eagle1_nobia
 
 
 def load_head(folder):
-    config = DraftConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    kind = "eagle1" if "eagle1" in folder.name else "eagle3"
+    config = DraftConfig.from_hf(json.loads((folder / "config.json").read_text()), kind=kind)
     tensors = pickled.read(folder / "pytorch_model.bin")
-    if "eagle1" in folder.name:
+    if kind == "eagle1":
         # The file holds the target's embedding once more; its one layer is no list here.
         tensors = {name.replace("layers.0.", "layer."): tensor for name, tensor in tensors.items()}
         tensors.pop("embed_tokens.weight", None)
@@ -44,7 +45,8 @@ def head_pass(draft, target, features, tokens):
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
 
-    def attend(q, k, v):
+    def attend(index, q, k, v):
+        del index
         return attention(q, k, v, causal(batch, width)), (k, v)
 
     lengths = jnp.full(batch, width)
@@ -63,7 +65,7 @@ def test_recorded_head_pass(golden, name):
     for prompt in range(3):
         expected = {key.split("/")[1]: recorded[key] for key in recorded.files if key.startswith(f"p{prompt}/")}
         features, tokens = jnp.asarray(expected["features"])[None], jnp.asarray(expected["token_ids"])[None]
-        hidden, logits, (k, v) = head_pass(draft, target, features, tokens)
+        hidden, logits, [(k, v)] = head_pass(draft, target, features, tokens)
         np.testing.assert_allclose(hidden[0], expected["head_hidden"], atol=1e-4)
         np.testing.assert_allclose(logits[0], expected["draft_logits"], atol=1e-4)
         if prompt == 0:  # the one whose cache was recorded

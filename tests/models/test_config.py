@@ -155,9 +155,14 @@ DRAFT_FIELDS = {
     "eagle_aux_hidden_state_layer_ids": ([1, 2], dict(taps=(1, 2))),
     "eagle_config": (dict(eagle_aux_hidden_state_layer_ids=[1, 2]), dict(taps=(2, 3))),
     "norm_before_residual": (True, dict(norm_before_residual=True)),
-    "bias": (False, dict(fc_bias=False)),
     "qkv_bias": (True, dict(qkv_bias=True)),
+    "use_qk_norm": (True, dict(qk_norm=True)),
+    "use_aux_norm": (True, dict(fc_norm=True)),
+    "norm_before_fc": (True, dict(norm_before_fc=True)),
+    "sliding_window": (2048, dict(windows=(2048,))),
 }
+# Norms, which are off unless a head asks for them, and windows.
+READ_BY_HEADS = ("sliding_window", "use_qk_norm", "qk_layernorm")
 
 
 def changes(before, after) -> dict:
@@ -181,10 +186,10 @@ def test_every_draft_field_is_read(name):
 def test_no_field_is_left_out():
     """A field added to a config needs a row above."""
     covered = {field for _, expected in (*FIELDS.values(), *DRAFT_FIELDS.values()) for field in expected}
-    told_by_tensors = {"own_embedding": True, "own_lm_head": False}
+    told_by_tensors = {"own_embedding": True, "own_lm_head": False, "fc_bias": True}
     fields = {field.name for field in dataclasses.fields(DraftConfig)}
-    by_architecture = {"model_type", "qk_norm", "windows"}  # tests/models/test_architectures.py
-    assert covered | told_by_tensors.keys() | by_architecture | {"window"} == fields
+    by_architecture = {"model_type"}  # tests/models/test_architectures.py
+    assert covered | told_by_tensors.keys() | by_architecture | {"window", "norm_output"} == fields
     plain = PLAIN | dict(num_hidden_layers=1)
     for name, value in told_by_tensors.items():
         assert changes(DraftConfig.from_hf(plain), DraftConfig.from_hf(plain, **{name: value})) == {name: value}
@@ -192,11 +197,12 @@ def test_no_field_is_left_out():
     assert smaller.own_lm_head  # or there would be none for its vocabulary
 
 
-def test_a_head_may_leave_out_its_one_layer():
+def test_a_head_may_leave_out_its_number_of_layers():
     hf = {name: value for name, value in PLAIN.items() if name != "num_hidden_layers"}
     assert DraftConfig.from_hf(hf).num_layers == 1
-    with pytest.raises(ConfigError, match="a head has one layer, num_hidden_layers is 4"):
-        DraftConfig.from_hf(PLAIN)
+    assert DraftConfig.from_hf(PLAIN).num_layers == 4
+    with pytest.raises(ConfigError, match="an EAGLE-1 head has one layer, num_hidden_layers is 4"):
+        DraftConfig.from_hf(PLAIN, kind="eagle1")
 
 
 REFUSED = {
@@ -235,8 +241,9 @@ def test_layer_types_of_another_form_are_refused(kinds):
 def test_unknown_mathematics_is_refused_by_name(name):
     with pytest.raises(ConfigError, match=rf"some/config\.json: {name}\b.*not implemented"):
         LlamaConfig.from_hf(PLAIN | {name: REFUSED[name]}, "some/config.json")
-    with pytest.raises(ConfigError, match=name):
-        DraftConfig.from_hf(PLAIN | {"num_hidden_layers": 1, name: REFUSED[name]})
+    for kind in ("eagle1",) if name in READ_BY_HEADS else ("eagle1", "eagle3"):
+        with pytest.raises(ConfigError, match=name):
+            DraftConfig.from_hf(PLAIN | {"num_hidden_layers": 1, name: REFUSED[name]}, kind=kind)
 
 
 HEAD = PLAIN | dict(num_hidden_layers=1)
@@ -251,11 +258,6 @@ PLACED = {
 }
 # Mathematics of heads: fields with a value that is not implemented, and one that states what is.
 SWITCHES = dict(
-    norm_before_fc=(True, False),
-    fc_norm=(True, False),
-    norm_output=(True, False),
-    use_aux_norm=(True, False),
-    return_hidden_post_norm=(True, False),
     use_mtp_layernorm=(True, False),
     eh_proj_before_attn=(True, False),
     use_input_layernorm_in_first_layer=(False, True),
@@ -269,9 +271,6 @@ SWITCHES = dict(
     dflash_config=(dict(projector_type="domino"), {}),
     aux_hidden_state_layer_ids=([2, 16, 29], []),
     hidden_act=("gelu", "silu"),
-    sliding_window=(2048, None),
-    layer_types=(["sliding_attention"], ["full_attention"]),
-    use_qk_norm=(True, False),
     logit_scale=(0.5, 1.0),
 )
 
@@ -321,6 +320,15 @@ def test_fields_that_contradict_each_other_are_named_both(place, name, value, ot
         (dict(eagle_config=dict(new_norm=False)), "eagle_config.new_norm = False is not known"),
         (dict(eagle_config=[1]), r"eagle_config must be an object, got \[1\]"),
         (dict(draft_config=dict(norm_output=True)), "draft_config holds norm_output, which are not read there"),
+        (dict(norm_output=True), "norm_output = True without fc_norm or norm_before_fc means EAGLE-3.1.* or nothing"),
+        (dict(fc_norm=True, norm_before_fc=True), "fc_norm and norm_before_fc exclude each other"),
+        (dict(num_hidden_layers=2, next_layer_regular=False), "next_layer_regular = False is not implemented"),
+        (dict(layer_types=["sliding_attention"]), "layer_types names sliding_attention, but sliding_window gives no"),
+        (dict(sliding_window=4, layer_types=["full_attention"] * 2), "layer_types names 2 layers, the model has 1"),
+        (
+            dict(sliding_window=4, use_sliding_window=True, max_window_layers=28),
+            "max_window_layers = 28 is not implemented; name the layers that slide",
+        ),
         (dict(bias=True, eagle_fc_bias=False), "bias = True and eagle_fc_bias = False contradict"),
         (dict(rope_theta=1e4, rope_parameters=dict(rope_theta=5e5)), "rope_theta = 10000.0 and rope_parameters.rope_t"),
         (
@@ -359,6 +367,11 @@ def test_what_nvidia_writes_beside_the_mathematics_is_accepted():
         ("use_last_layernorm", False, True),
         ("skip_prenorm", True, False),
         ("norm_before_residual", False, True),
+        ("norm_before_fc", False, True),
+        ("fc_norm", False, True),
+        ("norm_output", False, True),
+        ("use_aux_norm", False, True),
+        ("return_hidden_post_norm", False, True),
         ("eagle_aux_hidden_state_layer_ids", [], [1, 2]),
     ],
 )
@@ -368,6 +381,21 @@ def test_an_eagle1_head_has_other_standards(name, standard, other):
         assert DraftConfig.from_hf(PLACED[place]({name: standard}), kind="eagle1") == plain
         with pytest.raises(ConfigError, match=name):
             DraftConfig.from_hf(PLACED[place]({name: other}), kind="eagle1")
+
+
+def test_windows_of_a_head_s_layers():
+    def windows(**fields):
+        return DraftConfig.from_hf(HEAD | dict(num_hidden_layers=2) | fields).windows
+
+    assert windows(sliding_window=8) == windows(sliding_window=8, layer_types=["sliding_attention"] * 2) == (8, 8)
+    assert windows(sliding_window=8, layer_types=["full_attention", "sliding_attention"]) == (None, 8)
+    assert windows(sliding_window=8, use_sliding_window=False) == windows(layer_types=["full_attention"] * 2) == ()
+
+
+def test_norms_of_eagle_3_1():
+    both = DraftConfig.from_hf(HEAD | dict(fc_norm=True, norm_output=True))
+    assert (both.fc_norm, both.norm_before_fc, both.norm_output) == (True, False, True)
+    assert DraftConfig.from_hf(HEAD | dict(use_aux_norm=True, eagle_config=dict(return_hidden_post_norm=True))) == both
 
 
 def test_bias_of_fc():
@@ -380,6 +408,10 @@ def test_bias_of_fc():
         *(True, False),
     ]
     assert bias({}) and not bias({}, fc_bias=False) and bias(dict(bias=True), fc_bias=False)
+    # Official EAGLE-3 configs may say bias = True, and their heads have none.
+    assert not DraftConfig.from_hf(HEAD | dict(bias=True)).fc_bias
+    with pytest.raises(ConfigError, match=r"bias = False, but the head has a tensor fc\.bias"):
+        DraftConfig.from_hf(HEAD | dict(bias=False), fc_bias=True)
 
 
 def test_neutral_values_are_accepted():

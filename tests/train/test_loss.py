@@ -146,7 +146,8 @@ def _every_step(draft, target, tokens, lengths, steps):
         ids = jnp.pad(tokens, [(0, 0), (0, step + 1)])[:, step + 1 :]
         positions = jnp.broadcast_to(jnp.arange(width) + step, (batch, width))
 
-        def attend(q, k, v, spec=PLAIN, step=step):
+        def attend(index, q, k, v, spec=PLAIN, step=step):
+            del index
             keys.append(k)
             values.append(v)
             own = jnp.broadcast_to(jnp.eye(width, dtype=bool), (batch, width, width))
@@ -189,7 +190,8 @@ def _drafted(target, draft, tokens, place, steps):
     )
     kept = []
 
-    def attend(q, k, v):
+    def attend(index, q, k, v):
+        del index
         kept.append((k, v))
         keys, values = (jnp.concatenate(rows, axis=2) for rows in zip(*kept, strict=True))
         return attention(q, keys, values, jnp.ones((1, 1, keys.shape[2]), bool), memory.cache.layer(0)), None

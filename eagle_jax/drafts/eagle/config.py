@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from eagle_jax.drafts.eagle.flat_config import TAPS, flat_config
+from eagle_jax.drafts.eagle.flat_config import SPECULATORS, TAPS, flat_config
 from eagle_jax.models.config import LlamaConfig, llama_fields
-from eagle_jax.models.fields import ConfigError, flag, size
+from eagle_jax.models.fields import ConfigError, flag, layer_windows, size
 from eagle_jax.ops.spec import Spec
 
 OFFICIAL_TAPS = 3  # target layers that an EAGLE-3 head reads, unless its config names them
@@ -16,7 +16,9 @@ OFFICIAL_TAPS = 3  # target layers that an EAGLE-3 head reads, unless its config
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig(LlamaConfig):
-    """The sizes of an EAGLE head: one decoder layer, and the projections around it.
+    """The sizes of an EAGLE head: its decoder layers, and the projections and norms around them.
+
+    Several layers, `windows`, `qk_norm` and the norms below are EAGLE-3 only.
 
     draft_vocab_size: entries of the head's `lm_head` (EAGLE-3).
     target_hidden_size: of the target whose features it reads; differs from `hidden_size` in the 70B target's head.
@@ -24,7 +26,9 @@ class DraftConfig(LlamaConfig):
     norm_before_residual: whether the residual is the normalised hidden state (some speculators heads).
     own_embedding: whether the head has an embedding; otherwise it uses the target's.
     own_lm_head: whether an EAGLE-3 head has an lm_head; otherwise it uses the target's, over the whole vocabulary.
-    fc_bias, qkv_bias: EAGLE-1 only.
+    fc_bias: whether `fc` has a bias.
+    fc_norm: RMSNorm of each tap before `fc`. norm_before_fc: one RMSNorm of all taps together. (EAGLE-3.1)
+    norm_output: the next drafting step reads the hidden state after the final norm, not before it. (EAGLE-3.1)
     window: (first, recent) positions that the draft attends to; None for all. Not part of any checkpoint; see
       `with_window`.
     """
@@ -37,6 +41,9 @@ class DraftConfig(LlamaConfig):
     fc_bias: bool = False
     window: tuple[int, int] | None = None
     own_lm_head: bool = True
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_output: bool = False
 
     @classmethod
     def from_hf(
@@ -47,21 +54,24 @@ class DraftConfig(LlamaConfig):
         *,
         kind: str = "eagle3",
         own_lm_head: bool = True,
-        fc_bias: bool = True,
+        fc_bias: bool | None = None,
     ) -> DraftConfig:
         """Reads a head's config dictionary in any form that `flat_config` knows.
 
         Args:
           kind: "eagle3" or "eagle1", from the checkpoint's tensor names, as are `own_embedding` and `own_lm_head`. A
             separate draft vocabulary implies an lm_head.
-          fc_bias: whether an EAGLE-1 head's fc has a bias, unless the config says so.
+          fc_bias: whether fc has a bias. An EAGLE-1 head's config decides, if it says so; None means True there. An
+            EAGLE-3 head's tensor names decide; None means False.
         Raises:
           ConfigError: as LlamaConfig.from_hf, and for contradictory fields.
         """
         hf = flat_config(hf, where, kind)
         fields = llama_fields({"num_hidden_layers": 1} | hf, where)
-        if fields["num_layers"] != 1:
-            raise ConfigError(f"{where}: a head has one layer, num_hidden_layers is {fields['num_layers']}")
+        _check_parts(hf, fields["num_layers"], kind, where)
+        stated_bias = flag(hf, "bias", where, default=fc_bias is not False or kind == "eagle3")
+        if kind == "eagle3" and fc_bias and not stated_bias:
+            raise ConfigError(f"{where}: bias = False, but the head has a tensor fc.bias; one of them is not its own")
 
         def optional_size(name: str, default: int) -> int:
             return size(name, hf.get(name, default), where)
@@ -86,17 +96,41 @@ class DraftConfig(LlamaConfig):
             taps=taps,
             norm_before_residual=flag(hf, "norm_before_residual", where),
             own_embedding=own_embedding,
-            fc_bias=flag(hf, "bias", where, default=fc_bias),
+            fc_bias=stated_bias if kind == "eagle1" else bool(fc_bias),
             qkv_bias=flag(hf, "qkv_bias", where),
+            qk_norm=flag(hf, "qk_norm", where),
+            windows=layer_windows(hf, fields["num_layers"], where),
+            fc_norm=flag(hf, "fc_norm", where),
+            norm_before_fc=flag(hf, "norm_before_fc", where),
+            norm_output=flag(hf, "norm_output", where),
             own_lm_head=own_lm_head or hf.get("draft_vocab_size", vocab_size) != vocab_size,
         )
 
     def attention_spec(self, layer: int) -> Spec:
-        """What the head's queries see: all positions, or those of `window`."""
+        """What a layer's queries see: all positions, or those of its own window and of `window`."""
+        own = super().attention_spec(layer)
         if self.window is None:
-            return Spec()
+            return own
         first, recent = self.window
-        return Spec(window=recent, first=first)
+        return Spec(window=recent if own.window is None else min(recent, own.window), first=first)
+
+
+def _check_parts(hf: Mapping[str, Any], num_layers: int, kind: str, where: str) -> None:
+    """Raises ConfigError for a flat config that asks for parts which no head of this kind has together."""
+    norms = flag(hf, "fc_norm", where), flag(hf, "norm_before_fc", where)
+    if all(norms):
+        raise ConfigError(f"{where}: fc_norm and norm_before_fc exclude each other; keep the one that has tensors")
+    if flag(hf, "norm_output", where) and not any(norms) and SPECULATORS not in hf:
+        raise ConfigError(
+            f"{where}: norm_output = True without fc_norm or norm_before_fc means EAGLE-3.1's feedback of the "
+            "normalised hidden state, or nothing (in EAGLE-3 heads of SpecForge); set it to false, or name the norm"
+        )
+    if num_layers > 1 and kind == "eagle1":
+        raise ConfigError(f"{where}: an EAGLE-1 head has one layer, num_hidden_layers is {num_layers}")
+    if num_layers > 1 and not flag(hf, "next_layer_regular", where, default=True):
+        raise ConfigError(
+            f"{where}: next_layer_regular = False is not implemented: layers after the first read no embedding"
+        )
 
 
 def tap_layers(config: DraftConfig | None, num_layers: int) -> tuple[int, ...]:

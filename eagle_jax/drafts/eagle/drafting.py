@@ -20,7 +20,7 @@ from eagle_jax.drafts.noise import coupled
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.cache import KVCache, put
 from eagle_jax.models.config import ConfigError
-from eagle_jax.models.layers import Attend
+from eagle_jax.models.layers import AttendLayer
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.ops.attention import attention
@@ -38,7 +38,7 @@ class EagleMemory:
 
 
 class EagleDraft(Draft):
-    """Drafts with a head of one decoder layer.
+    """Drafts with a head of a few decoder layers.
 
     A subclass provides config, target_ids, dtype, taps, features, fuse, __call__ and logits.
     """
@@ -64,17 +64,18 @@ class EagleDraft(Draft):
         hidden: Float[Array, "batch new hidden"],
         tokens: Int[Array, "batch new"],
         positions: Int[Array, "batch new"],
-        attend: Attend,
+        attend: AttendLayer,
         *,
         prompt_lengths: Int[Array, " batch"] | Int[Array, "batch new"],
-    ) -> tuple[Float[Array, "batch new hidden"], Any]:
+    ) -> tuple[Float[Array, "batch new hidden"], list[Any]]:
         """Runs the head over pairs of hidden states and tokens.
 
         Args:
           hidden: fused features, or hidden states of the previous drafting step.
           tokens: the token that follows each.
+          attend: called for each layer in order, as in `Target.run`.
         Returns:
-          hidden states before any final norm, and the second result of `attend`.
+          The hidden states that the next drafting step reads, and a list of the second results of `attend`.
         """
         raise NotImplementedError
 
@@ -97,19 +98,20 @@ class EagleDraft(Draft):
         positions = committed.start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
         mask = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
 
-        def attend(q, k, v, spec=PLAIN):
+        def attend(index, q, k, v, spec=PLAIN):
             # Write the new positions first, then attend below `start`. Reading first lets XLA schedule the write early
             # and copy the cache.
-            cache = past.write([(k, v)], committed.start)
+            layer = past.write_layer(index, k, v, committed.start)
             in_blocks = committed.tree is None and width > 1
-            layer = cache.layer(0)
-            return attention(q, k, v, mask, layer, spec=spec, positions=positions, in_blocks=in_blocks), cache
+            mixed = attention(q, k, v, mask, layer, spec=spec, positions=positions, in_blocks=in_blocks)
+            return mixed, (layer.k, layer.v)
 
         fused, lengths = self.fuse(self.features(committed.output)), committed.prompt_lengths
-        hidden, cache = self(target, fused, committed.next_tokens, positions, attend, prompt_lengths=lengths)
+        hidden, written = self(target, fused, committed.next_tokens, positions, attend, prompt_lengths=lengths)
         last = take_one(hidden, jnp.maximum(committed.count - 1, 0))
+        length = committed.start + committed.count
         return EagleMemory(
-            cache=cache.with_length(committed.start + committed.count),
+            cache=KVCache(k=[k for k, _ in written], v=[v for _, v in written], length=length),
             hidden=jnp.where((committed.count > 0)[:, None], last, memory.hidden),
         )
 
@@ -127,27 +129,32 @@ class EagleDraft(Draft):
         batch, k = root.shape[0], tree.width
         scratch_shape = (batch, self.config.num_kv_heads, (tree.depth - 1) * k, self.config.head_dim)
         scratch = jnp.zeros(scratch_shape, self.dtype)
+        scratch_level = jnp.arange((tree.depth - 1) * k, dtype=jnp.int32) // k
         ids = None if self.target_ids is None else self.target_ids[...]
         noisy = functools.partial(coupled, sampling=context.sampling, noise=noise, target_ids=ids)
 
         def draft_fn(carry, step: DraftStep):
-            hidden, scratch_k, scratch_v = carry  # hidden [batch, width, hidden]: outputs of the previous step's nodes
+            hidden, drafted = carry  # hidden [batch, width, hidden]: outputs of the previous step's nodes
             positions = jnp.broadcast_to((past.length + step.level)[:, None], step.tokens.shape)
 
-            def attend(q, k, v, spec=PLAIN):
+            def attend(index, q, k, v, spec=PLAIN):
                 start = (0, 0, step.level * tree.width, 0)
-                rows = put(scratch_k, k, start), put(scratch_v, v, start)
-                # A window limits cached pairs; drafted nodes see all their ancestors.
-                old = past.layer(0)
-                return attention(q, *rows, step.mask, old, spec=spec, positions=positions, limit_new=False), rows
+                rows = put(drafted[index][0], k, start), put(drafted[index][1], v, start)
+                # `with_window` limits cached pairs alone. A head's own window limits drafted ancestors, too.
+                mask, window = step.mask, self.config.window_of(index)
+                if window is not None and window < tree.depth - 1:
+                    mask &= scratch_level > step.level - window
+                old = past.layer(index)
+                return attention(q, *rows, mask, old, spec=spec, positions=positions, limit_new=False), rows
 
             hidden = jnp.take_along_axis(hidden, step.parents[:, :, None], axis=1)
             hidden, rows = self(target, hidden, step.tokens, positions, attend, prompt_lengths=context.prompt_lengths)
-            return noisy(depth=step.level + 1, logits=self.logits(target, hidden)), (hidden, *rows)
+            return noisy(depth=step.level + 1, logits=self.logits(target, hidden)), (hidden, rows)
 
         first = jnp.broadcast_to(memory.hidden[:, None], (batch, k, memory.hidden.shape[-1]))
         logits = noisy(depth=0, logits=self.logits(target, memory.hidden[:, None]))[:, 0]
-        grown, _ = tree.grow(root, logits, (first, scratch, scratch), draft_fn, ids)
+        drafted = [(scratch, scratch)] * self.config.num_layers
+        grown, _ = tree.grow(root, logits, (first, drafted), draft_fn, ids)
         return Proposal(grown)
 
 

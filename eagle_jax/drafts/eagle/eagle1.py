@@ -6,6 +6,7 @@ The feature is the target's hidden state after its final norm. The head predicts
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.models.config import require_same
-from eagle_jax.models.layers import Attend, add_bias, normal, rope_angles, zeros
+from eagle_jax.models.layers import AttendLayer, add_bias, normal, rope_angles, zeros
 from eagle_jax.models.llama import DecoderLayer
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.linear import Weight, linear
@@ -65,10 +66,10 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         hidden: Float[Array, "batch new hidden"],
         tokens: Int[Array, "batch new"],
         positions: Int[Array, "batch new"],
-        attend: Attend,
+        attend: AttendLayer,
         *,
         prompt_lengths: Int[Array, " batch"] | Int[Array, "batch new"],
-    ) -> tuple[Float[Array, "batch new hidden"], Any]:
+    ) -> tuple[Float[Array, "batch new hidden"], list[Any]]:
         """Runs the head over pairs; see `EagleDraft`."""
         with jax.named_scope("embed"):
             embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
@@ -77,7 +78,8 @@ class Eagle1Draft(EagleDraft, nnx.Module):
             x = add_bias(x, self.fc_bias)
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         with jax.named_scope("layer"):
-            return self.layer(x, rotation, attend, self.config.attention_spec(0))
+            x, kept = self.layer(x, rotation, functools.partial(attend, 0), self.config.attention_spec(0))
+        return x, [kept]
 
     def before_logits(self, hidden: Float[Array, "*axes hidden"]) -> Float[Array, "*axes hidden"]:
         """Returns the hidden state unchanged: it predicts the target's, after its final norm."""

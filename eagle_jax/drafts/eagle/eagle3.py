@@ -2,10 +2,14 @@
 
 The head maps a pair (see drafting.py) to a hidden state for the next position. Its logits draft the token after that
 position, and the next drafting step reads it in place of a target feature.
+
+EAGLE-3.1 is the same network with norms (`fc_norm` or `norm_before_fc`) before `fc`, and with `norm_output`. A head of
+several layers has plain decoder layers after the first; layer i > 0 has the paths "layers.i.*".
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,7 +20,20 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.models.config import ConfigError, require_same
-from eagle_jax.models.layers import MLP, Attend, Attention, normal, ones, rms_norm, rope_angles
+from eagle_jax.models.layers import (
+    MLP,
+    Attend,
+    AttendLayer,
+    Attention,
+    Rotation,
+    add_bias,
+    normal,
+    ones,
+    rms_norm,
+    rope_angles,
+    zeros,
+)
+from eagle_jax.models.llama import DecoderLayer
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.linear import Weight, linear
 from eagle_jax.ops.spec import PLAIN, Spec
@@ -30,8 +47,9 @@ class Eagle3Layer(nnx.Module):
         self.config = config
         self.input_norm = ones((config.hidden_size,), dtype)
         self.hidden_norm = ones((config.hidden_size,), dtype)
+        bias = config.attention_bias
         self.attention = Attention(
-            config, 2 * config.hidden_size, keys[0], dtype, qkv_bias=config.attention_bias, o_bias=config.attention_bias
+            config, 2 * config.hidden_size, keys[0], dtype, qkv_bias=bias or config.qkv_bias, o_bias=bias
         )
         self.post_attention_norm = ones((config.hidden_size,), dtype)
         self.mlp = MLP(config, keys[1], dtype)
@@ -40,7 +58,7 @@ class Eagle3Layer(nnx.Module):
         self,
         embedding: Float[Array, "batch new hidden"],
         hidden: Float[Array, "batch new hidden"],
-        rotation: tuple[Array, Array],
+        rotation: Rotation,
         attend: Attend,
         spec: Spec = PLAIN,
     ) -> tuple[Float[Array, "batch new hidden"], Any]:
@@ -60,10 +78,20 @@ class Eagle3Draft(EagleDraft, nnx.Module):
     def __init__(self, config: DraftConfig, num_taps: int, key: Key[Array, ""], dtype: Any = jnp.float32):
         """Initialises random weights. `fc` reads `num_taps` target layers, 3 in every official head."""
         keys = jax.random.split(key, 4)
-        d = config.hidden_size
+        d, width = config.hidden_size, config.target_hidden_size
         self.config = config
-        self.fc = Weight(normal(keys[0], (d, num_taps * config.target_hidden_size), dtype))
+        self.fc_norm = nnx.List([ones((width,), dtype) for _ in range(num_taps)]) if config.fc_norm else None
+        self.input_norm = ones((num_taps * width,), dtype) if config.norm_before_fc else None
+        self.fc = Weight(normal(keys[0], (d, num_taps * width), dtype))
+        self.fc_bias = zeros((d,), dtype) if config.fc_bias else None
         self.layer = Eagle3Layer(config, keys[1], dtype)
+        # Keyed by the layer's index, which starts at 1: `layer` is layer 0.
+        self.layers = nnx.Dict(
+            {
+                str(index): DecoderLayer(config, jax.random.fold_in(keys[1], index), dtype)
+                for index in range(1, config.num_layers)
+            }
+        )
         self.norm = ones((d,), dtype)
         # None: the target's lm_head.
         self.lm_head = Weight(normal(keys[2], (config.draft_vocab_size, d), dtype)) if config.own_lm_head else None
@@ -109,7 +137,14 @@ class Eagle3Draft(EagleDraft, nnx.Module):
     @jax.named_scope("fc")
     def fuse(self, features: Float[Array, "batch new features"]) -> Float[Array, "batch new hidden"]:
         """Projects target features to the head's width. The head's hidden states skip this."""
-        return linear(features.astype(self.dtype), self.fc)
+        x, eps = features.astype(self.dtype), self.config.rms_norm_eps
+        if self.fc_norm is not None:
+            taps = jnp.split(x, len(self.fc_norm), axis=-1)
+            normed = [rms_norm(tap, weight[...], eps) for tap, weight in zip(taps, self.fc_norm, strict=True)]
+            x = jnp.concatenate(normed, axis=-1)
+        if self.input_norm is not None:
+            x = rms_norm(x, self.input_norm[...], eps)
+        return add_bias(linear(x, self.fc), self.fc_bias)
 
     def __call__(
         self,
@@ -117,19 +152,29 @@ class Eagle3Draft(EagleDraft, nnx.Module):
         hidden: Float[Array, "batch new hidden"],
         tokens: Int[Array, "batch new"],
         positions: Int[Array, "batch new"],
-        attend: Attend,
+        attend: AttendLayer,
         *,
         prompt_lengths: Int[Array, " batch"] | Int[Array, "batch new"],
-    ) -> tuple[Float[Array, "batch new hidden"], Any]:
+    ) -> tuple[Float[Array, "batch new hidden"], list[Any]]:
         """Runs the head over pairs; see `EagleDraft`."""
         with jax.named_scope("embed"):
             embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
+        specs = [self.config.attention_spec(index) for index in range(self.config.num_layers)]
         with jax.named_scope("layer"):
-            return self.layer(embedding, hidden, rotation, attend, self.config.attention_spec(0))
+            x, of_layer = self.layer(embedding, hidden, rotation, functools.partial(attend, 0), specs[0])
+        kept = [of_layer]
+        for index in range(1, self.config.num_layers):
+            with jax.named_scope(f"layers.{index}"):
+                x, of_layer = self.layers[str(index)](x, rotation, functools.partial(attend, index), specs[index])
+            kept.append(of_layer)
+        return self._normed(x) if self.config.norm_output else x, kept
 
     def before_logits(self, hidden: Float[Array, "*axes hidden"]) -> Float[Array, "*axes hidden"]:
-        """Applies the final norm; `output_weight` multiplies the result."""
+        """Applies the final norm, unless the hidden states have it already; `output_weight` multiplies the result."""
+        return hidden if self.config.norm_output else self._normed(hidden)
+
+    def _normed(self, hidden: Float[Array, "*axes hidden"]) -> Float[Array, "*axes hidden"]:
         return rms_norm(hidden, self.norm[...], self.config.rms_norm_eps)
 
     def output_weight(self, target: Target) -> Float[Array, "draft_vocab hidden"]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from eagle_jax.models.fields import (
     NEUTRAL_VALUES,
+    WINDOW_FIELDS,
     ConfigError,
     joined,
     layer_indices,
@@ -35,8 +36,24 @@ SPELLINGS = {
     "rope_base": "rope_theta",
     "rotary_base": "rope_theta",
     "rotary_emb_base": "rope_theta",
+    "use_aux_norm": "fc_norm",
+    "return_hidden_post_norm": "norm_output",
+    "use_qk_norm": "qk_norm",
+    "qk_layernorm": "qk_norm",
 }
 
+# Fields of EAGLE-3 heads alone, in all spellings: norms and windows.
+EAGLE3_ONLY = (
+    "fc_norm",
+    "use_aux_norm",
+    "norm_before_fc",
+    "norm_output",
+    "return_hidden_post_norm",
+    "qk_norm",
+    "use_qk_norm",
+    "qk_layernorm",
+    *WINDOW_FIELDS,
+)
 # The fields that DraftConfig.from_hf reads.
 READ = (
     "vocab_size",
@@ -63,18 +80,14 @@ READ = (
     "norm_before_residual",
     "bias",
     "qkv_bias",
+    "next_layer_regular",
+    *EAGLE3_ONLY,
 )
 # The layer's config is a copy of the target's, whose tie_word_embeddings does not apply to the head.
 FIRST_WINS = ("tie_word_embeddings",)
 
 # Values that do not change a head's forward pass, as in `fields.NEUTRAL_VALUES`; for heads of every kind.
 NEUTRAL_HEAD_VALUES: dict[str, tuple[Any, ...]] = {
-    # Norms around fc, and of the hidden state that the next step reads (EAGLE-3.1).
-    "norm_before_fc": (False,),
-    "fc_norm": (False,),
-    "norm_output": (False,),
-    "use_aux_norm": (False,),
-    "return_hidden_post_norm": (False,),
     "use_mtp_layernorm": (False,),
     "layernorms": (False,),
     "add_para_norm": (False,),
@@ -121,6 +134,11 @@ NEUTRAL_VALUES_OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
         "skip_prenorm": (True,),
         "skip_output_norm": (True,),
         "norm_before_residual": (False,),
+        "fc_norm": (False,),
+        "norm_before_fc": (False,),
+        "norm_output": (False,),
+        "use_aux_norm": (False,),
+        "return_hidden_post_norm": (False,),
     },
 }
 
@@ -141,9 +159,6 @@ HARMLESS = {
     "eos_token_id",
     "has_lm_head",
     "initializer_range",
-    "layer_types",
-    "max_window_layers",
-    "next_layer_regular",
     "pad_token_id",
     "parallel_draft_heads_num_layers",
     "pretraining_tp",
@@ -169,10 +184,11 @@ def flat_config(hf: Mapping[str, Any], where: str, kind: str) -> dict[str, Any]:
         or a speculator that is no EAGLE head.
     """
     neutral = NEUTRAL_VALUES | NEUTRAL_HEAD_VALUES | NEUTRAL_VALUES_OF_KIND[kind]
+    reads = EAGLE3_ONLY if kind == "eagle3" else ()
     flat: dict[str, Any] = {}
     values_of: dict[str, dict[str, Any]] = {}
     for place, fields in _places(hf, where):
-        refuse_unknown_mathematics(fields, neutral, where, place)
+        refuse_unknown_mathematics(fields, neutral, where, place, reads)
         _refuse_unread(fields, where, place)
         for spelling, value in fields.items():
             name = SPELLINGS.get(spelling, spelling)

@@ -257,17 +257,19 @@ class _Steps:
 
     @jax.named_scope("first_step")
     def first(self, floats, constants):
-        def attend(q, k, v, spec=PLAIN):
+        def attend(index, q, k, v, spec=PLAIN):
+            del index
             return causal(q, k, v, constants["text"], spec), (k, v)
 
         return self.one(floats, constants, None, 0, attend)
 
     @jax.named_scope("later_step")
     def later(self, floats, constants, hidden, first_kv, own, step):
-        def attend(q, k, v, spec=PLAIN):
-            own_k, own_v = (with_step(old, new, step) for old, new in zip(own, (k, v), strict=True))
-            first_k, first_v = first_kv
-            return causal(q, first_k, first_v, constants["text"], spec, OwnKV(own_k, own_v, step)), (own_k, own_v)
+        def attend(index, q, k, v, spec=PLAIN):
+            own_k, own_v = (with_step(old, new, step) for old, new in zip(own[index], (k, v), strict=True))
+            later = OwnKV(own_k, own_v, step, self.draft.config.window_of(index))
+            first_k, first_v = first_kv[index]
+            return causal(q, first_k, first_v, constants["text"], spec, later), (own_k, own_v)
 
         return self.one(floats, constants, hidden, step, attend)
 
@@ -348,7 +350,8 @@ def eagle1_sums(
         noise = jax.random.uniform(key, features.shape, jnp.float32, -0.5, 0.5) * 0.2 * 512
         features = features + (noise / (text.end - text.first)[:, :, None]).astype(features.dtype)
 
-    def attend(q, k, v, spec=PLAIN):
+    def attend(index, q, k, v, spec=PLAIN):
+        del index
         return causal(q, k, v, text, spec), None
 
     hidden, _ = draft(

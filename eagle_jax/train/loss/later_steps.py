@@ -4,8 +4,8 @@ Letters: B batch, S positions, D width of the head, K key-value heads, H head di
 
 A step reads the previous step's hidden states, the first step's keys and values, and its position's own keys and values
 of earlier steps. Autodiff of a scan would save the array of own keys and values once per step. The residuals here are
-the hidden states of all steps [N, B, S, D] and one array each of keys and values [B, S, K, M, H]. The backward pass
-recomputes one step at a time from these.
+the hidden states of all steps [N, B, S, D] and, for each layer, one array each of keys and values [B, S, K, M, H]. The
+backward pass recomputes one step at a time from these.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from eagle_jax.models.cache import put
 
-StepKV = tuple[jax.Array, jax.Array]  # the keys and values of one step, [B, K, S, H] each
-OwnKV = tuple[jax.Array, jax.Array]  # those of all later steps, [B, S, K, M, H] each
+StepKV = list[tuple[jax.Array, jax.Array]]  # the keys and values of one step in each layer, [B, K, S, H] each
+OwnKV = list[tuple[jax.Array, jax.Array]]  # those of all later steps, [B, S, K, M, H] each
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -44,8 +44,12 @@ def later_steps(
 
 
 def _forward(one, steps, floats, constants, hidden, first):
-    batch, heads, width, head_dim = first[0].shape
-    own = tuple(jnp.zeros((batch, width, heads, steps - 1, head_dim), values.dtype) for values in first)
+
+    def room(values):
+        batch, heads, width, head_dim = values.shape
+        return jnp.zeros((batch, width, heads, steps - 1, head_dim), values.dtype)
+
+    own = jax.tree.map(room, first)
     outputs = jnp.zeros((steps, *hidden.shape), hidden.dtype).at[0].set(hidden)
 
     def advance(step, carry):
