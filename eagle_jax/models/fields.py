@@ -60,10 +60,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "lm_head_bias": (False,),
 }
 
-# The fields that `layer_windows` reads.
-WINDOW_FIELDS = ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers")
-LAYER_TYPES = ("full_attention", "sliding_attention")
-
 
 class ConfigError(ValueError):
     """A configuration that is not implemented, or that contradicts itself."""
@@ -88,35 +84,6 @@ def refuse_unknown_mathematics(
     layer_types = () if "layer_types" in reads else hf.get("layer_types") or ()
     if not isinstance(layer_types, list | tuple) or any(kind != "full_attention" for kind in layer_types):
         raise ConfigError(f"{where}: {place}layer_types {layer_types} are not implemented (only full_attention)")
-
-
-def layer_windows(hf: Mapping[str, Any], num_layers: int, where: str) -> tuple[int | None, ...]:
-    """Reads the sliding window of each layer; empty if all layers attend to all positions.
-
-    `layer_types` names the layers that slide. Without it `sliding_window` means all of them.
-    """
-    kinds = hf.get("layer_types") or ()
-    if not isinstance(kinds, list | tuple) or any(kind not in LAYER_TYPES for kind in kinds):
-        raise ConfigError(f"{where}: layer_types {kinds} are not implemented (only {', '.join(LAYER_TYPES)})")
-    window = hf.get("sliding_window") if flag(hf, "use_sliding_window", where, default=True) else None
-    if not window:
-        for name, asks in (
-            ("layer_types names sliding_attention", "sliding_attention" in kinds),
-            ("use_sliding_window = True", bool(hf.get("use_sliding_window"))),
-        ):
-            if asks:
-                raise ConfigError(f"{where}: {name}, but sliding_window gives no window")
-        return ()
-    window = size("sliding_window", window, where)
-    if kinds and len(kinds) != num_layers:
-        raise ConfigError(f"{where}: layer_types names {len(kinds)} layers, the model has {num_layers}")
-    if not kinds and hf.get("use_sliding_window") and hf.get("max_window_layers"):
-        raise ConfigError(
-            f"{where}: max_window_layers = {hf['max_window_layers']!r} is not implemented; name the layers that slide "
-            "in layer_types"
-        )
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds) or (window,) * num_layers
-    return windows if any(windows) else ()
 
 
 def says_something(value: Any) -> bool:

@@ -256,7 +256,10 @@ def test_speculators_refusals(
     ("fields", "message"),
     [
         ({"model_type": "qwen3"}, "model_type = 'qwen3' is not implemented"),
-        ({"sliding_window": 4, "layer_types": ["chunked_attention"]}, r"layer_types \['chunked_attention'\] are not"),
+        (
+            {"sliding_window": 4, "layer_types": ["chunked_attention"]},
+            "layer_types 'chunked_attention' is not",
+        ),
     ],
 )
 def test_layers_that_are_refused(target: Path, tmp_path: Path, fields: dict[str, Any], message: str):

@@ -162,7 +162,7 @@ DRAFT_FIELDS = {
     "sliding_window": (2048, dict(windows=(2048,))),
 }
 # Norms, which are off unless a head asks for them, and windows.
-READ_BY_HEADS = ("sliding_window", "use_qk_norm", "qk_layernorm")
+READ_BY_HEADS = ("sliding_window", "use_sliding_window", "use_qk_norm", "qk_layernorm")
 
 
 def changes(before, after) -> dict:
@@ -323,8 +323,11 @@ def test_fields_that_contradict_each_other_are_named_both(place, name, value, ot
         (dict(norm_output=True), "norm_output = True without fc_norm or norm_before_fc means EAGLE-3.1.* or nothing"),
         (dict(fc_norm=True, norm_before_fc=True), "fc_norm and norm_before_fc exclude each other"),
         (dict(num_hidden_layers=2, next_layer_regular=False), "next_layer_regular = False is not implemented"),
-        (dict(layer_types=["sliding_attention"]), "layer_types names sliding_attention, but sliding_window gives no"),
-        (dict(sliding_window=4, layer_types=["full_attention"] * 2), "layer_types names 2 layers, the model has 1"),
+        (dict(layer_types=["sliding_attention"]), "sliding_window is missing"),
+        (
+            dict(sliding_window=4, layer_types=["full_attention"] * 2),
+            "layer_types must list a kind for each of 1",
+        ),
         (
             dict(sliding_window=4, use_sliding_window=True, max_window_layers=28),
             "max_window_layers = 28 is not implemented; name the layers that slide",

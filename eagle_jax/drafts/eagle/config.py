@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from eagle_jax.drafts.eagle.flat_config import SPECULATORS, TAPS, flat_config
+from eagle_jax.models.architectures import layer_windows
 from eagle_jax.models.config import LlamaConfig, llama_fields
-from eagle_jax.models.fields import ConfigError, flag, layer_windows, size
+from eagle_jax.models.fields import ConfigError, flag, size
 from eagle_jax.ops.spec import Spec
 
 OFFICIAL_TAPS = 3  # target layers that an EAGLE-3 head reads, unless its config names them
@@ -99,7 +100,7 @@ class DraftConfig(LlamaConfig):
             fc_bias=stated_bias if kind == "eagle1" else bool(fc_bias),
             qkv_bias=flag(hf, "qkv_bias", where),
             qk_norm=flag(hf, "qk_norm", where),
-            windows=layer_windows(hf, fields["num_layers"], where),
+            windows=_windows(hf, fields["num_layers"], where),
             fc_norm=flag(hf, "fc_norm", where),
             norm_before_fc=flag(hf, "norm_before_fc", where),
             norm_output=flag(hf, "norm_output", where),
@@ -131,6 +132,22 @@ def _check_parts(hf: Mapping[str, Any], num_layers: int, kind: str, where: str) 
         raise ConfigError(
             f"{where}: next_layer_regular = False is not implemented: layers after the first read no embedding"
         )
+
+
+def _windows(hf: Mapping[str, Any], num_layers: int, where: str) -> tuple[int | None, ...]:
+    """Reads the window of each layer: `sliding_window`, in the layers that `layer_types` names, or in all of them."""
+    switch, kinds = hf.get("use_sliding_window"), hf.get("layer_types") or ()
+    window = (flag(hf, "use_sliding_window", where, default=True) and hf.get("sliding_window")) or None
+    slides = not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds)
+    if not window and not switch and not slides:
+        return ()  # layer_types of any length: it may be a copy of the target's
+    if not kinds and switch and hf.get("max_window_layers"):
+        raise ConfigError(
+            f"{where}: max_window_layers = {hf['max_window_layers']!r} is not implemented; name the layers that slide "
+            "in layer_types"
+        )
+    stated = {"num_hidden_layers": num_layers, "layer_types": kinds, "sliding_window": window}
+    return layer_windows(stated, where, lambda layer: True)
 
 
 def tap_layers(config: DraftConfig | None, num_layers: int) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from eagle_jax.models.fields import (
     NEUTRAL_VALUES,
-    WINDOW_FIELDS,
     ConfigError,
     joined,
     layer_indices,
@@ -52,7 +51,10 @@ EAGLE3_ONLY = (
     "qk_norm",
     "use_qk_norm",
     "qk_layernorm",
-    *WINDOW_FIELDS,
+    "sliding_window",
+    "use_sliding_window",
+    "layer_types",
+    "max_window_layers",
 )
 # The fields that DraftConfig.from_hf reads.
 READ = (
