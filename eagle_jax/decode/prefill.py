@@ -139,7 +139,7 @@ def reusable(target: Target, draft: Draft | None) -> bool:
 
     Not with dynamic RoPE, where cached keys depend on the length of the prompt that they were computed for.
     """
-    return target.config.rope.kind != "dynamic" and as_draft(target, draft).reusable
+    return not target.config.rope.by_length and as_draft(target, draft).reusable
 
 
 @jax.named_scope("prefill")

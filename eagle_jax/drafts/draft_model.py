@@ -49,7 +49,7 @@ class DraftModel(Draft):
 
     @property
     def reusable(self) -> bool:
-        return self.model.config.rope.kind != "dynamic"
+        return not self.model.config.rope.by_length
 
     def check_fits(self, target: Target) -> None:
         require_same("vocab_size", self.model.config.vocab_size, target.config.vocab_size)

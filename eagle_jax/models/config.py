@@ -16,83 +16,10 @@ from eagle_jax.models.fields import (
     flag,
     positive,
     refuse_unknown_mathematics,
-    require_equal,
     size,
 )
+from eagle_jax.models.rope import RopeConfig
 from eagle_jax.ops.spec import Spec
-
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: the base and its scaling.
-
-    theta: the base. kind: one of ROPE_KINDS.
-    factor: read by linear, dynamic and llama3.
-    low_freq_factor, high_freq_factor: read by llama3.
-    original_length: in tokens. For llama3 the pretraining length; dynamic scales the base of longer texts.
-    """
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_length: int = 0
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], max_position_embeddings: int, where: str) -> RopeConfig:
-        """Reads `rope_theta` with `rope_scaling`, or `rope_parameters`. If both are stated, they must agree."""
-        stated = {name: hf[name] for name in ("rope_scaling", "rope_parameters") if hf.get(name)}
-        for name, settings in stated.items():
-            if not isinstance(settings, Mapping):
-                raise ConfigError(f"{where}: {name} must be an object, got {settings!r}")
-        bases = {"rope_theta": hf.get("rope_theta")}
-        bases |= {f"{name}.rope_theta": settings.get("rope_theta") for name, settings in stated.items()}
-        base = require_equal({name: value for name, value in bases.items() if value is not None}, where)
-        theta = positive("rope_theta", 10000.0 if base is None else base, where)
-
-        original = hf.get("original_max_position_embeddings")
-        ropes = {
-            name: cls._scaled(theta, settings, original, max_position_embeddings, where)
-            for name, settings in stated.items()
-            if settings.keys() - {"rope_theta"}
-        }
-        return require_equal(ropes, where) or cls(theta)
-
-    @classmethod
-    def _scaled(
-        cls, theta: float, settings: Mapping[str, Any], original: Any, max_position_embeddings: int, where: str
-    ) -> RopeConfig:
-        """Reads a rope_scaling; `original` is original_max_position_embeddings at the config's top level, or None."""
-        if any(isinstance(value, Mapping) for value in settings.values()):
-            raise ConfigError(f"{where}: RoPE settings per layer type ({sorted(settings)}) are not implemented")
-        kinds = {name: settings[name] for name in ("rope_type", "type") if settings.get(name) is not None}
-        kind = require_equal(kinds, f"{where}: RoPE settings") or "default"
-        if kind not in ROPE_KINDS:
-            raise ConfigError(f"{where}: rope type {kind!r} is not implemented; known: {', '.join(ROPE_KINDS)}")
-        if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise ConfigError(
-                f"{where}: partial_rotary_factor {settings['partial_rotary_factor']!r} is not implemented"
-            )
-
-        def need(name: str) -> float:
-            return positive(name, settings.get(name), f"{where}: rope type {kind!r}")
-
-        if kind == "default":
-            return cls(theta)
-        if kind == "linear":
-            return cls(theta, kind, factor=need("factor"))
-        if kind == "dynamic":
-            return cls(theta, kind, factor=need("factor"), original_length=max_position_embeddings)
-        original = original or settings.get("original_max_position_embeddings") or max_position_embeddings
-        low, high = need("low_freq_factor"), need("high_freq_factor")
-        if not low < high:
-            raise ConfigError(f"{where}: low_freq_factor {low} must be below high_freq_factor {high}")
-        return cls(
-            theta, kind, need("factor"), low, high, int(positive("original_max_position_embeddings", original, where))
-        )
 
 
 @dataclasses.dataclass(frozen=True)

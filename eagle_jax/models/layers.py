@@ -1,4 +1,4 @@
-"""Parts of a decoder layer: RMSNorm and RoPE as pure functions, attention and MLP as modules that hold weights.
+"""Parts of a decoder layer: RMSNorm as a pure function, attention and MLP as modules that hold weights.
 
 Weights keep PyTorch's order, output dimension first, so conversion is a reshape. q, k and v are [heads, head_dim,
 input]; o, [hidden, heads * head_dim], and the MLP's are matrices.
@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int, Key
+from jaxtyping import Array, Float, Key
 
-from eagle_jax.models.config import LlamaConfig, RopeConfig
+from eagle_jax.models.config import LlamaConfig
+from eagle_jax.models.rope import Rotation, rotate
 from eagle_jax.ops.linear import Weight, linear
 from eagle_jax.ops.spec import PLAIN, Spec
 
@@ -26,7 +26,6 @@ from eagle_jax.ops.spec import PLAIN, Spec
 Attend = Callable[..., tuple[jax.Array, Any]]
 # The same for all layers of a model: attend(layer index, q, k, v, spec).
 AttendLayer = Callable[..., tuple[jax.Array, Any]]
-Rotation = tuple[Float32[Array, "batch new 1 half"], Float32[Array, "batch new 1 half"]]  # cos, sin; half of head_dim
 
 
 @jax.named_scope("norm")
@@ -37,71 +36,6 @@ def rms_norm(
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
-
-
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float32[np.ndarray, " half"]:
-    """Returns inverse frequencies, with linear or llama3 scaling applied.
-
-    Dynamic scaling depends on the text's length, so `rope_angles` applies it.
-    """
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (np.float32(1.0) / np.float32(rope.theta) ** exponent).astype(np.float32)
-    if rope.kind == "linear":
-        return frequencies / np.float32(rope.factor)
-    if rope.kind != "llama3":
-        return frequencies
-    # Long wavelengths are divided by `factor`, short ones unchanged, those between interpolated.
-    wavelength = 2 * np.pi / frequencies
-    blend = (rope.original_length / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
-    return ((1 - blend) * frequencies / rope.factor + blend * frequencies).astype(np.float32)
-
-
-@jax.named_scope("rope")
-def rope_angles(
-    rope: RopeConfig,
-    head_dim: int,
-    positions: Int[Array, "batch new"],
-    prompt_lengths: Int[Array, " batch"] | Int[Array, "batch new"],
-) -> Rotation:
-    """Returns cos and sin of the rotation at each position.
-
-    Args:
-      prompt_lengths: of each sequence, or of each token for packed documents. Read by dynamic scaling only, which
-        depends on the text's length. For a prompt's tokens that is the prompt's length; for a later token, its
-        position + 1. Step-by-step decoding computes the same, so a pass over a tree agrees with single steps.
-    """
-    frequencies = jnp.asarray(rope_frequencies(rope, head_dim))
-    positions = positions[:, :, None, None]
-    if rope.kind == "dynamic":
-        own_lengths = prompt_lengths.reshape(len(prompt_lengths), -1, 1, 1)
-        text_length = jnp.maximum(positions + 1, own_lengths).astype(jnp.float32)
-        text_length = jnp.maximum(text_length, rope.original_length)
-        stretch = rope.factor * text_length / rope.original_length - (rope.factor - 1)
-        base = rope.theta * stretch ** (head_dim / (head_dim - 2))
-        exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-        frequencies = 1.0 / base ** exponent[None, None, None, :]
-    else:
-        frequencies = frequencies[None, None, None, :]
-    angles = positions.astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-@jax.named_scope("rope")
-def rotate(
-    x: Float[Array, "batch new heads head_dim"],
-    cos: Float32[Array, "batch new 1 half"],
-    sin: Float32[Array, "batch new 1 half"],
-) -> Float[Array, "batch new heads head_dim"]:
-    """Applies rotary embedding in float32; the first half of head_dim pairs with the second.
-
-    [a, b] -> [a cos - b sin, b cos + a sin]. Swaps the halves by a reversal, which XLA:CPU fuses into the products; it
-    would not fuse a concatenation.
-    """
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
-    signed_sin = jnp.stack([-sin, sin], axis=-2)
-    rotated = halves * cos[..., None, :] + jnp.flip(halves, axis=-2) * signed_sin
-    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 class Attention(nnx.Module):

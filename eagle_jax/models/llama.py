@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from eagle_jax.models.config import LlamaConfig
-from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, Rotation, normal, ones, rms_norm, rope_angles
+from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, normal, ones, rms_norm
+from eagle_jax.models.rope import Rotation, rope_angles
 from eagle_jax.models.target import TargetOutput, cached_pass
 from eagle_jax.ops.linear import Weight, linear
 from eagle_jax.ops.spec import PLAIN, Spec

@@ -11,8 +11,8 @@ import jax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from eagle_jax.models.cache import CacheShape, KVCache, NewKV
-from eagle_jax.models.config import RopeConfig
 from eagle_jax.models.layers import AttendLayer
+from eagle_jax.models.rope import RopeConfig
 from eagle_jax.ops.attention import attention
 from eagle_jax.ops.spec import PLAIN
 
@@ -46,7 +46,7 @@ class TargetConfig(CacheShape, Protocol):
 
     @property
     def rope(self) -> RopeConfig:
-        """Kind "dynamic" if cached keys depend on the prompt's length; else `RopeConfig()` will do."""
+        """Its `by_length` says whether cached keys depend on the prompt's length; if not, `RopeConfig()` will do."""
 
 
 class Embedding(Protocol):

@@ -37,12 +37,13 @@ SMALL = dict(
     max_position_embeddings=64,
     rms_norm_eps=1e-5,
 )
+YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=8)
 MIXED = ["sliding_attention", "full_attention"]
 # {case: (the config class of transformers, fields)}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", dict(sliding_window=4, head_dim=12)),
     "mistral without a window": ("MistralConfig", dict(sliding_window=None)),
-    "qwen2": ("Qwen2Config", dict(tie_word_embeddings=True)),
+    "qwen2": ("Qwen2Config", dict(tie_word_embeddings=True, rope_parameters=YARN)),
     "qwen2 with windows": ("Qwen2Config", dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
     "qwen3": ("Qwen3Config", dict(head_dim=12)),
     "qwen3 with windows": (

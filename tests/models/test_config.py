@@ -21,6 +21,10 @@ PLAIN = dict(
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.5)
+LONGROPE = dict(
+    rope_type="longrope", short_factor=[1.0, 1.5], long_factor=[1.0, 4.0], original_max_position_embeddings=16
+)
 COMMON = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", use_cache=True)
 LLAMA2_7B = COMMON | dict(
     vocab_size=32000,
@@ -450,6 +454,18 @@ def test_each_number_of_a_rope_scaling_is_read():
     ):
         scaling = LLAMA3 | {name: 3}
         assert changes(plain, RopeConfig.from_hf(dict(rope_scaling=scaling), 2048, "here")) == {field: 3}
+    for scaling in (YARN, LONGROPE):
+        plain = RopeConfig.from_hf(dict(rope_scaling=scaling), 64, "here")
+        for name, value, field in (
+            ("factor", 8.0, "factor" if scaling is YARN else "attention_factor"),
+            ("original_max_position_embeddings", 32, "original_length"),
+            ("attention_factor", 1.5, "attention_factor"),
+            *([("beta_fast", 3.0, "beta_fast"), ("beta_slow", 2.0, "beta_slow")] if scaling is YARN else []),
+            *([("truncate", False, "truncate"), ("mscale", 0.7, "attention_factor")] if scaling is YARN else []),
+            *([(f"{n}_factor", [1.0, 5.0], f"{n}_factors") for n in ("short", "long")] if scaling is LONGROPE else []),
+        ):
+            changed = RopeConfig.from_hf(dict(rope_scaling=scaling | {name: value}), 64, "here")
+            assert field in changes(plain, changed), name
     dynamic = dict(rope_scaling=dict(type="dynamic", factor=2.0))
     assert RopeConfig.from_hf(dynamic, 99, "here").original_length == 99
 
@@ -457,8 +473,12 @@ def test_each_number_of_a_rope_scaling_is_read():
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        (dict(rope_scaling=dict(type="yarn", factor=4.0)), "rope type 'yarn' is not implemented"),
-        (dict(rope_scaling=dict(rope_type="longrope", factor=4.0)), "rope type 'longrope' is not implemented"),
+        (dict(rope_scaling=dict(type="axial", factor=4.0)), "rope type 'axial' is not implemented"),
+        (dict(rope_scaling=YARN | dict(truncate=1)), "rope type 'yarn': truncate must be true or false, got 1"),
+        (dict(rope_scaling=YARN | dict(beta_fast=-1)), "beta_fast must be a positive number, got -1"),
+        (dict(rope_scaling=YARN | dict(mrope_section=[1, 1])), "yarn': mrope_section = .1, 1. is not implemented"),
+        (dict(rope_scaling=YARN | dict(rope_type="longrope")), "short_factor must list a number for each freq.* None"),
+        (dict(rope_scaling=LONGROPE | dict(long_factor=[1, "2"])), "long_factor must be a positive number, got '2'"),
         (
             dict(rope_scaling=dict(rope_type="linear", type="dynamic", factor=2.0)),
             "rope_type = 'linear' and type = 'dynamic' contr",

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from eagle_jax.models.cache import KVCache, take_tokens
 from eagle_jax.models.config import LlamaConfig, RopeConfig
-from eagle_jax.models.layers import rms_norm, rope_angles, rope_frequencies, rotate
+from eagle_jax.models.layers import rms_norm
+from eagle_jax.models.rope import rope_angles, rope_frequencies, rotate
 from tests.models.reference import SMALL
 
 

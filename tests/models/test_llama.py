@@ -24,6 +24,14 @@ LLAMA3 = dict(
     original_max_position_embeddings=16,
 )
 DYNAMIC = dict(rope_theta=10000.0, rope_scaling=dict(rope_type="dynamic", factor=4.0), max_position_embeddings=16)
+YARN = dict(rope_theta=500.0, rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+LONGROPE = dict(
+    rope_theta=10000.0,
+    rope_type="longrope",
+    short_factor=[1.0, 1.1, 1.5, 2.0],
+    long_factor=[1.0, 2.0, 3.0, 5.0],
+    original_max_position_embeddings=16,
+)
 KINDS = {
     "llama2": {},
     "grouped queries": dict(num_key_value_heads=2),
@@ -39,7 +47,17 @@ KINDS = {
     "llama3": dict(rope_theta=500000.0, rope_scaling=LLAMA3),
     "llama3, rope_parameters": dict(rope_parameters=LLAMA3 | dict(rope_theta=700.0)),
     "linear, rope_parameters": dict(rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=700.0)),
+    "yarn": dict(rope_parameters=YARN | dict(beta_fast=4.0, beta_slow=0.5)),
+    "yarn, exact": dict(rope_parameters=YARN | dict(beta_fast=4.0, beta_slow=0.5, truncate=False)),
+    "yarn, mscale": dict(rope_parameters=YARN | dict(mscale=2.0, mscale_all_dim=0.7)),
+    "yarn, attention_factor": dict(rope_parameters=YARN | dict(attention_factor=0.8)),
+    "yarn, no factor": dict(rope_parameters=YARN | dict(factor=None)),
+    "longrope": dict(rope_parameters=LONGROPE),
+    "longrope, factor": dict(rope_parameters=LONGROPE | dict(factor=3.0, attention_factor=1.3)),
 }
+
+
+SCALED = ("rope_", "linear", "llama3", "yarn", "longrope")
 
 
 def tokens_of(batch: int, length: int, seed: int = 1) -> np.ndarray:
@@ -80,7 +98,7 @@ def test_dynamic_rope_around_its_limit(length):
 def test_random_weights_tell_the_kinds_apart():
     """The comparison can fail: each kind changes the logits of the same weights by far more than the tolerance."""
     tokens = jnp.asarray(tokens_of(1, 40))
-    same_shapes = ("eps", "rope_theta", "linear", "dynamic", "llama3", "llama3, rope_parameters")
+    same_shapes = ("eps", "dynamic", *(kind for kind in KINDS if kind.startswith(SCALED)))
     model = random_model()
     plain = prompt_pass(our_model(model), tokens, jnp.full(1, 40))[1]
     for kind in same_shapes:
@@ -97,10 +115,11 @@ def test_tap_after_the_last_layer_is_the_stream_before_the_norm():
 
 
 @pytest.mark.parametrize(
-    ("kind", "prompt"), [("grouped queries", 7), ("attention_bias", 7), ("llama3", 7), ("dynamic", 7), ("dynamic", 20)]
+    ("kind", "prompt"),
+    [("grouped queries", 7), ("attention_bias", 7), ("llama3", 7), ("dynamic", 7), ("dynamic", 20), ("longrope", 7)],
 )
 def test_greedy_decoding_equals_transformers(kind, prompt):
-    """Twenty cached steps; "dynamic" crosses its limit of 16 positions on the way, or starts beyond it."""
+    """Twenty cached steps; "dynamic" and "longrope" cross their limit of 16 positions on the way, or start beyond."""
     torch, steps = pytest.importorskip("torch"), 20
     model = random_model(**KINDS[kind])
     tokens = tokens_of(1, prompt)

@@ -85,7 +85,7 @@ class EagleDraft(Draft):
 
     @property
     def reusable(self) -> bool:
-        return self.config.rope.kind != "dynamic"  # dynamic RoPE depends on the prompt's length
+        return not self.config.rope.by_length
 
     def start(self, target: Target, batch: int, rows: int) -> EagleMemory:
         cache = KVCache.zeros(self.config, batch, rows, self.dtype)

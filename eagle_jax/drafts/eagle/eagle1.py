@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.models.config import require_same
-from eagle_jax.models.layers import AttendLayer, add_bias, normal, rope_angles, zeros
+from eagle_jax.models.layers import AttendLayer, add_bias, normal, zeros
 from eagle_jax.models.llama import DecoderLayer
+from eagle_jax.models.rope import rope_angles
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.linear import Weight, linear
 

@@ -20,20 +20,9 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.models.config import ConfigError, require_same
-from eagle_jax.models.layers import (
-    MLP,
-    Attend,
-    AttendLayer,
-    Attention,
-    Rotation,
-    add_bias,
-    normal,
-    ones,
-    rms_norm,
-    rope_angles,
-    zeros,
-)
+from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, add_bias, normal, ones, rms_norm, zeros
 from eagle_jax.models.llama import DecoderLayer
+from eagle_jax.models.rope import Rotation, rope_angles
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.ops.linear import Weight, linear
 from eagle_jax.ops.spec import PLAIN, Spec

@@ -26,8 +26,9 @@ from eagle_jax.drafts.registry import CLASSES
 from eagle_jax.files import checksums
 from eagle_jax.models import params
 from eagle_jax.models.architectures import ARCHITECTURES, config_of
-from eagle_jax.models.config import LlamaConfig, RopeConfig
+from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.llama import Llama
+from eagle_jax.models.rope import RopeConfig
 from eagle_jax.train import fingerprint
 from eagle_jax.train.config import LIMIT, DataSettings, HeadSettings, LossSettings, TrainSettings
 from eagle_jax.train.data import dataset, loader
