@@ -15,9 +15,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 Axis = str | tuple[str, ...] | None
 Values = TypeVar("Values")
 
-# Mesh axes: data parallelism; data and parameters, in training (FSDP); tensor parallelism. Specs omit axes that a mesh
-# lacks.
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+# Mesh axes: data parallelism; data and parameters, in training (FSDP); tensor parallelism; expert parallelism. Specs
+# omit axes that a mesh lacks.
+DATA, FSDP, TENSOR, EXPERT = "data", "fsdp", "tensor", "expert"
 BATCH = (DATA, FSDP)
 
 # The last components of a path -> the mesh axis of each dimension. Heads, MLP width and vocabulary are sharded. Other
@@ -35,6 +35,12 @@ PARTITION_RULES: dict[str, tuple[str | None, ...]] = {
     "mlp.down": (None, TENSOR),
     "mlp.gate_bias": (TENSOR,),
     "mlp.up_bias": (TENSOR,),
+    "experts.gate": (EXPERT, TENSOR, None),
+    "experts.up": (EXPERT, TENSOR, None),
+    "experts.down": (EXPERT, None, TENSOR),
+    "experts.gate_bias": (EXPERT, TENSOR),
+    "experts.up_bias": (EXPERT, TENSOR),
+    "experts.down_bias": (EXPERT, None),
     "embed": (TENSOR, None),
     "lm_head": (TENSOR, None),
 }
