@@ -13,8 +13,18 @@ from typing import Any
 import jax
 
 from eagle_jax.models.config import LlamaConfig, llama_fields
-from eagle_jax.models.fields import NEUTRAL_VALUES, ConfigError, flag, refuse_unknown_mathematics, size
+from eagle_jax.models.fields import (
+    NEUTRAL_VALUES,
+    ConfigError,
+    flag,
+    positive,
+    refuse_unknown_mathematics,
+    require_equal,
+    size,
+)
+from eagle_jax.models.layers import ACTIVATIONS
 from eagle_jax.models.llama import Llama
+from eagle_jax.models.rope import RopeConfig
 
 HF = Mapping[str, Any]  # a parsed config.json
 
@@ -52,7 +62,8 @@ def config_of(hf: HF, where: str = "config.json") -> LlamaConfig:
     architecture = ARCHITECTURES[name]
     hf = {**architecture.defaults, **hf}
     refuse_unknown_mathematics(hf, NEUTRAL_VALUES, where, reads=("model_type", *architecture.reads))
-    fields = llama_fields(hf, where) | architecture.fields(hf, where)
+    shared = {name: value for name, value in hf.items() if name not in architecture.reads}
+    fields = llama_fields(shared, where) | architecture.fields(hf, where)
     return LlamaConfig(**fields, model_type=name)
 
 
@@ -95,8 +106,76 @@ def _qwen_windows(hf: HF, where: str) -> tuple[int | None, ...]:
     return layer_windows(hf, where, lambda layer: layer >= first)
 
 
+def _gemma(hf: HF, where: str) -> dict[str, Any]:
+    """Reads what Gemma 2 and 3 have in common."""
+    spellings = {name: hf[name] for name in ("hidden_activation", "hidden_act") if hf.get(name) is not None}
+    activation = require_equal(spellings, where)
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"{where}: hidden_activation = {activation!r} is not implemented")
+    scalar = positive("query_pre_attn_scalar", hf.get("query_pre_attn_scalar"), where)
+    return {
+        "activation": activation,
+        "attention_scale": None if scalar == hf["head_dim"] else scalar**-0.5,
+        "logit_softcap": _softcap("final_logit_softcapping", hf, where),
+        "norm_plus_one": True,
+        "output_norms": True,
+        "embedding_scale": size("hidden_size", hf.get("hidden_size"), where) ** 0.5,
+    }
+
+
+def _gemma2(hf: HF, where: str) -> dict[str, Any]:
+    """Reads a window in every other layer, from the first on."""
+    softcap = _softcap("attn_logit_softcapping", hf, where)
+    windows = layer_windows(hf, where, lambda layer: layer % 2 == 0)
+    return _gemma(hf, where) | {"attention_softcap": softcap, "windows": windows}
+
+
+def _gemma3(hf: HF, where: str) -> dict[str, Any]:
+    """Reads a window in all but every `sliding_window_pattern`-th layer, and RoPE of layers with and without one."""
+    patterns = {name: hf[name] for name in ("sliding_window_pattern", "_sliding_window_pattern") if hf.get(name)}
+    pattern = size("sliding_window_pattern", require_equal(patterns, where) or 6, where)
+    ropes = hf.get("rope_parameters") or {}
+    if not isinstance(ropes, Mapping) or ropes.keys() - {"full_attention", "sliding_attention"}:
+        raise ConfigError(f"{where}: rope_parameters must state full_attention and sliding_attention, got {ropes!r}")
+
+    def rope(kind: str, theta: str, default: float, **scaling: Any) -> RopeConfig:
+        settings = {"rope_parameters": ropes.get(kind), "rope_theta": hf.get(theta), **scaling}
+        if settings["rope_theta"] is None and not (ropes.get(kind) or {}).get("rope_theta"):
+            settings["rope_theta"] = default
+        return RopeConfig.from_hf(settings, hf.get("max_position_embeddings") or 131072, where)
+
+    local = rope("sliding_attention", "rope_local_base_freq", 1e4)
+    if local.by_length:
+        raise ConfigError(f"{where}: rope type {local.kind!r} in layers with a window is not implemented")
+    return _gemma(hf, where) | {
+        "qk_norm": True,
+        "windows": layer_windows(hf, where, lambda layer: (layer + 1) % pattern != 0),
+        "rope": rope("full_attention", "rope_theta", 1e6, rope_scaling=hf.get("rope_scaling")),
+        "local_rope": local,
+    }
+
+
+def _softcap(name: str, hf: HF, where: str) -> float | None:
+    """Reads a cap; null and 0 mean none."""
+    return positive(name, hf[name], where) if hf.get(name) else None
+
+
 WINDOWS = ("sliding_window", "layer_types")
 QWEN_WINDOWS = (*WINDOWS, "use_sliding_window")
+GEMMA = (*WINDOWS, "hidden_activation", "hidden_act", "query_pre_attn_scalar", "final_logit_softcapping")
+GEMMA_DEFAULTS: dict[str, Any] = {
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+# The norm before the MLP has Llama's path, and not Llama's tensor name.
+GEMMA_NAMES = {
+    "attention_output_norm": "post_attention_layernorm.weight",
+    "post_attention_norm": "pre_feedforward_layernorm.weight",
+    "mlp_output_norm": "post_feedforward_layernorm.weight",
+}
 
 # Keyed by the `model_type` of config.json.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -111,5 +190,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda hf, where: {"qk_norm": True, "windows": _qwen_windows(hf, where)},
         reads=QWEN_WINDOWS,
         defaults={"head_dim": 128, "max_window_layers": 28, "sliding_window": 4096},
+    ),
+    "gemma2": Architecture(
+        _gemma2,
+        reads=(*GEMMA, "attn_logit_softcapping"),
+        defaults=GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        names=GEMMA_NAMES,
+    ),
+    "gemma3_text": Architecture(
+        _gemma3,
+        reads=(*GEMMA, "sliding_window_pattern", "rope_parameters", "rope_theta", "rope_scaling"),
+        defaults=GEMMA_DEFAULTS,
+        names=GEMMA_NAMES,
     ),
 }

@@ -32,6 +32,14 @@ class LlamaConfig:
     attention_bias: biases of q, k, v and o. qkv_bias: biases of q, k and v alone.
     qk_norm: RMSNorm of every query head and key head, before RoPE.
     windows: the sliding window of each layer, None for full attention; (): full attention in all layers.
+    local_rope: RoPE of the layers with a window, if they have another; see `rope_of`.
+    attention_scale, attention_softcap: `scale` and `softcap` of the layers' `Spec`.
+    logit_softcap: c, which replaces a logit z by c tanh(z / c). Training caps products with the output weight, too.
+    activation: of the MLP's gate, a key of `layers.ACTIVATIONS`.
+    norm_plus_one: whether norms multiply by 1 + weight, in float32, rather than by the weight.
+    output_norms: norms of the outputs of attention and of the MLP, before they are added to the residual.
+    embedding_scale: factor on token embeddings, rounded to their dtype. Heads that borrow the embedding do not apply
+      it.
     """
 
     vocab_size: int
@@ -52,6 +60,14 @@ class LlamaConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
+    local_rope: RopeConfig | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    activation: str = "silu"
+    norm_plus_one: bool = False
+    output_norms: bool = False
+    embedding_scale: float = 1.0
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
@@ -68,11 +84,15 @@ class LlamaConfig:
 
     def attention_spec(self, layer: int) -> Spec:
         """Returns a layer's window, softcap and scale. Sinks are weights, so a layer with sinks adds them itself."""
-        return Spec(window=self.window_of(layer))
+        return Spec(window=self.window_of(layer), softcap=self.attention_softcap, scale=self.attention_scale)
 
     def window_of(self, layer: int) -> int | None:
         """Returns a layer's sliding window, from `windows`; None for full attention."""
         return self.windows[layer] if self.windows else None
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        """Returns the RoPE of a layer."""
+        return self.rope if self.local_rope is None or self.window_of(layer) is None else self.local_rope
 
 
 def require_same(what: str, ours: int, theirs: int) -> None:

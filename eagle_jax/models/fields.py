@@ -55,6 +55,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "q_lora_rank": (),
     "attention_sinks": (False,),
     "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
     "quantization_config": (),
     "norm_type": ("rmsnorm", "rms_norm"),
     "lm_head_bias": (False,),

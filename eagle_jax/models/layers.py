@@ -7,6 +7,7 @@ On TPUs, q in two dimensions or o in three would be copied.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +31,25 @@ AttendLayer = Callable[..., tuple[jax.Array, Any]]
 
 @jax.named_scope("norm")
 def rms_norm(
-    x: Float[Array, "*tokens hidden"], weight: Float[Array, " hidden"], eps: float
+    x: Float[Array, "*tokens hidden"], weight: Float[Array, " hidden"], eps: float, plus_one: bool = False
 ) -> Float[Array, "*tokens hidden"]:
-    """Computes RMSNorm over the last axis in float32; multiplies by the weight in x's dtype, as the reference does."""
+    """Computes RMSNorm over the last axis in float32; multiplies by the weight in x's dtype, as the reference does.
+
+    With `plus_one`, multiplies by 1 + weight, in float32 (Gemma).
+    """
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    if plus_one:
+        return (x32 * scale * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+    return (x32 * scale).astype(x.dtype) * weight
+
+
+def normed(
+    x: Float[Array, "*tokens hidden"], weight: nnx.Param | None, config: LlamaConfig
+) -> Float[Array, "*tokens hidden"]:
+    """Applies a norm of the config's kind; a layer without this norm has no weight, and x stays as it is."""
+    return x if weight is None else rms_norm(x, weight[...], config.rms_norm_eps, config.norm_plus_one)
 
 
 class Attention(nnx.Module):
@@ -55,8 +69,8 @@ class Attention(nnx.Module):
         self.k_bias = zeros((k, h), dtype) if qkv_bias else None
         self.v_bias = zeros((k, h), dtype) if qkv_bias else None
         self.o_bias = zeros((d,), dtype) if o_bias else None
-        self.q_norm = ones((h,), dtype) if config.qk_norm else None
-        self.k_norm = ones((h,), dtype) if config.qk_norm else None
+        self.q_norm = norm_weight(config, h, dtype) if config.qk_norm else None
+        self.k_norm = norm_weight(config, h, dtype) if config.qk_norm else None
 
     @jax.named_scope("attention")
     def __call__(
@@ -66,19 +80,13 @@ class Attention(nnx.Module):
         q = _project("q", x, self.q, self.q_bias)
         k = _project("k", x, self.k, self.k_bias)
         v = _project("v", x, self.v, self.v_bias)
-        q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+        q, k = normed(q, self.q_norm, self.config), normed(k, self.k_norm, self.config)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         # Barrier: materialise k and v here; otherwise XLA keeps the (larger) projection inputs alive until the commit.
         k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
         # A closure that takes no spec works for plain layers, and raises for all others rather than ignore theirs.
         mixed, kept = attend(q, k, v) if spec.plain else attend(q, k, v, spec)
         return _project("o", mixed.reshape(*mixed.shape[:2], -1), self.o, self.o_bias), kept
-
-    def _normed(
-        self, heads: Float[Array, "batch new heads head_dim"], weight: nnx.Param | None
-    ) -> Float[Array, "batch new heads head_dim"]:
-        """Normalises every head, unless the weight is None."""
-        return heads if weight is None else rms_norm(heads, weight[...], self.config.rms_norm_eps)
 
 
 def _project(
@@ -88,12 +96,20 @@ def _project(
         return add_bias(linear(x, weight), bias)
 
 
+# By their names in config.json.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """A gated MLP: down(activation(gate(x)) * up(x)). SwiGLU with silu, GeGLU with GELU."""
 
     def __init__(self, config: LlamaConfig, key: jax.Array, dtype: Any):
         d, f = config.hidden_size, config.intermediate_size
         keys = jax.random.split(key, 3)
+        self.activation = config.activation
         self.gate = Weight(normal(keys[0], (f, d), dtype))
         self.up = Weight(normal(keys[1], (f, d), dtype))
         self.down = Weight(normal(keys[2], (d, f), dtype))
@@ -105,7 +121,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "batch new hidden"]) -> Float[Array, "batch new hidden"]:
         gate = _project("gate", x, self.gate, self.gate_bias)
         up = _project("up", x, self.up, self.up_bias)
-        return _project("down", jax.nn.silu(gate) * up, self.down, self.down_bias)
+        return _project("down", ACTIVATIONS[self.activation](gate) * up, self.down, self.down_bias)
 
 
 def add_bias(x: Float[Array, "batch new ..."], bias: nnx.Param | None) -> Float[Array, "batch new ..."]:
@@ -124,3 +140,8 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
 
 def ones(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, dtype))
+
+
+def norm_weight(config: LlamaConfig, size: int, dtype: Any) -> nnx.Param:
+    """Returns the weight of a norm that multiplies by 1."""
+    return (zeros if config.norm_plus_one else ones)((size,), dtype)

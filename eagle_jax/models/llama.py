@@ -11,36 +11,41 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from eagle_jax.models.config import LlamaConfig
-from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, normal, ones, rms_norm
+from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, norm_weight, normal, normed
 from eagle_jax.models.rope import Rotation, rope_angles
 from eagle_jax.models.target import TargetOutput, cached_pass
 from eagle_jax.ops.linear import Weight, linear
-from eagle_jax.ops.spec import PLAIN, Spec
+from eagle_jax.ops.spec import PLAIN, Spec, capped
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and MLP, each with a residual. The layer of an EAGLE-1 head lacks the input norm."""
+    """Pre-norm attention and MLP, each with a residual. The layer of an EAGLE-1 head lacks the input norm.
+
+    post_attention_norm: of the MLP's input; the name is Llama's.
+    """
 
     def __init__(self, config: LlamaConfig, key: jax.Array, dtype: Any, *, index: int = 0, input_norm: bool = True):
         keys = jax.random.split(key)
         bias = config.attention_bias
         self.config = config
-        self.input_norm = ones((config.hidden_size,), dtype) if input_norm else None
+        self.input_norm = norm_weight(config, config.hidden_size, dtype) if input_norm else None
         self.attention = Attention(
             config, config.hidden_size, keys[0], dtype, qkv_bias=bias or config.qkv_bias, o_bias=bias
         )
-        self.post_attention_norm = ones((config.hidden_size,), dtype)
+        self.attention_output_norm = norm_weight(config, config.hidden_size, dtype) if config.output_norms else None
+        self.post_attention_norm = norm_weight(config, config.hidden_size, dtype)
         self.mlp = make_mlp(config, index, keys[1], dtype)
+        self.mlp_output_norm = norm_weight(config, config.hidden_size, dtype) if config.output_norms else None
 
     def __call__(
         self, x: Float[Array, "batch new hidden"], rotation: Rotation, attend: Attend, spec: Spec = PLAIN
     ) -> tuple[Float[Array, "batch new hidden"], Any]:
         """Returns the layer's output, and what `attend` returned beside its result."""
-        eps = self.config.rms_norm_eps
-        normed = x if self.input_norm is None else rms_norm(x, self.input_norm[...], eps)
-        mixed, kept = self.attention(normed, rotation, attend, spec)
-        x = x + mixed
-        return x + self.mlp(rms_norm(x, self.post_attention_norm[...], eps)), kept
+        config = self.config
+        mixed, kept = self.attention(normed(x, self.input_norm, config), rotation, attend, spec)
+        x = x + normed(mixed, self.attention_output_norm, config)
+        mixed = self.mlp(normed(x, self.post_attention_norm, config))
+        return x + normed(mixed, self.mlp_output_norm, config), kept
 
 
 def make_mlp(config: LlamaConfig, index: int, key: jax.Array, dtype: Any) -> MLP:
@@ -65,7 +70,7 @@ class Llama(nnx.Module):
         self.layers = nnx.List(
             [self.layer_class(config, layer_key, dtype, index=index) for index, layer_key in enumerate(keys[2:])]
         )
-        self.norm = ones((config.hidden_size,), dtype)
+        self.norm = norm_weight(config, config.hidden_size, dtype)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -92,18 +97,22 @@ class Llama(nnx.Module):
         taps: tuple[int, ...] = (),
     ) -> tuple[TargetOutput, list[Any]]:
         """Runs a pass whose attention the caller computes; see `Target`."""
+        config = self.config
         with jax.named_scope("embed"):
             x = self.embed[tokens]
-        rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
+            if config.embedding_scale != 1:
+                x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        ropes = dict.fromkeys(map(config.rope_of, range(config.num_layers)))
+        rotations = {rope: rope_angles(rope, config.head_dim, positions, prompt_lengths) for rope in ropes}
         stream, kept = [x], []
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layers.{index}"):
-                spec = self.config.attention_spec(index)
+                rotation, spec = rotations[config.rope_of(index)], config.attention_spec(index)
                 x, of_layer = layer(x, rotation, functools.partial(attend, index), spec)
             stream.append(x)
             kept.append(of_layer)
         tapped = jnp.concatenate([stream[tap] for tap in taps], axis=-1) if taps else None
-        return TargetOutput(rms_norm(x, self.norm[...], self.config.rms_norm_eps), tapped), kept
+        return TargetOutput(normed(x, self.norm, config), tapped), kept
 
     def output_weight(self) -> Float[Array, "vocab hidden"]:
         """Returns lm_head, or the embedding if they are tied."""
@@ -111,5 +120,6 @@ class Llama(nnx.Module):
 
     @jax.named_scope("lm_head")
     def logits(self, hidden: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens vocab"]:
-        """Multiplies hidden states after the final norm by the output weight."""
-        return linear(hidden, self.embed if self.lm_head is None else self.lm_head, jnp.float32)
+        """Multiplies hidden states after the final norm by the output weight, and applies the cap of logits."""
+        products = linear(hidden, self.embed if self.lm_head is None else self.lm_head, jnp.float32)
+        return capped(products, self.config.logit_softcap)

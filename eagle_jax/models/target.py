@@ -120,7 +120,10 @@ class Target(Protocol):
         """Turns hidden states after the final norm into logits."""
 
     def output_weight(self) -> Float[Array, "vocab hidden"]:
-        """Returns the matrix of `logits`, by which training multiplies a chunk of positions at a time."""
+        """Returns the matrix of `logits`, by which training multiplies a chunk of positions at a time.
+
+        If `logits` caps the products, the config says so by `logit_softcap`.
+        """
 
 
 def cached_pass(
@@ -142,6 +145,11 @@ def cached_pass(
 
     output, new_kv = self.run(tokens, positions, attend, prompt_lengths=prompt_lengths, taps=taps)
     return output._replace(new_kv=new_kv)
+
+
+def logit_softcap(target: Target) -> float | None:
+    """Returns the cap that `logits` applies to products with the output weight; None if the config has none."""
+    return getattr(target.config, "logit_softcap", None)
 
 
 MEMBERS = tuple(name for name in vars(Target) if not name.startswith("_"))

@@ -51,8 +51,12 @@ class Spec:
 
     def scores(self, products: Float32[Array, "*queries kv"], head_dim: int) -> Float32[Array, "*queries kv"]:
         """Turns products q k' into scores, before the mask."""
-        scores = products * self.scale_of(head_dim)
-        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+        return capped(products * self.scale_of(head_dim), self.softcap)
+
+
+def capped(values: Float[Array, "*axes"], softcap: float | Float[Array, ""] | None) -> Float[Array, "*axes"]:
+    """Returns softcap * tanh(values / softcap), between -softcap and softcap; None: the values."""
+    return values if softcap is None else softcap * jnp.tanh(values / softcap)
 
 
 PLAIN = Spec()

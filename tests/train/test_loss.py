@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import eagle_jax
+from eagle_jax import Eagle3Draft, Llama
 from eagle_jax.convert import names, to_official
 from eagle_jax.drafts.protocol import Text
 from eagle_jax.models import params
@@ -19,7 +20,16 @@ from eagle_jax.ops.attention import attention
 from eagle_jax.ops.spec import PLAIN
 from eagle_jax.train import eagle1_loss, eagle3_loss
 from eagle_jax.train.loss import eagle
-from tests.toy import GOLDEN, golden_pair, random_eagle1, random_eagle3, random_prompts, random_target
+from tests.toy import (
+    GOLDEN,
+    draft_config,
+    golden_pair,
+    random_eagle1,
+    random_eagle3,
+    random_prompts,
+    random_target,
+    scaled,
+)
 
 STEPS = 7
 WITHOUT = ("d2t", "t2d", "embed_tokens.weight")  # no gradient of these was recorded: tables, and a frozen embedding
@@ -106,9 +116,18 @@ def test_eagle1_equals_the_reference(head):
     assert_gradients(gradient, gold)
 
 
-def test_the_corrected_alignment_counts_what_is_predicted():
+def with_cap(target: Llama, softcap: float) -> Llama:
+    """Returns the target with capped logits."""
+    made = copy.copy(target)
+    made.config = dataclasses.replace(target.config, logit_softcap=softcap)
+    return made
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_the_corrected_alignment_counts_what_is_predicted(capped):
     """Against the same hidden states, a row, a step and a token at a time; the head's window holds in every step."""
     target, draft = random_target(0, 6.0), eagle_jax.with_window(random_eagle3(1, 6.0), 1, 4)
+    target = with_cap(target, 2.0) if capped else target
     tokens, lengths = random_prompts(2, 3, 14)
     lengths = lengths.at[0].set(14)
     mask = jnp.asarray(np.random.default_rng(3).integers(0, 2, (3, 14)))
@@ -133,6 +152,23 @@ def test_the_corrected_alignment_counts_what_is_predicted():
                 matches.append(ids[log_q.argmax()] == wanted.argmax())
         np.testing.assert_allclose(losses[step], np.mean(entropies), rtol=1e-5)
         np.testing.assert_allclose(accuracies[step], sum(matches) / learned, atol=1e-6)
+
+
+def test_both_sides_of_the_loss_are_capped_where_the_draft_has_the_targets_lm_head():
+    """EAGLE-1's token loss, and that of an EAGLE-3 head without lm_head, from the logits that decoding computes."""
+    target, tokens, lengths = with_cap(random_target(0, 6.0), 2.0), random_prompts(2, 2, 9)[0], jnp.array([9, 9])
+    eagle3 = scaled(Eagle3Draft(draft_config(own_lm_head=False, draft_vocab_size=97), 3, jax.random.key(1)), 6.0)
+    following, mask = jnp.pad(tokens, [(0, 0), (0, 1)])[:, 1:], jnp.ones_like(tokens)
+    answers = jax.nn.softmax(eagle_jax.forward(target, tokens, lengths)[0])
+    for draft, loss, last in (
+        (random_eagle1(1, 6.0), lambda draft: eagle1_loss(draft, target, tokens, lengths, mask)[1], 1),
+        (eagle3, lambda draft: eagle3_loss(draft, target, tokens, lengths, mask, steps=1)[0][0], 2),
+    ):
+        _, features = eagle_jax.forward(target, tokens, lengths, draft)
+        _, logits = eagle_jax.draft_forward(draft, target, features, following, lengths)
+        assert np.abs(logits).max() <= 2.0
+        expected = -(answers[:, 1:] * jax.nn.log_softmax(logits)[:, :-1]).sum(axis=-1)[:, : 9 - last].mean()
+        np.testing.assert_allclose(loss(draft), expected, rtol=1e-4)
 
 
 @functools.partial(jax.jit, static_argnames="steps")

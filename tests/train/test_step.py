@@ -161,21 +161,26 @@ def test_kl_is_the_cross_entropy_but_for_a_constant():
         assert np.abs(kl[1][path] - gradient).max() <= 1e-5 * np.abs(gradient).max(), path
 
 
-@pytest.mark.parametrize("chunk", [1, 10, 33, 1000])
+@pytest.mark.parametrize(("chunk", "softcap"), [(1, None), (10, None), (33, None), (1000, None), (10, 2.0)])
 @pytest.mark.parametrize("soft", [True, False])
-def test_the_vocabulary_loss_in_chunks_is_the_plain_one(soft, chunk):
+def test_the_vocabulary_loss_in_chunks_is_the_plain_one(soft, chunk, softcap):
     keys = jax.random.split(jax.random.key(5), 5)
     x, weight = jax.random.normal(keys[0], (3, 11, 8)), jax.random.normal(keys[1], (19, 8))
     hidden, rows = jax.random.normal(keys[2], (3, 11, 6)), jax.random.normal(keys[3], (19, 6))
     ids = jax.random.randint(keys[4], (3, 11), 0, 19)
     importance = jnp.arange(33.0).reshape(3, 11) % 3
-    wanted = jax.nn.softmax(hidden @ rows.T) if soft else jax.nn.one_hot(ids, 19)
+
+    def logits(x, weight):
+        return x @ weight.T if softcap is None else softcap * jnp.tanh(x @ weight.T / softcap)
+
+    wanted = jax.nn.softmax(logits(hidden, rows)) if soft else jax.nn.one_hot(ids, 19)
 
     def plain(x, weight):
-        return (importance * -(wanted * jax.nn.log_softmax(x @ weight.T)).sum(-1)).sum()
+        return (importance * -(wanted * jax.nn.log_softmax(logits(x, weight))).sum(-1)).sum()
 
     def ours(x, weight):
-        return vocabulary_loss(x, weight, Soft(hidden, rows) if soft else Labels(ids), importance, chunk)
+        teacher = Soft(hidden, rows, softcap) if soft else Labels(ids)
+        return vocabulary_loss(x, weight, teacher, importance, chunk, softcap=softcap)
 
     sums = ours(x, weight)
     np.testing.assert_allclose(sums.loss, plain(x, weight), rtol=1e-6)
@@ -186,7 +191,7 @@ def test_the_vocabulary_loss_in_chunks_is_the_plain_one(soft, chunk):
     theirs = jax.grad(plain, argnums=(0, 1))(x, weight)
     for a, b in zip(jax.grad(lambda *args: 2 * ours(*args).loss, argnums=(0, 1))(x, weight), theirs, strict=True):
         np.testing.assert_allclose(a, 2 * b, atol=1e-5)
-    np.testing.assert_array_equal(likeliest_tokens(hidden, rows, chunk), (hidden @ rows.T).argmax(-1))
+    np.testing.assert_array_equal(likeliest_tokens(hidden, rows, chunk, softcap), (hidden @ rows.T).argmax(-1))
 
 
 @pytest.mark.parametrize("chunk", [2, 10, 33])

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models import params
-from eagle_jax.models.target import Target
+from eagle_jax.models.target import Target, logit_softcap
 from eagle_jax.ops.attention import causal
 from eagle_jax.ops.causal import OwnKV
 from eagle_jax.ops.layout import Layout, layout
@@ -60,13 +60,14 @@ class Examples(NamedTuple):
 class Eagle3Outputs(NamedTuple):
     """The head's outputs at all steps, and its teacher.
 
-    x: [steps, B, S, D], the normalised hidden states. weight: [Vd, D], of their logits. teacher: hidden states from
-    position 1 on, padded by the number of steps.
+    x: [steps, B, S, D], the normalised hidden states. weight: [Vd, D], of their logits; softcap: the cap of these.
+    teacher: hidden states from position 1 on, padded by the number of steps.
     """
 
     x: jax.Array
     weight: jax.Array
     teacher: Soft
+    softcap: float | None
 
     @property
     def logits_from(self) -> tuple[jax.Array, jax.Array, Soft]:
@@ -112,7 +113,7 @@ def with_features(
         known = jnp.ones((tokens.shape[0], tokens.shape[1] + 1), jnp.float32)
     else:
         table = jnp.zeros(target.config.vocab_size, jnp.float32).at[ids[...]].set(1)
-        likeliest = likeliest_tokens(answers, target.output_weight(), chunk)
+        likeliest = likeliest_tokens(answers, target.output_weight(), chunk, logit_softcap(target))
         known = table[jnp.pad(likeliest, [(0, 0), (0, 1)])]
     made = Examples(tokens, loss_mask.astype(jnp.float32), text, features, answers, known)
     return jax.lax.stop_gradient(made)
@@ -164,7 +165,7 @@ def eagle3_loss(
     learned, weights = eagle3_weights(made, steps, alignment)
     outputs = eagle3_outputs(draft, target, made, steps)
     with jax.named_scope("eagle3_loss"):
-        sums = vocabulary_losses(*outputs.logits_from, weights, chunk, token_loss)
+        sums = vocabulary_losses(*outputs.logits_from, weights, chunk, token_loss, outputs.softcap)
     total = tokens.size if alignment == "official" else jnp.maximum(weights.sum(axis=(1, 2)), 1)
     loss = sums.loss - sums.entropy if divergence == "kl" else sums.loss
     return loss / total, sums.match / (learned.sum(axis=(1, 2)) + 1e-6)
@@ -224,7 +225,8 @@ def eagle3_outputs(draft: Eagle3Draft, target: Target, made: Examples, steps: in
     head = in_dtype(draft, dtype)
     x = jax.checkpoint(head.before_logits)(hidden)
     output = head.output_weight(target)  # the target's, in its own dtype, where the head has no lm_head
-    return Eagle3Outputs(x, output, Soft(answers, rows))
+    softcap = logit_softcap(target)
+    return Eagle3Outputs(x, output, Soft(answers, rows, softcap), softcap if head.lm_head is None else None)
 
 
 @jax.named_scope("feature_loss")
@@ -358,7 +360,9 @@ def eagle1_sums(
         target, draft.fuse(features), following, text.positions, attend, prompt_lengths=text.end - text.first
     )
     weight = jax.lax.stop_gradient(target.output_weight())
-    sums = vocabulary_loss(hidden.astype(weight.dtype), weight, Soft(answers, weight), weights, chunk, token_loss)
+    softcap = logit_softcap(target)
+    teacher = Soft(answers, weight, softcap)
+    sums = vocabulary_loss(hidden.astype(weight.dtype), weight, teacher, weights, chunk, token_loss, softcap)
     return (weights * smooth_l1(hidden, answers)).sum(), sums
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.models.target import Target
+from eagle_jax.models.target import Target, logit_softcap
 from eagle_jax.ops.attention import causal
 from eagle_jax.ops.layout import layout
 from eagle_jax.ops.spec import PLAIN
@@ -83,7 +83,9 @@ class Eagle3Objective:
         outputs = eagle.eagle3_outputs(model, target, prepared, len(self.weights), self.dtype)
         step_weights = jnp.asarray(self.weights, jnp.float32) / total
         with jax.named_scope("eagle3_loss"):
-            loss, sums = weighted_loss(*outputs.logits_from, weights, step_weights, self.chunk, self.token_loss)
+            loss, sums = weighted_loss(
+                *outputs.logits_from, weights, step_weights, self.chunk, self.token_loss, outputs.softcap
+            )
         metrics = {"losses": sums.loss / total, "accuracies": sums.match / learned}
         if self.divergence == "kl":
             loss -= (step_weights * sums.entropy).sum()
@@ -155,7 +157,14 @@ class TargetObjective:
             return causal(q, k, v, text, spec), None
 
         out, _ = model.run(tokens, text.positions, attend, prompt_lengths=text.end - text.first)
-        sums = vocabulary_loss(out.hidden, model.output_weight(), Labels(following), weights, self.chunk)
+        sums = vocabulary_loss(
+            out.hidden,
+            model.output_weight(),
+            Labels(following),
+            weights,
+            self.chunk,
+            softcap=logit_softcap(model),
+        )
         total = jnp.maximum(counts, 1)
         return sums.loss / total, {"loss": sums.loss / total, "accuracy": sums.match / total}
 

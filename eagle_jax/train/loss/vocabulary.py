@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from eagle_jax.models.cache import put
 from eagle_jax.ops.linear import dot, linear
+from eagle_jax.ops.spec import capped
 
 CHUNK = 2048  # positions whose logits exist at a time, on a device
 LK_DECAY = 3.0  # eta: how fast the mixture of "lk_adaptive" moves from KL to total variation
@@ -29,10 +30,14 @@ TokenLoss = Literal["cross_entropy", "lk", "lk_adaptive"]  # see `_divergence`
 
 
 class Soft(NamedTuple):
-    """A teacher's distributions softmax(hidden rows^T): hidden [B, S + K - 1, H], rows [V, H]."""
+    """A teacher's distributions softmax(hidden rows^T): hidden [B, S + K - 1, H], rows [V, H].
+
+    softcap: of its logits, as in `capped`.
+    """
 
     hidden: jax.Array
     rows: jax.Array
+    softcap: float | jax.Array | None = None
 
 
 class Labels(NamedTuple):
@@ -59,13 +64,16 @@ def vocabulary_loss(
     importance: jax.Array,
     chunk: int = CHUNK,
     token_loss: TokenLoss = "cross_entropy",
+    softcap: float | None = None,
 ) -> LossSums:
     """Computes the sums of one step, x [B, S, D] and importance [B, S]: scalars. See `vocabulary_losses`."""
-    loss, sums = weighted_loss(x[None], weight, teacher, importance[None], jnp.ones(1, jnp.float32), chunk, token_loss)
+    loss, sums = weighted_loss(
+        x[None], weight, teacher, importance[None], jnp.ones(1, jnp.float32), chunk, token_loss, softcap
+    )
     return LossSums(loss, sums.match[0], sums.entropy[0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 @jax.named_scope("vocabulary_loss")
 def vocabulary_losses(
     x: jax.Array,
@@ -74,6 +82,7 @@ def vocabulary_losses(
     importance: jax.Array,
     chunk: int = CHUNK,
     token_loss: TokenLoss = "cross_entropy",
+    softcap: float | None = None,
 ) -> LossSums:
     """Sums the losses of softmax(x weight^T) against a teacher: [K]. `loss` is differentiable in x and weight.
 
@@ -82,25 +91,26 @@ def vocabulary_losses(
       importance: [K, B, S] float32, the weights of positions.
       chunk: positions of all sequences whose logits exist at a time.
       token_loss: the loss of a position, see `_divergence`.
+      softcap: of the logits x weight^T, as in `capped`.
     """
-    return _sums(x, weight, teacher, importance, chunk, token_loss)
+    return _sums(x, weight, teacher, importance, chunk, token_loss, softcap)
 
 
-def _losses_forward(x, weight, teacher, importance, chunk, token_loss):
-    return _sums(x, weight, teacher, importance, chunk, token_loss), (x, weight, teacher, importance)
+def _losses_forward(x, weight, teacher, importance, chunk, token_loss, softcap):
+    return _sums(x, weight, teacher, importance, chunk, token_loss, softcap), (x, weight, teacher, importance)
 
 
 @jax.named_scope("vocabulary_loss")
-def _losses_backward(chunk, token_loss, kept, of_sums):
+def _losses_backward(chunk, token_loss, softcap, kept, of_sums):
     x, weight, teacher, importance = kept
-    _, gradients = _sums_and_gradients(x, weight, teacher, importance, of_sums.loss, chunk, token_loss)
+    _, gradients = _sums_and_gradients(x, weight, teacher, importance, of_sums.loss, chunk, token_loss, softcap)
     return *gradients, None, None
 
 
 vocabulary_losses.defvjp(_losses_forward, _losses_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 @jax.named_scope("vocabulary_loss")
 def weighted_loss(
     x: jax.Array,
@@ -110,23 +120,24 @@ def weighted_loss(
     step_weights: jax.Array,
     chunk: int = CHUNK,
     token_loss: TokenLoss = "cross_entropy",
+    softcap: float | None = None,
 ) -> tuple[jax.Array, LossSums]:
     """Returns sum_k step_weights[k] * loss[k], differentiable in x and weight, and the sums, which have no gradient.
 
     Computes the gradients in the forward pass, where the logits are. Arguments as in `vocabulary_losses`.
     """
-    sums = _sums(x, weight, teacher, importance, chunk, token_loss)
+    sums = _sums(x, weight, teacher, importance, chunk, token_loss, softcap)
     return (step_weights * sums.loss).sum(), sums
 
 
 @jax.named_scope("vocabulary_loss")
-def _weighted_forward(x, weight, teacher, importance, step_weights, chunk, token_loss):
-    sums, gradients = _sums_and_gradients(x, weight, teacher, importance, step_weights, chunk, token_loss)
+def _weighted_forward(x, weight, teacher, importance, step_weights, chunk, token_loss, softcap):
+    sums, gradients = _sums_and_gradients(x, weight, teacher, importance, step_weights, chunk, token_loss, softcap)
     return ((step_weights * sums.loss).sum(), sums), gradients
 
 
-def _weighted_backward(chunk, token_loss, gradients, of_output):
-    del chunk, token_loss
+def _weighted_backward(chunk, token_loss, softcap, gradients, of_output):
+    del chunk, token_loss, softcap
     of_total = of_output[0]
     return *((of_total * gradient).astype(gradient.dtype) for gradient in gradients), None, None, None
 
@@ -134,21 +145,24 @@ def _weighted_backward(chunk, token_loss, gradients, of_output):
 weighted_loss.defvjp(_weighted_forward, _weighted_backward)
 
 
-def _sums(x, weight, teacher, importance, chunk, token_loss):
+def _sums(x, weight, teacher, importance, chunk, token_loss, softcap):
     def add(sums, x, part):
-        return _added(sums, part, _divergence(linear(part.x, weight, jnp.float32), part.answers, token_loss)), x
+        logits = capped(linear(part.x, weight, jnp.float32), softcap)
+        return _added(sums, part, _divergence(logits, part.answers, token_loss)), x
 
     return _over_chunks(add, _zero_sums(x), x, len(weight), teacher, importance, chunk)[0]
 
 
-def _sums_and_gradients(x, weight, teacher, importance, step_weights, chunk, token_loss):
+def _sums_and_gradients(x, weight, teacher, importance, step_weights, chunk, token_loss, softcap):
     """Returns the sums, and the gradients of (step_weights * sums.loss).sum() with respect to x and weight."""
 
     def add(carry, x, part):
         sums, of_weight = carry
-        logits = linear(part.x, weight, jnp.float32)
+        logits = capped(linear(part.x, weight, jnp.float32), softcap)
         values = _divergence(logits, part.answers, token_loss)
         error = values.gradient * (part.importance * step_weights[part.step])[..., None]
+        if softcap is not None:
+            error *= 1 - jnp.square(logits / softcap)  # the derivative of `capped`
         error = error.astype(x.dtype).reshape(-1, error.shape[-1])
         # Barrier: a product that contracts the first axis of both takes XLA:CPU twice as long.
         columns = jax.lax.optimization_barrier(part.x.reshape(-1, x.shape[-1]).T)
@@ -250,7 +264,7 @@ def _answers(teacher: Soft | Labels, vocabulary: int, start: jax.Array, size: in
     if isinstance(teacher, Labels):
         wanted = jax.nn.one_hot(given, vocabulary, dtype=jnp.float32)
         return _Answers(wanted, given, jnp.zeros(given.shape, jnp.float32))
-    logits = linear(given, teacher.rows, jnp.float32)
+    logits = capped(linear(given, teacher.rows, jnp.float32), teacher.softcap)
     wanted = jax.nn.softmax(logits, axis=-1)
     entropy = -(wanted * jnp.log(jnp.where(wanted > 0, wanted, 1))).sum(axis=-1)
     return _Answers(wanted, _argmax(logits), entropy)
@@ -283,11 +297,13 @@ def _slice(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
 
 
 @jax.named_scope("likeliest_tokens")
-def likeliest_tokens(hidden: jax.Array, weight: jax.Array, chunk: int = CHUNK) -> jax.Array:
-    """Returns the argmax of hidden weight^T, [B, S]: hidden [B, S, H], weight [V, H]."""
+def likeliest_tokens(
+    hidden: jax.Array, weight: jax.Array, chunk: int = CHUNK, softcap: float | None = None
+) -> jax.Array:
+    """Returns the argmax of hidden weight^T, capped by `softcap`, [B, S]: hidden [B, S, H], weight [V, H]."""
     batch, width = hidden.shape[:2]
     parts = _split(hidden, chunk)
-    ids = jax.lax.map(lambda part: _argmax(linear(part, weight, jnp.float32)), parts)
+    ids = jax.lax.map(lambda part: _argmax(capped(linear(part, weight, jnp.float32), softcap)), parts)
     return jnp.moveaxis(ids, 0, 1).reshape(batch, -1)[:, :width]
 
 

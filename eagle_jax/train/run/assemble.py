@@ -197,7 +197,8 @@ def new_eagle3(config: DraftConfig, key: jax.Array, target: Llama, train: Datase
         ids, coverage = frequent_tokens(train, config.vocab_size, config.draft_vocab_size)
         say(f"draft vocabulary: {len(ids)} of {config.vocab_size} tokens, {coverage:.2%} of the tokens to learn")
         output, made["target_ids"] = output[ids], jnp.asarray(ids)
-    made |= {"norm": target.norm[...].astype(jnp.float32), "lm_head": output.astype(jnp.float32)}
+    norm = target.norm[...].astype(jnp.float32) + (1 if target.config.norm_plus_one else 0)
+    made |= {"norm": norm, "lm_head": output.astype(jnp.float32)}
     return params.load(head, made)
 
 
