@@ -209,17 +209,13 @@ READ = [
     (QWEN2 | dict(use_sliding_window=False), dict(windows=())),
     (dict(model_type="qwen2", sliding_window=4), dict(windows=(), qkv_bias=True, qk_norm=False)),
     (dict(model_type="qwen3"), dict(head_dim=128, qk_norm=True, qkv_bias=False)),
-    (
-        GEMMA2,
-        dict(windows=(4096, None), logit_softcap=30.0, attention_softcap=50.0, attention_scale=None, head_dim=256),
-    ),
+    (GEMMA2, dict(windows=(4096, None), logit_softcap=30.0, attention_softcap=50.0, attention_scale=None)),
+    (GEMMA2, dict(head_dim=256, model_type="gemma2")),
     (GEMMA2, dict(norm_plus_one=True, output_norms=True, embedding_scale=32**0.5, tie_word_embeddings=True)),
     (GEMMA2 | dict(query_pre_attn_scalar=16), dict(attention_scale=0.25, activation="gelu_pytorch_tanh")),
     (GEMMA2 | dict(final_logit_softcapping=None, attn_logit_softcapping=None), dict(logit_softcap=None)),
-    (
-        GEMMA2 | dict(hidden_activation="silu", attn_logit_softcapping=0.0),
-        dict(activation="silu", attention_softcap=None),
-    ),
+    (GEMMA2 | dict(hidden_activation="silu", hidden_act=None), dict(activation="silu")),
+    (GEMMA2 | dict(attn_logit_softcapping=0.0), dict(attention_softcap=None)),
     (GEMMA3, dict(windows=(512, 512), qk_norm=True, rope=RopeConfig(1e6), local_rope=RopeConfig(1e4))),
     (GEMMA3 | dict(sliding_window_pattern=2), dict(windows=(512, None), logit_softcap=None)),
     # As older files write it.
