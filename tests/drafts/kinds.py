@@ -52,6 +52,21 @@ def eagle3(config, seed, scale):
     return scaled(Eagle3Draft(head_config(config, config.vocab_size * 2 // 3), 3, jax.random.key(seed)), scale)
 
 
+def eagle3_of_parts(config, seed, scale):
+    """Two layers, one with a window shorter than a tree, and every part that the official head lacks."""
+    parts = {"num_layers": 2, "windows": (2, None), "qk_norm": True, "qkv_bias": True, "fc_bias": True}
+    parts |= {"own_embedding": True, "norm_before_residual": True, "norm_before_fc": True, "taps": (0, 1, 2, 3)}
+    head = dataclasses.replace(head_config(config, config.vocab_size), head_dim=12, **parts)
+    return scaled(Eagle3Draft(head, 4, jax.random.key(seed)), scale)
+
+
+def eagle31(config, seed, scale):
+    """A norm for each tap, the normalised hidden state fed on, and a window in the one layer."""
+    parts = {"fc_norm": True, "norm_output": True, "windows": (3,)}
+    head = dataclasses.replace(head_config(config, config.vocab_size * 2 // 3), **parts)
+    return scaled(Eagle3Draft(head, 3, jax.random.key(seed)), scale)
+
+
 def medusa(config, seed, scale):
     sizes = MedusaConfig(config.vocab_size, config.hidden_size, num_heads=3, num_blocks=1)
     return scaled(Medusa(sizes, jax.random.key(seed)), scale)
@@ -67,6 +82,8 @@ KINDS = {
     "eagle3": Kind(eagle3),
     "eagle3 static": Kind(eagle3, STATIC),
     "eagle3 adaptive": Kind(eagle3, TreeConfig(depth=3, top_k=3, num_nodes=9, stop_below=0.3)),
+    "eagle3 parts": Kind(eagle3_of_parts),
+    "eagle3.1": Kind(eagle31),
     "medusa": Kind(medusa, STATIC),
     "medusa dynamic": Kind(medusa),
     "lookahead": Kind(lambda *_: Lookahead(window=4, ngram=3, guesses=3, remembered=4)),

@@ -14,10 +14,10 @@ from eagle_jax import SamplingConfig
 from tests.decode.test_insert import CAPACITY, insert
 from tests.decode.test_sampled_distribution import FALSE_ALARM, draws, exact_text_probabilities, p_value
 from tests.drafts.kinds import KINDS
-from tests.drafts.test_lossless import BATCH, CONFIG, OWN_WAYS, prompts, run, sampling, target_of
+from tests.drafts.test_lossless import BATCH, CONFIG, SAMPLED, prompts, run, sampling, target_of
 from tests.toy import NEW, rows_of
 
-EXACT = [*OWN_WAYS, "draft model dynamic"]
+EXACT = [*SAMPLED, "draft model dynamic"]
 
 
 @pytest.mark.parametrize("kind", EXACT)

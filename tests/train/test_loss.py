@@ -17,7 +17,6 @@ from eagle_jax.convert import names, to_official
 from eagle_jax.drafts.protocol import Text
 from eagle_jax.models import params
 from eagle_jax.ops.attention import attention
-from eagle_jax.ops.spec import PLAIN
 from eagle_jax.train import eagle1_loss, eagle3_loss
 from eagle_jax.train.loss import eagle
 from tests.toy import (
@@ -30,6 +29,7 @@ from tests.toy import (
     random_target,
     scaled,
 )
+from tests.train.steps import every_step
 
 STEPS = 7
 WITHOUT = ("d2t", "t2d", "embed_tokens.weight")  # no gradient of these was recorded: tables, and a frozen embedding
@@ -132,7 +132,7 @@ def test_the_corrected_alignment_counts_what_is_predicted(capped):
     lengths = lengths.at[0].set(14)
     mask = jnp.asarray(np.random.default_rng(3).integers(0, 2, (3, 14)))
     (_, (losses, accuracies)), _ = total_eagle3(draft, target, tokens, lengths, mask, steps=3, alignment="corrected")
-    logits, hidden = _every_step(draft, target, tokens, lengths, 3)
+    logits, hidden = every_step(draft, target, tokens, lengths, 3)
     del hidden
     answers, _ = eagle_jax.forward(target, tokens, lengths)
     ids = np.asarray(draft.target_ids[...])
@@ -171,43 +171,11 @@ def test_both_sides_of_the_loss_are_capped_where_the_draft_has_the_targets_lm_he
         np.testing.assert_allclose(loss(draft), expected, rtol=1e-4)
 
 
-@functools.partial(jax.jit, static_argnames="steps")
-def _every_step(draft, target, tokens, lengths, steps):
-    """Logits and hidden states [B, S, ...] of every step, by plain attention under an explicit mask."""
-    batch, width = tokens.shape
-    _, features = eagle_jax.forward(target, tokens, lengths, draft)
-    hidden, logits, states = draft.fuse(features), [], []
-    keys, values = [], []
-    for step in range(steps):
-        ids = jnp.pad(tokens, [(0, 0), (0, step + 1)])[:, step + 1 :]
-        positions = jnp.broadcast_to(jnp.arange(width) + step, (batch, width))
-
-        def attend(index, q, k, v, spec=PLAIN, step=step):
-            del index
-            keys.append(k)
-            values.append(v)
-            own = jnp.broadcast_to(jnp.eye(width, dtype=bool), (batch, width, width))
-            ahead = jnp.arange(width)[:, None] + step - jnp.arange(width)[None]  # positions from a key to a query
-            causal = ahead >= step
-            if spec.window is not None:
-                causal &= (ahead < spec.window) | (jnp.arange(width)[None] < spec.first)
-            causal = jnp.broadcast_to(causal, (batch, width, width))
-            mask = jnp.concatenate(
-                [causal & (jnp.arange(width)[None, None] < lengths[:, None, None]), *[own] * (len(keys) - 1)], 2
-            )
-            return attention(q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), mask), None
-
-        hidden, _ = draft(target, hidden, ids, positions, attend, prompt_lengths=lengths)
-        states.append(hidden)
-        logits.append(draft.logits(target, hidden))
-    return logits, states
-
-
 def test_a_step_is_the_decoder_s_drafting_step():
     """Row j of step k: what the decoder's head makes k drafting steps after it read the text's first j + 2 tokens."""
     target, draft = golden_pair()
     tokens, _ = random_prompts(4, 1, 16, vocab=120)
-    _, states = _every_step(draft, target, tokens, jnp.array([16]), 4)
+    _, states = every_step(draft, target, tokens, jnp.array([16]), 4)
     place = 7
     drafted = jax.jit(functools.partial(_drafted, place=place, steps=4))(target, draft, tokens)
     for hidden, state in zip(drafted, states, strict=True):

@@ -143,7 +143,7 @@ class EagleDraft(Draft):
                 # `with_window` limits cached pairs alone. A head's own window limits drafted ancestors, too.
                 mask, window = step.mask, self.config.window_of(index)
                 if window is not None and window < tree.depth - 1:
-                    mask &= scratch_level > step.level - window
+                    mask &= (scratch_level > step.level - window)[None, None]
                 old = past.layer(index)
                 return attention(q, *rows, mask, old, spec=spec, positions=positions, limit_new=False), rows
 
