@@ -84,7 +84,7 @@ def toys(monkeypatch, tmp_path):
         return from_pretrained(pair / "target", pair / "head") if folder == "pair/" else (target, draft)
 
     monkeypatch.setattr(eagle_jax, "load", load)
-    monkeypatch.setattr(eagle_jax, "from_pretrained", lambda base, head: (target, draft))
+    monkeypatch.setattr(eagle_jax, "from_pretrained", lambda base, named, head=None: (target, draft))
     monkeypatch.setattr(eagle_jax, "load_draft", lambda folder, target: small)
     monkeypatch.setattr(eagle_jax, "tokenizer", lambda folder: ToyTokenizer())
     monkeypatch.setattr(jax.distributed, "initialize", mock.create_autospec(jax.distributed.initialize))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_jax.cli.options.model_options import add_revisions, named_as_model
+from eagle_jax.convert.__main__ import add_head_arguments, head_choices
 from eagle_jax.convert.engines import ENGINES
 from eagle_jax.convert.match import PARAMETER_DTYPES
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--target", metavar="DIR_OR_ID", help="instead: the target, a Hugging Face folder or hub id")
     group.add_argument("--draft", metavar="DIR_OR_ID", help="with --target: its EAGLE head")
     add_revisions(group)
+    add_head_arguments(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--format", required=True, choices=tuple(ENGINES), help="the engine that is to load it")
     parser.add_argument("--dtype", choices=PARAMETER_DTYPES, help="cast the weights (default: the head's own)")
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             target, draft = load_head(args.model)
     else:
         revisions = {"revision": args.revision, "draft_revision": args.draft_revision}
-        target, draft = load_head(args.target, args.draft, **revisions)
+        target, draft = load_head(args.target, args.draft, **revisions, head=head_choices(args))
     if draft is None:
         raise ValueError(f"{args.model}: this converted folder holds no draft")
     done = export(draft, target, args.out, format=args.format, dtype=args.dtype, overwrite=args.overwrite)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.heads.choices import HeadChoices
+from eagle_jax.convert.heads.dialects import DIALECTS
 from eagle_jax.convert.match import PARAMETER_DTYPES
+from eagle_jax.convert.previous import READING
 from eagle_jax.convert.read import read_json
 from eagle_jax.convert.write import convert
-from eagle_jax.models.config import ConfigError
+from eagle_jax.drafts.eagle.flat_config import TAPS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +40,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the target's hub repository")
     parser.add_argument("--draft-revision", metavar="NAME", help="the same for the draft's repository")
+    add_head_arguments(parser)
+
+
+def add_head_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that settle what an EAGLE head's config.json leaves open."""
+    group = parser.add_argument_group("EAGLE heads", "what the head's config.json leaves open")
+    group.add_argument(
+        "--taps",
+        metavar="inputs|outputs|LAYERS",
+        help="what its ids of tapped layers name, or the layers whose input it reads: 2,16,29",
+    )
+    group.add_argument(
+        "--norm-output",
+        choices=("true", "false"),
+        help="whether the next drafting step reads the hidden state after the final norm (EAGLE-3.1)",
+    )
+    group.add_argument(
+        "--norm-before-residual",
+        choices=("true", "false"),
+        help="whether the residual is the normalised hidden state (some speculators heads)",
+    )
+    group.add_argument(
+        "--ignore-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="an unknown field that does not change what the head computes",
+    )
+
+
+def head_choices(args: argparse.Namespace) -> HeadChoices:
+    """Returns the choices of `add_head_arguments`."""
+    taps = args.taps
+    if taps is not None and taps not in ("inputs", "outputs"):
+        layers = taps.split(",")
+        if not all(layer.strip().isdecimal() for layer in layers):
+            raise ValueError(f"--taps must be inputs, outputs, or layers such as 2,16,29, not {taps!r}")
+        taps = tuple(int(layer) for layer in layers)
+    flags = {
+        name: None if getattr(args, name) is None else getattr(args, name) == "true"
+        for name in ("norm_output", "norm_before_residual")
+    }
+    return HeadChoices(taps=taps, ignored=tuple(args.ignore_field), **flags)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,8 +113,9 @@ def run(args: argparse.Namespace) -> int:
                 note=notes.append,
                 revision=args.revision,
                 draft_revision=args.draft_revision,
+                head=head_choices(args),
             )
-    except (CheckpointError, ConfigError, OSError) as error:
+    except (ValueError, OSError) as error:  # also CheckpointError and ConfigError
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     manifest = read_json(out / "manifest.json")
@@ -76,9 +124,19 @@ def run(args: argparse.Namespace) -> int:
         if manifest[role] is not None:
             kind, source, parts = (manifest[role][field] for field in ("kind", "source", "parts"))
             print(f"  {role}: {kind} from {source}, {len(parts)} parts")
+            print_reading(manifest[role].get(READING))
     for note in notes:
         print(f"note: {note}")
     return 0
+
+
+def print_reading(reading: Mapping[str, Any] | None) -> None:
+    """Prints how the config.json of an EAGLE head was read, from its manifest."""
+    if reading is not None:
+        print(f"    as {DIALECTS[reading['dialect']].title} writes it")
+        for name, reason in reading["reasons"].items():
+            value = "" if name == TAPS else f" = {json.dumps(reading['fields'][name])}"
+            print(f"    {'taps' if name == TAPS else name}{value}: {reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

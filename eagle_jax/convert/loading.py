@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from eagle_jax.convert import converted
 from eagle_jax.convert.dialects import build
 from eagle_jax.convert.error import CheckpointError, NotConvertedError
+from eagle_jax.convert.heads.choices import HeadChoices, HeadReading
+from eagle_jax.convert.heads.reading import head_config
 from eagle_jax.convert.hub import Hub, no_such_folder
 from eagle_jax.convert.match import (
     PARAMETER_DTYPES,
@@ -28,6 +30,7 @@ from eagle_jax.convert.match import (
     own_dtype,
     parameter_dtype,
 )
+from eagle_jax.convert.previous import READING
 from eagle_jax.convert.read import open_checkpoint, read_json
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.protocol import Draft
@@ -71,6 +74,7 @@ def from_pretrained(
     draft_revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    head: HeadChoices | None = None,
 ) -> Models:
     """Loads official checkpoints without writing anything.
 
@@ -83,11 +87,12 @@ def from_pretrained(
       revision, draft_revision: a branch, tag or commit of the target's and of the draft's hub repository.
       token: of the Hugging Face hub; None means that of `hf auth login` or HF_TOKEN.
       local_files_only: take hub repositories from the cache, without asking the network.
+      head: settles what the config.json of an EAGLE head leaves open, such as the meaning of its ids of tapped layers.
     Raises:
       CheckpointError, ConfigError: as `convert`.
     """
-    hubs = (Hub(wanted, token, local_files_only) for wanted in (revision, draft_revision))
-    target_match, draft_match = match_pair(target, draft, dtype, *hubs)
+    hub, draft_hub = (Hub(wanted, token, local_files_only) for wanted in (revision, draft_revision))
+    target_match, draft_match = match_pair(target, draft, dtype, hub, draft_hub, head)
     return _fill(target_match, mesh), None if draft_match is None else as_draft(_fill(draft_match, mesh))
 
 
@@ -100,6 +105,7 @@ def load_draft(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    head: HeadChoices | None = None,
 ) -> Draft:
     """Loads another draft for a loaded target.
 
@@ -108,6 +114,7 @@ def load_draft(
       dtype: None means the target's own.
       mesh: as in `load`; None: the target's devices.
       revision, token, local_files_only: of a hub id; see `from_pretrained`.
+      head: of an official checkpoint; see `from_pretrained`.
     Raises:
       CheckpointError, ConfigError: as `load` and `from_pretrained`.
     """
@@ -120,7 +127,8 @@ def load_draft(
             raise CheckpointError(f"{path}: this converted folder holds no draft")
         draft = as_draft(_load_model(Path(path) / converted.DRAFT, entries[converted.DRAFT], dtype, mesh))
     else:
-        match = match_draft(open_checkpoint(path, Hub(revision, token, local_files_only)), dtype)
+        checkpoint = open_checkpoint(path, Hub(revision, token, local_files_only))
+        match = match_draft(checkpoint, dtype, head, target.config.num_layers)
         as_draft(match.model).check_fits(target)
         check_copy(match, lambda: _output_rows(target))
         return as_draft(_fill(match, mesh))
@@ -134,6 +142,7 @@ def load_head(
     *,
     revision: str | None = None,
     draft_revision: str | None = None,
+    head: HeadChoices | None = None,
 ) -> tuple[Llama, Draft | None]:
     """Loads a draft in its own dtype, and only the target's weights that `export` needs.
 
@@ -143,13 +152,14 @@ def load_head(
       source: a converted folder, whose draft is taken; with `draft`, the target's official checkpoint.
       draft: the draft's official checkpoint.
       revision, draft_revision: of hub ids; see `from_pretrained`.
+      head: of an official checkpoint; see `from_pretrained`.
     Raises:
       CheckpointError, ConfigError: as `load` and `from_pretrained`.
     """
     if draft is not None:
-        target_match, draft_match = match_pair(source, draft, None, Hub(revision), Hub(draft_revision))
+        target_match, draft_match = match_pair(source, draft, None, Hub(revision), Hub(draft_revision), head)
         assert draft_match is not None  # a draft was named
-        loaded = as_draft(_fill(match_draft(draft_match.checkpoint, _weights_dtype(draft_match)), None))
+        loaded = as_draft(_fill(draft_match.of_dtype(_weights_dtype(draft_match)), None))
         needed = _needed_by_export(target_match.model, loaded)
         return _with_arrays(target_match.model, {path: target_match.read(path) for path in needed}), loaded
     folder = Path(source)
@@ -173,10 +183,12 @@ _AGAIN = "convert again with --overwrite (python -m eagle_jax.convert)"
 class _Entry:
     """Holds a manifest's entry of one model.
 
+    reading: how the config.json of an EAGLE head is read; None in folders of older versions.
     held: see `build`. arrays: {path: shape and dtype}; shapes: {path: shape}; checksums: {part: sha256}.
     """
 
     kind: str
+    reading: HeadReading | None
     held: tuple[str, ...]
     dtype: str
     config_sha256: str
@@ -216,6 +228,7 @@ def _entry(model: dict[str, Any], dtype: str) -> _Entry:
     told = {"embed": model["own_embedding"], "lm_head": model.get("own_lm_head", True), "fc_bias": "fc_bias" in arrays}
     return _Entry(
         kind=model["kind"],
+        reading=HeadReading.of_manifest(model.get(READING)),
         held=tuple(path for path, there in told.items() if there),
         dtype=dtype,
         config_sha256=model["config_sha256"],
@@ -238,7 +251,7 @@ def _checked_model(folder: Path, entry: _Entry) -> Any:
     config_path = folder / "config.json"
     if converted.file_sha256(config_path) != entry.config_sha256:
         raise CheckpointError(f"{config_path}: was changed after the conversion; {_AGAIN}")
-    hf, stored_dtype = read_json(config_path), parameter_dtype(entry.dtype)
+    hf, stored_dtype = head_config(read_json(config_path), entry.reading), parameter_dtype(entry.dtype)
     model = build(entry.kind, hf, str(config_path), stored_dtype, held=entry.held, shapes=entry.shapes)
     expected = {path: converted.describe(leaf) for path, leaf in params.flatten(model).items()}
     if entry.arrays != expected:

@@ -7,12 +7,15 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax.convert import names
 from eagle_jax.convert.dialects import DIALECTS, OPTIONAL, build, draft_kind
 from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.heads.choices import HeadChoices, HeadReading
+from eagle_jax.convert.heads.reading import head_config, read_head
 from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.read import Checkpoint, Tensor, open_checkpoint
 from eagle_jax.convert.vocabulary import target_ids_of
@@ -38,6 +41,7 @@ class Match:
     kind: a key of DIALECTS. model: has shapes and dtypes in place of arrays.
     tensors: the source of each parameter by path, except `target_ids`, which is already read.
     copy: a copy of the target's lm_head in the file of an EAGLE-1 head; see `check_copy`.
+    reading: how the config.json of an EAGLE head was read.
     """
 
     kind: str
@@ -46,6 +50,7 @@ class Match:
     tensors: Mapping[str, Tensor]
     target_ids: np.ndarray | None
     copy: Tensor | None = None
+    reading: HeadReading | None = None
 
     def read(self, path: str) -> np.ndarray:
         """Reads a parameter, checked, in the model's shape and dtype; a view of the file where no cast is needed."""
@@ -55,9 +60,22 @@ class Match:
         leaf = params.flatten(self.model)[path]
         return finite_values(self.tensors[path], leaf.dtype).reshape(leaf.shape)
 
+    def of_dtype(self, dtype: np.dtype) -> Match:
+        """Returns this match with another dtype of the parameters."""
+        leaves = {
+            path: leaf if path == "target_ids" else jax.ShapeDtypeStruct(leaf.shape, dtype)
+            for path, leaf in params.flatten(self.model).items()
+        }
+        return dataclasses.replace(self, model=params.load(self.model, leaves))
+
 
 def match_pair(
-    target: str | Path, draft: str | Path | None, dtype: Any, hub: Hub | None = None, draft_hub: Hub | None = None
+    target: str | Path,
+    draft: str | Path | None,
+    dtype: Any,
+    hub: Hub | None = None,
+    draft_hub: Hub | None = None,
+    choices: HeadChoices | None = None,
 ) -> tuple[Match, Match | None]:
     """Opens and matches both checkpoints, and checks that the draft fits the target.
 
@@ -66,6 +84,7 @@ def match_pair(
     Args:
       dtype: of both models; None means the target's own.
       hub, draft_hub: download options of the target's and the draft's repositories.
+      choices: what the config.json of an EAGLE head leaves open.
     Raises:
       CheckpointError: a damaged or contradictory checkpoint.
       ConfigError: a config that is not implemented, or a draft that does not fit its target.
@@ -75,7 +94,8 @@ def match_pair(
     target_match = match_target(checkpoint, dtype)
     if draft is None:
         return target_match, None
-    draft_match = match_draft(open_checkpoint(draft, draft_hub), dtype)
+    num_layers = target_match.model.config.num_layers
+    draft_match = match_draft(open_checkpoint(draft, draft_hub), dtype, choices, num_layers)
     as_draft(draft_match.model).check_fits(target_match.model)
     check_copy(draft_match, lambda: target_match.read(output_path(target_match.model)))
     return target_match, draft_match
@@ -88,19 +108,22 @@ def match_target(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
     return _match("llama", table, model, checkpoint, checkpoint.sized_by)
 
 
-def match_draft(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
-    """Matches the checkpoint of a draft; its tensor names show its kind."""
+def match_draft(
+    checkpoint: Checkpoint, dtype: np.dtype, choices: HeadChoices | None = None, num_layers: int | None = None
+) -> Match:
+    """Matches the checkpoint of a draft; its tensor names show its kind.
+
+    Args:
+      choices, num_layers: see `read_head`.
+    """
     where = str(checkpoint.folder)
-    official = names.head_names(checkpoint.tensors.keys() | checkpoint.faults.keys(), where)
-    checkpoint = dataclasses.replace(
-        checkpoint,
-        tensors={bare: checkpoint.tensors[name] for bare, name in official.items() if name in checkpoint.tensors},
-        faults={bare: checkpoint.faults[name] for bare, name in official.items() if name in checkpoint.faults},
-    )
+    checkpoint, reading = read_head(checkpoint, choices, num_layers)
+    official = checkpoint.tensors.keys() | checkpoint.faults.keys()
+    hf = head_config(checkpoint.config, reading)
     kind, table = draft_kind(official, where)
     dialect = DIALECTS[kind]
     held = [path for path in OPTIONAL if table.get(path) in official]
-    tied = dialect.tied_to_own and checkpoint.config.get("tie_word_embeddings")
+    tied = dialect.tied_to_own and hf.get("tie_word_embeddings")
     if tied and "lm_head" not in held and "embed" in held:
         held.append("lm_head")
         table = table | {"lm_head": table["embed"]}
@@ -109,9 +132,9 @@ def match_draft(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
         _require(table.values(), checkpoint, "the file is incomplete")
         shapes = {path: checkpoint.tensors[name].shape for path, name in table.items()}
         sized_by, sizes_in = "the rest of the file", checkpoint.tensors[table[dialect.sized_by]].where
-    model = build(kind, checkpoint.config, sizes_in, dtype, held=held, shapes=shapes)
+    model = build(kind, hf, sizes_in, dtype, held=held, shapes=shapes)
     dialect.check(model, checkpoint)
-    return _match(kind, table, model, checkpoint, sized_by)
+    return dataclasses.replace(_match(kind, table, model, checkpoint, sized_by), reading=reading)
 
 
 def check_copy(match: Match, target_rows: Callable[[], np.ndarray]) -> None:

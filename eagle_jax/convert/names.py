@@ -12,8 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from eagle_jax.convert.error import CheckpointError
-
 # One decoder layer, without its prefix: our path -> official name.
 LAYER: dict[str, str] = {
     "input_norm": "input_layernorm.weight",
@@ -147,27 +145,6 @@ def official_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if axis is None:
         return tuple(shape)
     return (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
-
-
-def head_names(tensor_names: Collection[str], where: str) -> dict[str, str]:
-    """Returns {official name: name in the file}; strips the prefixes of other engines from the names of an EAGLE head.
-
-    Raises:
-      CheckpointError: if two tensors have one official name.
-    """
-    short = {name: name.removeprefix(PREFIX).removeprefix(PREFIX) for name in tensor_names}
-    bare_names = set(short.values())
-    if eagle3_table(bare_names) is None and eagle1_table(bare_names) is None:
-        return {name: name for name in tensor_names}
-    official: dict[str, str] = {}
-    for name, bare in short.items():
-        if bare in official:
-            raise CheckpointError(
-                f"{where}: {official[bare]!r} and {name!r} stand for the same tensor; remove the one that does "
-                "not belong to this head"
-            )
-        official[bare] = name
-    return official
 
 
 def eagle3_table(tensor_names: Collection[str]) -> dict[str, str] | None:

@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 
 from eagle_jax.convert import converted
+from eagle_jax.convert.dialects import build
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.match import Match
 from eagle_jax.convert.read import CONFIG, read_json
 from eagle_jax.convert.small_files import small_files
 from eagle_jax.files import checksums
 from eagle_jax.files.atomic import added_to, files_below, new_folder
+from eagle_jax.models.config import ConfigError
 
+READING = "reading"  # key of a model's entry: how the config.json of an EAGLE head was read
 SMALL = "small_files"  # key of a manifest: {path below target/: sha256} of the small files
 TUNED = "tuned.json"  # written into a converted folder by `eagle-jax tune`
 ROLES = (converted.TARGET, converted.DRAFT)
@@ -166,6 +169,7 @@ class Previous:
         small = {path: checksums.of_bytes(source.read_small(path)) for path in source.small_files()}
         return (
             entry.get("kind") == match.kind
+            and _same_reading(entry, match)
             and files.keys() == {file.name for file in source.files}
             and checksums.of_bytes(source.read_small(CONFIG)) == config == converted.file_sha256(folder / CONFIG)
             and (role != converted.TARGET or self.copied == small)
@@ -175,6 +179,22 @@ class Previous:
                 for part in stored
             )
         )
+
+
+def _same_reading(entry: Mapping[str, Any], match: Match) -> bool:
+    """Returns whether a previous conversion read the config.json of an EAGLE head as this match does."""
+    if match.reading is None or entry.get(READING) is not None:
+        return entry.get(READING) == (None if match.reading is None else dataclasses.asdict(match.reading))
+    # Older versions kept no reading: they read a config.json in one way.
+    held = [path for path, held in (("embed", "own_embedding"), ("lm_head", "own_lm_head")) if entry.get(held, True)]
+    held += ["fc_bias"] if any("fc_bias" in part["arrays"] for part in entry["parts"].values()) else []
+    config = match.checkpoint.config
+    try:
+        return build(match.kind, config, str(match.checkpoint.config_path), match.model.dtype, held=held).config == (
+            match.model.config
+        )
+    except ConfigError:
+        return False
 
 
 def _weights(manifest: Mapping[str, Any] | None, role: str) -> Any:

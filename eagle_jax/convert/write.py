@@ -11,6 +11,7 @@ there before.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,10 @@ import numpy as np
 
 from eagle_jax.convert import converted
 from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.heads.choices import HeadChoices
 from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.match import Match, match_pair
-from eagle_jax.convert.previous import SMALL, Previous
+from eagle_jax.convert.previous import READING, SMALL, Previous
 from eagle_jax.convert.read import CONFIG, Checkpoint
 from eagle_jax.files.atomic import settle, write_json
 from eagle_jax.models import params
@@ -44,6 +46,7 @@ def convert(
     draft_revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    head: HeadChoices | None = None,
 ) -> Path:
     """Converts a target and its draft (or a target alone) to a folder for `load`.
 
@@ -57,6 +60,7 @@ def convert(
       progress: called now and then with the bytes done and the total.
       note: called with sentences about earlier files: which stay, and which are out of date.
       revision, draft_revision, token, local_files_only: of hub ids; see `from_pretrained`.
+      head: settles what the config.json of an EAGLE head leaves open. The folder keeps what was taken.
     Returns:
       The absolute path of `out`.
     Raises:
@@ -67,8 +71,8 @@ def convert(
     settle(out)
     previous = Previous.of(out)
     previous.check(target, draft, overwrite)
-    hubs = (Hub(wanted, token, local_files_only) for wanted in (revision, draft_revision))
-    target_match, draft_match = match_pair(target, draft, dtype, *hubs)
+    hub, draft_hub = (Hub(wanted, token, local_files_only) for wanted in (revision, draft_revision))
+    target_match, draft_match = match_pair(target, draft, dtype, hub, draft_hub, head)
     matches = {converted.TARGET: target_match} | ({} if draft_match is None else {converted.DRAFT: draft_match})
     if not previous.is_free and not overwrite:
         if not previous.holds(matches):
@@ -157,8 +161,10 @@ def _write_model(match: Match, folder: Path, report: _Report) -> dict[str, Any]:
             "arrays": {path: converted.describe(array) for path, array in arrays.items()},
         }
         report.add(sum(array.nbytes for array in arrays.values()))
+    reading = {} if match.reading is None else {READING: dataclasses.asdict(match.reading)}
     return {
         "kind": match.kind,
+        **reading,
         "source": match.checkpoint.source,
         "files": files,
         "config_sha256": converted.file_sha256(folder / CONFIG),

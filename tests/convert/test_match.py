@@ -94,7 +94,7 @@ EAGLE3_DAMAGE = {
     "t2d of integers": (change("t2d", lambda t: t.astype(np.int64)), "'t2d' is of dtype int64"),
     "t2d of another length": (change("t2d", lambda t: t[:15]), r"'t2d' has shape \(15,\).*\(16,\)"),
     "missing": (lambda a: a.pop("midlayer.hidden_norm.weight"), "'midlayer.hidden_norm.weight' is missing"),
-    "extra": (put("fc.bias", np.ones(8, np.float32)), "'fc.bias' has no place"),
+    "extra": (put("fc2.bias", np.ones(8, np.float32)), "'fc2.bias' has no place"),
     "two layers": (lambda a: a.update(eagle3_arrays("layers.0")), "'layers.0.* has no place"),
     "transposed fc": (change("fc.weight", np.transpose), r"'fc.weight' has shape \(24, 8\).*\(8, 24\)"),
     "fc of one layer": (change("fc.weight", lambda w: w[:, :8]), r"'fc.weight' has shape \(8, 8\).*\(8, 24\)"),

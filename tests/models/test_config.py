@@ -159,6 +159,7 @@ DRAFT_FIELDS = {
     "eagle_aux_hidden_state_layer_ids": ([1, 2], dict(taps=(1, 2))),
     "eagle_config": (dict(eagle_aux_hidden_state_layer_ids=[1, 2]), dict(taps=(2, 3))),
     "norm_before_residual": (True, dict(norm_before_residual=True)),
+    "norm_output": (True, dict(norm_output=True)),
     "qkv_bias": (True, dict(qkv_bias=True)),
     "use_qk_norm": (True, dict(qk_norm=True)),
     "use_aux_norm": (True, dict(fc_norm=True)),
@@ -195,7 +196,7 @@ def test_no_field_is_left_out():
     # Heads have Llama's values of these; tests/models/test_architectures.py has others.
     by_architecture = {"model_type", "activation", "norm_plus_one", "output_norms", "embedding_scale"}
     by_architecture |= {"local_rope", "attention_scale", "attention_softcap", "logit_softcap"}
-    assert covered | told_by_tensors.keys() | by_architecture | {"window", "norm_output"} == fields
+    assert covered | told_by_tensors.keys() | by_architecture | {"window"} == fields
     plain = PLAIN | dict(num_hidden_layers=1)
     for name, value in told_by_tensors.items():
         assert changes(DraftConfig.from_hf(plain), DraftConfig.from_hf(plain, **{name: value})) == {name: value}
@@ -326,7 +327,6 @@ def test_fields_that_contradict_each_other_are_named_both(place, name, value, ot
         (dict(eagle_config=dict(new_norm=False)), "eagle_config.new_norm = False is not known"),
         (dict(eagle_config=[1]), r"eagle_config must be an object, got \[1\]"),
         (dict(draft_config=dict(norm_output=True)), "draft_config holds norm_output, which are not read there"),
-        (dict(norm_output=True), "norm_output = True without fc_norm or norm_before_fc means EAGLE-3.1.* or nothing"),
         (dict(fc_norm=True, norm_before_fc=True), "fc_norm and norm_before_fc exclude each other"),
         (dict(num_hidden_layers=2, next_layer_regular=False), "next_layer_regular = False is not implemented"),
         (dict(layer_types=["sliding_attention"]), "sliding_window is missing"),

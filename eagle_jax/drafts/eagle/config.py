@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from eagle_jax.drafts.eagle.flat_config import SPECULATORS, TAPS, flat_config
+from eagle_jax.drafts.eagle.flat_config import TAPS, flat_config
 from eagle_jax.models.architectures import layer_windows
 from eagle_jax.models.config import LlamaConfig, llama_fields
 from eagle_jax.models.fields import ConfigError, flag, size
@@ -121,11 +121,6 @@ def _check_parts(hf: Mapping[str, Any], num_layers: int, kind: str, where: str) 
     norms = flag(hf, "fc_norm", where), flag(hf, "norm_before_fc", where)
     if all(norms):
         raise ConfigError(f"{where}: fc_norm and norm_before_fc exclude each other; keep the one that has tensors")
-    if flag(hf, "norm_output", where) and not any(norms) and SPECULATORS not in hf:
-        raise ConfigError(
-            f"{where}: norm_output = True without fc_norm or norm_before_fc means EAGLE-3.1's feedback of the "
-            "normalised hidden state, or nothing (in EAGLE-3 heads of SpecForge); set it to false, or name the norm"
-        )
     if num_layers > 1 and kind == "eagle1":
         raise ConfigError(f"{where}: an EAGLE-1 head has one layer, num_hidden_layers is {num_layers}")
     if num_layers > 1 and not flag(hf, "next_layer_regular", where, default=True):

@@ -1,0 +1,46 @@
+"""What a caller says about a head whose config.json leaves it open, and what was taken of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadChoices:
+    """Settles what the config.json of an EAGLE head leaves open. None: as the config says, and an error if it is open.
+
+    taps: "inputs" or "outputs", what its ids of tapped layers name; or the layers whose input the head reads.
+    norm_output: whether the next drafting step reads the hidden state after the final norm.
+    norm_before_residual: whether the residual is the normalised hidden state.
+    ignored: unknown fields of its config.json that do not change what the head computes.
+    """
+
+    taps: str | tuple[int, ...] | None = None
+    norm_output: bool | None = None
+    norm_before_residual: bool | None = None
+    ignored: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        listed = isinstance(self.taps, tuple) and all(type(layer) is int and layer >= 0 for layer in self.taps)
+        if self.taps not in (None, "inputs", "outputs") and not (listed and self.taps):
+            raise ValueError(f"taps must be 'inputs', 'outputs' or a tuple of layer indices, not {self.taps!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadReading:
+    """Describes how a head's config.json was read. A converted folder keeps it, so that it is read alike again.
+
+    dialect: a key of `dialects.DIALECTS`. fields: values that take the place of config.json's, or of absent ones.
+    reasons: {field: why}.
+    """
+
+    dialect: str
+    fields: Mapping[str, Any]
+    reasons: Mapping[str, str]
+
+    @classmethod
+    def of_manifest(cls, entry: Any) -> HeadReading | None:
+        """Reads a manifest's entry; folders of older versions have none."""
+        return None if entry is None else cls(str(entry["dialect"]), dict(entry["fields"]), dict(entry["reasons"]))

@@ -1,0 +1,174 @@
+"""Reads EAGLE heads of every dialect: recognises the dialect, and settles what every field of config.json means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from eagle_jax.convert import names
+from eagle_jax.convert.heads import tensors
+from eagle_jax.convert.heads.choices import HeadChoices, HeadReading
+from eagle_jax.convert.heads.dialects import DIALECTS, HARMLESS, HeadDialect
+from eagle_jax.convert.heads.taps import OURS, OUTPUT_IDS, read_taps, without_taps
+from eagle_jax.convert.read import Checkpoint
+from eagle_jax.drafts.eagle import flat_config
+from eagle_jax.drafts.eagle.config import tap_layers
+from eagle_jax.drafts.eagle.flat_config import PLACES, TAPS
+from eagle_jax.models.fields import ConfigError, says_something
+
+NORM_OUTPUT, NORM_BEFORE_RESIDUAL, LAYERS = "norm_output", "norm_before_residual", "num_hidden_layers"
+MODEL_TYPE, LLAMA = "model_type", "llama"
+KNOWN = frozenset((*HARMLESS, *PLACES, *flat_config.MATHEMATICS, *flat_config.HARMLESS, TAPS, OUTPUT_IDS, OURS))
+
+
+def read_head(
+    checkpoint: Checkpoint, choices: HeadChoices | None = None, num_layers: int | None = None
+) -> tuple[Checkpoint, HeadReading | None]:
+    """Translates the checkpoint of an EAGLE head to official tensor names, and reads its config.json.
+
+    Args:
+      choices: what the caller settles. num_layers: of the target, if it is known.
+    Returns:
+      The checkpoint and the reading; a checkpoint of another kind of draft as it is, and None.
+    Raises:
+      CheckpointError: a tensor that is not implemented, or that has no place in a head.
+      ConfigError: an unknown field, or one with two meanings; the message names both and the option that chooses.
+    """
+    choices = choices or HeadChoices()
+    present = checkpoint.tensors.keys() | checkpoint.faults.keys()
+    key = dialect_of(checkpoint.config, present)
+    dialect, where = DIALECTS[key], str(checkpoint.config_path)
+    official = set(tensors.official_names(present, dialect, str(checkpoint.folder)))
+    official |= {name for name, (parts, _) in dialect.joined.items() if official.issuperset(parts)}
+    eagle3 = names.eagle3_table(official) is not None
+    if not eagle3 and (choices.taps, choices.norm_output, choices.norm_before_residual) != (None, None, None):
+        raise ConfigError(f"{checkpoint.folder}: is no EAGLE-3 head; only those have taps, and norms to choose")
+    if not eagle3 and names.eagle1_table(official) is None:
+        return checkpoint, None
+    translated = tensors.official_tensors(checkpoint, dialect)
+    refuse_unknown_fields(checkpoint.config, dialect, where, choices.ignored)
+    hf = _renamed(checkpoint.config, dialect)
+    found = {
+        **_one_layer(hf, dialect, official),
+        **_layer(hf, dialect),
+        **(_flags(hf, dialect, where, choices) | _taps(hf, dialect, where, choices, num_layers) if eagle3 else {}),
+    }
+    fields = {name: value for name, (value, _) in found.items() if value is not None}
+    return translated, HeadReading(key, fields, {name: reason for name, (_, reason) in found.items()})
+
+
+def head_config(hf: Mapping[str, Any], reading: HeadReading | None) -> Mapping[str, Any]:
+    """Returns a config.json in which every field has one meaning, by a reading of it; None: as it is."""
+    if reading is None:
+        return hf
+    plain = _without(_renamed(hf, DIALECTS[reading.dialect]), reading.fields.keys())
+    return (without_taps(plain) if TAPS in reading.fields else plain) | dict(reading.fields)
+
+
+def dialect_of(hf: Mapping[str, Any], tensor_names: Collection[str]) -> str:
+    """Returns the first dialect that a config.json or the tensor names show."""
+    stated = {name for _, fields in _places(hf) for name in fields}
+    named = {name for _, fields in _places(hf) for name in fields.get("architectures") or ()}
+    for key, dialect in DIALECTS.items():
+        if named.intersection(dialect.architectures) or stated.intersection(dialect.marks):
+            return key
+        if dialect.tensors is not None and any(re.fullmatch(dialect.tensors, name) for name in tensor_names):
+            return key
+    return "official"
+
+
+def refuse_unknown_fields(hf: Mapping[str, Any], dialect: HeadDialect, where: str, ignored: Collection[str]) -> None:
+    """Raises ConfigError for a field that states something and is not known, at any place."""
+    known = KNOWN.union(dialect.harmless, dialect.fields, dialect.marks, ignored)
+    for place, fields in _places(hf):
+        for name, value in fields.items():
+            if name not in known and not name.startswith("_") and says_something(value):
+                raise ConfigError(
+                    f"{where}: {place}{name} = {value!r} is not known, and could change what the head computes; "
+                    f"remove it if it does not, or name it in HeadChoices(ignored=...) (convert --ignore-field {name})"
+                )
+
+
+def _places(hf: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield place, hf
+    for name in PLACES:
+        if isinstance(hf.get(name), Mapping):
+            yield from _places(hf[name], f"{place}{name}.")
+
+
+def _renamed(hf: Mapping[str, Any], dialect: HeadDialect) -> dict[str, Any]:
+    """Gives the fields of a dialect the names that are read, at every place."""
+    return {
+        dialect.fields.get(name, name): _renamed(value, dialect)
+        if name in PLACES and isinstance(value, Mapping)
+        else value
+        for name, value in hf.items()
+    }
+
+
+def _without(hf: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
+    return {
+        name: _without(value, dropped) if name in PLACES and isinstance(value, Mapping) else value
+        for name, value in hf.items()
+        if name not in dropped
+    }
+
+
+def _one_layer(hf: Mapping[str, Any], dialect: HeadDialect, official: Collection[str]) -> dict[str, tuple[Any, str]]:
+    """Counts layers by the tensors where num_hidden_layers may be the target's."""
+    more = any(re.match(r"layers\.[1-9]\d*\.", name) for name in official)
+    if not dialect.layers_of_target or more or hf.get(LAYERS) in (None, 1):
+        return {}
+    return {LAYERS: (1, f"the tensors are of one layer, {LAYERS} {hf[LAYERS]} is the target's")}
+
+
+def _layer(hf: Mapping[str, Any], dialect: HeadDialect) -> dict[str, tuple[Any, str]]:
+    """Describes a layer of another architecture as a Llama layer with more parts."""
+    for named in _stated(hf, MODEL_TYPE):
+        parts = dialect.layer.get(named, dialect.layer.get("*"))
+        if named != LLAMA and parts is not None:
+            reason = f"{dialect.title} means a layer of {named}" if parts else f"{named!r} is the target's"
+            return {name: (value, reason) for name, value in ({**parts, MODEL_TYPE: LLAMA}).items()}
+    return {}
+
+
+def _flags(hf: Mapping[str, Any], dialect: HeadDialect, where: str, choices: HeadChoices) -> dict[str, tuple[Any, str]]:
+    """Settles norm_output and norm_before_residual of an EAGLE-3 head."""
+    found: dict[str, tuple[Any, str]] = {}
+    for name in (NORM_OUTPUT, NORM_BEFORE_RESIDUAL):
+        if getattr(choices, name) is not None:
+            found[name] = getattr(choices, name), "as chosen"
+    if NORM_OUTPUT not in found and True in _stated(hf, NORM_OUTPUT):
+        if not dialect.norm_output:
+            raise ConfigError(
+                f"{where}: {NORM_OUTPUT} = True means EAGLE-3.1 in engines (the next step reads the hidden state after "
+                "the final norm), but SpecForge wrote it into plain EAGLE-3 heads (before the norm) for some months "
+                f"of 2026. Choose with HeadChoices({NORM_OUTPUT}=False) or True (eagle-jax convert --norm-output)"
+            )
+        found[NORM_OUTPUT] = True, "EAGLE-3.1: the next step reads the hidden state after the final norm"
+    for name in dialect.required:
+        if name not in found and not _stated(hf, name):
+            raise ConfigError(
+                f"{where}: {name} is missing; take it from the configuration of the head's training. speculators means "
+                f"false by that, vLLM true. Choose with HeadChoices({name}=False) or True (eagle-jax convert "
+                f"--{name.replace('_', '-')})"
+            )
+    return found
+
+
+def _stated(hf: Mapping[str, Any], name: str) -> list[Any]:
+    """Returns the values of a field at all places."""
+    return [fields[name] for _, fields in _places(hf) if fields.get(name) is not None]
+
+
+def _taps(
+    hf: Mapping[str, Any], dialect: HeadDialect, where: str, choices: HeadChoices, num_layers: int | None
+) -> dict[str, tuple[Any, str]]:
+    read = read_taps(hf, dialect, where, num_layers, choices.taps)
+    layers = read.inputs
+    if layers is None and num_layers is not None:
+        layers = tap_layers(None, num_layers)
+    named = "the official layers" if layers is None else f"layers {', '.join(map(str, layers))}"
+    inputs = None if read.inputs is None else list(read.inputs)
+    return {TAPS: (inputs, f"the inputs of {named} are read; {read.because}")}
