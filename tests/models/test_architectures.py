@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from flax import nnx
 
 import eagle_jax
 from eagle_jax import DraftModel
-from eagle_jax.convert import from_pretrained, to_official
+from eagle_jax.convert import convert, from_pretrained, to_official
 from eagle_jax.models.architectures import ARCHITECTURES, config_of
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.fields import ConfigError
@@ -192,6 +193,26 @@ def test_tensors_are_written_as_they_were_read(case, ours):
     assert written.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(written[name], array)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_older_files_state_rope_in_fields_of_their_own(case, folder):
+    written = json.loads((folder(case) / "config.json").read_text())
+    ropes = written.pop("rope_parameters")
+    older = written | dict(torch_dtype=written.pop("dtype"))
+    if "full_attention" in ropes:
+        local, ropes = ropes["sliding_attention"], ropes["full_attention"]
+        older["rope_local_base_freq"] = local["rope_theta"]
+    older["rope_theta"] = ropes.pop("rope_theta")
+    older["rope_scaling"] = None if ropes == {"rope_type": "default"} else {"type": ropes.pop("rope_type"), **ropes}
+    assert config_of(older) == config_of(json.loads((folder(case) / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("case", ["qwen3 with windows", "gemma3"])
+def test_a_converted_folder_holds_the_same_model(case, folder, ours, tmp_path):
+    loaded, _ = eagle_jax.load(convert(folder(case), None, tmp_path / "converted"))
+    assert loaded.config == ours(case).config
+    jax.tree.map(np.testing.assert_array_equal, loaded, ours(case))
 
 
 GEMMA2 = dict(model_type="gemma2", hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh")
