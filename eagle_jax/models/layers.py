@@ -39,10 +39,10 @@ def rms_norm(
     """
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    shape = (1,) * (x.ndim - 1) + weight.shape
     if plus_one:
-        return (x32 * scale * (1 + weight.astype(jnp.float32))).astype(x.dtype)
-    return (x32 * scale).astype(x.dtype) * weight
+        return (x32 * scale * (1 + weight.astype(jnp.float32)).reshape(shape)).astype(x.dtype)
+    return (x32 * scale).astype(x.dtype) * weight.reshape(shape)
 
 
 def normed(
