@@ -239,9 +239,11 @@ def test_every_other_command_takes_a_draft_without_weights_by_its_name(folder, t
     assert "there is no EAGLE head here" in capsys.readouterr().err
 
 
-def test_the_tuned_tree_is_that_of_the_nearest_batch_and_of_one_batch_where_texts_depend_on_it(folder, tmp_path):
+def test_the_tuned_tree_is_that_of_the_nearest_batch_and_of_one_batch_where_texts_depend_on_it(
+    folder, tmp_path, monkeypatch
+):
     """A greedy or coupled text is the same with every tree; any other sampled text must not depend on --batch."""
-    _, head = convert.load(folder)
+    target, head = convert.load(folder)
     setting = {"device": machine.device_name(), "dtype": "float32"}
     sizes = {1: (1, 1, 2), 4: (2, 2, 5), 32: (3, 2, 6)}
     entries = [
@@ -266,6 +268,13 @@ def test_the_tuned_tree_is_that_of_the_nearest_batch_and_of_one_batch_where_text
     assert (
         tree_options.choose_tree_for_many(head, args, SamplingConfig(1.0)).words(head).endswith("4 nodes (from --tree)")
     )
+    # A head that --drafts names by its folder has the tree that was tuned there.
+    monkeypatch.setattr(draft_options, "load_draft", lambda *where, **options: head)
+    loaded = model_options.Models(target, None, folder / "target")
+    (found,) = draft_options.candidates(loaded, {"eagle3": str(tmp_path)}, decoding(batch=3))
+    assert (found.tree, found.origin) == (TreeConfig(*sizes[4]), "tuned on this device for batch 4")
+    (found,) = draft_options.candidates(loaded, {"eagle3": str(tmp_path)}, decoding(batch=3, tree=tree))
+    assert (found.tree, found.origin) == (tree, "from --tree")
 
 
 def test_show_draws_a_cycle(folder, tmp_path, capsys):

@@ -46,10 +46,14 @@ def read(folder: Path | None) -> list[dict[str, Any]]:
     return entries
 
 
-def find(draft: Any, args: argparse.Namespace, batch: int) -> tuple[TreeConfig, str] | None:
-    """Finds the tree tuned for this device, the draft's dtype and the nearest batch; returns it and its origin."""
+def find(draft: Any, folder: Path | None, batch: int) -> tuple[TreeConfig, str] | None:
+    """Finds the tree tuned for this device, the draft's dtype and the nearest batch; returns it and its origin.
+
+    Args:
+      folder: of tuned.json, see `folder_of`.
+    """
     device, dtype = machine.device_name(), np.dtype(draft.dtype).name
-    entries = [entry for entry in read(folder_of(args)) if (entry["device"], entry["dtype"]) == (device, dtype)]
+    entries = [entry for entry in read(folder) if (entry["device"], entry["dtype"]) == (device, dtype)]
     if not entries:
         return None
     nearest = min(entries, key=lambda entry: (abs(math.log(entry["batch"] / batch)), entry["batch"]))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 
+from eagle_jax.cli import tuned
 from eagle_jax.cli.options.model_options import Models
 from eagle_jax.cli.options.tree_options import choose_tree, default_tree, describe_proposal, grown, parse_tree
 from eagle_jax.convert import load_draft
@@ -115,10 +117,15 @@ def candidates(
             return TreeConfig(), ""
         if isinstance(kind.tree, StaticTree):  # --tree is for the dynamic ones
             return default_tree(draft, kind), "the default"
+        batch = getattr(args, "batch", 1)
         if draft is models.draft:
-            choice = choose_tree(draft, args, getattr(args, "batch", 1))
+            choice = choose_tree(draft, args, batch)
             return choice.tree, choice.origin
-        return grown(args.tree or kind.tree, args), "the default" if args.tree is None else "from --tree"
+        if args.tree is not None:
+            return grown(args.tree, args), "from --tree"
+        folder = next(Path(source) for source, other in loaded.items() if other is draft)
+        tree, origin = tuned.find(draft, folder, batch) or (kind.tree, "the default")
+        return grown(tree, args), origin
 
     found = []
     for name in specs:

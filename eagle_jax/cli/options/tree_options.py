@@ -63,7 +63,7 @@ def choose_tree(draft: Any, args: argparse.Namespace, batch: int = 1) -> TreeCho
         return TreeChoice(default_tree(draft), "a shape of its own")
     found = None if args.tree is None else (args.tree, "from --tree")
     if found is None and isinstance(draft, EagleDraft):
-        found = tuned.find(draft, args, batch)
+        found = tuned.find(draft, tuned.folder_of(args), batch)
     tree, origin = found or (default_tree(draft), "the default")
     return TreeChoice(grown(tree, args), origin)
 
