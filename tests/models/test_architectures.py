@@ -26,7 +26,9 @@ from eagle_jax.models.architectures import ARCHITECTURES, config_of
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.fields import ConfigError
 from eagle_jax.models.rope import RopeConfig
+from eagle_jax.testing import assert_lossless, toy_draft
 from tests.models.reference import prompt_pass
+from tests.toy import scaled
 
 TOLERANCE = 1e-4
 SMALL = dict(
@@ -182,6 +184,16 @@ def test_speculative_text_is_their_greedy_text(case, ours):
         logits = their_pass(case, text)[0][length - 1 : -1]
         chosen = logits[np.arange(NEW), text[length:]]
         np.testing.assert_allclose(chosen, logits.max(axis=-1), atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_decoding_with_a_head_is_lossless(case, folder):
+    """Greedy and sampled texts have the target's own distribution, and no sequence depends on another."""
+    config = config_of(json.loads((folder(case) / "config.json").read_text()) | dict(vocab_size=7))
+    target = scaled(ARCHITECTURES[config.model_type].model(config, jax.random.key(0), jnp.float32), 12.0)
+    report = assert_lossless(toy_draft(target), target=target)
+    assert report.accepted > 0
 
 
 @pytest.mark.parametrize("case", CASES)
