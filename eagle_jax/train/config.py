@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
+from eagle_jax.convert.engines import ENGINES
+
 LIMIT = 2**31  # steps are counted in int32, and seeds are that wide
 Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
@@ -61,6 +63,10 @@ class HeadSettings(Settings):
     intermediate_size, num_heads, num_kv_heads, head_dim: None: the target's.
     rope_theta: 10000 as in the official trainer.
     taps: the target layers whose input EAGLE-3 reads; None: 2, n // 2 and n - 3.
+    num_layers: decoder layers of an EAGLE-3 head. windows: the sliding window of each, null for full attention.
+    qk_norm: RMSNorm of every query head and key head.
+    norm_before_residual: add the layer's output to the normalised hidden state.
+    fc_norm, norm_before_fc, norm_output: the norms of EAGLE-3.1, see `DraftConfig`.
     """
 
     draft_vocab_size: pydantic.PositiveInt | None = None
@@ -70,6 +76,27 @@ class HeadSettings(Settings):
     head_dim: Annotated[int, pydantic.Field(gt=0, multiple_of=2)] | None = None
     rope_theta: pydantic.PositiveFloat = 10000.0
     taps: Annotated[tuple[pydantic.NonNegativeInt, ...], pydantic.Field(min_length=1)] | None = None
+    num_layers: pydantic.PositiveInt = 1
+    windows: tuple[pydantic.PositiveInt | None, ...] = ()
+    qk_norm: bool = False
+    norm_before_residual: bool = False
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_output: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> HeadSettings:
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(f"windows has {len(self.windows)} entries for {self.num_layers} layers")
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError("fc_norm and norm_before_fc exclude each other")
+        return self
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Returns the settings that EAGLE-3 heads alone have, as fields of a `DraftConfig`."""
+        names = ("num_layers", "windows", "qk_norm", "norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
+        return {name: getattr(self, name) for name in names}
 
 
 class LossSettings(Settings):
@@ -194,7 +221,7 @@ class TrainSettings(Settings):
     accumulation: pydantic.PositiveInt = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    save_format: Literal["official", "sglang", "vllm"] = "official"
+    save_format: str = "official"
     mesh: MeshSettings = MeshSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -212,6 +239,11 @@ class TrainSettings(Settings):
             raise ValueError("loss.alignment official knows one document a row; set data.packing: false")
         if self.loss.objective != "cross_entropy" and self.kind == "target":
             raise ValueError("loss.objective is for heads; a target learns by cross-entropy")
+        if self.save_format not in ENGINES:
+            raise ValueError(f"save_format must be one of {', '.join(ENGINES)}, got {self.save_format!r}")
+        asked = [name for name, value in HeadSettings().parts.items() if self.head.parts[name] != value]
+        if self.kind != "eagle3" and asked:
+            raise ValueError(f"head.{asked[0]} is for kind eagle3, not {self.kind}")
         if self.features is not None and self.kind == "target":
             raise ValueError("features are for heads; a target has none")
         for length in self.data.buckets or (self.data.row_length,):

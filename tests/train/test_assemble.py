@@ -43,6 +43,30 @@ def test_a_hub_id_may_name_a_revision(folder, monkeypatch):
     assert asked == [("owner/target", "v1"), ("owner/target", "v1"), ("owner/head", "v2"), ("owner/whole", None)]
 
 
+def test_the_settings_of_a_head_are_its_config(folder):
+    origin = assemble.source(settings_of(target=str(folder)))
+    head = {"num_layers": 2, "windows": [8, None], "qk_norm": True, "norm_before_residual": True, "taps": [0, 1]}
+    head |= {"fc_norm": True, "norm_output": True, "draft_vocab_size": 9}
+    config = assemble.head_config(settings_of(target=str(folder), head=head), origin.config)
+    assert {name: getattr(config, name) for name in head} == head | {"windows": (8, None), "taps": (0, 1)}
+    plain = assemble.head_config(settings_of(target=str(folder)), origin.config)
+    assert (plain.num_layers, plain.windows, plain.norm_output) == (1, (), False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": {"windows": [8]}, "kind": "eagle1"}, "head.windows is for kind eagle3, not eagle1"),
+        ({"head": {"num_layers": 2, "windows": [8]}}, "windows has 1 entries for 2 layers"),
+        ({"head": {"fc_norm": True, "norm_before_fc": True}}, "fc_norm and norm_before_fc exclude each other"),
+        ({"save_format": "gguf"}, "save_format must be one of official, "),
+    ],
+)
+def test_settings_of_heads_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings_of(target="target", **changes)
+
+
 def test_token_ids_need_no_tokenizer(folder):
     origin = assemble.source(settings_of(target=str(folder)))
     path, settings, said = folder / "data.jsonl", DataSettings(train=("data.jsonl",), row_length=8), []

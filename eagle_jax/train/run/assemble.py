@@ -203,7 +203,7 @@ def new_eagle3(config: DraftConfig, key: jax.Array, target: Llama, train: Datase
 
 
 def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
-    """Returns the config of a head: a layer of Llama in the target's shape, with the changes in settings.head."""
+    """Returns the config of a head: layers of Llama in the target's shape, with the changes in settings.head."""
     head = settings.head
     fields: dict[str, Any] = dict(
         vocab_size=target.vocab_size,
@@ -216,6 +216,7 @@ def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
         rms_norm_eps=target.rms_norm_eps,
         rope=RopeConfig(head.rope_theta),
         max_position_embeddings=target.max_position_embeddings,
+        target_hidden_size=target.hidden_size,
     )
     if fields["num_heads"] % fields["num_kv_heads"]:
         raise ValueError(
@@ -227,7 +228,7 @@ def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
         raise ValueError(f"head.draft_vocab_size {vocabulary} is more than the target's {target.vocab_size}")
     head_fields = training_of(settings).head_fields
     assert head_fields is not None  # it is no target
-    return DraftConfig(**fields, target_hidden_size=target.hidden_size, **head_fields(head, vocabulary))
+    return DraftConfig(**fields | head_fields(head, vocabulary))
 
 
 def frequent_tokens(train: Dataset, vocab_size: int, count: int) -> tuple[np.ndarray, float]:
@@ -308,7 +309,7 @@ TRAINED: dict[str, Training | None] = {
             loss.weights, loss.alignment, loss.divergence, loss.feature_weight, dtype, chunk, loss.objective
         ),
         new_head=new_eagle3,
-        head_fields=lambda head, vocabulary: {"draft_vocab_size": vocabulary, "taps": head.taps},
+        head_fields=lambda head, vocabulary: {"draft_vocab_size": vocabulary, "taps": head.taps, **head.parts},
     ),
     "medusa": None,
     "llama": None,
