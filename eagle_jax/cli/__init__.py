@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("bench", bench, "measure plain against speculative decoding on the same prompts", bench.EXAMPLES)
     add("tune", tune, "find the tree that decodes fastest on this machine, and save it", tune.EXAMPLES)
     add("show", show, "draw the draft tree of one cycle, and what was accepted of it", show.EXAMPLES)
-    add("export", export, "write an EAGLE head for the official code, SGLang or vLLM", export.EXAMPLES)
+    add("export", export, "write an EAGLE head for another engine or trainer", export.EXAMPLES)
     add("train", train, "train a draft head, or a small target", train.EXAMPLES)
     add(
         "train regenerate",

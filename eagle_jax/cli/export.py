@@ -1,4 +1,4 @@
-"""eagle-jax export: writes an EAGLE head for the official code, SGLang or vLLM."""
+"""eagle-jax export: writes an EAGLE head for another engine or trainer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_revisions(group)
     add_head_arguments(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--format", required=True, choices=tuple(ENGINES), help="the engine that is to load it")
+    parser.add_argument("--format", required=True, choices=tuple(ENGINES), help="what is to load it")
     parser.add_argument("--dtype", choices=PARAMETER_DTYPES, help="cast the weights (default: the head's own)")
     parser.add_argument(
         "--overwrite",
@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
     check_place(out, args.overwrite)
     if args.model is not None:
         with named_as_model(args.model):
-            target, draft = load_head(args.model)
+            target, draft = load_head(args.model, format=args.format)
     else:
         revisions = {"revision": args.revision, "draft_revision": args.draft_revision}
-        target, draft = load_head(args.target, args.draft, **revisions, head=head_choices(args))
+        target, draft = load_head(args.target, args.draft, **revisions, head=head_choices(args), format=args.format)
     if draft is None:
         raise ValueError(f"{args.model}: this converted folder holds no draft")
     done = export(draft, target, args.out, format=args.format, dtype=args.dtype, overwrite=args.overwrite)

@@ -1,4 +1,4 @@
-"""Exports an EAGLE head to a folder for the official code, SGLang or vLLM; reads it back and compares."""
+"""Exports an EAGLE head to a folder for another engine or trainer; reads it back and compares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from eagle_jax.convert import names
-from eagle_jax.convert.engines import Plan, plan
+from eagle_jax.convert.engine_plan import Plan, plan
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.match import finite_values, match_draft, parameter_dtype
 from eagle_jax.convert.previous import some
@@ -55,10 +55,10 @@ def export(
 
     Args:
       draft: an Eagle3Draft or Eagle1Draft.
-      target: the model it drafts for. Its lm_head is written for the official code if the head lacks one; no other
-        weight is. It may be abstract where no array of it is needed; see `plan`.
+      target: the model it drafts for. Its embedding and lm_head are written where the head lacks them and the format
+        needs them; no other weight is. It may be abstract where no array of it is needed; see `plan`.
       out: the folder to write: the weights and config.json.
-      format: "official", "sglang" or "vllm"; see docs/export.md.
+      format: a key of `engines.ENGINES`, such as "official", "sglang" or "vllm"; see docs/export.md.
       dtype: "float32", "bfloat16" or "float16", to cast; None keeps the head's own. The vocabulary tables d2t [Vd]
         int64 and t2d [V] bool stay as they are.
       overwrite: write into a folder that is not empty. Only the files of a previous export are replaced.
@@ -90,7 +90,7 @@ def export(
     with added_to(out) if kept and not previous else new_folder(out, keep=_is_users) as folder:
         write_json(folder / CONFIG, config)
         write_tensors(folder / file, tensors)
-        verify(folder, planned, config, tensors, leaves)
+        verify(folder, planned, config, tensors, leaves, target.config.num_layers)
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     shapes = {name: (array.shape, array.dtype.name) for name, array in tensors.items()}
     return Exported(format, out, (file, CONFIG), shapes, num_bytes, config, notes)
@@ -151,16 +151,17 @@ def verify(
     config: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     leaves: Mapping[str, np.ndarray],
+    num_layers: int,
 ) -> None:
     """Reads a written folder like any checkpoint, and compares it bit for bit with the export.
 
     Args:
-      config, tensors: the written values. leaves: the head's parameters by path.
+      config, tensors: the written values. leaves: the head's parameters by path. num_layers: of the target.
     Raises:
       CheckpointError: naming the differences.
     """
     checkpoint = open_checkpoint(folder)
-    match = match_draft(checkpoint, leaves["fc"].dtype)
+    match = match_draft(checkpoint, leaves["fc"].dtype, num_layers=num_layers)
     differing = [f"{CONFIG}: {name}" for name in config if checkpoint.config.get(name) != config[name]]
     read, expected = (dataclasses.asdict(one) for one in (match.model.config, planned.expected))
     differing += [f"{CONFIG}: {name}" for name in expected if read[name] != expected[name]]

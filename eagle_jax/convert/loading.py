@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from eagle_jax.convert import converted
 from eagle_jax.convert.dialects import build
+from eagle_jax.convert.engine_plan import COPY, needed
 from eagle_jax.convert.error import CheckpointError, NotConvertedError
 from eagle_jax.convert.heads.choices import HeadChoices, HeadReading
 from eagle_jax.convert.heads.reading import head_config
@@ -143,16 +144,18 @@ def load_head(
     revision: str | None = None,
     draft_revision: str | None = None,
     head: HeadChoices | None = None,
+    format: str | None = None,
 ) -> tuple[Llama, Draft | None]:
     """Loads a draft in its own dtype, and only the target's weights that `export` needs.
 
-    Those are the embedding, and the lm_head if the draft lacks one.
+    Those are the embedding, and the lm_head if the draft lacks one or the format asks for a copy.
 
     Args:
       source: a converted folder, whose draft is taken; with `draft`, the target's official checkpoint.
       draft: the draft's official checkpoint.
       revision, draft_revision: of hub ids; see `from_pretrained`.
       head: of an official checkpoint; see `from_pretrained`.
+      format: of the export, as in `export`.
     Raises:
       CheckpointError, ConfigError: as `load` and `from_pretrained`.
     """
@@ -160,7 +163,7 @@ def load_head(
         target_match, draft_match = match_pair(source, draft, None, Hub(revision), Hub(draft_revision), head)
         assert draft_match is not None  # a draft was named
         loaded = as_draft(_fill(draft_match.of_dtype(_weights_dtype(draft_match)), None))
-        needed = _needed_by_export(target_match.model, loaded)
+        needed = _needed_by_export(target_match.model, loaded, format)
         return _with_arrays(target_match.model, {path: target_match.read(path) for path in needed}), loaded
     folder = Path(source)
     entries = _entries(folder)
@@ -169,7 +172,7 @@ def load_head(
         return target, None
     loaded = as_draft(_load_model(folder / converted.DRAFT, entries[converted.DRAFT], None, None))
     loaded.check_fits(target)
-    leaves = {path: params.flatten(target)[path] for path in _needed_by_export(target, loaded)}
+    leaves = {path: params.flatten(target)[path] for path in _needed_by_export(target, loaded, format)}
     found: dict[str, jax.Array] = {}
     for _, arrays in _load_parts(folder / converted.TARGET, entries[converted.TARGET], leaves, None):
         found |= arrays
@@ -276,9 +279,10 @@ def _load_parts(
         )
 
 
-def _needed_by_export(target: Llama, draft: Draft) -> list[str]:
+def _needed_by_export(target: Llama, draft: Draft, format: str | None) -> list[str]:
     """Returns the paths of the target's arrays that an export of the draft may compare or write."""
     borrows = isinstance(draft, Eagle3Draft) and not draft.config.own_lm_head
+    borrows |= format is not None and COPY in needed(draft, format)
     return list(dict.fromkeys(["embed", *([output_path(target)] if borrows else [])]))
 
 

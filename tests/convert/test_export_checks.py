@@ -39,23 +39,31 @@ def refused(draft: Any, format: str, tmp_path: Path, its_target: Llama | None = 
         (lambda: eagle3(taps=(1, 1, 7)), "sglang", r"\[1, 1, 7\], the engine reads each layer once and in order"),
         (lambda: eagle3(num_taps=2, taps=(2, 5)), "vllm", "taps 2 layers, the engine reads 3"),
         (lambda: eagle3(num_taps=1, taps=(2,)), "sglang", r"features are as wide as the head \(8\)"),
-        (lambda: eagle3(norm_before_residual=True), "sglang", r"norm_before_residual is true.*can hold it: vllm\)"),
+        (
+            lambda: eagle3(norm_before_residual=True),
+            "sglang",
+            "norm_before_residual is true.*hold it: vllm, speculators",
+        ),
         (lambda: eagle3(norm_before_residual=True), "official", "norm_before_residual is true"),
-        (lambda: eagle3(attention_bias=True), "sglang", r"attention_bias is true.*can hold it: vllm\)"),
+        (lambda: eagle3(attention_bias=True), "sglang", "attention_bias is true.*can hold it: vllm, speculators"),
         (lambda: eagle3(mlp_bias=True), "official", "mlp_bias is true"),
         (lambda: eagle1(mlp_bias=True), "sglang", "mlp_bias is true"),
         (lambda: eagle3(head_dim=6), "official", "head_dim is 6, it takes hidden_size / heads only"),
-        (lambda: eagle3(rope=LLAMA3), "official", r"rope type 'llama3' is not read.*can hold it: sglang, vllm\)"),
+        (
+            lambda: eagle3(rope=LLAMA3),
+            "official",
+            "rope type 'llama3' is not read.*: sglang, vllm, speculators",
+        ),
         (lambda: eagle3(rope=RopeConfig(10000.0, "dynamic", 4.0, original_length=64)), "vllm", "rope type 'dynamic'"),
         (lambda: eagle3(rope=RopeConfig(5e5, "linear", 4.0)), "official", "rope_theta is 500000, it takes 10000"),
         (
             lambda: eagle1(fc_bias=True),
             "vllm",
-            r"fc.bias \(bias is true\) is not read.*can hold it: official, sglang\)",
+            r"fc.bias \(bias is true\) is not read.*can hold it: official, sglang, cpmcu, nxd\)",
         ),
         (lambda: eagle1(qkv_bias=True), "sglang", "qkv_bias is true"),
         (lambda: eagle3(own_embedding=True), "sglang", "embed_tokens is its own.*can hold it: official, vllm"),
-        (lambda: eagle1(own_embedding=True), "vllm", r"embed_tokens is its own.*can hold it: official\)"),
+        (lambda: eagle1(own_embedding=True), "vllm", r"embed_tokens is its own.*can hold it: official, nxd\)"),
         (lambda: eagle3(norm_before_residual=True, rope=LLAMA3), "official", "rope type .*; norm_before_residual"),
         (lambda: eagle1(fc_bias=True, qkv_bias=True, mlp_bias=True), "vllm", r"no other format can hold it either\)"),
     ],
@@ -72,7 +80,7 @@ def test_a_target_of_few_layers_has_no_three_taps(format: str, tmp_path: Path):
 def test_other_drafts_and_formats_are_refused(tmp_path: Path):
     medusa = params.abstract(lambda key: Medusa(MedusaConfig(16, 8, 2, 1), key))
     assert "a Medusa cannot be exported: the formats are for EAGLE heads" in refused(medusa, "vllm", tmp_path)
-    assert "unknown format 'trt'; known: official, sglang, vllm" in refused(eagle3(), "trt", tmp_path)
+    assert "unknown format 'trt'; known: official, sglang, vllm, speculators" in refused(eagle3(), "trt", tmp_path)
     assert "does not fit the target" in refused(eagle3(), "vllm", tmp_path, target(hidden=12))
 
 

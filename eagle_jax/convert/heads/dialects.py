@@ -20,7 +20,7 @@ class HeadDialect:
     architectures, marks, tensors: what shows the dialect: `architectures` of its config.json, fields that only it
     writes (at any place), and a pattern of tensor names that only it has.
     read: rules from its names to official ones; `layers.0` may stand for `midlayer`, and `model.` before any name, in
-    every dialect. written: rules from official names to its own.
+    every dialect. written: rules from official names to its own; several: those of heads of several layers, if others.
     split: {its tensor's name without prefix and suffix: the parts that it holds, one after the other}.
     joined: {official name: (its tensors, axis) that are concatenated along that axis}.
     fields: {its spelling: the field that is read}.
@@ -38,6 +38,7 @@ class HeadDialect:
     tensors: str | None = None
     read: Rules = ()
     written: Rules = ()
+    several: Rules = ()
     split: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     joined: Mapping[str, tuple[tuple[str, ...], int]] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -59,7 +60,6 @@ MIDLAYERS: Rules = (
     ("midlayer.*", "midlayer.0.*"),
     ("layers.{i}.input_layernorm.weight", "midlayer.{i}.hidden_norm.weight"),
     ("layers.{i}.*", "midlayer.{i}.*"),
-    *LATER_NORM,
 )
 # One norm for each tap, under the names of older SGLang heads.
 AUX_NORMS: Rules = tuple(
@@ -108,8 +108,8 @@ DIALECTS: dict[str, HeadDialect] = {
     "trtllm": HeadDialect(
         title="TensorRT-LLM",
         architectures=("EAGLE3LlamaForCausalLM", "Eagle3DeepSeekV3ForCausalLM", "MistralLarge3EagleForCausalLM"),
-        read=MIDLAYERS,
-        written=LATER_NORM,
+        read=(*MIDLAYERS, *LATER_NORM),
+        several=MIDLAYERS,
         norm_output=True,
     ),
     "angelslim": HeadDialect(
@@ -138,14 +138,13 @@ DIALECTS: dict[str, HeadDialect] = {
         architectures=("LlamaForCausalLMEagle3Deep",),
         marks=("next_layer_regular", "parallel_draft_heads_num_layers", "use_last_layernorm", "use_mtp_layernorm"),
         tensors=r"midlayer\.\d+\..*",
-        read=MIDLAYERS,
+        read=(*MIDLAYERS, *LATER_NORM),
         written=NUMBERED,
     ),
     "sglang": HeadDialect(
         title="SpecForge or SGLang",
         architectures=("LlamaForCausalLMEagle3", "LlamaForCausalLMEagle", "Qwen2ForCausalLMEagle"),
         read=(*AUX_NORMS, *LATER_NORM),
-        written=LATER_NORM,
     ),
     "vllm": HeadDialect(
         title="vLLM",

@@ -10,7 +10,7 @@ from eagle_jax.convert import names
 from eagle_jax.convert.heads import tensors
 from eagle_jax.convert.heads.choices import HeadChoices, HeadReading
 from eagle_jax.convert.heads.dialects import DIALECTS, HARMLESS, HeadDialect
-from eagle_jax.convert.heads.taps import OURS, OUTPUT_IDS, read_taps, without_taps
+from eagle_jax.convert.heads.taps import OUR_NORM_OUTPUT, OUR_TAPS, OUTPUT_IDS, read_taps, without_taps
 from eagle_jax.convert.read import Checkpoint
 from eagle_jax.drafts.eagle import flat_config
 from eagle_jax.drafts.eagle.config import tap_layers
@@ -19,7 +19,9 @@ from eagle_jax.models.fields import ConfigError, says_something
 
 NORM_OUTPUT, NORM_BEFORE_RESIDUAL, LAYERS = "norm_output", "norm_before_residual", "num_hidden_layers"
 MODEL_TYPE, LLAMA = "model_type", "llama"
-KNOWN = frozenset((*HARMLESS, *PLACES, *flat_config.MATHEMATICS, *flat_config.HARMLESS, TAPS, OUTPUT_IDS, OURS))
+KNOWN = frozenset(
+    (*HARMLESS, *PLACES, *flat_config.MATHEMATICS, *flat_config.HARMLESS, TAPS, OUTPUT_IDS, OUR_TAPS, OUR_NORM_OUTPUT)
+)
 
 
 def read_head(
@@ -140,7 +142,7 @@ def _flags(hf: Mapping[str, Any], dialect: HeadDialect, where: str, choices: Hea
         if getattr(choices, name) is not None:
             found[name] = getattr(choices, name), "as chosen"
     if NORM_OUTPUT not in found and True in _stated(hf, NORM_OUTPUT):
-        if not dialect.norm_output:
+        if not dialect.norm_output and hf.get(OUR_NORM_OUTPUT) is not True:
             raise ConfigError(
                 f"{where}: {NORM_OUTPUT} = True means EAGLE-3.1 in engines (the next step reads the hidden state after "
                 "the final norm), but SpecForge wrote it into plain EAGLE-3 heads (before the norm) for some months "

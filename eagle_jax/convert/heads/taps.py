@@ -20,7 +20,8 @@ from eagle_jax.models.fields import ConfigError, layer_indices, says_something
 
 INPUTS, OUTPUTS = "inputs", "outputs"
 OUTPUT_IDS = "target_layer_ids"  # names outputs in every framework
-OURS = "eagle_jax_tap_inputs"  # written by our exports where a reader could not tell
+# Written by our exports where a reader could not tell.
+OUR_TAPS, OUR_NORM_OUTPUT = "eagle_jax_tap_inputs", "eagle_jax_norm_output"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,8 @@ def read_taps(
             raise ConfigError(f"{where}: names no layers, so taps={choice!r} has no ids to read; list the layers")
         _require_alike(stated, [one.read_as(choice) for one in stated], where)
         return Taps(stated[0].read_as(choice), f"{stated[0]} names {choice}, as chosen")
-    if hf.get(OURS):
-        return Taps(layer_indices(OURS, hf[OURS], where), f"{OURS} names inputs")
+    if hf.get(OUR_TAPS):
+        return Taps(layer_indices(OUR_TAPS, hf[OUR_TAPS], where), f"{OUR_TAPS} names inputs")
     if not stated:
         return Taps(None, f"{where.rpartition('/')[2]} names no layers, so they are the official ones")
     meanings = [meaning_of(one, dialect, num_layers) for one in stated]
@@ -110,7 +111,7 @@ def without_taps(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: without_taps(value) if name in PLACES and isinstance(value, Mapping) else value
         for name, value in hf.items()
-        if name not in (TAPS, OUTPUT_IDS, OURS)
+        if name not in (TAPS, OUTPUT_IDS, OUR_TAPS)
     }
 
 

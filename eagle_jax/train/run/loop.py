@@ -22,7 +22,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from eagle_jax.convert.engines import check_engine
+from eagle_jax.convert.engine_plan import check_engine
 from eagle_jax.files.lock import locked_folder
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
