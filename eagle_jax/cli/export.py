@@ -15,6 +15,7 @@ EXAMPLES = """\
 examples:
   eagle-jax export --model llama-8b/ --out head-sglang/ --format sglang
   eagle-jax export --model llama-8b/ --out head-vllm/ --format vllm --dtype bfloat16
+  eagle-jax export --list
   eagle-jax export --target vicuna/ --draft EAGLE-Vicuna/ --out head/ --format official
 
 Only the head is written. The folder is read back and compared bit for bit; docs/export.md says how to load it.
@@ -31,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--draft", metavar="DIR_OR_ID", help="with --target: its EAGLE head")
     add_revisions(group)
     add_head_arguments(parser)
+    parser.add_argument(
+        "--list", action=_List, nargs=0, help="list the frameworks, what each reads, and how a head gets there"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--format", required=True, choices=tuple(ENGINES), help="what is to load it")
     parser.add_argument("--dtype", choices=PARAMETER_DTYPES, help="cast the weights (default: the head's own)")
@@ -39,6 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write into a folder that is not empty: replaces a previous export there, and no other files",
     )
+
+
+class _List(argparse.Action):
+    """Prints the table of frameworks and exits, as --help does: the options of an export are not needed."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from eagle_jax.convert.frameworks import COLUMNS, rows
+
+        table = Table(*COLUMNS)
+        for row in rows():
+            table.add_row(*row)
+        console = Console(highlight=False)
+        console.print(table)
+        console.print("* not named by EAGLE's model card", markup=False)
+        parser.exit()
 
 
 def run(args: argparse.Namespace) -> int:
