@@ -23,7 +23,7 @@ from eagle_jax.convert import to_official
 from eagle_jax.drafts.registry import WEIGHTLESS
 from eagle_jax.measure import machine, plot, samples
 from eagle_jax.measure.drawn import Drawn, Node, decode_to
-from eagle_jax.tree import PUBLISHED_TREES
+from eagle_jax.tree import PUBLISHED_TREES, BestPrefixes
 from tests.test_cli import OPTIONS, PROMPT, converted_pair
 from tests.toy import GOLDEN
 
@@ -143,6 +143,7 @@ def test_trees_on_the_command_line(tmp_path):
     for text, tree in (
         ("8,10,60", TreeConfig()),
         ("chain:3", StaticTree.chain(3)),
+        ("best:15,64", BestPrefixes(15, 64)),
         ("medusa-zephyr-stage2", PUBLISHED_TREES["medusa-zephyr-stage2"]),
         (str(tmp_path / "paths.json"), StaticTree([[0], [1], [0, 0]])),
     ):
@@ -155,6 +156,8 @@ def test_trees_on_the_command_line(tmp_path):
         (str(tmp_path / "none.json"), "No such file"),
         ("chain:99999999999", "a tree may be 1000 levels deep at most"),
         ("99999999999,1,2", "a tree may be 1000 levels deep at most"),
+        ("best:1001,64", "a tree may be 1000 levels deep at most"),
+        ("best:15", "a tree is depth,top_k,num_nodes.*best:DEPTH,NODES"),
         ("chain:0", "a tree is depth,top_k,num_nodes"),
     ):
         with pytest.raises(argparse.ArgumentTypeError, match=message):

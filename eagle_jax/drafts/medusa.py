@@ -115,8 +115,7 @@ class Medusa(Draft, nnx.Module):
             return coupled(of_level, context.sampling, noise, depth)
 
         def draft_fn(carry, step: DraftStep):
-            of_level = after(step.level + 1)
-            return jnp.broadcast_to(of_level, (*step.tokens.shape, of_level.shape[-1])), carry
+            return after(step.level + 1), carry  # once for all nodes of the level
 
         root = context.root
         grown, _ = tree.grow(root, after(0)[:, 0], (), draft_fn)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from eagle_jax.tree.policy import DraftFn, DraftStep, best_children, step_mask
-from eagle_jax.tree.tree import NO_PARENT, Tree
+from eagle_jax.tree.policy import DraftFn, DraftStep, best_children, step_mask, tree_of_candidates
+from eagle_jax.tree.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,20 +193,9 @@ def _select(
     block_parents = jnp.moveaxis(beams, 0, 1) + _level_starts(config)[None, :, None]
     block_parents = jnp.pad(block_parents.reshape(batch, -1), [(0, 0), (1, 0)], constant_values=-1)
     parent_flat = jnp.take_along_axis(block_parents, flat // k, axis=1)
-    # A selected candidate's node is 1 + the number of selected candidates with a lower flat id.
-    lower = flat[:, None, :] < parent_flat[:, :, None]
-    parents = jnp.where(parent_flat < 0, 0, 1 + lower.sum(-1, dtype=jnp.int32))
     depths = jnp.where(flat < k, 1, 2 + (flat - k) // k**2)
-
-    def with_root(first, rest):
-        return jnp.concatenate([jnp.broadcast_to(first, (batch,))[:, None], rest], axis=1)
-
-    return Tree(
-        tokens=with_root(root, jnp.take_along_axis(tokens, flat, axis=1)).astype(jnp.int32),
-        parents=with_root(jnp.int32(NO_PARENT), parents.astype(jnp.int32)),
-        depths=with_root(jnp.int32(0), depths.astype(jnp.int32)),
-        scores=with_root(jnp.float32(0), best_scores),
-    )
+    chosen_tokens = jnp.take_along_axis(tokens, flat, axis=1)
+    return tree_of_candidates(root, flat, best_scores, chosen_tokens, parent_flat, depths)
 
 
 def _level_starts(config: TreeConfig) -> Int[Array, " levels"]:

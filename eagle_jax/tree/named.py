@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from eagle_jax.tree.best_prefixes import BestPrefixes
 from eagle_jax.tree.dynamic import TreeConfig
 from eagle_jax.tree.policy import TreePolicy
 from eagle_jax.tree.published import PUBLISHED_TREES
@@ -14,7 +15,7 @@ DEEPEST = 1000  # every level is a draft pass, and a chain's paths take memory q
 
 
 def tree_named(text: str) -> TreePolicy:
-    """Returns the tree for "8,10,60", "chain:5", a published tree's name, or a JSON file of paths.
+    """Returns the tree for "8,10,60", "chain:5", "best:15,64", a published tree's name, or a JSON file of paths.
 
     Raises:
       ValueError: for anything else; OSError: for a file that cannot be read.
@@ -23,6 +24,9 @@ def tree_named(text: str) -> TreePolicy:
     if kind == "chain" and depth.isdecimal() and int(depth):
         _check_depth(int(depth), text)
         return StaticTree.chain(int(depth))
+    if kind == "best" and len(sizes := _sizes(depth)) == 2:
+        _check_depth(sizes[0], text)
+        return BestPrefixes(*sizes)
     if text in PUBLISHED_TREES:
         return PUBLISHED_TREES[text]
     if Path(text).suffix == ".json":
@@ -30,13 +34,12 @@ def tree_named(text: str) -> TreePolicy:
         if not isinstance(paths, list):
             raise ValueError(f"{text}: a list of paths was expected, such as [[0], [1], [0, 0]]")
         return StaticTree(paths)
-    sizes = text.split(",")
-    if len(sizes) == 3 and all(size.strip().isdecimal() for size in sizes):
-        _check_depth(int(sizes[0]), text)
-        return TreeConfig(*map(int, sizes))
+    if len(sizes := _sizes(text)) == 3:
+        _check_depth(sizes[0], text)
+        return TreeConfig(*sizes)
     raise ValueError(
-        f"a tree is depth,top_k,num_nodes, such as 8,10,60; or chain:5; or {', '.join(PUBLISHED_TREES)}; or a .json "
-        f"file of paths; got {text!r}"
+        f"a tree is depth,top_k,num_nodes, such as 8,10,60; or chain:5; or best:DEPTH,NODES; or "
+        f"{', '.join(PUBLISHED_TREES)}; or a .json file of paths; got {text!r}"
     )
 
 
@@ -46,9 +49,17 @@ def describe_tree(tree: TreePolicy) -> str:
         more = f", stops below {tree.stop_below:g}" if tree.stop_below else ""
         more += f", score temperature {tree.score_temperature:g}" if tree.score_temperature != 1 else ""
         return f"tree: depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes{more}"
+    if isinstance(tree, BestPrefixes):
+        return f"the best {tree.num_nodes - 1} prefixes, depth {tree.depth}"
     if tree.num_nodes == tree.depth + 1:
         return f"chain of {tree.depth}"
     return f"static tree: depth {tree.depth}, {tree.num_nodes} nodes"
+
+
+def _sizes(text: str) -> list[int]:
+    """Parses "8,10,60"; [] if that is not what it is."""
+    sizes = text.split(",")
+    return [int(size) for size in sizes] if all(size.strip().isdecimal() for size in sizes) else []
 
 
 def _check_depth(depth: int, text: str) -> None:

@@ -4,7 +4,8 @@ The draft is a function argument, so a policy can be tested with a toy draft:
 
     draft_fn(carry, step) -> (logits [batch, width, draft_vocab], carry)
 
-It scores the children of the nodes in `step`. `carry` is the draft's state, such as keys and values.
+It scores the children of the nodes in `step`. `carry` is the draft's state, such as keys and values. If all nodes of a
+step have the same children it may return them once, [batch, 1, draft_vocab].
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from eagle_jax.tree.tree import Tree
+from eagle_jax.tree.tree import NO_PARENT, Tree
 
 
 class DraftStep(NamedTuple):
@@ -35,7 +36,7 @@ class DraftStep(NamedTuple):
     level: Int32[Array, ""] | int
 
 
-DraftFn = Callable[[Any, DraftStep], tuple[Float[Array, "batch width draft_vocab"], Any]]
+DraftFn = Callable[[Any, DraftStep], tuple[Float[Array, "batch scored draft_vocab"], Any]]
 
 
 class TreePolicy(Protocol):
@@ -106,17 +107,20 @@ def log_probabilities(logits: Float[Array, "*nodes vocab"]) -> Float32[Array, "*
 
 
 def best_children(
-    logits: Float[Array, "batch width draft_vocab"],
+    logits: Float[Array, "batch scored draft_vocab"],
     scores: Float[Array, "batch width"],
     count: int,
     target_ids: Int[Array, " draft_vocab"] | None,
 ) -> tuple[Float[Array, "batch width {count}"], Int[Array, "batch width {count}"]]:
     """Returns cumulative log-probabilities and target tokens of the best `count` children of every node.
 
-    scores: the nodes' cumulative log-probabilities.
+    Args:
+      logits: of the nodes, or once for all of them (scored = 1).
+      scores: the nodes' cumulative log-probabilities.
     """
     log_probs, ids = jax.lax.top_k(log_probabilities(logits), count)
-    return scores[:, :, None] + log_probs, ids if target_ids is None else target_ids[ids]
+    tokens = ids if target_ids is None else target_ids[ids]
+    return scores[:, :, None] + log_probs, jnp.broadcast_to(tokens, (*scores.shape, count))
 
 
 def step_mask(
@@ -126,3 +130,32 @@ def step_mask(
     k, rows = previous.shape[1:]
     itself = jax.nn.one_hot(level * k + jnp.arange(k, dtype=jnp.int32), rows, dtype=bool)
     return jnp.take_along_axis(previous, parents[:, :, None], axis=1) | itself[None]
+
+
+def tree_of_candidates(
+    root: Int[Array, " batch"],
+    ids: Int[Array, "batch chosen"],
+    scores: Float[Array, "batch chosen"],
+    tokens: Int[Array, "batch chosen"],
+    parent_ids: Int[Array, "batch chosen"],
+    depths: Int[Array, "batch chosen"],
+) -> Tree:
+    """Makes a tree of chosen candidates, which become nodes 1, 2, ... in the given order.
+
+    Args:
+      ids: ascending numbers; a candidate's is higher than its parent's.
+      parent_ids: the parents' numbers, all of them chosen; negative for children of the root.
+    """
+    # A parent's node is 1 + the number of chosen candidates with a lower id.
+    lower = ids[:, None, :] < parent_ids[:, :, None]
+    parents = jnp.where(parent_ids < 0, 0, 1 + lower.sum(-1, dtype=jnp.int32))
+
+    def with_root(first, rest):
+        return jnp.concatenate([jnp.broadcast_to(first, root.shape)[:, None], rest], axis=1)
+
+    return Tree(
+        tokens=with_root(root, tokens).astype(jnp.int32),
+        parents=with_root(jnp.int32(NO_PARENT), parents.astype(jnp.int32)),
+        depths=with_root(jnp.int32(0), depths.astype(jnp.int32)),
+        scores=with_root(jnp.float32(0), scores),
+    )

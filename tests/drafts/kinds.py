@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from eagle_jax import (
+    BestPrefixes,
     DraftConfig,
     DraftModel,
     Eagle1Draft,
@@ -86,6 +87,7 @@ KINDS = {
     "eagle3.1": Kind(eagle31),
     "medusa": Kind(medusa, STATIC),
     "medusa dynamic": Kind(medusa),
+    "medusa best prefixes": Kind(medusa, BestPrefixes(depth=3, num_nodes=8)),
     "lookahead": Kind(lambda *_: Lookahead(window=4, ngram=3, guesses=3, remembered=4)),
     "lookahead of bigrams": Kind(lambda *_: Lookahead(window=3, ngram=2, guesses=2, remembered=8)),
     "prompt lookup": Kind(lambda *_: PromptLookup(length=4)),

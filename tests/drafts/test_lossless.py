@@ -78,7 +78,7 @@ def sampling(temperature, top_k=(0, 0, 0), top_p=(1.0, 1.0, 1.0), rows: int = BA
 
 MIXED = sampling((0.0, 0.7, 1.3), (0, 8, 0), (1.0, 0.95, 0.9))
 # Kinds that propose in a way of their own: the others differ from these by the tree alone.
-OTHER_TREES = ("eagle3 static", "medusa dynamic", "lookahead of bigrams", "draft model dynamic")
+OTHER_TREES = ("eagle3 static", "medusa dynamic", "medusa best prefixes", "lookahead of bigrams", "draft model dynamic")
 OWN_WAYS = [kind for kind in KINDS if kind not in OTHER_TREES]
 # The head of many parts takes long to compile; "eagle3.1" states the same of a window and of norms.
 SAMPLED = [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "eagle3 parts")) for kind in OWN_WAYS]

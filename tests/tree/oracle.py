@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax.tree import DraftStep, TreeConfig
+from eagle_jax.tree import DraftStep, TreeConfig, TreePolicy
 
 
 class ToyDraft:
@@ -27,8 +27,8 @@ class ToyDraft:
         """Returns logits [V] for the children of the last node of `path` (target ids below the root; may be empty)."""
         return np.tanh(self.embed[path].sum(axis=0, dtype=np.float64)) @ self.unembed.astype(np.float64)
 
-    def carry(self, batch: int, config: TreeConfig) -> jax.Array:
-        return jnp.zeros((batch, (config.depth - 1) * config.top_k), jnp.int32)
+    def carry(self, batch: int, config: TreePolicy) -> jax.Array:
+        return jnp.zeros((batch, (config.depth - 1) * config.width), jnp.int32)
 
     def draft_fn(self, drafted: jax.Array, step: DraftStep) -> tuple[jax.Array, jax.Array]:
         """Drafts a level. drafted: [B, M], the tokens of every step so far."""

@@ -103,8 +103,9 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         type=parse_tree,
         metavar="TREE",
         help="the draft tree: depth (draft tokens on the longest path), children a node, and nodes in all with the "
-        f"root; or a static one: chain:5, a published one ({', '.join(PUBLISHED_TREES)}), or a .json file with a list "
-        "of paths (default: what `eagle-jax tune` found, else for EAGLE heads "
+        "root; or best:DEPTH,NODES, the likeliest prefixes; or a static one: chain:5, a published one "
+        f"({', '.join(PUBLISHED_TREES)}), or a .json file with a list of paths (default: what `eagle-jax tune` found, "
+        "else for EAGLE heads "
         f"{default.depth},{default.top_k},{default.num_nodes})",
     )
     parser.add_argument(

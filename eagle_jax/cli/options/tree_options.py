@@ -10,7 +10,7 @@ from eagle_jax.cli import tuned
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.registry import Kind, kind_of
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.tree import StaticTree, TreeConfig, TreePolicy
+from eagle_jax.tree import BestPrefixes, StaticTree, TreeConfig, TreePolicy
 from eagle_jax.tree.named import describe_tree, tree_named
 
 GROWTH = ("stop_below", "score_temperature")  # options of dynamic trees, by the names of TreeConfig
@@ -43,7 +43,7 @@ class TreeChoice:
         """Returns the tree as JSON values: its settings that are not 0, or its paths; None if the draft ignores it."""
         if has_own_shape(draft):
             return None
-        fields = dataclasses.asdict(self.tree) if isinstance(self.tree, TreeConfig | StaticTree) else {}
+        fields = dataclasses.asdict(self.tree) if isinstance(self.tree, TreeConfig | StaticTree | BestPrefixes) else {}
         return {name: value for name, value in fields.items() if value} or repr(self.tree)
 
 
