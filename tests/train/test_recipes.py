@@ -28,10 +28,10 @@ def script(name: str, recipe: Path = RECIPE):
     return module
 
 
-@pytest.mark.parametrize("name", ["target", "ends", "eagle3", "eagle1"])
+@pytest.mark.parametrize("name", ["target", "ends", "eagle3", "eagle31", "eagle1"])
 def test_settings(name):
     settings = read_settings(RECIPE / f"{name}.yaml")
-    assert settings.kind == {"ends": "target"}.get(name, name)
+    assert settings.kind == {"ends": "target", "eagle31": "eagle3"}.get(name, name)
     assert subprocess.run(["sh", "-n", str(RECIPE / "make.sh")], check=False).returncode == 0
 
 
@@ -51,6 +51,15 @@ def test_heads_have_the_same_budget(recipe: Path):
     assert same[0] == same[1]
     optimizers = [s.optimizer.model_copy(update={"learning_rate": 1.0}) for s in heads]
     assert optimizers[0] == optimizers[1]
+
+
+def test_eagle31_differs_from_eagle3_by_its_norms_alone():
+    plain, normed = (read_settings(RECIPE / f"{name}.yaml").model_dump() for name in ("eagle3", "eagle31"))
+    assert normed["head"] == plain["head"] | {"fc_norm": True, "norm_output": True}
+    own = {"head", "output", "save_format"}
+    assert {name: normed[name] for name in normed if name not in own} == {
+        name: plain[name] for name in plain if name not in own
+    }
 
 
 def test_texts_end_where_they_repeat_themselves(tmp_path):

@@ -228,6 +228,21 @@ def test_a_head_that_could_not_be_written_is_refused_before_it_is_trained(folder
     assert head.config.head_dim == 24
 
 
+def test_a_head_of_many_parts_is_trained_saved_and_read(folder):
+    """A step moves every norm, and a format that cannot hold the head is refused before it."""
+    parts = {"num_layers": 2, "windows": [4, None], "fc_norm": True, "norm_output": True}
+    settings = settings_of(folder, "parts", head={"draft_vocab_size": 200, "norm_before_residual": True, **parts})
+    with pytest.raises(ConfigError, match=r"fc_norm is true.*it has 2 layers.*that can hold it: speculators"):
+        train(settings, quiet)
+    assert train(settings.model_copy(update={"save_format": "speculators", "steps": 1}), quiet) == 0
+    _, head = from_pretrained(settings.target, Path(settings.output) / "final")
+    config = head.config
+    assert (config.num_layers, config.windows, config.fc_norm, config.norm_output) == (2, (4, None), True, True)
+    norms = {path: np.asarray(array) for path, array in params.flatten(head).items() if "norm" in path}
+    assert {"layers.1.input_norm", "layer.hidden_norm", "fc_norm.2", "norm"} <= norms.keys()
+    assert all((array != 1).all() for array in norms.values())  # they began as ones
+
+
 @pytest.mark.parametrize("kind", ["eagle1", "target"])
 def test_other_kinds_are_resumed_bit_for_bit(folder, kind):
     changes: dict[str, Any] = {"kind": kind, "head": {}, "accumulation": 2}
