@@ -30,6 +30,7 @@ PARTITION_RULES: dict[str, tuple[str | None, ...]] = {
     "attention.q_bias": (TENSOR, None),
     "attention.k_bias": (TENSOR, None),
     "attention.v_bias": (TENSOR, None),
+    "attention.sinks": (TENSOR,),
     "mlp.gate": (TENSOR, None),
     "mlp.up": (TENSOR, None),
     "mlp.down": (None, TENSOR),

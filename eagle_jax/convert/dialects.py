@@ -44,6 +44,7 @@ class Dialect:
     sized_by: the path of the tensor that sizes a kind whose config has no sizes; None: config.json.
     check: raises CheckpointError where a checkpoint's config contradicts the model.
     table: returns the name table of a checkpoint, from the one that `recognise` returned and the model.
+    experts: returns how many experts a layer of the model has; see `experts.unpack`. None without experts.
     unread: returns the tensors that are no parameter's source.
     ties_lm_head: whether config.json may tie the lm_head to the embedding; a file then holds either or both.
     tied_to_own: whether config.json may tie a missing lm_head to the head's embedding.
@@ -57,6 +58,7 @@ class Dialect:
     sized_by: str | None = None
     check: Callable[[Any, Checkpoint], None] = lambda model, checkpoint: None
     table: Callable[[dict[str, str], Any], dict[str, str]] = lambda recognised, model: recognised
+    experts: Callable[[Any], int | None] = lambda model: None
     unread: Callable[[Any, Checkpoint], set[str]] = lambda model, checkpoint: set()
     ties_lm_head: bool = False
     tied_to_own: bool = False
@@ -114,6 +116,10 @@ def _llama(source: Source, dtype: Any) -> Any:
 
 def _llama_names(model: Llama) -> dict[str, str]:
     return names.decoder_table(names.LAYER | ARCHITECTURES[model.config.model_type].names)
+
+
+def _num_experts(model: Llama) -> int | None:
+    return None if model.config.experts is None else model.config.experts.count
 
 
 def _eagle1(source: Source, dtype: Any) -> Any:
@@ -194,6 +200,7 @@ DIALECTS: dict[str, Dialect] = {
         build=_llama,
         official=_llama_names,
         table=lambda recognised, model: recognised if recognised is names.GGUF else _llama_names(model),
+        experts=_num_experts,
         ties_lm_head=True,
     ),
 }

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax.convert import names
+from eagle_jax.convert import experts, names
 from eagle_jax.convert.dialects import DIALECTS, OPTIONAL, build, draft_kind
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.heads.choices import HeadChoices, HeadReading
@@ -225,8 +225,11 @@ def _match(kind: str, table: dict[str, str], model: Any, checkpoint: Checkpoint,
     dialect = DIALECTS[kind]
     table = dialect.table(table, model)
     leaves = params.flatten(model)
-    tensors = checkpoint.tensors
     weights = {path: names.official_name(table, path) for path in leaves if path != "target_ids"}
+    count = dialect.experts(model)
+    if count is not None:
+        checkpoint = experts.unpack(checkpoint, weights.values(), count)
+    tensors = checkpoint.tensors
     tied = dialect.ties_lm_head and model.config.tie_word_embeddings
     lm_head = table.get("lm_head", LM_HEAD)
     if tied and weights["embed"] not in tensors and lm_head in tensors:

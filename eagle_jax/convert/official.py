@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax.convert import names
+from eagle_jax.convert import experts, names
 from eagle_jax.convert.dialects import DIALECTS
 from eagle_jax.convert.vocabulary import official_tables
 from eagle_jax.drafts.draft_model import DraftModel
@@ -51,4 +51,4 @@ def to_official(model: Target | Draft) -> dict[str, np.ndarray]:
         if not has_table or (ids is not None and ids.dtype != jax.dtypes.float0):
             d2t, t2d = official_tables(ids, config.vocab_size)
             arrays |= {names.DRAFT_TO_TARGET: d2t, names.TARGET_TO_DRAFT: t2d}
-    return arrays
+    return experts.pack(arrays)

@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 
-from eagle_jax.models.config import LlamaConfig, llama_fields
+from eagle_jax.models.config import ExpertsConfig, LlamaConfig, llama_fields
 from eagle_jax.models.fields import (
     NEUTRAL_VALUES,
     ConfigError,
     flag,
+    layer_indices,
     positive,
     refuse_unknown_mathematics,
     require_equal,
@@ -27,6 +28,7 @@ from eagle_jax.models.llama import Llama
 from eagle_jax.models.rope import RopeConfig
 
 HF = Mapping[str, Any]  # a parsed config.json
+EXPERTS = ("num_local_experts", "num_experts")  # two names of one field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Architecture:
     fields: (config.json, its name in messages) -> the fields of LlamaConfig that `llama_fields` does not read.
     reads: the fields of config.json that `fields` reads. Others of `NEUTRAL_VALUES` must have Llama's values.
     defaults: values of fields that an absent one stands for, where these are not Llama's.
-    names: {path in a layer: official tensor name in a layer}, where `names.LAYER` has another or none.
+    names: {path in a layer: official tensor name in a layer}, where `names.LAYER` has another or none; those of
+      experts say how they are stored, see convert/experts.py.
     model: (config, key, dtype) -> the model: Llama, or a subclass with a layer of its own.
     """
 
@@ -60,11 +63,19 @@ def config_of(hf: HF, where: str = "config.json") -> LlamaConfig:
     if name not in list(ARCHITECTURES):  # a damaged config.json may hold an unhashable value
         raise ConfigError(f"{where}: model_type = {name!r} is not implemented (accepted: {', '.join(ARCHITECTURES)})")
     architecture = ARCHITECTURES[name]
-    hf = {**architecture.defaults, **hf}
+    hf = {**_defaults(architecture, hf), **hf}
     refuse_unknown_mathematics(hf, NEUTRAL_VALUES, where, reads=("model_type", *architecture.reads))
     shared = {name: value for name, value in hf.items() if name not in architecture.reads}
     fields = llama_fields(shared, where) | architecture.fields(hf, where)
     return LlamaConfig(**fields, model_type=name)
+
+
+def _defaults(architecture: Architecture, hf: HF) -> dict[str, Any]:
+    """Returns the defaults of an architecture; those of RoPE only if `rope_parameters` or `rope_scaling` has none."""
+    stated = [hf[name] for name in ("rope_parameters", "rope_scaling") if isinstance(hf.get(name), Mapping)]
+    unused = {"rope_scaling"} if hf.get("rope_parameters") else set()
+    unused |= {"rope_theta"} if any("rope_theta" in settings for settings in stated) else set()
+    return {name: value for name, value in architecture.defaults.items() if name not in unused}
 
 
 def layer_windows(hf: HF, where: str, is_windowed: Callable[[int], bool]) -> tuple[int | None, ...]:
@@ -160,6 +171,56 @@ def _softcap(name: str, hf: HF, where: str) -> float | None:
     return positive(name, hf[name], where) if hf.get(name) else None
 
 
+def _experts(hf: HF, where: str, width: str = "intermediate_size", **others: Any) -> ExpertsConfig:
+    """Reads the sizes of the experts: their number under either name, `width` that of the field of their width.
+
+    Args:
+      others: the other fields of ExpertsConfig.
+    """
+    counts = {name: hf[name] for name in EXPERTS if hf.get(name) is not None}
+    count = size(EXPERTS[0], require_equal(counts, where), where)
+    top_k = size("num_experts_per_tok", hf.get("num_experts_per_tok"), where)
+    if top_k > count:
+        raise ConfigError(f"{where}: num_experts_per_tok is {top_k}, but there are {count} experts")
+    return ExpertsConfig(count, top_k, size(width, hf.get(width), where), **others)
+
+
+def _mixtral(hf: HF, where: str) -> dict[str, Any]:
+    """Reads Mixtral: as Mistral, with experts in all layers and one window for all."""
+    return _mistral({**hf, "layer_types": None}, where) | {"experts": _experts(hf, where)}
+
+
+def _qwen3_moe(hf: HF, where: str) -> dict[str, Any]:
+    """Reads Qwen3-MoE: one window for all layers, experts in each `decoder_sparse_step`-th but `mlp_only_layers`."""
+    layers = size("num_hidden_layers", hf.get("num_hidden_layers"), where)
+    step = size("decoder_sparse_step", hf.get("decoder_sparse_step"), where)
+    plain = layer_indices("mlp_only_layers", hf.get("mlp_only_layers") or (), where)
+    experts = _experts(
+        hf,
+        where,
+        "moe_intermediate_size",
+        normalised=flag(hf, "norm_topk_prob", where),
+        dense_layers=tuple(layer for layer in range(layers) if layer in plain or (layer + 1) % step),
+    )
+    window = hf.get("sliding_window") if flag(hf, "use_sliding_window", where) else None
+    return {"qk_norm": True, "experts": experts} | _mistral(
+        {**hf, "layer_types": None, "sliding_window": window}, where
+    )
+
+
+def _gpt_oss(hf: HF, where: str) -> dict[str, Any]:
+    """Reads gpt-oss: every other layer has a window. Weights may be MXFP4, which conversion turns into numbers."""
+    quantization = hf.get("quantization_config")
+    if quantization and (not isinstance(quantization, Mapping) or quantization.get("quant_method") != "mxfp4"):
+        raise ConfigError(f"{where}: quantization_config = {quantization!r} is not implemented (accepted: mxfp4)")
+    clamp = tuple(positive(name, hf.get(name), where) for name in ("swiglu_alpha", "swiglu_limit"))
+    return {
+        "windows": layer_windows(hf, where, lambda layer: layer % 2 == 0),
+        "sinks": True,
+        "experts": _experts(hf, where, bias=True, clamp=clamp),
+    }
+
+
 WINDOWS = ("sliding_window", "layer_types")
 QWEN_WINDOWS = (*WINDOWS, "use_sliding_window")
 GEMMA = (*WINDOWS, "hidden_activation", "hidden_act", "query_pre_attn_scalar", "final_logit_softcapping")
@@ -202,5 +263,56 @@ ARCHITECTURES: dict[str, Architecture] = {
         reads=(*GEMMA, "sliding_window_pattern", "rope_parameters", "rope_theta", "rope_scaling"),
         defaults=GEMMA_DEFAULTS,
         names=GEMMA_NAMES,
+    ),
+    "mixtral": Architecture(
+        _mixtral,
+        reads=("sliding_window", *EXPERTS),
+        defaults={"rope_theta": 1e6},
+        names={
+            "mlp.router": "block_sparse_moe.gate.weight",
+            "mlp.experts.gate": "block_sparse_moe.experts.{e}.w1.weight",
+            "mlp.experts.up": "block_sparse_moe.experts.{e}.w3.weight",
+            "mlp.experts.down": "block_sparse_moe.experts.{e}.w2.weight",
+        },
+    ),
+    "qwen3_moe": Architecture(
+        _qwen3_moe,
+        reads=("sliding_window", "use_sliding_window", *EXPERTS),
+        defaults={"sliding_window": 4096, "decoder_sparse_step": 1},
+        names={
+            "mlp.router": "mlp.gate.weight",
+            "mlp.experts.gate": "mlp.experts.{e}.gate_proj.weight",
+            "mlp.experts.up": "mlp.experts.{e}.up_proj.weight",
+            "mlp.experts.down": "mlp.experts.{e}.down_proj.weight",
+        },
+    ),
+    "gpt_oss": Architecture(
+        _gpt_oss,
+        reads=(*WINDOWS, *EXPERTS, "quantization_config"),
+        defaults={
+            "head_dim": 64,
+            "attention_bias": True,
+            "sliding_window": 128,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "rope_theta": 150000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        names={
+            "attention.sinks": "self_attn.sinks",
+            "mlp.router": "mlp.router.weight",
+            "mlp.router_bias": "mlp.router.bias",
+            "mlp.experts.gate": "mlp.experts.gate_up_proj[gate]",
+            "mlp.experts.up": "mlp.experts.gate_up_proj[up]",
+            "mlp.experts.down": "mlp.experts.down_proj[down]",
+            "mlp.experts.gate_bias": "mlp.experts.gate_up_proj_bias[gate]",
+            "mlp.experts.up_bias": "mlp.experts.gate_up_proj_bias[up]",
+            "mlp.experts.down_bias": "mlp.experts.down_proj_bias",
+        },
     ),
 }

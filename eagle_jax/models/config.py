@@ -23,6 +23,26 @@ from eagle_jax.ops.spec import Spec
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """The routed MLPs of a model; see `ops.experts`.
+
+    count: experts in a layer. top_k: experts of a token. intermediate_size: of an expert.
+    normalised: see `ops.experts.route`.
+    dense_layers: layers that have a plain MLP instead.
+    bias: biases of the router and of the experts.
+    clamp: (alpha, limit) of `ops.experts.clamped_swiglu`; None for plain SwiGLU.
+    """
+
+    count: int
+    top_k: int
+    intermediate_size: int
+    normalised: bool = True
+    dense_layers: tuple[int, ...] = ()
+    bias: bool = False
+    clamp: tuple[float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a decoder of Llama's family, and the parts that it has; the defaults are Llama's.
 
@@ -40,6 +60,8 @@ class LlamaConfig:
     output_norms: norms of the outputs of attention and of the MLP, before they are added to the residual.
     embedding_scale: factor on token embeddings, rounded to their dtype. Heads that borrow the embedding do not apply
       it.
+    sinks: a learned logit for each query head, which enters the softmax and has no value.
+    experts: None for plain MLPs in all layers.
     """
 
     vocab_size: int
@@ -68,6 +90,8 @@ class LlamaConfig:
     norm_plus_one: bool = False
     output_norms: bool = False
     embedding_scale: float = 1.0
+    sinks: bool = False
+    experts: ExpertsConfig | None = None
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
@@ -83,8 +107,12 @@ class LlamaConfig:
         return cls(**llama_fields(hf, where))
 
     def attention_spec(self, layer: int) -> Spec:
-        """Returns a layer's window, softcap and scale. Sinks are weights, so a layer with sinks adds them itself."""
+        """Returns a layer's window, softcap and scale. Sinks are weights, which the layer adds itself."""
         return Spec(window=self.window_of(layer), softcap=self.attention_softcap, scale=self.attention_scale)
+
+    def is_routed(self, layer: int) -> bool:
+        """Returns whether a layer has experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     def window_of(self, layer: int) -> int | None:
         """Returns a layer's sliding window, from `windows`; None for full attention."""

@@ -7,6 +7,7 @@ On TPUs, q in two dimensions or o in three would be copied.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,7 @@ class Attention(nnx.Module):
         self.o_bias = zeros((d,), dtype) if o_bias else None
         self.q_norm = norm_weight(config, h, dtype) if config.qk_norm else None
         self.k_norm = norm_weight(config, h, dtype) if config.qk_norm else None
+        self.sinks = zeros((n,), dtype) if config.sinks else None
 
     @jax.named_scope("attention")
     def __call__(
@@ -84,6 +86,8 @@ class Attention(nnx.Module):
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         # Barrier: materialise k and v here; otherwise XLA keeps the (larger) projection inputs alive until the commit.
         k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
+        if self.sinks is not None:
+            spec = dataclasses.replace(spec, sinks=self.sinks[...])
         # A closure that takes no spec works for plain layers, and raises for all others rather than ignore theirs.
         mixed, kept = attend(q, k, v) if spec.plain else attend(q, k, v, spec)
         return _project("o", mixed.reshape(*mixed.shape[:2], -1), self.o, self.o_bias), kept

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from eagle_jax.models.config import LlamaConfig
+from eagle_jax.models.experts import RoutedMLP
 from eagle_jax.models.layers import MLP, Attend, AttendLayer, Attention, norm_weight, normal, normed
 from eagle_jax.models.rope import Rotation, rope_angles
 from eagle_jax.models.target import TargetOutput, cached_pass
@@ -48,10 +49,9 @@ class DecoderLayer(nnx.Module):
         return x + normed(mixed, self.mlp_output_norm, config), kept
 
 
-def make_mlp(config: LlamaConfig, index: int, key: jax.Array, dtype: Any) -> MLP:
+def make_mlp(config: LlamaConfig, index: int, key: jax.Array, dtype: Any) -> MLP | RoutedMLP:
     """Builds the MLP of the layer `index`: the one place that chooses its kind by the config."""
-    del index  # one kind in all layers
-    return MLP(config, key, dtype)
+    return RoutedMLP(config, key, dtype) if config.is_routed(index) else MLP(config, key, dtype)
 
 
 class Llama(nnx.Module):

@@ -1,7 +1,7 @@
 """Routed experts: each token goes through the MLPs of its `top_k` experts, which a router chooses.
 
 Shapes are static: `top_k` outputs a token, whichever experts they come from. A token's result depends on the token
-alone. What multiplies depends on the platform:
+alone. There is no gradient: heads learn from a target that is frozen. What multiplies depends on the platform:
 
 - A CPU sorts the tokens by expert, and multiplies blocks that share one (`in_blocks`).
 - A TPU has a grouped product, `jax.lax.ragged_dot`, which reads every used expert once (`by_ragged_dot`). On other
@@ -120,17 +120,38 @@ def _sum(
     chosen = routing.experts.reshape(-1, top_k)
     here = (chosen >= 0) & (chosen < count)
     chosen = jnp.where(here, chosen, count)
-    few = chosen.size <= count  # static
-    ways: dict[str, Callable[..., Outputs]] = {
-        "cpu": functools.partial(in_blocks, 1 if chosen.size <= CPU_FEW_ROWS else CPU_BLOCK),
-        "tpu": by_ragged_dot,
-        "default": gathered if few else every_expert,
-    }
-    ways = {platform: functools.partial(way, activation) for platform, way in ways.items()}
-    outputs = jax.lax.platform_dependent(x.reshape(-1, x.shape[-1]), chosen, weights, **ways)
+    outputs = _outputs(activation, x.reshape(-1, x.shape[-1]), chosen, weights)
     # Outputs of experts elsewhere are garbage, perhaps NaN, which a weight of 0 would not remove.
     outputs = jnp.where(here[..., None], outputs.astype(jnp.float32), 0.0)
     return (outputs * routing.weights.reshape(-1, top_k, 1)).sum(axis=1).reshape(x.shape)
+
+
+def _outputs(activation: Activation, x: Tokens, chosen: Chosen, weights: ExpertWeights) -> Outputs:
+    """Computes every choice's output in the platform's way. Under `vmap` there are more tokens."""
+
+    @jax.custom_batching.custom_vmap
+    def compute(x, chosen, weights):
+        few = chosen.size <= len(weights.gate)  # static, as all sizes
+        ways: dict[str, Callable[..., Outputs]] = {
+            "cpu": functools.partial(in_blocks, 1 if chosen.size <= CPU_FEW_ROWS else CPU_BLOCK),
+            "tpu": by_ragged_dot,
+            "default": gathered if few else every_expert,
+        }
+        ways = {platform: functools.partial(way, activation) for platform, way in ways.items()}
+        return jax.lax.platform_dependent(x, chosen, weights, **ways)
+
+    @compute.def_vmap
+    def more_tokens(size, batched, x, chosen, weights):
+        if any(jax.tree.leaves(batched[2])):
+            raise NotImplementedError("vmap over the weights of experts")
+        x, chosen = (
+            array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
+            for array, is_batched in zip((x, chosen), batched[:2], strict=True)
+        )
+        outputs = compute(x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1]), weights)
+        return outputs.reshape(size, -1, *outputs.shape[1:]), True
+
+    return compute(x, chosen, weights)
 
 
 def in_blocks(size: int, activation: Activation, x: Tokens, chosen: Chosen, weights: ExpertWeights) -> Outputs:

@@ -195,7 +195,7 @@ def test_no_field_is_left_out():
     fields = {field.name for field in dataclasses.fields(DraftConfig)}
     # Heads have Llama's values of these; tests/models/test_architectures.py has others.
     by_architecture = {"model_type", "activation", "norm_plus_one", "output_norms", "embedding_scale"}
-    by_architecture |= {"local_rope", "attention_scale", "attention_softcap", "logit_softcap"}
+    by_architecture |= {"local_rope", "attention_scale", "attention_softcap", "logit_softcap", "sinks", "experts"}
     assert covered | told_by_tensors.keys() | by_architecture | {"window"} == fields
     plain = PLAIN | dict(num_hidden_layers=1)
     for name, value in told_by_tensors.items():

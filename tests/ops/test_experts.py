@@ -1,9 +1,8 @@
-"""Routed experts, against NumPy in float64 and the blocks of transformers."""
+"""Routed experts, against NumPy in float64. Whole models are compared in tests/models/test_architectures.py."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import jax
@@ -88,6 +87,22 @@ def test_a_token_does_not_notice_its_neighbours(way):
         np.testing.assert_array_equal(run(noise, jnp.where(others, theirs[None], chosen), weights)[4], wanted)
 
 
+def test_vmap_adds_tokens():
+    weights, x = random_weights(4, True), random_tokens((3, 1, 2))
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(3, 1, 2, 4)), jnp.float32)
+
+    def run(x, logits):
+        return experts.mix(x, experts.route(logits, 2, normalised=True), weights, experts.swiglu)
+
+    one, both = jax.jit(run), jax.jit(jax.vmap(run))(x, logits)
+    np.testing.assert_allclose(both, np.stack([one(*each) for each in zip(x, logits, strict=True)]), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(run, (0, None)))(x, logits[0])[0], both[0], atol=1e-5)
+    with pytest.raises(NotImplementedError, match="weights of experts"):
+        jax.vmap(experts.mix, (None, None, 0, None))(
+            x[0], experts.route(logits[0], 2, normalised=True), jax.tree.map(lambda w: w[None], weights), experts.swiglu
+        )
+
+
 @pytest.mark.parametrize("normalised", [True, False])
 def test_equal_logits_choose_the_first_expert(normalised):
     logits = jnp.asarray([[[1.0, 3.0, 2.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]]])
@@ -115,43 +130,3 @@ def test_a_mesh_changes_nothing(axes):
     assert (len(placed.gate.addressable_shards[0].data) < count) == (count == 4)
     run = jax.jit(experts.mix, static_argnums=3)
     np.testing.assert_allclose(run(x, routing, placed, activation), run(x, routing, weights, activation), atol=1e-5)
-
-
-BLOCKS = ("mixtral", "qwen3_moe", "qwen3_moe normalised", "gpt_oss")
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_the_blocks_of_transformers(name):
-    """Also padding: zeros are tokens like others, and all of them get the same."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    kind = name.split()[0]
-    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-    sizes = dict(hidden_size=HIDDEN, intermediate_size=WIDTH, num_experts_per_tok=2, num_local_experts=5)
-    if kind == "qwen3_moe":
-        sizes |= dict(moe_intermediate_size=WIDTH, num_experts=5, norm_topk_prob="normalised" in name)
-    config = transformers.AutoConfig.for_model(kind, **sizes)
-    config._experts_implementation = "eager"
-    make = {"mixtral": "MixtralSparseMoeBlock", "qwen3_moe": "Qwen3MoeSparseMoeBlock", "gpt_oss": "GptOssMLP"}[kind]
-    torch.manual_seed(0)
-    block = getattr(module, make)(config)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter)
-    x = torch.randn(2, 4, HIDDEN)
-    x[1, 2:] = 0
-    with torch.no_grad():
-        wanted = block(x)[0] if kind == "gpt_oss" else block(x)
-    arrays = {name: jnp.asarray(value.numpy()) for name, value in block.state_dict().items()}
-    router = "router" if kind == "gpt_oss" else "gate"
-    logits = jnp.asarray(x.numpy()) @ arrays[f"{router}.weight"].T
-    logits += arrays.get(f"{router}.bias", jnp.zeros(5)).reshape(1, 1, -1)
-    routing = experts.route(logits, 2, normalised=name != "qwen3_moe")
-    both, down = arrays["experts.gate_up_proj"], arrays["experts.down_proj"]
-    if kind == "gpt_oss":  # stored input first, gate and up in turn
-        both, down, bias = jnp.swapaxes(both, 1, 2), jnp.swapaxes(down, 1, 2), arrays["experts.gate_up_proj_bias"]
-        biases = (bias[:, ::2], bias[:, 1::2], arrays["experts.down_proj_bias"])
-        weights = experts.ExpertWeights(both[:, ::2], both[:, 1::2], down, *biases)
-        activation = functools.partial(experts.clamped_swiglu, 1.702, 7.0)
-    else:
-        weights, activation = experts.ExpertWeights(both[:, :WIDTH], both[:, WIDTH:], down), experts.swiglu
-    got = experts.mix(jnp.asarray(x.numpy()), routing, weights, activation)
-    np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-4, atol=1e-4)

@@ -22,6 +22,7 @@ def parsed(*arguments: str) -> argparse.Namespace:
 def test_models_lie_on_the_mesh(tmp_path):
     folder = str(write_target(tmp_path / "target", byte_level()))
     target = model_options.load_models(parsed("--target", folder, "--mesh", "data=4,tensor=2")).target
+    assert parsed("--target", folder, "--mesh", "expert=4,tensor=2").mesh == {"expert": 4, "tensor": 2}
     assert target.embed.sharding.mesh.shape == {"data": 4, "tensor": 2}
     q = target.layers[0].attention.q[...]
     assert q.addressable_shards[0].data.shape == (q.shape[0] // 2, *q.shape[1:])

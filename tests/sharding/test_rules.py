@@ -46,6 +46,22 @@ def test_partition_rules(path, shape, spec):
     assert partition_spec(path, shape, mesh(data=2, tensor=4)) == PartitionSpec(*spec)
 
 
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("router", (4, 8), ()),
+        ("experts.gate", (4, 16, 8), ("expert", "tensor", None)),
+        ("experts.down", (4, 8, 16), ("expert", None, "tensor")),
+        ("experts.up_bias", (4, 16), ("expert", "tensor")),
+        ("experts.down_bias", (4, 8), ("expert", None)),
+        ("experts.up", (3, 16, 8), (None, "tensor", None)),
+        ("gate", (16, 8), ("tensor", None)),
+    ],
+)
+def test_experts_have_an_axis_of_their_own(path, shape, spec):
+    assert partition_spec(f"layers.3.mlp.{path}", shape, mesh(expert=2, tensor=4)) == PartitionSpec(*spec)
+
+
 def test_a_dimension_that_its_axis_does_not_divide_is_replicated():
     assert partition_spec("embed", (130, 8), mesh(tensor=4)) == PartitionSpec(None, None)
     assert partition_spec("embed", (130, 8), mesh(tensor=2)) == PartitionSpec("tensor", None)

@@ -26,7 +26,7 @@ from eagle_jax.drafts.registry import WEIGHTLESS
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.params import for_this_machine
 from eagle_jax.models.target import Target
-from eagle_jax.sharding import DATA, TENSOR, make_mesh
+from eagle_jax.sharding import DATA, EXPERT, TENSOR, make_mesh
 from eagle_jax.tree import PUBLISHED_TREES, TreeConfig
 
 
@@ -69,7 +69,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         type=parse_mesh,
         metavar="AXIS=N,...",
-        help="shard over several devices, such as data=2,tensor=4: data splits the batch, tensor the matrix products",
+        help="shard over several devices, such as data=2,tensor=4: data splits the batch, tensor the matrix products, "
+        "expert the experts of a layer",
     )
 
 
@@ -161,8 +162,10 @@ def parse_mesh(text: str) -> dict[str, int]:
     axes = {}
     for part in text.split(","):
         name, _, count = part.partition("=")
-        if name not in (DATA, TENSOR) or name in axes or not count.isdecimal() or int(count) < 1:
-            raise argparse.ArgumentTypeError(f"a mesh is data=2,tensor=4, data=2 or tensor=4; got {text!r}")
+        if name not in (DATA, TENSOR, EXPERT) or name in axes or not count.isdecimal() or int(count) < 1:
+            raise argparse.ArgumentTypeError(
+                f"a mesh is data=2,tensor=4, or some of data, tensor and expert; got {text!r}"
+            )
         axes[name] = int(count)
     return axes
 
