@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_ID",
         help="its draft: an EAGLE head, Medusa heads, or a smaller model; without one, only the target",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--out", metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", choices=PARAMETER_DTYPES, help="dtype of the parameters (default: the target's own)")
     parser.add_argument(
         "--overwrite",
@@ -41,6 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the target's hub repository")
     parser.add_argument("--draft-revision", metavar="NAME", help="the same for the draft's repository")
     add_head_arguments(parser)
+    group = parser.add_argument_group("a measurement in place of a choice")
+    group.add_argument(
+        "--check-taps",
+        action="store_true",
+        help="measure the first drafted tokens under each reading of the head's layers, and say which is right; with "
+        "--out, convert by it",
+    )
+    group.add_argument("--prompts", metavar="FILE", help="prompts for --check-taps (default: built-in ones)")
 
 
 def add_head_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,8 +97,26 @@ def run(args: argparse.Namespace) -> int:
     """Converts with a progress bar on stderr and a summary on stdout.
 
     Returns:
-      The exit code: 0, or 2 after an error, which is one line on stderr.
+      The exit code: 0, 1 if a measurement does not tell, or 2 after an error, which is one line on stderr.
     """
+    from eagle_jax.cli import check_taps
+
+    try:
+        head = head_choices(args)
+        if args.check_taps:
+            right = check_taps.check(args, head)
+            if right is None or args.out is None:
+                return 1 if right is None else 0
+            head = right
+        if args.out is None:
+            raise ValueError("--out names the folder to write")
+        return _convert(args, head)
+    except (ValueError, OSError) as error:  # also CheckpointError and ConfigError
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _convert(args: argparse.Namespace, head: HeadChoices) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -100,24 +126,20 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     told = contextlib.nullcontext() if console.is_terminal else progress.status(console, "converting")
     notes: list[str] = []
-    try:
-        with told, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("converting", total=None)
-            out = convert(
-                args.target,
-                args.draft,
-                args.out,
-                dtype=args.dtype,
-                overwrite=args.overwrite,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-                note=notes.append,
-                revision=args.revision,
-                draft_revision=args.draft_revision,
-                head=head_choices(args),
-            )
-    except (ValueError, OSError) as error:  # also CheckpointError and ConfigError
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    with told, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("converting", total=None)
+        out = convert(
+            args.target,
+            args.draft,
+            args.out,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            note=notes.append,
+            revision=args.revision,
+            draft_revision=args.draft_revision,
+            head=head,
+        )
     manifest = read_json(out / "manifest.json")
     print(f"Converted to {out} ({manifest['dtype']})")
     for role in ("target", "draft"):

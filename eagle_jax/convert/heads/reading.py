@@ -141,21 +141,29 @@ def _flags(hf: Mapping[str, Any], dialect: HeadDialect, where: str, choices: Hea
     for name in (NORM_OUTPUT, NORM_BEFORE_RESIDUAL):
         if getattr(choices, name) is not None:
             found[name] = getattr(choices, name), "as chosen"
+    left_open = leaves_open(hf, dialect, choices)
+    if NORM_OUTPUT in left_open:
+        raise ConfigError(
+            f"{where}: {NORM_OUTPUT} = True means EAGLE-3.1 in engines (the next step reads the hidden state after the "
+            "final norm), but SpecForge wrote it into plain EAGLE-3 heads (before the norm) for some months of 2026. "
+            f"Choose with HeadChoices({NORM_OUTPUT}=False) or True (eagle-jax convert --norm-output)"
+        )
+    if NORM_BEFORE_RESIDUAL in left_open:
+        raise ConfigError(
+            f"{where}: {NORM_BEFORE_RESIDUAL} is missing; take it from the configuration of the head's training. "
+            f"speculators means false by that, vLLM true. Choose with HeadChoices({NORM_BEFORE_RESIDUAL}=False) or "
+            "True (eagle-jax convert --norm-before-residual)"
+        )
     if NORM_OUTPUT not in found and True in _stated(hf, NORM_OUTPUT):
-        if not dialect.norm_output and hf.get(OUR_NORM_OUTPUT) is not True:
-            raise ConfigError(
-                f"{where}: {NORM_OUTPUT} = True means EAGLE-3.1 in engines (the next step reads the hidden state after "
-                "the final norm), but SpecForge wrote it into plain EAGLE-3 heads (before the norm) for some months "
-                f"of 2026. Choose with HeadChoices({NORM_OUTPUT}=False) or True (eagle-jax convert --norm-output)"
-            )
         found[NORM_OUTPUT] = True, "EAGLE-3.1: the next step reads the hidden state after the final norm"
-    for name in dialect.required:
-        if name not in found and not _stated(hf, name):
-            raise ConfigError(
-                f"{where}: {name} is missing; take it from the configuration of the head's training. speculators means "
-                f"false by that, vLLM true. Choose with HeadChoices({name}=False) or True (eagle-jax convert "
-                f"--{name.replace('_', '-')})"
-            )
+    return found
+
+
+def leaves_open(hf: Mapping[str, Any], dialect: HeadDialect, choices: HeadChoices) -> set[str]:
+    """Returns which of norm_output and norm_before_residual has two meanings in an EAGLE-3 head's config.json."""
+    found = {name for name in dialect.required if getattr(choices, name) is None and not _stated(hf, name)}
+    if choices.norm_output is None and True in _stated(hf, NORM_OUTPUT):
+        found |= set() if dialect.norm_output or hf.get(OUR_NORM_OUTPUT) is True else {NORM_OUTPUT}
     return found
 
 

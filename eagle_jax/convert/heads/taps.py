@@ -66,7 +66,7 @@ def read_taps(
     """
     if isinstance(choice, tuple):
         return Taps(choice, "as chosen")
-    stated = list(_stated(hf, where))
+    stated = list(stated_ids(hf, where))
     if choice is not None:
         if not stated:
             raise ConfigError(f"{where}: names no layers, so taps={choice!r} has no ids to read; list the layers")
@@ -115,13 +115,14 @@ def without_taps(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stated(fields: Mapping[str, Any], where: str, place: str = "") -> Iterator[Stated]:
+def stated_ids(fields: Mapping[str, Any], where: str, place: str = "") -> Iterator[Stated]:
+    """Yields the lists of ids of a config.json, from every place."""
     for name in (TAPS, OUTPUT_IDS):
         if says_something(fields.get(name)):
             yield Stated(f"{place}{name}", layer_indices(f"{place}{name}", fields[name], where))
     for name in PLACES:
         if isinstance(fields.get(name), Mapping):
-            yield from _stated(fields[name], where, f"{place}{name}.")
+            yield from stated_ids(fields[name], where, f"{place}{name}.")
 
 
 def _require_alike(stated: list[Stated], inputs: list[tuple[int, ...]], where: str) -> None:
@@ -138,5 +139,5 @@ def _both_readings(stated: Stated, where: str) -> str:
     return (
         f"{where}: {stated} may name layers whose input the head reads (the inputs of {inputs}) or whose output (the "
         f"inputs of {outputs}); frameworks differ. Choose with HeadChoices(taps='inputs') or 'outputs' (eagle-jax "
-        "convert --taps)"
+        "convert --taps), or measure both with --check-taps"
     )

@@ -1,0 +1,61 @@
+"""Lists the readings of a head's config.json that a measurement can tell apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert.heads.choices import HeadChoices
+from eagle_jax.convert.heads.dialects import DIALECTS
+from eagle_jax.convert.heads.reading import dialect_of, leaves_open
+from eagle_jax.convert.heads.taps import INPUTS, OUTPUTS, stated_ids
+from eagle_jax.convert.read import Checkpoint
+from eagle_jax.drafts.eagle.config import tap_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Describes one reading. choices: what loads it, with the taps as layers whose input is read."""
+
+    words: str
+    choices: HeadChoices
+
+
+def candidates(checkpoint: Checkpoint, choices: HeadChoices, num_layers: int) -> list[Candidate]:
+    """Lists the readings of an EAGLE-3 head's taps, and of norm_before_residual where its config leaves it open.
+
+    norm_output does not change the first drafted token, so no measurement of it can tell; false stands for either.
+
+    Args:
+      choices: what the caller settles. num_layers: of the target.
+    Raises:
+      CheckpointError: for a head whose layers have one reading only, because the caller chose them.
+    """
+    hf, where = checkpoint.config, str(checkpoint.config_path)
+    if isinstance(choices.taps, tuple):
+        raise CheckpointError(f"{where}: --taps lists the layers, so that there is nothing to measure")
+    dialect = DIALECTS[dialect_of(hf, checkpoint.tensors.keys() | checkpoint.faults.keys())]
+    left_open = leaves_open(hf, dialect, choices)
+    if "norm_output" in left_open:
+        choices = dataclasses.replace(choices, norm_output=False)
+    residuals = (False, True) if "norm_before_residual" in left_open else (choices.norm_before_residual,)
+    found: dict[HeadChoices, str] = {}
+    for (layers, words), residual in itertools.product(_taps(hf, where, num_layers), residuals):
+        words += f", norm_before_residual = {str(residual).lower()}" if len(residuals) > 1 else ""
+        found.setdefault(dataclasses.replace(choices, taps=layers, norm_before_residual=residual), words)
+    return [Candidate(words, one) for one, words in found.items()]
+
+
+def _taps(hf: Mapping[str, Any], where: str, num_layers: int) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yields the layers of each reading: of the ids of a config, or the official ones and their neighbours."""
+    stated = list(stated_ids(hf, where))
+    if stated:
+        readings = [(one.read_as(named), f"{one.place} names {named}") for one in stated for named in (INPUTS, OUTPUTS)]
+    else:
+        official = tap_layers(None, num_layers)
+        steps = {0: "the official layers", -1: "one layer lower", 1: "one layer higher"}
+        readings = [(tuple(layer + step for layer in official), words) for step, words in steps.items()]
+    yield from ((layers, words) for layers, words in readings if min(layers) >= 0 and max(layers) <= num_layers)

@@ -1,0 +1,125 @@
+"""The first drafted tokens that are the target's, and the command that decides by them which layers a head reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eagle_jax
+from eagle_jax import Eagle3Draft, Llama, TreeConfig, generate, propose
+from eagle_jax.cli import check_taps, main
+from eagle_jax.convert import CheckpointError, HeadChoices, load
+from eagle_jax.convert.heads.candidates import candidates
+from eagle_jax.measure.first_tokens import FirstTokens, first_tokens
+from eagle_jax.measure.samples import CODE_TEXTS
+from tests.convert import folders
+from tests.convert.folders import CONFIG, HEAD_CONFIG
+from tests.convert.test_heads import MAY_BE_EITHER, SPECULATORS, in_memory
+from tests.toy import random_eagle3, random_prompts, random_target
+
+PAIR = Path(eagle_jax.__file__).parent / "pair"
+TAPS = "eagle_aux_hidden_state_layer_ids"
+
+
+def test_counts_are_those_of_first_trees():
+    """At every position: the likeliest draft after that prefix, against the token with which the target went on."""
+    target, draft = random_target(0), random_eagle3(1)
+    prompts, lengths = random_prompts(2, batch=2, width=6)
+    out = generate(target, None, prompts, lengths, max_new_tokens=7)
+    tokens, ends = np.asarray(out.tokens), np.asarray(out.lengths) - 1
+    accepted = positions = 0
+    for row in range(2):
+        for end in range(int(lengths[row]), ends[row]):
+            # The tree's root follows the prompt of `end` tokens.
+            prefix = jnp.zeros((1, 12), jnp.int32).at[0, :end].set(tokens[row, :end])
+            tree = propose(target, draft, prefix, jnp.array([end]), tree=TreeConfig(depth=1, top_k=1, num_nodes=2))
+            assert int(tree.tokens[0, 0]) == tokens[row, end]
+            accepted += int(tree.tokens[0, 1]) == tokens[row, end + 1]
+            positions += 1
+    found = first_tokens(target, draft, out.tokens, lengths, jnp.asarray(ends))
+    assert (found.accepted, found.positions) == (accepted, positions) and positions == 12
+
+
+def test_two_standard_errors():
+    many, few = FirstTokens(80, 100), FirstTokens(60, 100)
+    assert many.beats(few) and not few.beats(many) and not many.beats(FirstTokens(75, 100))
+    assert FirstTokens(0, 0).rate == 0 and not FirstTokens(0, 0).beats(FirstTokens(0, 0))
+
+
+def listed(fields: dict[str, Any], choices: HeadChoices | None = None) -> list[tuple[Any, Any]]:
+    checkpoint = in_memory(HEAD_CONFIG | fields, folders.eagle3_arrays())
+    found = candidates(checkpoint, choices or HeadChoices(), num_layers=8)
+    return [(one.choices.taps, one.choices.norm_before_residual) for one in found]
+
+
+def test_the_readings_that_are_measured():
+    assert listed(MAY_BE_EITHER) == [((2, 4, 6), None), ((3, 5, 7), None)]
+    assert listed({}) == [((2, 4, 5), None), ((1, 3, 4), None), ((3, 5, 6), None)]
+    assert listed({"eagle_config": {TAPS: [0, 4, 8]}}) == [((0, 4, 8), None)]  # there is no layer 9
+    open_residual = {name: value for name, value in SPECULATORS.items() if name != "norm_before_residual"}
+    assert listed(open_residual | {TAPS: [8]}) == [((8,), False), ((8,), True)]
+    assert listed(MAY_BE_EITHER | {"norm_output": True})[0] == ((2, 4, 6), None)
+    with pytest.raises(CheckpointError, match="--taps lists the layers"):
+        listed({}, HeadChoices(taps=(1, 2, 3)))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    target = folders.write_safetensors(tmp_path / "target", CONFIG | {"num_hidden_layers": 8}, folders.llama_arrays(8))
+    head = folders.write_safetensors(tmp_path / "head", HEAD_CONFIG | MAY_BE_EITHER, folders.eagle3_arrays())
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"tokens": [1, 2, 3]}\n{"tokens": [4]}\n')
+    return ["--target", str(target), "--draft", str(head), "--check-taps", "--prompts", str(prompts)]
+
+
+def test_the_command(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+    """Which reading wins is scripted: the outputs', then neither."""
+    shares = {(2, 4, 6): FirstTokens(10, 100), (3, 5, 7): FirstTokens(80, 100)}
+    seen: list[tuple[type, type, list[int]]] = []
+
+    def counted(target, draft, tokens, prompt_lengths, lengths):
+        seen.append((type(target), type(draft), lengths.tolist()))
+        return shares[draft.config.taps]
+
+    def written(target, draft, tokens, lengths, max_new_tokens):
+        assert draft is None and tokens.tolist() == [[1, 2, 3], [4, 0, 0]] and max_new_tokens == 64
+        return SimpleNamespace(tokens=tokens, lengths=lengths + 2)
+
+    monkeypatch.setattr(check_taps, "first_tokens", counted)
+    monkeypatch.setattr(check_taps, "generate", written)
+    assert main(["convert", *tiny]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "10.0%" in printed and "80.0%" in printed and "names outputs (--taps 3,5,7)" in printed
+    assert seen == [(Llama, Eagle3Draft, [5, 3])] * 2
+    assert main(["convert", *tiny, "--out", str(tmp_path / "out")]) == 0
+    assert "the inputs of layers 3, 5, 7 are read; as chosen" in capsys.readouterr().out
+    assert load(tmp_path / "out")[1].config.taps == (3, 5, 7)
+    shares[(2, 4, 6)] = FirstTokens(79, 100)
+    assert main(["convert", *tiny, "--out", str(tmp_path / "none")]) == 1
+    assert "does not tell" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+def test_options_that_do_not_go_together(tiny: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["convert", "--target", tiny[1], "--check-taps"]) == 2
+    assert "name it with --draft" in capsys.readouterr().err
+    assert main(["convert", "--target", tiny[1]]) == 2 and "--out names the folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_embedded_head_reads_its_own_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its ids, written as outputs at a place where readers take them for inputs."""
+    head = Path(shutil.copytree(PAIR / "head", tmp_path / "head"))
+    config = json.loads((head / "config.json").read_text())
+    (head / "config.json").write_text(json.dumps(config | {TAPS: [1, 5, 8]}))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in CODE_TEXTS))
+    options = ["--target", str(PAIR / "target"), "--draft", str(head), "--dtype", "float32"]
+    assert main(["convert", *options, "--check-taps", "--prompts", str(prompts)]) == 0
+    assert "names outputs (--taps 2,6,9)" in capsys.readouterr().out
