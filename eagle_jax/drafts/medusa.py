@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Key
 
-from eagle_jax.drafts.noise import coupled
+from eagle_jax.drafts.by_depth import grow_by_depth
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import normal, zeros
 from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.ops.linear import Weight, linear
-from eagle_jax.tree import DraftStep, TreePolicy
+from eagle_jax.tree import TreePolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +109,4 @@ class Medusa(Draft, nnx.Module):
             )
         hidden = context.memory.astype(self.dtype)
         logits = jnp.stack([head(hidden) for head in list(self.heads)[: tree.depth]], axis=1)
-
-        def after(depth):  # -> [batch, 1, vocab], the logits after nodes of this depth
-            of_level = jax.lax.dynamic_index_in_dim(logits, depth, axis=1)
-            return coupled(of_level, context.sampling, noise, depth)
-
-        def draft_fn(carry, step: DraftStep):
-            return after(step.level + 1), carry  # once for all nodes of the level
-
-        root = context.root
-        grown, _ = tree.grow(root, after(0)[:, 0], (), draft_fn)
-        return Proposal(grown)
+        return grow_by_depth(context, tree, logits, noise)

@@ -92,6 +92,14 @@ class Attention(nnx.Module):
         mixed, kept = attend(q, k, v) if spec.plain else attend(q, k, v, spec)
         return _project("o", mixed.reshape(*mixed.shape[:2], -1), self.o, self.o_bias), kept
 
+    @jax.named_scope("attention")
+    def keys_and_values(
+        self, x: Float[Array, "batch new input"], rotation: Rotation
+    ) -> tuple[Float[Array, "batch kv_heads new head_dim"], Float[Array, "batch kv_heads new head_dim"]]:
+        """Returns rotated keys, and values, of tokens that attend to nothing themselves."""
+        k = rotate(normed(_project("k", x, self.k, self.k_bias), self.k_norm, self.config), *rotation)
+        return jnp.swapaxes(k, 1, 2), jnp.swapaxes(_project("v", x, self.v, self.v_bias), 1, 2)
+
 
 def _project(
     name: str, x: Float[Array, "batch new input"], weight: Weight, bias: nnx.Param | None

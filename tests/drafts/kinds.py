@@ -23,6 +23,7 @@ from eagle_jax import (
     StaticTree,
     TreeConfig,
 )
+from eagle_jax.drafts.dflash import DFlash, DFlashConfig
 from tests.drafts.successors import Successors
 from tests.toy import scaled
 
@@ -73,6 +74,19 @@ def medusa(config, seed, scale):
     return scaled(Medusa(sizes, jax.random.key(seed)), scale)
 
 
+def dflash(config, seed, scale):
+    """The first layer has a window shorter than the text."""
+    parts = {
+        "num_layers": 2,
+        "windows": (3, None),
+        "qk_norm": True,
+        "block_size": 5,
+        "mask_token_id": 1,
+        "taps": (0, 2),
+    }
+    return scaled(DFlash(DFlashConfig(**config.__dict__ | parts), jax.random.key(seed)), scale)
+
+
 def model(config, seed, scale):
     return DraftModel(scaled(Llama(dataclasses.replace(config, num_layers=1), jax.random.key(seed)), scale))
 
@@ -88,6 +102,7 @@ KINDS = {
     "medusa": Kind(medusa, STATIC),
     "medusa dynamic": Kind(medusa),
     "medusa best prefixes": Kind(medusa, BestPrefixes(depth=3, num_nodes=8)),
+    "dflash": Kind(dflash, BestPrefixes(depth=4, num_nodes=9)),
     "lookahead": Kind(lambda *_: Lookahead(window=4, ngram=3, guesses=3, remembered=4)),
     "lookahead of bigrams": Kind(lambda *_: Lookahead(window=3, ngram=2, guesses=2, remembered=8)),
     "prompt lookup": Kind(lambda *_: PromptLookup(length=4)),

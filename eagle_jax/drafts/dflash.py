@@ -1,0 +1,152 @@
+"""DFlash: a block of tokens in one pass of a small model that reads the target's features (arXiv 2602.06036).
+
+The block is the root, and mask tokens at the positions after it. The output at a mask token predicts the token there. A
+layer's queries are the block's. Its keys and values are the block's and the context's, which are all positions before
+the root. Each layer makes the context's of the target's features, projected and normalised; they are cached.
+
+With a causal block (JetSpec, arXiv 2606.18394) a token of the block sees those before it, and otherwise all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Key
+
+from eagle_jax.drafts.by_depth import grow_by_depth
+from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
+from eagle_jax.models.cache import KVCache
+from eagle_jax.models.config import LlamaConfig, require_same
+from eagle_jax.models.fields import ConfigError
+from eagle_jax.models.layers import norm_weight, normal, normed
+from eagle_jax.models.llama import DecoderLayer
+from eagle_jax.models.rope import rope_angles
+from eagle_jax.models.target import Target
+from eagle_jax.ops.attention import attention
+from eagle_jax.ops.linear import Weight, linear
+from eagle_jax.ops.spec import PLAIN
+from eagle_jax.tree import TreePolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class DFlashConfig(LlamaConfig):
+    """The sizes of a DFlash head: its decoder layers, Qwen3's in published heads, and what it reads.
+
+    block_size: the root and the mask tokens after it that the head was trained on. A shorter block will do, too.
+    mask_token_id: the target's token that stands for one to predict.
+    taps: the target's layers whose *input* is read.
+    causal: whether a token of the block sees only those before it.
+    """
+
+    block_size: int = 16
+    mask_token_id: int = 0
+    taps: tuple[int, ...] = ()
+    causal: bool = False
+
+
+class DFlash(Draft, nnx.Module):
+    """Drafts a block in one pass, and grows a tree from its logits. The memory is the cache of the context.
+
+    The embedding and the output matrix are the target's.
+    """
+
+    def __init__(self, config: DFlashConfig, key: Key[Array, ""], dtype: Any = jnp.float32):
+        """Initialises random weights."""
+        keys = jax.random.split(key, config.num_layers + 1)
+        d = config.hidden_size
+        self.config = config
+        self.fc = Weight(normal(keys[0], (d, len(config.taps) * d), dtype))
+        self.hidden_norm = norm_weight(config, d, dtype)
+        self.layers = nnx.List(
+            [DecoderLayer(config, layer_key, dtype, index=index) for index, layer_key in enumerate(keys[1:])]
+        )
+        self.norm = norm_weight(config, d, dtype)
+
+    @property
+    def dtype(self) -> Any:
+        return self.fc.dtype
+
+    @property
+    def reusable(self) -> bool:
+        return not self.config.rope.by_length
+
+    def taps(self, target: Target) -> tuple[int, ...]:
+        return self.config.taps
+
+    def check_fits(self, target: Target) -> None:
+        config = self.config
+        for field in ("vocab_size", "hidden_size"):
+            require_same(field, getattr(config, field), getattr(target.config, field))
+        if max(config.taps) > target.config.num_layers:
+            raise ConfigError(
+                f"the draft does not fit the target: it taps layer {max(config.taps)}, the target has "
+                f"{target.config.num_layers} layers"
+            )
+
+    def start(self, target: Target, batch: int, rows: int) -> KVCache:
+        return KVCache.zeros(self.config, batch, rows, self.dtype)
+
+    def update(self, target: Target, memory: KVCache, committed: Committed) -> KVCache:
+        """Caches keys and values of the newly committed positions."""
+        assert committed.output.taps is not None
+        positions = committed.start[:, None] + jnp.arange(committed.tokens.shape[1], dtype=jnp.int32)[None]
+        rotation = rope_angles(self.config.rope, self.config.head_dim, positions, committed.prompt_lengths)
+        with jax.named_scope("fc"):
+            fused = linear(committed.output.taps.astype(self.dtype), self.fc)
+            context = normed(fused, self.hidden_norm, self.config)
+        new_kv = [layer.attention.keys_and_values(context, rotation) for layer in self.layers]
+        return memory.write(new_kv, committed.start).with_length(committed.start + committed.count)
+
+    def block_logits(
+        self,
+        target: Target,
+        memory: KVCache,
+        root: Int[Array, " batch"],
+        size: int,
+        prompt_lengths: Int[Array, " batch"],
+    ) -> Float32[Array, "batch masks vocab"]:
+        """Runs a block of `size` tokens, and returns the logits of its size - 1 mask tokens."""
+        config, batch = self.config, len(root)
+        masks = jnp.full((batch, size - 1), config.mask_token_id, root.dtype)
+        tokens = jnp.concatenate([root[:, None], masks], axis=1)
+        positions = memory.length[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+        seen = jnp.tri(size, dtype=bool) if config.causal else jnp.ones((size, size), bool)
+        rotation = rope_angles(config.rope, config.head_dim, positions, prompt_lengths)
+        with jax.named_scope("embed"):
+            x = target.embed[tokens].astype(self.dtype)
+
+        def attend(context, q, k, v, spec=PLAIN):
+            mask = jnp.broadcast_to(seen, (batch, size, size))
+            return attention(q, k, v, mask, context, spec=spec, positions=positions, limit_new=False), None
+
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layers.{index}"):
+                of_layer = functools.partial(attend, memory.layer(index))
+                x, _ = layer(x, rotation, of_layer, config.attention_spec(index))
+        return target.logits(normed(x[:, 1:], self.norm, config).astype(target.dtype))
+
+    def propose(
+        self,
+        target: Target,
+        context: Context,
+        tree: TreePolicy,
+        noise: Float[Array, "batch path vocab"] | None = None,
+    ) -> Proposal:
+        """Grows a tree in which all nodes of one depth have the same candidates for children.
+
+        Raises:
+          ValueError: for a tree deeper than a block.
+        """
+        if tree.depth >= self.config.block_size:
+            raise ValueError(
+                f"a tree of depth {tree.depth} needs a block of {tree.depth + 1}; this head was trained on blocks of "
+                f"{self.config.block_size}: choose a tree of depth {self.config.block_size - 1} or less"
+            )
+        size = tree.depth + 1
+        logits = self.block_logits(target, context.memory, context.root, size, context.prompt_lengths)
+        return grow_by_depth(context, tree, logits, noise)
