@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,9 +21,10 @@ from jaxtyping import Array, Float, Float32, Int, Key
 
 from eagle_jax.drafts.by_depth import grow_by_depth
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
+from eagle_jax.models.architectures import config_of
 from eagle_jax.models.cache import KVCache
 from eagle_jax.models.config import LlamaConfig, require_same
-from eagle_jax.models.fields import ConfigError
+from eagle_jax.models.fields import ConfigError, flag, layer_indices, refuse_unknown_mathematics, require_equal, size
 from eagle_jax.models.layers import norm_weight, normal, normed
 from eagle_jax.models.llama import DecoderLayer
 from eagle_jax.models.rope import rope_angles
@@ -31,6 +33,24 @@ from eagle_jax.ops.attention import attention
 from eagle_jax.ops.linear import Weight, linear
 from eagle_jax.ops.spec import PLAIN
 from eagle_jax.tree import TreePolicy
+
+OWN = "dflash_config"
+CAUSAL = ("causal", "causal_head")  # DFlash's name and JetSpec's
+READ_OWN = (
+    "mask_token_id",
+    "target_layer_ids",
+    "block_size",
+    "num_target_layers",
+    "use_swa",
+    "swa_window_size",
+    *CAUSAL,
+)
+# Fields of `dflash_config` by values that change nothing; others make descendants of DFlash (Domino, DSpark).
+NEUTRAL_OWN: dict[str, tuple[Any, ...]] = {
+    "projector_type": ("dflash",),
+    "markov_rank": (0,),
+    "enable_confidence_head": (False,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +61,56 @@ class DFlashConfig(LlamaConfig):
     mask_token_id: the target's token that stands for one to predict.
     taps: the target's layers whose *input* is read.
     causal: whether a token of the block sees only those before it.
+    num_target_layers: of the target that the head was trained for; 0 if its config does not say.
     """
 
     block_size: int = 16
     mask_token_id: int = 0
     taps: tuple[int, ...] = ()
     causal: bool = False
+    num_target_layers: int = 0
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json") -> DFlashConfig:
+        """Reads the config.json of a head as its authors publish them, and JetSpec its own.
+
+        `target_layer_ids` names layers whose *output* is read there, so a tap is an id + 1.
+
+        Raises:
+          ConfigError: naming a field that is missing, contradicts another, or is not implemented.
+        """
+        own = hf.get(OWN)
+        if not isinstance(own, Mapping):
+            raise ConfigError(f"{where}: {OWN} must be an object with mask_token_id and target_layer_ids, got {own!r}")
+        refuse_unknown_mathematics(own, NEUTRAL_OWN, where, f"{OWN}.", reads=READ_OWN)
+        if unknown := [name for name in own if name not in READ_OWN and name not in NEUTRAL_OWN]:
+            raise ConfigError(f"{where}: {OWN}.{unknown[0]} is not known, so that it may change the forward pass")
+
+        def stated(*names: str) -> Any:  # in either place
+            places = {name: hf.get(name) for name in names} | {f"{OWN}.{name}": own.get(name) for name in names}
+            return require_equal({name: value for name, value in places.items() if value is not None}, where)
+
+        decoder = {name: value for name, value in hf.items() if name not in (OWN, "block_size")}
+        if flag(own, "use_swa", where):
+            window = size(f"{OWN}.swa_window_size", own.get("swa_window_size"), where)
+            kinds = ["sliding_attention"] * size("num_hidden_layers", hf.get("num_hidden_layers"), where)
+            decoder |= {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
+        ids = layer_indices(f"{OWN}.target_layer_ids", own.get("target_layer_ids") or (), where)
+        if not ids:
+            raise ConfigError(f"{where}: {OWN}.target_layer_ids is missing, so which layers are read cannot be known")
+        fields = vars(config_of(decoder, where))
+        mask = own.get("mask_token_id")
+        if type(mask) is not int or not 0 <= mask < fields["vocab_size"]:
+            raise ConfigError(f"{where}: {OWN}.mask_token_id must be a token id, got {mask!r}")
+        layers = stated("num_target_layers")
+        return cls(
+            **fields,
+            block_size=size("block_size", stated("block_size"), where),
+            mask_token_id=mask,
+            taps=tuple(layer + 1 for layer in ids),
+            causal=bool(require_equal({name: flag(own, name, where) for name in CAUSAL if name in own}, where)),
+            num_target_layers=0 if layers is None else size("num_target_layers", layers, where),
+        )
 
 
 class DFlash(Draft, nnx.Module):
@@ -82,10 +146,12 @@ class DFlash(Draft, nnx.Module):
         config = self.config
         for field in ("vocab_size", "hidden_size"):
             require_same(field, getattr(config, field), getattr(target.config, field))
-        if max(config.taps) > target.config.num_layers:
+        layers = target.config.num_layers
+        if config.num_target_layers:
+            require_same("num_target_layers", config.num_target_layers, layers)
+        if max(config.taps) > layers:
             raise ConfigError(
-                f"the draft does not fit the target: it taps layer {max(config.taps)}, the target has "
-                f"{target.config.num_layers} layers"
+                f"the draft does not fit the target: it taps layer {max(config.taps)}, the target has {layers} layers"
             )
 
     def start(self, target: Target, batch: int, rows: int) -> KVCache:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from eagle_jax import Committed, ConfigError, StaticTree, TargetOutput, generate
+from eagle_jax.drafts.dflash import DFlashConfig
 from eagle_jax.models import params
 from tests.drafts.kinds import KINDS
 from tests.drafts.test_head_parts import norm, rotate
@@ -92,6 +93,65 @@ def test_what_does_not_fit_is_refused():
     prompt = jnp.array([[3, 4, 5]], jnp.int32), jnp.array([3], jnp.int32)
     with pytest.raises(ValueError, match=r"depth 5 needs a block of 6.*trained on blocks of 5.*depth 4 or less"):
         generate(target, draft, *prompt, tree=StaticTree.chain(5), max_new_tokens=2)
-    draft.config = dataclasses.replace(draft.config, taps=(0, CONFIG.num_layers + 1))
+    draft.config = dataclasses.replace(draft.config, num_target_layers=9)
+    with pytest.raises(ConfigError, match=rf"num_target_layers is 9 in the draft, {CONFIG.num_layers} in the target"):
+        draft.check_fits(target)
+    draft.config = dataclasses.replace(draft.config, num_target_layers=0, taps=(0, CONFIG.num_layers + 1))
     with pytest.raises(ConfigError, match=rf"taps layer {CONFIG.num_layers + 1}, the target has {CONFIG.num_layers}"):
         generate(target, draft, *prompt, tree=StaticTree.chain(2), max_new_tokens=2)
+
+
+PUBLISHED = {
+    "architectures": ["DFlashDraftModel"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6,
+    "block_size": 16,
+    "num_target_layers": 36,
+    "use_sliding_window": False,
+    "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
+}
+
+
+def changed(own, **fields):
+    return PUBLISHED | fields | {"dflash_config": PUBLISHED["dflash_config"] | own}
+
+
+def test_a_published_config():
+    config = DFlashConfig.from_hf(PUBLISHED)
+    assert (config.block_size, config.mask_token_id, config.num_target_layers) == (16, 151669, 36)
+    assert config.taps == (2, 10, 18, 26, 34)  # ids name outputs of layers
+    assert config.qk_norm and not config.causal and config.windows == () and config.num_layers == 5
+    nested = changed({"block_size": 10, "causal_head": True, "use_swa": True, "swa_window_size": 2048}, block_size=None)
+    config = DFlashConfig.from_hf(nested)
+    assert (config.block_size, config.causal, config.windows) == (10, True, (2048,) * 5)
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        (
+            PUBLISHED | {"dflash_config": None},
+            "dflash_config must be an object with mask_token_id and target_layer_ids",
+        ),
+        (changed({"block_size": 8}), "block_size = 16 and dflash_config.block_size = 8 contradict each other"),
+        (PUBLISHED | {"block_size": None}, "block_size is missing"),
+        (changed({"target_layer_ids": None}), "target_layer_ids is missing, so which layers are read cannot be known"),
+        (changed({"mask_token_id": 151936}), "mask_token_id must be a token id, got 151936"),
+        (changed({"causal": True, "causal_head": False}), "contradict each other"),
+        (changed({"projector_type": "domino"}), "dflash_config.projector_type = 'domino' is not implemented"),
+        (changed({"use_swa": True}), "dflash_config.swa_window_size is missing"),
+        (changed({"novelty": 3}), "dflash_config.novelty is not known"),
+        (PUBLISHED | {"model_type": "mamba"}, "model_type = 'mamba' is not implemented"),
+    ],
+)
+def test_configs_that_cannot_be_read(hf, message):
+    with pytest.raises(ConfigError, match=message):
+        DFlashConfig.from_hf(hf)
