@@ -374,6 +374,41 @@ TRAPS: dict[str, tuple[str, dict[str, Any], Arrays, str]] = {
         {"midlayer.self_attn.q_proj.bias": np.ones(12, np.float32)},
         "q_proj.bias' has no place",
     ),
+    "norms of both kinds": (
+        "eagle3",
+        {"fc_norm": True, "norm_before_fc": True},
+        {},
+        "fc_norm and norm_before_fc exclude each other",
+    ),
+    "a norm that its config does not state": (
+        "eagle3",
+        {},
+        {"fc_norm.0.weight": np.ones(8, np.float32)},
+        "fc_norm.0.weight' has no place",
+    ),
+    "a norm that its tensors lack": ("eagle3", {"norm_before_fc": True}, {}, "'input_norm.weight' is missing"),
+    "a vocabulary without its table": (
+        "eagle3",
+        {"draft_vocab_size": 4},
+        {"lm_head.weight": np.ones((4, 8), np.float32)},
+        r"'d2t' has shape \(5,\)",
+    ),
+    "two RoPEs": (
+        "eagle3",
+        {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {},
+        "rope_theta = 10000.0 and rope_parameters.rope_theta = 500000.0 contradict each other",
+    ),
+    "layers that all read the embedding": (
+        "eagle3",
+        {
+            "num_hidden_layers": 2,
+            "eagle_config": {"next_layer_regular": False},
+            ARCHITECTURE: ["LlamaForCausalLMEagle3"],
+        },
+        folders.layer("layers.1", np.random.default_rng(0), 16),
+        "next_layer_regular = False is not implemented",
+    ),
     "two names of one tensor": ("eagle3", {}, {"model.fc.weight": np.ones((8, 24), np.float32)}, "the same tensor"),
     "fused tensors that do not divide": (
         "eagle1",
@@ -393,6 +428,23 @@ def test_traps_are_refused_by_name(trap: str):
     with pytest.raises((CheckpointError, ConfigError)) as raised:
         read(sizes | fields, arrays | more)
     assert re.search(message, str(raised.value)), raised.value
+
+
+def test_what_is_read_and_not_dropped():
+    """Differences that other readers pass over."""
+    arrays = folders.eagle3_arrays()
+    without_table = {name: array for name, array in arrays.items() if name not in ("d2t", "t2d")}
+    with pytest.raises(CheckpointError, match="d2t is missing"):
+        parameters(read(HEAD_CONFIG, without_table))
+    biased = read(HEAD_CONFIG, arrays | {"fc.bias": np.full(8, 0.5, np.float32)})
+    assert biased.model.config.fc_bias and (biased.read("fc_bias") == 0.5).all()
+    rope = read(
+        HEAD_CONFIG | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, arrays
+    ).model.config.rope
+    assert rope.theta == 5e5  # as transformers 5 writes it
+    assert read(HEAD_CONFIG, arrays).model.config.rope.theta == 10000  # never the target's
+    own = read(HEAD_CONFIG, arrays | {"embed_tokens.weight": np.ones((16, 8), np.float32)})
+    assert own.model.config.own_embedding and not read(HEAD_CONFIG, arrays).model.config.own_embedding
 
 
 def test_choices_settle_what_is_open():
