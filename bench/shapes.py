@@ -1,4 +1,4 @@
-"""Shapes of Llama models, and pairs of a target and an EAGLE-3 head: abstract, or with random weights."""
+"""Shapes of models of Llama's family, and pairs of a target and an EAGLE-3 head: abstract, or with random weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from eagle_jax import DraftConfig, Eagle3Draft, Llama, LlamaConfig
 from eagle_jax.drafts.eagle.config import tap_layers
 from eagle_jax.models import params
+from eagle_jax.models.architectures import config_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A target, and an EAGLE-3 head of one layer of the same kind with a vocabulary of its own."""
+    """A target, and an EAGLE-3 head of one Llama layer of its width with a vocabulary of its own."""
 
     target: LlamaConfig
     head: DraftConfig
@@ -25,11 +26,18 @@ class Shape:
         return dataclasses.replace(self, target=dataclasses.replace(self.target, num_layers=layers))
 
 
+# The fields that a head shares with its target.
+HEAD_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("max_position_embeddings", "rms_norm_eps"),
+)
+
+
 def llama_shape(sizes: dict[str, Any], draft_vocab_size: int = 32000) -> Shape:
     """Returns the shape of a target with these fields of a Hugging Face config, and of a head of its width."""
     shared = dict(max_position_embeddings=131072, rms_norm_eps=1e-5) | sizes
-    head = shared | dict(num_hidden_layers=1, draft_vocab_size=draft_vocab_size, tie_word_embeddings=False)
-    return Shape(LlamaConfig.from_hf(shared), DraftConfig.from_hf(head))
+    head = {name: shared[name] for name in HEAD_SIZES if name in shared} | dict(draft_vocab_size=draft_vocab_size)
+    return Shape(config_of(shared), DraftConfig.from_hf(head))
 
 
 SHAPES: dict[str, Shape] = {
@@ -67,6 +75,43 @@ SHAPES: dict[str, Shape] = {
             num_hidden_layers=32,
             num_attention_heads=32,
             num_key_value_heads=8,
+        )
+    ),
+    # Qwen3-8B
+    "qwen3-8b": llama_shape(
+        dict(
+            model_type="qwen3",
+            vocab_size=151936,
+            hidden_size=4096,
+            intermediate_size=12288,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=40960,
+            rope_theta=1e6,
+        )
+    ),
+    # Gemma-2-9B
+    "gemma2-9b": llama_shape(
+        dict(
+            model_type="gemma2",
+            vocab_size=256000,
+            hidden_size=3584,
+            intermediate_size=14336,
+            num_hidden_layers=42,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=256,
+            hidden_activation="gelu_pytorch_tanh",
+            query_pre_attn_scalar=256,
+            sliding_window=4096,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
         )
     ),
     # Llama-3.3-70B

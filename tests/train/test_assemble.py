@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
-from eagle_jax import convert
+from eagle_jax import Llama, convert
+from eagle_jax.models.architectures import config_of
+from eagle_jax.models.layers import normed
 from eagle_jax.train.config import DataSettings, TrainSettings
 from eagle_jax.train.run import assemble
 from tests.toy import random_eagle3
@@ -81,3 +85,16 @@ def test_token_ids_need_no_tokenizer(folder):
     path.write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match="a record of text needs a tokenizer, and there is none"):
         documents()
+
+
+def test_a_new_head_is_a_layer_of_llama_whatever_its_target():
+    """It starts from its target's final norm as a factor, and from its output matrix."""
+    fields = CONFIG | dict(model_type="gemma2", head_dim=8, tie_word_embeddings=True)
+    target = Llama(config_of(fields), jax.random.key(0))
+    settings = settings_of(target="owner/target", head=dict(draft_vocab_size=CONFIG["vocab_size"]))
+    config = assemble.head_config(settings, target.config)
+    assert config.attention_spec(0).plain and config.activation == "silu" and not config.norm_plus_one
+    head = assemble.new_eagle3(config, jax.random.key(1), target, None, print)
+    hidden = jax.random.normal(jax.random.key(2), (3, config.hidden_size))
+    np.testing.assert_allclose(head.before_logits(hidden), normed(hidden, target.norm, target.config), atol=1e-5)
+    np.testing.assert_array_equal(head.output_weight(target), target.output_weight())
