@@ -137,7 +137,13 @@ WRITTEN: dict[str, tuple[str, str, dict[str, Any], Change]] = {
     "NeMo": (
         "nemo",
         "eagle3",
-        {ARCHITECTURE: ["LlamaEagle3DraftModel"], "num_hidden_layers": 36, "model_type": "qwen3"},
+        {
+            ARCHITECTURE: ["LlamaEagle3DraftModel"],
+            "num_hidden_layers": 36,
+            "model_type": "qwen3",
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention"] * 36,
+        },
         prefixed,
     ),
     "AngelSlim": (
@@ -428,6 +434,31 @@ def test_traps_are_refused_by_name(trap: str):
     with pytest.raises((CheckpointError, ConfigError)) as raised:
         read(sizes | fields, arrays | more)
     assert re.search(message, str(raised.value)), raised.value
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.5, "x", [1], [[1]], {"a": 1}, [True]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ARCHITECTURE,
+        "model_type",
+        "eagle_config",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "target_layer_ids",
+        "eagle_jax_tap_inputs",
+        "norm_output",
+        "speculators_model_type",
+        "transformer_layer_config",
+    ],
+)
+def test_damaged_configs_are_refused_by_name(name: str, value: Any):
+    """Or read, where the field computes nothing; never with another exception."""
+    for sizes, arrays in ((HEAD_CONFIG, folders.eagle3_arrays()), (EAGLE1_CONFIG, fused(folders.eagle1_arrays()))):
+        try:
+            read(sizes | {name: value}, arrays)
+        except (CheckpointError, ConfigError) as error:
+            assert str(error)
 
 
 def test_what_is_read_and_not_dropped():

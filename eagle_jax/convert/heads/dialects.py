@@ -29,6 +29,7 @@ class HeadDialect:
     norm_output: whether `norm_output` has one meaning, that of EAGLE-3.1.
     required: fields that must be stated, because readers differ on their defaults.
     layer: {model_type: what such a layer has beyond a Llama layer}. "*": any other, which is the target's.
+    of_target: {field that is the target's and not applied: the value without effect}.
     layers_of_target: whether num_hidden_layers may be the target's, of a head of one layer.
     """
 
@@ -47,6 +48,7 @@ class HeadDialect:
     taps: str | None = None
     norm_output: bool = False
     required: tuple[str, ...] = ()
+    of_target: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layers_of_target: bool = False
 
 
@@ -102,6 +104,7 @@ DIALECTS: dict[str, HeadDialect] = {
             ("*", "model.*"),
         ),
         layer={"*": {}},
+        of_target={"sliding_window": 0, "use_sliding_window": False, "layer_types": []},
         norm_output=True,
         layers_of_target=True,
     ),

@@ -52,6 +52,11 @@ def read_head(
     refuse_unknown_fields(checkpoint.config, dialect, where, choices.ignored)
     hf = _renamed(checkpoint.config, dialect)
     found = {
+        **{
+            name: (value, "the target's; the head attends to all positions")
+            for name, value in dialect.of_target.items()
+            if _stated(hf, name)
+        },
         **_one_layer(hf, dialect, official),
         **_layer(hf, dialect),
         **(_flags(hf, dialect, where, choices) | _taps(hf, dialect, where, choices, num_layers) if eagle3 else {}),
@@ -71,7 +76,8 @@ def head_config(hf: Mapping[str, Any], reading: HeadReading | None) -> Mapping[s
 def dialect_of(hf: Mapping[str, Any], tensor_names: Collection[str]) -> str:
     """Returns the first dialect that a config.json or the tensor names show."""
     stated = {name for _, fields in _places(hf) for name in fields}
-    named = {name for _, fields in _places(hf) for name in fields.get("architectures") or ()}
+    listed = [fields.get("architectures") for _, fields in _places(hf)]
+    named = {str(name) for names_of in listed if isinstance(names_of, list) for name in names_of}
     for key, dialect in DIALECTS.items():
         if named.intersection(dialect.architectures) or stated.intersection(dialect.marks):
             return key
@@ -128,7 +134,7 @@ def _one_layer(hf: Mapping[str, Any], dialect: HeadDialect, official: Collection
 def _layer(hf: Mapping[str, Any], dialect: HeadDialect) -> dict[str, tuple[Any, str]]:
     """Describes a layer of another architecture as a Llama layer with more parts."""
     for named in _stated(hf, MODEL_TYPE):
-        parts = dialect.layer.get(named, dialect.layer.get("*"))
+        parts = dialect.layer.get(str(named), dialect.layer.get("*"))
         if named != LLAMA and parts is not None:
             reason = f"{dialect.title} means a layer of {named}" if parts else f"{named!r} is the target's"
             return {name: (value, reason) for name, value in ({**parts, MODEL_TYPE: LLAMA}).items()}

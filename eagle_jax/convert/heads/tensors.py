@@ -13,7 +13,8 @@ from eagle_jax.convert import names
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.heads.dialects import REFUSED, HeadDialect
 from eagle_jax.convert.heads.rules import official_of
-from eagle_jax.convert.read import Checkpoint, Tensor
+from eagle_jax.convert.read import CONFIG, Checkpoint, Tensor
+from eagle_jax.models.fields import size
 
 REMAP = "token_id_remap"  # [Vd] target ids; the official d2t holds offsets
 
@@ -68,9 +69,12 @@ def _shares(count: int, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Returns the relative sizes of the parts of a fused tensor: of q, k and v by their heads, else equal ones."""
     if count != 3:
         return (1,) * count
-    heads = config.get("num_attention_heads") or 1
-    kv_heads = config.get("num_key_value_heads") or heads
-    return heads, kv_heads, kv_heads
+    heads = config.get("num_attention_heads")
+    kv_heads = heads if config.get("num_key_value_heads") is None else config["num_key_value_heads"]
+    sizes = [
+        size(name, value, CONFIG) for name, value in (("num_attention_heads", heads), ("num_key_value_heads", kv_heads))
+    ]
+    return sizes[0], sizes[1], sizes[1]
 
 
 def _slices(tensor: Tensor, shares: tuple[int, ...]) -> list[Tensor]:

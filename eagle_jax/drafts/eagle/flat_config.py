@@ -257,7 +257,7 @@ def _check_speculators(hf: Mapping[str, Any], flat: Mapping[str, Any], where: st
     if SPECULATORS not in hf:
         return
     kind = hf[SPECULATORS]
-    if kind not in REQUIRED:
+    if kind not in list(REQUIRED):  # a damaged config may hold an unhashable value
         known = ", ".join(map(repr, REQUIRED))
         raise ConfigError(f"{where}: {SPECULATORS} = {kind!r} is not implemented (accepted: {known})")
     if not isinstance(hf.get(LAYER), Mapping):
