@@ -8,6 +8,7 @@ from eagle_jax.decode.insert import insert
 from eagle_jax.decode.prefill import BUCKETS, pad, prefill
 from eagle_jax.decode.state import DecodeState, empty_state
 from eagle_jax.detokenizer import Detokenizer
+from eagle_jax.drafts.dflash import DFlash, DFlashConfig
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.drafting import with_window
@@ -34,6 +35,8 @@ __all__ = [
     "Committed",
     "ConfigError",
     "Context",
+    "DFlash",
+    "DFlashConfig",
     "DecodeState",
     "Detokenizer",
     "Draft",

@@ -24,6 +24,8 @@ from eagle_jax.drafts.registry import WEIGHTLESS
 from eagle_jax.measure import machine, plot, samples
 from eagle_jax.measure.drawn import Drawn, Node, decode_to
 from eagle_jax.tree import PUBLISHED_TREES, BestPrefixes
+from tests.decode.test_sampled_distribution import tiny_config
+from tests.drafts.kinds import KINDS
 from tests.test_cli import OPTIONS, PROMPT, converted_pair
 from tests.toy import GOLDEN
 
@@ -185,6 +187,11 @@ def test_a_tree_that_suits_the_draft(folder):
     tree, words = choose(stop_below=0.2, score_temperature=0.5)
     assert tree == both and "60 nodes, stops below 0.2, score temperature 0.5 (the default)" in words
     assert choose(tree=StaticTree.chain(2)) == (StaticTree.chain(2), "Eagle3Draft, chain of 2 (from --tree)")
+    block = KINDS["dflash"].build(tiny_config(), 0, 1.0)  # of five tokens
+    assert (
+        tree_options.choose_tree(block, decoding()).words(block)
+        == "DFlash, the best 63 prefixes, depth 4 (the default)"
+    )
     assert choose(None)[1] == "plain decoding"
     assert choose(PromptLookup())[1] == "PromptLookup, length 10, branches 1, ngram 3 (a shape of its own)"
     for draft, options, message in (

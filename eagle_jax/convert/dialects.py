@@ -9,6 +9,7 @@ from typing import Any
 from eagle_jax.convert import names
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.read import Checkpoint
+from eagle_jax.drafts.dflash import DFlash, DFlashConfig
 from eagle_jax.drafts.eagle.config import OFFICIAL_TAPS, DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
@@ -79,7 +80,8 @@ def draft_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str
         if table is not None:
             return kind, table
     raise CheckpointError(
-        f"{where}: not a draft: it has neither midlayer.* nor layers.0.* with fc.weight (an EAGLE head), "
+        f"{where}: not a draft: it has neither midlayer.* nor layers.0.* with fc.weight (an EAGLE head), nor "
+        f"fc.weight with hidden_norm.weight (a DFlash head), "
         f"nor {names.MEDUSA_PREFIX}* or 0.0.* (Medusa heads), nor model.layers.* (a language model); "
         f"its tensors are {', '.join(sorted(tensor_names)[:5]) or 'none'}, ..."
     )
@@ -137,6 +139,11 @@ def _eagle3(source: Source, dtype: Any) -> Any:
     return params.abstract(lambda key: Eagle3Draft(config, num_taps, key, dtype))
 
 
+def _dflash(source: Source, dtype: Any) -> Any:
+    config = DFlashConfig.from_hf(source.hf, source.where)
+    return params.abstract(lambda key: DFlash(config, key, dtype))
+
+
 def _medusa(source: Source, dtype: Any) -> Any:
     config = medusa_config(source.shapes, source.where)
     return params.abstract(lambda key: Medusa(config, key, dtype))
@@ -187,6 +194,11 @@ DIALECTS: dict[str, Dialect] = {
         official=lambda model: names.EAGLE1,
         unread=_unread_eagle1,
         copies_lm_head=True,
+    ),
+    "dflash": Dialect(
+        recognise=names.dflash_table,
+        build=_dflash,
+        official=lambda model: names.DFLASH,
     ),
     "medusa": Dialect(
         recognise=names.medusa_table,

@@ -14,10 +14,11 @@ from eagle_jax.drafts.eagle.flat_config import TAPS
 from eagle_jax.drafts.registry import CLASSES
 from eagle_jax.models.fields import ConfigError
 
-# Official names of the exportable kinds; None: no engine here reads the kind.
+# Official names of the exportable kinds; None: the kind is not exported.
 EXPORTED: dict[str, dict[str, str] | None] = {
     "eagle3": names.EAGLE3,
     "eagle1": names.EAGLE1,
+    "dflash": None,
     "medusa": None,
     "llama": None,
 }

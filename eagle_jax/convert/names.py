@@ -88,6 +88,13 @@ EAGLE1: dict[str, str] = {
     **{f"layer.{path}": f"layers.0.{name}" for path, name in LAYER.items()},
 }
 
+DFLASH: dict[str, str] = {
+    "fc": "fc.weight",
+    "hidden_norm": "hidden_norm.weight",
+    **{f"layers.{{i}}.{path}": f"layers.{{i}}.{name}" for path, name in LAYER.items()},
+    "norm": "norm.weight",
+}
+
 # EAGLE-1 heads in the format of speculators (up to its version 0.3).
 EAGLE1_FUSION: dict[str, str] = {
     path: name.replace("layers.0.", "transformer.").replace("fc.", "fusion_fc.") for path, name in EAGLE1.items()
@@ -154,8 +161,15 @@ def eagle3_table(tensor_names: Collection[str]) -> dict[str, str] | None:
     return EAGLE3_LAYERS if "layers.0.hidden_norm.weight" in tensor_names else None
 
 
+def dflash_table(tensor_names: Collection[str]) -> dict[str, str] | None:
+    """Returns the table of a DFlash head; None for names of another kind."""
+    return DFLASH if {DFLASH["fc"], DFLASH["hidden_norm"]}.issubset(tensor_names) else None
+
+
 def eagle1_table(tensor_names: Collection[str]) -> dict[str, str] | None:
     """Returns the table of an EAGLE-1 head; None for names of another kind. Call `eagle3_table` first."""
+    if dflash_table(tensor_names) is not None:
+        return None
     if "fc.weight" in tensor_names and any(name.startswith("layers.0.") for name in tensor_names):
         return EAGLE1
     return EAGLE1_FUSION if "fusion_fc.weight" in tensor_names else None

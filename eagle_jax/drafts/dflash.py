@@ -70,6 +70,11 @@ class DFlashConfig(LlamaConfig):
     causal: bool = False
     num_target_layers: int = 0
 
+    @property
+    def deepest(self) -> int:
+        """The deepest tree that a block can grow."""
+        return self.block_size - 1
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json") -> DFlashConfig:
         """Reads the config.json of a head as its authors publish them, and JetSpec its own.
@@ -208,10 +213,10 @@ class DFlash(Draft, nnx.Module):
         Raises:
           ValueError: for a tree deeper than a block.
         """
-        if tree.depth >= self.config.block_size:
+        if tree.depth > self.config.deepest:
             raise ValueError(
                 f"a tree of depth {tree.depth} needs a block of {tree.depth + 1}; this head was trained on blocks of "
-                f"{self.config.block_size}: choose a tree of depth {self.config.block_size - 1} or less"
+                f"{self.config.block_size}: choose a tree of depth {self.config.deepest} or less"
             )
         size = tree.depth + 1
         logits = self.block_logits(target, context.memory, context.root, size, context.prompt_lengths)

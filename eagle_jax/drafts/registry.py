@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from eagle_jax.drafts.dflash import DFlash, DFlashConfig
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
@@ -19,7 +20,7 @@ from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.drafts.prompt_lookup import PromptLookup
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models.config import LlamaConfig
-from eagle_jax.tree import PUBLISHED_TREES, StaticTree, TreeConfig, TreePolicy
+from eagle_jax.tree import PUBLISHED_TREES, BestPrefixes, StaticTree, TreeConfig, TreePolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Kind:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+BLOCK_TREE = BestPrefixes(depth=15, num_nodes=64)
 MEDUSA_TREE = PUBLISHED_TREES["medusa-mc-sim-7b-63"]
 
 # Where names share a class, a draft loaded without a name gets the last one's tree.
@@ -52,6 +54,7 @@ KINDS: dict[str, Kind] = {
     "prompt-lookup-tree": Kind(PromptLookup, "four such copies", settings={"branches": 4}),
     "model": Kind(DraftModel, "a smaller model", "llama", LlamaConfig, StaticTree.chain(5)),
     "medusa": Kind(Medusa, "Medusa heads", "medusa", MedusaConfig, MEDUSA_TREE, deepest="num_heads"),
+    "dflash": Kind(DFlash, "a DFlash head, a block in one pass", "dflash", DFlashConfig, BLOCK_TREE, deepest="deepest"),
     "eagle1": Kind(Eagle1Draft, "an EAGLE-1 head, static tree", "eagle1", DraftConfig, PUBLISHED_TREES["eagle"]),
     "eagle2": Kind(Eagle1Draft, "the same head, dynamic tree", "eagle1", DraftConfig, TreeConfig()),
     "eagle3": Kind(Eagle3Draft, "an EAGLE-3 head, dynamic tree", "eagle3", DraftConfig, TreeConfig()),

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 import eagle_jax
 from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official, tokenizer, tokenizing
+from eagle_jax.drafts.dflash import DFlash, DFlashConfig
 from eagle_jax.drafts.draft_model import DraftModel
-from eagle_jax.drafts.medusa import Medusa
 from eagle_jax.files.atomic import files_below
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
@@ -71,13 +71,18 @@ def test_models_do_not_share_memory_with_files(tmp_path: Path, write):
     assert_same(to_official(model), arrays)
 
 
-@pytest.fixture(params=["medusa", "llama"])
+@pytest.fixture(params=["medusa", "dflash", "llama"])
 def other_pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
-    """A target, and Medusa heads or a model as its draft."""
+    """A target, and Medusa heads, a DFlash head or a model as its draft."""
     target = folders.write_safetensors(tmp_path / "target", CONFIG, folders.llama_arrays())
     if request.param == "medusa":
         return target, folders.write_medusa(tmp_path / "draft", folders.medusa_arrays(2, 2), {})
     config = CONFIG | {"num_hidden_layers": 1}
+    if request.param == "dflash":
+        own = {"mask_token_id": 3, "target_layer_ids": [0, 1]}
+        config |= {"model_type": "qwen3", "block_size": 4, "dflash_config": own}
+        arrays = to_official(DFlash(DFlashConfig.from_hf(config), jax.random.key(0)))
+        return target, folders.write_safetensors(tmp_path / "draft", config, arrays)
     return target, folders.write_bin(tmp_path / "draft", config, folders.llama_arrays(1))
 
 
@@ -100,7 +105,8 @@ def test_other_drafts_are_what_their_classes_make(other_pair: tuple[Path, Path],
     """The same pytree, so that one program serves models that were loaded, converted, or made."""
     draft = load(convert(*other_pair, tmp_path / "out"))[1]
     key = jax.random.key(0)
-    made = Medusa(draft.config, key) if isinstance(draft, Medusa) else DraftModel(Llama(draft.model.config, key))
+    model = isinstance(draft, DraftModel)
+    made = DraftModel(Llama(draft.model.config, key)) if model else type(draft)(draft.config, key)
     for model in (draft, from_pretrained(*other_pair)[1]):
         assert jax.tree.structure(model) == jax.tree.structure(made)
 

@@ -57,6 +57,8 @@ def test_draft_kind():
     assert draft_kind({"midlayer.mlp.up_proj.weight"}, "head") == ("eagle3", names.EAGLE3)
     assert draft_kind({"layers.0.hidden_norm.weight", "fc.weight"}, "head") == ("eagle3", names.EAGLE3_LAYERS)
     assert draft_kind({"layers.0.mlp.up_proj.weight", "fc.weight"}, "head") == ("eagle1", names.EAGLE1)
+    dflash = {"layers.0.mlp.up_proj.weight", "fc.weight", "hidden_norm.weight"}
+    assert draft_kind(dflash, "head") == ("dflash", names.DFLASH)
     assert draft_kind({"model.layers.0.mlp.up_proj.weight"}, "model") == ("llama", names.LLAMA)
 
 

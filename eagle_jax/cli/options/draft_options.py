@@ -42,7 +42,13 @@ class Candidate:
 NAMES: dict[str, Kind | None] = {"plain": None, **KINDS}  # None: no draft
 WITH_WEIGHTS = {name: kind for name, kind in KINDS.items() if kind.weights is not None}
 # Folders of the embedded pair's heads, by the kind of weights.
-EMBEDDED: dict[str, str | None] = {"eagle1": "head_eagle1", "eagle3": "head", "medusa": None, "llama": None}
+EMBEDDED: dict[str, str | None] = {
+    "eagle1": "head_eagle1",
+    "eagle3": "head",
+    "dflash": None,
+    "medusa": None,
+    "llama": None,
+}
 
 SPEC_HELP = (
     "ways to decode, in this order: plain, "
@@ -124,7 +130,7 @@ def candidates(
         if args.tree is not None:
             return grown(args.tree, args), "from --tree"
         folder = next(Path(source) for source, other in loaded.items() if other is draft)
-        tree, origin = tuned.find(draft, folder, batch) or (kind.tree, "the default")
+        tree, origin = tuned.find(draft, folder, batch) or (default_tree(draft, kind), "the default")
         return grown(tree, args), origin
 
     found = []

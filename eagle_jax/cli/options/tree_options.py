@@ -97,9 +97,12 @@ def default_tree(draft: Any, kind: Kind | None = None) -> TreePolicy:
     """Returns the tree of the kind (default: the draft's own), cut off at the deepest that the draft can grow."""
     kind = kind or kind_of(draft)
     tree = TreeConfig() if kind is None or kind.tree is None else kind.tree
-    if kind is None or kind.deepest is None or not isinstance(tree, StaticTree):
+    if kind is None or kind.deepest is None:
         return tree
     deepest = getattr(draft.config, kind.deepest)
+    if isinstance(tree, BestPrefixes):
+        return dataclasses.replace(tree, depth=min(tree.depth, deepest))
+    assert isinstance(tree, StaticTree)
     return StaticTree([path for path in tree.paths if len(path) <= deepest])
 
 

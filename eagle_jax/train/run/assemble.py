@@ -311,6 +311,7 @@ TRAINED: dict[str, Training | None] = {
         new_head=new_eagle3,
         head_fields=lambda head, vocabulary: {"draft_vocab_size": vocabulary, "taps": head.taps, **head.parts},
     ),
+    "dflash": None,
     "medusa": None,
     "llama": None,
 }
