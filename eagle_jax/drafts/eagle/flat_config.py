@@ -145,7 +145,7 @@ NEUTRAL_VALUES_OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 MATHEMATICS = joined(READ, SPELLINGS, NEUTRAL_VALUES, NEUTRAL_HEAD_VALUES, *NEUTRAL_VALUES_OF_KIND.values())
-# Further fields of `eagle_config`. They describe the head's training, or do not apply to a head of one layer.
+# Further fields of `eagle_config`, which describe the head's training or tell nothing of its mathematics.
 HARMLESS = {
     "architectures",
     "attention_dropout",
