@@ -107,6 +107,8 @@ ONE_EACH = [
     "qwen3_moe",
     "gpt_oss",
 ]
+# Of these, the ones that have every part between them; test-long has all.
+QUICK = ["qwen2 with windows", "gemma3", "gpt_oss"]
 NEW = 16  # tokens
 
 
@@ -207,7 +209,9 @@ def verify(model, nodes, mask, cache):
     return model.logits(out.hidden)
 
 
-@pytest.mark.parametrize("case", ONE_EACH)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in ONE_EACH]
+)
 def test_speculative_text_is_their_greedy_text(case, ours):
     """Every new token is the argmax of transformers' pass over the whole text. The target's first layer drafts."""
     target = ours(case)
