@@ -29,6 +29,7 @@ from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.rope import RopeConfig
+from eagle_jax.models.target import logit_softcap
 
 COPY = "copy"  # of the target's lm_head, which an EAGLE-1 head does not use
 NORMS = ("fc_norm", "norm_before_fc", "norm_output")
@@ -130,6 +131,8 @@ def refusals(draft: Eagle3Draft | Eagle1Draft, target: Llama, format: str) -> li
         found.append(f"head_dim is {config.head_dim}, it takes hidden_size / heads only")
     if not engine.wide and config.target_hidden_size != config.hidden_size:
         found.append(f"target_hidden_size is {config.target_hidden_size}, it takes features of the head's own width")
+    if logit_softcap(target) is not None and {"lm_head", COPY} & set(needed(draft, format)):
+        found.append("the target caps its logits, the file's copy of its lm_head has no cap")
     found += _rope_refusals(config.rope, target.config.rope, engine)
     if config.own_embedding and kind in engine.target_embedding:
         wide = kind in engine.wide_embedding and config.target_hidden_size != config.hidden_size

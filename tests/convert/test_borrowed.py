@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -92,6 +93,14 @@ def test_export_of_a_head_without_lm_head(target_folder: Path, tmp_path: Path, f
         np.testing.assert_array_equal(again.output_weight(model), model.output_weight())
         vocabulary = json.loads((tmp_path / str(i) / "config.json").read_text())["draft_vocab_size"]
         assert vocabulary == (None if format == "sglang" else 16)
+
+
+def test_a_copy_of_an_lm_head_whose_logits_are_capped_is_refused(tmp_path: Path):
+    capped = target()
+    capped.config = dataclasses.replace(capped.config, logit_softcap=30.0)
+    draft = eagle3(own_lm_head=False, draft_vocab_size=16)
+    with pytest.raises(ConfigError, match=r"the target caps its logits.*formats that can hold it: .*sglang"):
+        export(draft, capped, tmp_path / "out", format="official")
 
 
 def test_an_abstract_target_has_no_lm_head_to_export(tmp_path: Path):
