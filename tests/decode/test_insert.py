@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 import eagle_jax
-from eagle_jax import SamplingConfig
+from eagle_jax import DraftModel, SamplingConfig
+from eagle_jax.decode.prefill import reusable
+from eagle_jax.models.rope import ROPE_KINDS, RopeConfig
 from eagle_jax.ops.attention import attention
-from tests.toy import NEW, TREE, generate, near_ties, rows_of, small_case
+from tests.toy import NEW, TREE, generate, near_ties, random_target, rows_of, small_case
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +200,13 @@ def test_pad_chooses_the_least_bucket():
     for prompts, message in (([[1], []], "a prompt is empty"), ([], "empty"), ([[1] * 10], "10 tokens.* holds 9")):
         with pytest.raises(ValueError, match=message):
             eagle_jax.pad(prompts, buckets=(2, 5, 9))
+
+
+@pytest.mark.parametrize("kind", ROPE_KINDS)
+def test_keys_that_depend_on_the_length_of_their_prompt_are_not_reused(kind):
+    """Of a target, and of a model that drafts for one whose keys do not depend on it."""
+    target, other = random_target(0), random_target(0)
+    other.config = dataclasses.replace(target.config, rope=RopeConfig(kind=kind))
+    assert reusable(target, None) and reusable(target, DraftModel(target))
+    independent = kind not in ("dynamic", "longrope")
+    assert reusable(other, None) == reusable(target, DraftModel(other)) == independent
