@@ -128,6 +128,46 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+# Targets with experts. bench/decode/work.py does not count their work, which depends on the experts that are chosen.
+ROUTED: dict[str, Shape] = {
+    # Qwen3-30B-A3B
+    "qwen3-30b-a3b": llama_shape(
+        dict(
+            model_type="qwen3_moe",
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=48,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            head_dim=128,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            norm_topk_prob=True,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=40960,
+            rope_theta=1e6,
+        )
+    ),
+    # gpt-oss-20b
+    "gpt-oss-20b": llama_shape(
+        dict(
+            model_type="gpt_oss",
+            vocab_size=201088,
+            hidden_size=2880,
+            intermediate_size=2880,
+            num_hidden_layers=24,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            head_dim=64,
+            num_local_experts=32,
+            num_experts_per_tok=4,
+        )
+    ),
+}
+
+
 def abstract_pair(shape: Shape, dtype: Any = jnp.bfloat16) -> tuple[Llama, Eagle3Draft]:
     """Makes a target and a head with ShapeDtypeStructs in place of arrays."""
     return params.abstract(lambda key: random_pair(shape, key, dtype))

@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from bench import report
 from bench.aot import compilers, hlo, programs
 from bench.aot.programs import Program
-from bench.shapes import SHAPES, Shape
+from bench.shapes import ROUTED, SHAPES, Shape
 from eagle_jax.sampling import SamplingConfig
 
 MIB = 2**20
@@ -47,7 +47,11 @@ def cycle(shape: Shape, sampling: SamplingConfig) -> Program:
 # {"8b cycle greedy": (shape, program, sampling)}
 ROWS = {
     f"{name} {program.__name__} {sampling}": (name, program, sampling)
-    for name, program, samplings in (("8b", plain, ["greedy"]), ("8b", cycle, [*SAMPLINGS]))
+    for name, program, samplings in (
+        ("8b", plain, ["greedy"]),
+        ("8b", cycle, [*SAMPLINGS]),
+        *((routed, program, ["greedy"]) for routed in ROUTED for program in (plain, cycle)),
+    )
     for sampling in samplings
 }
 
@@ -58,7 +62,8 @@ def measure(name: str, layers: int | None = None) -> dict[str, Any]:
     layers: of the target, in place of its own number.
     """
     model, make, sampling = ROWS[name]
-    shape = SHAPES[model] if layers is None else SHAPES[model].with_layers(layers)
+    shape = (SHAPES | ROUTED)[model]
+    shape = shape if layers is None else shape.with_layers(layers)
     program, device = make(shape, SAMPLINGS[sampling]), compilers.gpu_devices()[0]
     start = time.perf_counter()
     compiled = program.compile(device)

@@ -211,12 +211,14 @@ def every_expert(activation: Activation, x: Tokens, chosen: Chosen, weights: Exp
     padded = jnp.pad(x, [(0, missing), (0, 0)]).reshape(-1, size, x.shape[-1])
     expert = jnp.minimum(jnp.pad(chosen, [(0, missing), (0, 0)]), len(weights.gate) - 1)
 
-    def multiply(x, weight):  # tokens [rows, in] at first, then what each expert made of them
-        return dot("ri,eoi->ero" if x.ndim == 2 else "eri,eoi->ero", x, weight)
+    # Tokens last, as the products leave them: XLA copies what it has to transpose.
+    def multiply(x, weight):  # x: tokens [in, rows] at first, then what each expert made of them [experts, in, rows]
+        return dot("eoi,ir->eor" if x.ndim == 2 else "eoi,eir->eor", weight, x)
 
     def some(block):
         rows, expert = block
-        return _mlp(multiply, lambda bias: bias[:, None], activation, rows, weights)[expert, jnp.arange(size)[:, None]]
+        out = _mlp(multiply, lambda bias: bias[:, :, None], activation, rows.T, weights)
+        return out[expert, :, jnp.arange(size)[:, None]]
 
     outputs = jax.lax.map(some, (padded, expert.reshape(-1, size, chosen.shape[1])))
     return outputs.reshape(-1, chosen.shape[1], x.shape[-1])[: len(x)]
