@@ -21,6 +21,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
     "sliding_window_pattern": (0,),
     "attention_chunk_size": (0,),
+    "dual_chunk_attention_config": (),
     "partial_rotary_factor": (1, 1.0),
     "rotary_pct": (1, 1.0),
     "rope_interleaved": (False,),

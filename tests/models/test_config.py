@@ -218,6 +218,7 @@ REFUSED = {
     "sliding_window": 4096,
     "use_sliding_window": True,
     "attention_chunk_size": 8192,
+    "dual_chunk_attention_config": dict(chunk_size=262144),
     "partial_rotary_factor": 0.5,
     "rope_interleaved": True,
     "no_rope_layers": [1, 0, 1],
