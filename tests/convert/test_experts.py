@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from eagle_jax.convert import CheckpointError, experts, from_pretrained, to_official
+from eagle_jax.convert import CheckpointError, convert, experts, from_pretrained, load, to_official
 from eagle_jax.models import params
 
 CONFIG = dict(
@@ -94,6 +94,16 @@ def test_mxfp4_weights_are_those_that_transformers_reads(tmp_path, dtype):
         assert written.keys() == plain.keys()
         for name, array in plain.items():
             np.testing.assert_array_equal(written[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("config", [GPT_OSS, MIXTRAL], ids=lambda config: config["model_type"])
+def test_a_converted_folder_holds_the_same(config, tmp_path):
+    source = folder(tmp_path / "source", config, gpt_oss_arrays() if config is GPT_OSS else mixtral_arrays())
+    convert(source, None, tmp_path / "converted")
+    loaded, read = (params.flatten(model) for model, _ in (load(tmp_path / "converted"), from_pretrained(source)))
+    assert loaded.keys() == read.keys()
+    for path, array in read.items():
+        np.testing.assert_array_equal(loaded[path], array, err_msg=path)
 
 
 def test_every_byte_and_scale_is_exact():
