@@ -38,12 +38,13 @@ CORE = tests/tree $(LOSSLESS) tests/models \
 	tests/drafts/test_lossless.py::test_coupled_sampling_gives_the_text_of_plain_sampling[eagle1]
 
 # Of these, what takes longest and does not depend on versions more than the rest.
-NOT_CORE = tests/decode/test_cycle.py::test_speculative_equals_plain_for_any_draft \
+NOT_CORE = tests/models/test_experts.py::test_decoding_is_lossless_and_sequences_independent \
+	tests/decode/test_cycle.py::test_speculative_equals_plain_for_any_draft \
 	tests/test_golden.py::test_stops_are_exact[t1_eagle3_dv256] \
 	tests/test_golden.py::test_stops_are_exact[t2_eagle1_bias] \
 	tests/test_golden.py::test_stops_are_exact[t2_eagle1_nobias]
 # Kinds of draft that differ from another by the shape of their tree alone.
-OTHER_TREES = eagle3_static medusa_dynamic lookahead_of_bigrams draft_model_dynamic
+OTHER_TREES = eagle3_static medusa_dynamic medusa_best_prefixes lookahead_of_bigrams draft_model_dynamic
 
 .PHONY: demo chat test lint types pytest test-newest test-long docs clean
 
