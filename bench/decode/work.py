@@ -120,7 +120,7 @@ def _pass(config: LlamaConfig, reads: int, batch: int, tokens: int, context: int
     """Counts the work of all layers on B x T embedded tokens; `reads`: the width that attention reads."""
     d, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     matrices = reads * (heads + 2 * kv) + heads * d + 3 * d * config.intermediate_size
-    norms = d + reads
+    norms = d + reads + 2 * config.head_dim * config.qk_norm + 2 * d * config.output_norms
     layers = config.num_layers
     moved = layers * (matrices + norms) + batch * tokens * d + batch * (context + tokens) * 2 * kv * layers
     computed = 2 * batch * tokens * layers * (matrices + 2 * (context + tokens) * heads)

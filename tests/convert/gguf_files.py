@@ -35,10 +35,11 @@ WIDE = {  # of rows that divide into blocks of 32
     "llama.attention.value_length": 16,
     "llama.rope.dimension_count": 16,
 }
+LAYER = [path for path in names.LAYER if f"layers.{{i}}.{path}" in names.GGUF]  # no norms of queries and keys
 # The official tensor's name -> the file's; and how the rows of queries and keys are interleaved.
 NAMES = {
     names.official_name(names.LLAMA, path): names.official_name(names.GGUF, path)
-    for path in (*(f"layers.{i}.{rest}" for i in range(2) for rest in names.LAYER), "embed", "norm", "lm_head")
+    for path in (*(f"layers.{i}.{rest}" for i in range(2) for rest in LAYER), "embed", "norm", "lm_head")
 }
 
 

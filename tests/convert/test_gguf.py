@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         changed(llama__rope__dimension_count=4),
         "dimension_count = 4 of a head of 6",
     ),
-    "yarn": (changed(llama__rope__scaling__type="yarn"), "rope type 'yarn' is not implemented"),
+    "yarn": (changed(llama__rope__scaling__type="yarn"), "rope type 'yarn' of a GGUF file is not implemented"),
     "layers that differ": (changed(llama__attention__head_count=[2, 1]), "differs from layer to layer"),
     "values of another length": (changed(llama__attention__value_length=4), "value_length differ"),
     "no size": (changed(llama__embedding_length=None), "has no llama.embedding_length"),

@@ -178,7 +178,7 @@ def test_a_window_drafts_from_the_rows_it_shows(case):
         draft.fuse(features),
         pairs,
         positions[None],
-        lambda q, k, v: (attention(q, k, v, visible[None]), None),
+        lambda index, q, k, v: (attention(q, k, v, visible[None]), None),
         prompt_lengths=lengths[:1],
     )
     best = jax.lax.top_k(jax.nn.log_softmax(draft.logits(target, hidden[:, -1])), TREE.top_k)[0][0]

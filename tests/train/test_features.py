@@ -349,7 +349,7 @@ def test_fingerprints_outlast_new_fields_of_a_config():
 
     newer = dataclasses.make_dataclass(
         "NewerConfig",
-        [("softcap", float, 0.0), ("sinks", tuple, dataclasses.field(default_factory=tuple))],
+        [("new_factor", float, 0.0), ("new_sizes", tuple, dataclasses.field(default_factory=tuple))],
         bases=(DraftConfig,),
         frozen=True,
     )
@@ -357,7 +357,7 @@ def test_fingerprints_outlast_new_fields_of_a_config():
     head.config = newer(**fields)
     assert fingerprint.of_model(head) == stored
     others = []
-    for change in ({"softcap": 1.0}, {"sinks": (1,)}, {"window": None}, {"rope": RopeConfig()}):
+    for change in ({"new_factor": 1.0}, {"new_sizes": (1,)}, {"window": None}, {"rope": RopeConfig()}):
         head.config = dataclasses.replace(newer(**fields), **change)
         others.append(fingerprint.of_model(head))
     assert len({stored, *others}) == 5

@@ -154,10 +154,17 @@ def _head_dim(config: Mapping[str, Any]) -> Any:
 
 
 def _scaling(own: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the rope_scaling of the metadata. The config's reader refuses kinds that are not implemented."""
+    """Returns the rope_scaling of the metadata.
+
+    Raises:
+      ConfigError: for a kind whose metadata is not read, such as yarn, which has factors of its own there.
+    """
     if "rope.scale_linear" in own:  # of old files
         return {"rope_type": "linear", "factor": own["rope.scale_linear"]} if own["rope.scale_linear"] != 1.0 else {}
-    if own.get("rope.scaling.type", "none") == "none":
+    kind = own.get("rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise ConfigError(f"{where}: rope type {kind!r} of a GGUF file is not implemented (accepted: none, linear)")
+    if kind == "none":
         return {}
     return {field: own[key] for key, field in SCALING.items() if key in own}
 
