@@ -144,6 +144,8 @@ def refusals(draft: Eagle3Draft | Eagle1Draft, target: Llama, format: str) -> li
             continue  # attention_bias says it
         if stated and kind not in engine.holds.get(part, ()):
             found.append(f"{part} is {'true' if stated is True else stated}, {lacks}")
+        if not stated and part in engine.always.get(kind, ()):
+            found.append(f"{part} is false, its heads always have it")
     if len(set(config.windows) - {None}) > 1:
         found.append(f"windows is {config.windows}, a config.json states one size")
     if kind == "eagle1":
@@ -218,6 +220,7 @@ def _tensors(draft: Any, kind: str, engine: Engine, added: Mapping[str, np.ndarr
         tensors.pop(names.TARGET_TO_DRAFT, None)
     dialect = DIALECTS[engine.dialect]
     rules = dialect.several if draft.config.num_layers > 1 and dialect.several else dialect.written
+    rules = dialect.eagle1 if kind == "eagle1" and dialect.eagle1 is not None else rules
     return {theirs_of(name, rules): array for name, array in tensors.items()}
 
 
@@ -244,13 +247,16 @@ def _config_json(config: DraftConfig, kind: str, engine: Engine, target: Llama) 
     """Returns the config.json of a head whose config already has the form that reading back gives."""
     head = {"architectures": [engine.architectures[kind]]}
     layer = _layer_fields(config, engine)
-    more: dict[str, Any] = {name: value for name, value in engine.fields.items() if name != "eagle_config"}
+    fixed = engine.fields.get(kind, {})
+    more: dict[str, Any] = {name: value for name, value in fixed.items() if name != "eagle_config"}
     if "target_model_type" in DIALECTS[engine.dialect].harmless:
         more["target_model_type"] = target.config.model_type
     if kind == "eagle1":
         # SGLang reads `bias` as the bias of attention.
         bias = {engine.fc_bias_field: config.fc_bias} if engine.fc_bias_field else {}
-        return head | layer | bias | ({"qkv_bias": True} if config.qkv_bias else {}) | more
+        return (
+            head | layer | bias | ({"qkv_bias": True} if config.qkv_bias else {}) | more | _eagle1_norms(config, engine)
+        )
     more |= _eagle3_fields(config, engine)
     if not engine.speculators:
         return head | layer | more
@@ -309,11 +315,22 @@ def _layer_fields(config: DraftConfig, engine: Engine) -> dict[str, Any]:
     return fields
 
 
+def _eagle1_norms(config: DraftConfig, engine: Engine) -> dict[str, Any]:
+    """Returns the fields of an EAGLE-1 head's norms, for an engine whose configs state them."""
+    top: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
+    for norm, field in engine.norm_fields.items():
+        (nested if field.startswith("eagle_config.") else top)[field.removeprefix("eagle_config.")] = getattr(
+            config, norm
+        )
+    return top | ({"eagle_config": nested} if nested else {})
+
+
 def _eagle3_fields(config: DraftConfig, engine: Engine) -> dict[str, Any]:
     """Returns the fields of an EAGLE-3 head beside those of its layers."""
     null = engine.null_vocabulary and not config.own_lm_head
     fields: dict[str, Any] = {"draft_vocab_size": None if null else config.draft_vocab_size}
-    nested = dict(engine.fields.get("eagle_config", {}))
+    nested = dict(engine.fields.get("eagle3", {}).get("eagle_config", {}))
     if config.target_hidden_size != config.hidden_size:
         fields["target_hidden_size"] = config.target_hidden_size
     if config.norm_before_residual:

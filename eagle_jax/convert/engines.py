@@ -32,7 +32,9 @@ PARTS: dict[str, str] = {
     "mlp_bias": "its layer has no such bias",
     "fc_norm": "it has no norm of each tap",
     "norm_before_fc": "it has no norm before fc",
-    "norm_output": "its next step reads the hidden state before the final norm",
+    "norm_output": "its next step reads the hidden state before the final norm, if there is one",
+    "input_norms": "it has no norms before fc",
+    "attention_norm": "its layer has no norm before attention",
     "windows": "its layers attend to all positions",
     "qk_norm": "its layer has no such norms",
     "qkv_bias": "its layer has no such bias",
@@ -47,7 +49,8 @@ class Engine:
     title: for messages. file: the weights. architectures: of each kind that it reads.
     dialect: a key of `heads.dialects.DIALECTS`, whose names it reads.
     holds: {field of a DraftConfig in PARTS: kinds that may have the part}. several_layers: whether its heads may have
-    more than one.
+    more than one. always: {kind: parts in PARTS that its heads always have}.
+    norm_fields: {norm of an EAGLE-1 head: its config field}, for those that the engine does not find by the tensors.
     taps: the config field that names tapped layers, "" for none. lowest_tap: the first layer whose input it can read.
     num_taps: how many it reads, None for any number. fc_by_width: features as wide as the head itself skip fc.
     taps_option: the engine's own option, which names the outputs of layers in place of the config.
@@ -60,7 +63,7 @@ class Engine:
     wide_fc_bias: whether an EAGLE-3 head's fc may have a bias.
     any_head_dim: whether head_dim may differ from D / heads. ropes: kinds of RoPE; free_theta: those with a base of
     their own. target_rope: whether it uses the target's RoPE. rope_key: the name of the kind in rope_scaling.
-    nested: fields of a DraftConfig that stand in eagle_config, with their names there. fields: further ones.
+    nested: fields of a DraftConfig that stand in eagle_config, with their names there. fields: further ones, by kind.
     speculators: whether the layer's fields stand in transformer_layer_config.
     note: a sentence for the user.
     """
@@ -92,8 +95,10 @@ class Engine:
     target_rope: bool = False
     rope_key: str = "rope_type"
     nested: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     speculators: bool = False
+    always: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    norm_fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     note: str = ""
 
 
@@ -179,35 +184,57 @@ ENGINES: dict[str, Engine] = {
     ),
     "modelopt": Engine(
         title="Model-Optimizer",
-        architectures={"eagle3": "LlamaForCausalLMEagle3"},
+        architectures={"eagle3": "LlamaForCausalLMEagle3", "eagle1": "LlamaForCausalLMEagle"},
         dialect="modelopt",
-        holds={"attention_bias": EAGLE3, "mlp_bias": EAGLE3},
+        holds={
+            "attention_bias": EAGLE3,
+            "mlp_bias": EAGLE3,
+            "input_norms": EAGLE1,
+            "attention_norm": EAGLE1,
+            "norm_output": EAGLE1,
+        },
+        norm_fields={
+            "input_norms": "eagle_config.use_mtp_layernorm",
+            "attention_norm": "eagle_config.use_input_layernorm_in_first_layer",
+            "norm_output": "eagle_config.use_last_layernorm",
+        },
         several_layers=True,
         taps=NESTED_TAPS,
         lowest_tap=1,
         num_taps=None,
-        target_embedding=EAGLE3,
-        needs={"eagle3": ("lm_head",)},
+        target_embedding=BOTH,
+        needs={"eagle3": ("lm_head",), "eagle1": ("copy",)},
         tables=False,
         t2d=False,
+        fc_bias="never",
         fields={
-            "eagle_config": {
-                "use_aux_hidden_state": True,
-                "use_input_layernorm_in_first_layer": True,
-                "use_last_layernorm": True,
-                "use_mtp_layernorm": False,
-                "next_layer_regular": True,
+            "eagle3": {
+                "eagle_config": {
+                    "use_aux_hidden_state": True,
+                    "use_input_layernorm_in_first_layer": True,
+                    "use_last_layernorm": True,
+                    "use_mtp_layernorm": False,
+                    "next_layer_regular": True,
+                }
             }
         },
     ),
     "nemo": Engine(
         title="NeMo Automodel",
-        architectures={"eagle3": "LlamaEagle3DraftModel"},  # its EAGLE-1 heads have two more norms
+        architectures={"eagle3": "LlamaEagle3DraftModel", "eagle1": "LlamaEagleDraftModel"},
         dialect="nemo",
-        holds={"attention_bias": EAGLE3, "mlp_bias": EAGLE3, "fc_norm": EAGLE3, "norm_output": EAGLE3},
-        needs={"eagle3": ("embed", "lm_head")},
+        holds={
+            "attention_bias": BOTH,
+            "mlp_bias": BOTH,
+            "fc_norm": EAGLE3,
+            "norm_output": BOTH,
+            "attention_norm": EAGLE1,
+        },
+        always={"eagle1": ("attention_norm", "norm_output")},
+        needs={"eagle3": ("embed", "lm_head"), "eagle1": ("embed",)},
+        fc_bias="never",
         ropes=("default", "llama3"),
-        fields={"num_aux_hidden_states": 3},
+        fields={"eagle3": {"num_aux_hidden_states": 3}, "eagle1": {"draft_num_hidden_layers": 1}},
     ),
     "angelslim": Engine(
         title="AngelSlim",
@@ -245,13 +272,15 @@ ENGINES: dict[str, Engine] = {
         title="CPM.cu",
         architectures={"eagle3": "LlamaForCausalLM", "eagle1": "LlamaForCausalLM"},
         dialect="cpmcu",
+        holds={"input_norms": EAGLE1, "attention_norm": EAGLE1},
+        norm_fields={"input_norms": "use_input_norm", "attention_norm": "use_attn_norm"},
         target_embedding=BOTH,
         wide=False,
         needs={"eagle3": ("lm_head",)},
         t2d=False,
         fc_bias="always",
         target_rope=True,
-        fields={"eagle_num_layers": 1},
+        fields={"eagle3": {"eagle_num_layers": 1}, "eagle1": {"eagle_num_layers": 1}},
     ),
     "nxd": Engine(
         title="NxD Inference",

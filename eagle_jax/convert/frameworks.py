@@ -51,7 +51,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         "CPM.cu",
         "EAGLE-1, 2 and 3",
         ("cpmcu",),
-        "default taps, and the target's RoPE; heads with MiniCPM's input norms do not come in",
+        "default taps, and the target's RoPE; options use_input_norm, use_attn_norm for EAGLE-1 heads with norms",
     ),
     Framework(
         "Intel® Extension for Transformers",
@@ -76,9 +76,9 @@ FRAMEWORKS: tuple[Framework, ...] = (
     ),
     Framework(
         "NVIDIA NeMo Framework",
-        "EAGLE-3 and 3.1",
+        "EAGLE-1, 3 and 3.1",
         ("nemo",),
-        "Automodel trains on from it; its EAGLE-1 heads have two more norms than the published ones",
+        "Automodel trains on from it; an EAGLE-1 head needs the two more norms that Automodel's have",
     ),
     Framework(
         "NVIDIA TensorRT-LLM",
@@ -86,7 +86,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         ("trtllm",),
         "other taps by its option eagle3_layers_to_capture; the C++ runtime builds an engine from --format official",
     ),
-    Framework("NVIDIA TensorRT Model Optimizer", "EAGLE-3", ("modelopt",), "quantizes it, or trains on from it"),
+    Framework("NVIDIA TensorRT Model Optimizer", "EAGLE-1 and 3", ("modelopt",), "quantizes it, or trains on from it"),
     Framework(
         "PaddleNLP",
         "EAGLE-1, in Paddle's own parameter files",

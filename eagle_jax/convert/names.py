@@ -86,6 +86,10 @@ EAGLE1: dict[str, str] = {
     "fc": "fc.weight",
     "fc_bias": "fc.bias",
     **{f"layer.{path}": f"layers.0.{name}" for path, name in LAYER.items()},
+    # Norms that the official heads lack, as Megatron names them.
+    "embed_norm": "enorm.weight",
+    "hidden_norm": "hnorm.weight",
+    "norm": "norm.weight",
 }
 
 DFLASH: dict[str, str] = {

@@ -174,9 +174,58 @@ def test_eagle1(tmp_path: Path):
     assert any("all zero" in note for note in done.notes)
 
 
+NORMS = {"enorm.weight", "hnorm.weight", "layers.0.input_layernorm.weight", "norm.weight"}
+# Norms of an EAGLE-1 head: the parts, the names of their tensors, and fields of the config.
+EAGLE1_NORMS: dict[str, tuple[dict[str, bool], set[str], dict[str, Any]]] = {
+    "modelopt": (
+        {"input_norms": True, "attention_norm": True, "norm_output": True},
+        NORMS | {"lm_head.weight"},
+        {
+            "architectures": ["LlamaForCausalLMEagle"],
+            "eagle_config": {
+                "use_mtp_layernorm": True,
+                "use_input_layernorm_in_first_layer": True,
+                "use_last_layernorm": True,
+            },
+        },
+    ),
+    "nemo": (
+        {"attention_norm": True, "norm_output": True},
+        {"layers.0.input_layernorm.weight", "norm.weight", EMBED},
+        {"architectures": ["LlamaEagleDraftModel"], "draft_num_hidden_layers": 1},
+    ),
+    "cpmcu": (
+        {"input_norms": True},
+        {"input_norm1.weight", "input_norm2.weight", "fc.bias"},
+        {"use_input_norm": True, "use_attn_norm": False, "eagle_num_layers": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("format", EAGLE1_NORMS)
+def test_norms_of_eagle1_heads(format: str, tmp_path: Path):
+    parts, names, fields = EAGLE1_NORMS[format]
+    _, config, tensors = written(format, eagle1(**parts), tmp_path)
+    assert fields.items() <= config.items() and "num_aux_hidden_states" not in config
+    plain = {"fc.weight"} | {f"layers.0.{name}" for name in LAYER - {"input_layernorm.weight", "hidden_norm.weight"}}
+    assert tensors == names | plain
+
+
 @pytest.mark.parametrize(
     ("make", "format", "message"),
     [
+        (
+            lambda: eagle1(input_norms=True),
+            "nemo",
+            "input_norms is true, it has no norms before fc; attention_norm is false",
+        ),
+        (
+            lambda: eagle1(norm_output=True),
+            "cpmcu",
+            r"norm_output is true, .* if there is one .*can hold it: modelopt\)",
+        ),
+        (lambda: eagle1(attention_norm=True), "official", "its layer has no norm before attention"),
+        (lambda: eagle1(fc_bias=True), "modelopt", "fc.bias"),
         (eagle1, "trtllm", "it is an EAGLE-1 head, which the engine does not read"),
         (lambda: eagle3(taps=(2, 5, 7)), "nemo", r"taps layers \[2, 5, 7\], the engine always reads \[2, 4, 5\]"),
         (lambda: eagle3(taps=(0, 5, 7)), "modelopt", "reads the inputs of 1 to 7"),

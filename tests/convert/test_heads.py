@@ -190,6 +190,71 @@ def test_every_dialect_is_read():
     assert {dialect for dialect, *_ in WRITTEN.values()} | {"deepspec", "vllm"} == DIALECTS.keys()
 
 
+NORM_TENSORS = {
+    "enorm": "embed_norm",
+    "hnorm": "hidden_norm",
+    "layers.0.input_layernorm": "layer.input_norm",
+    "norm": "norm",
+}
+INPUT_NORMS, ATTENTION, OUTPUT = ("enorm", "hnorm"), ("layers.0.input_layernorm",), ("norm",)
+FLAGS = ("use_mtp_layernorm", "use_input_layernorm_in_first_layer", "use_last_layernorm")
+# EAGLE-1 heads with norms: the dialect, fields of the config, the norms, whether fc has a bias, and changed names.
+NORMED: dict[str, tuple[str, dict[str, Any], tuple[str, ...], bool, Change]] = {
+    "NeMo": (
+        "nemo",
+        {ARCHITECTURE: ["LlamaEagleDraftModel"], "num_hidden_layers": 36, "draft_num_hidden_layers": 1}
+        | {"model_type": "qwen3", "sliding_window": 4, "layer_types": ["sliding_attention"] * 36},
+        (*ATTENTION, *OUTPUT),
+        False,
+        same,
+    ),
+    "Megatron": ("modelopt", {"eagle_config": dict.fromkeys(FLAGS, True)}, tuple(NORM_TENSORS), False, same),
+    "Megatron, without flags": ("modelopt", {}, tuple(NORM_TENSORS), False, same),
+    "Megatron, one flag": (
+        "modelopt",
+        {"eagle_config": dict(zip(FLAGS, (False, False, True), strict=True)), "bias": True},
+        OUTPUT,
+        True,
+        same,
+    ),
+    "CPM.cu": (
+        "cpmcu",
+        {},
+        (*INPUT_NORMS, *ATTENTION),
+        True,
+        renamed(("enorm.", "input_norm1."), ("hnorm.", "input_norm2.")),
+    ),
+    "CPM.cu, with flags": (
+        "cpmcu",
+        {"use_input_norm": True, "use_attn_norm": False, "eagle_num_layers": 1},
+        INPUT_NORMS,
+        True,
+        renamed(("enorm.", "model.input_norm1."), ("hnorm.", "model.input_norm2.")),
+    ),
+}
+
+
+@pytest.mark.parametrize("written", NORMED)
+def test_norms_of_eagle1_heads(written: str):
+    dialect, fields, norms, bias, change = NORMED[written]
+    rng = np.random.default_rng(3)
+    arrays = folders.eagle1_arrays() | {f"{name}.weight": folders.normal(rng, (8,)) for name in norms}
+    if not bias:
+        del arrays["fc.bias"]
+    match = read(EAGLE1_CONFIG | fields, change(arrays))
+    config, leaves = match.model.config, parameters(match)
+    assert (match.kind, match.reading.dialect) == ("eagle1", dialect)
+    assert (config.input_norms, config.attention_norm, config.norm_output, config.fc_bias) == (
+        *(set(part) <= set(norms) for part in (INPUT_NORMS, ATTENTION, OUTPUT)),
+        bias,
+    )
+    folders.assert_same(
+        {path: leaves[path] for path in map(NORM_TENSORS.__getitem__, norms)},
+        {NORM_TENSORS[name]: arrays[f"{name}.weight"] for name in norms},
+    )
+    assert len(leaves) == len(arrays)
+
+
 PARTS = {"num_hidden_layers": 2, "fc_norm": True, "norm_output": True, "qk_norm": True}
 
 
@@ -353,17 +418,41 @@ TRAPS: dict[str, tuple[str, dict[str, Any], Arrays, str]] = {
         "eagle3",
         {},
         {"eh_proj.weight": np.ones((8, 16), np.float32)},
-        "'eh_proj.weight' belongs to norms",
+        "'eh_proj.weight' belongs to a projection before the layer",
     ),
     "MLA": ("eagle3", {}, {"midlayer.self_attn.kv_b_proj.weight": np.ones(3)}, "multi-head latent attention"),
-    "Megatron's EAGLE-1": ("eagle1", {}, {"hnorm.weight": np.ones(8, np.float32)}, "'hnorm.weight' belongs to norms"),
-    "norms of MiniCPM": ("eagle1", {}, {"input_norm1.weight": np.ones(8, np.float32)}, "use_input_norm"),
-    "EAGLE-1 of NeMo has two more norms": (
+    "one of Megatron's two norms": (
         "eagle1",
-        {ARCHITECTURE: ["LlamaEagleDraftModel"]},
-        {f"{name}.weight": np.ones(8, np.float32) for name in ("layers.0.input_layernorm", "norm")},
-        "input_layernorm.weight' has no place",
+        {},
+        {"hnorm.weight": np.ones(8, np.float32)},
+        "'enorm.weight' is missing",
     ),
+    "one of MiniCPM's two norms": (
+        "eagle1",
+        {},
+        {"input_norm1.weight": np.ones(8, np.float32)},
+        "'hnorm.weight' is missing",
+    ),
+    "norms that its framework lacks": (
+        "eagle1",
+        {},
+        {"norm.weight": np.ones(8, np.float32)},
+        "norm.weight' has no place",
+    ),
+    "a norm that its config denies": (
+        "eagle1",
+        {"eagle_config": {"use_last_layernorm": False}},
+        {"norm.weight": np.ones(8, np.float32)},
+        "norm.weight' has no place",
+    ),
+    "a norm that its config alone has": ("eagle1", {"norm_output": True}, {}, "'norm.weight' is missing"),
+    "norms of an EAGLE-1 head in another": (
+        "eagle3",
+        {"input_norms": True},
+        {},
+        "input_norms = True is not implemented",
+    ),
+    "enorm of an EAGLE-3 head": ("eagle3", {}, {"enorm.weight": np.ones(8, np.float32)}, "enorm.weight' has no place"),
     "FR-Spec": ("eagle1", {}, {"token_id_remap": np.arange(4)}, "'token_id_remap' limits an EAGLE-1 head"),
     "quantized": ("eagle3", {}, {"fc.qweight": np.ones((3, 3), np.int32)}, "'fc.qweight' belongs to quantized weights"),
     "an unknown field": ("eagle3", {"residual_gate": 0.5}, {}, "residual_gate = 0.5 is not known.*--ignore-field"),

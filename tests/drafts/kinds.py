@@ -49,6 +49,13 @@ def eagle1(config, seed, scale):
     return scaled(Eagle1Draft(head, jax.random.key(seed)), scale)
 
 
+def eagle1_with_norms(config, seed, scale):
+    """Every norm that some frameworks' EAGLE-1 heads have."""
+    norms = {"input_norms": True, "attention_norm": True, "norm_output": True}
+    head = dataclasses.replace(head_config(config, config.vocab_size), **norms)
+    return scaled(Eagle1Draft(head, jax.random.key(seed)), scale)
+
+
 def eagle3(config, seed, scale):
     """Over a part of the vocabulary only."""
     return scaled(Eagle3Draft(head_config(config, config.vocab_size * 2 // 3), 3, jax.random.key(seed)), scale)
@@ -94,6 +101,7 @@ def model(config, seed, scale):
 KINDS = {
     "eagle1": Kind(eagle1, STATIC),
     "eagle2": Kind(eagle1),
+    "eagle1 norms": Kind(eagle1_with_norms),
     "eagle3": Kind(eagle3),
     "eagle3 static": Kind(eagle3, STATIC),
     "eagle3 adaptive": Kind(eagle3, TreeConfig(depth=3, top_k=3, num_nodes=9, stop_below=0.3)),

@@ -53,6 +53,12 @@ def by_hand(draft, target, features, tokens):
     tensors = {name: np.asarray(array, np.float64) for name, array in to_official(draft).items()}
     eps = config.rms_norm_eps
     embedding = tensors.get("embed_tokens.weight", np.asarray(target.embed[...], np.float64))[tokens]
+    if isinstance(draft, eagle_jax.Eagle1Draft):
+        pair = norm(embedding, tensors["enorm.weight"], eps), norm(features, tensors["hnorm.weight"], eps)
+        x = linear(tensors, "fc", np.concatenate(pair, axis=-1))
+        normed = norm(x, tensors["layers.0.input_layernorm.weight"], eps)
+        final = norm(layer(tensors, "layers.0.", config, normed, x, None), tensors["norm.weight"], eps)
+        return final, final @ np.asarray(target.output_weight(), np.float64).T
     if config.fc_norm:
         taps = np.split(features, len(features[0]) // config.target_hidden_size, axis=-1)
         features = np.concatenate([norm(x, tensors[f"fc_norm.{i}.weight"], eps) for i, x in enumerate(taps)], axis=-1)
@@ -71,7 +77,7 @@ def by_hand(draft, target, features, tokens):
     return final if config.norm_output else x, linear(tensors, "lm_head", final)
 
 
-@pytest.mark.parametrize("kind", ["eagle3 parts", "eagle3.1"])
+@pytest.mark.parametrize("kind", ["eagle3 parts", "eagle3.1", "eagle1 norms"])
 def test_a_head_of_many_parts_equals_numpy(kind):
     target, draft = target_of(0), KINDS[kind].build(CONFIG, 1, 6.0)
     rng = np.random.default_rng(2)
@@ -81,7 +87,8 @@ def test_a_head_of_many_parts_equals_numpy(kind):
     moved.pop("target_ids", None)
     draft = eagle_jax.models.params.load(draft, arrays | {path: x.astype(np.float32) for path, x in moved.items()})
     assert len(moved) >= 5
-    features = rng.standard_normal((7, draft.fc.shape[1])).astype(np.float32)
+    width = CONFIG.hidden_size if kind == "eagle1 norms" else draft.fc.shape[1]
+    features = rng.standard_normal((7, width)).astype(np.float32)
     tokens = rng.integers(0, CONFIG.vocab_size, 7)
     expected = by_hand(draft, target, features.astype(np.float64), tokens)
     found = eagle_jax.draft_forward(draft, target, features[None], jnp.asarray(tokens[None], jnp.int32), jnp.array([7]))

@@ -196,12 +196,31 @@ def test_no_field_is_left_out():
     # Heads have Llama's values of these; tests/models/test_architectures.py has others.
     by_architecture = {"model_type", "activation", "norm_plus_one", "output_norms", "embedding_scale"}
     by_architecture |= {"local_rope", "attention_scale", "attention_softcap", "logit_softcap", "sinks", "experts"}
-    assert covered | told_by_tensors.keys() | by_architecture | {"window"} == fields
+    of_eagle1 = {"input_norms", "attention_norm"}  # test_the_norms_of_an_eagle1_head
+    assert covered | told_by_tensors.keys() | by_architecture | of_eagle1 | {"window"} == fields
     plain = PLAIN | dict(num_hidden_layers=1)
     for name, value in told_by_tensors.items():
         assert changes(DraftConfig.from_hf(plain), DraftConfig.from_hf(plain, **{name: value})) == {name: value}
     smaller = DraftConfig.from_hf(plain | dict(draft_vocab_size=50), own_lm_head=False)
     assert smaller.own_lm_head  # or there would be none for its vocabulary
+
+
+@pytest.mark.parametrize(
+    ("field", "spellings"),
+    [
+        ("input_norms", ("input_norms", "use_mtp_layernorm", "use_input_norm")),
+        ("attention_norm", ("attention_norm", "use_input_layernorm_in_first_layer", "use_attn_norm")),
+        ("norm_output", ("norm_output", "use_last_layernorm")),
+    ],
+)
+def test_the_norms_of_an_eagle1_head(field, spellings):
+    plain = PLAIN | {"num_hidden_layers": 1}
+    for name in spellings:
+        for hf in (plain | {name: True}, plain | {"eagle_config": {name: True}}):
+            without, given = (DraftConfig.from_hf(one, kind="eagle1") for one in (plain, hf))
+            assert changes(without, given) == {field: True}
+    with pytest.raises(ConfigError, match="contradict each other"):
+        DraftConfig.from_hf(plain | {spellings[0]: True, "eagle_config": {spellings[1]: False}}, kind="eagle1")
 
 
 def test_a_head_may_leave_out_its_number_of_layers():
@@ -373,13 +392,10 @@ def test_what_nvidia_writes_beside_the_mathematics_is_accepted():
     ("name", "standard", "other"),
     [
         ("use_aux_hidden_state", False, True),
-        ("use_input_layernorm_in_first_layer", False, True),
-        ("use_last_layernorm", False, True),
         ("skip_prenorm", True, False),
         ("norm_before_residual", False, True),
         ("norm_before_fc", False, True),
         ("fc_norm", False, True),
-        ("norm_output", False, True),
         ("use_aux_norm", False, True),
         ("return_hidden_post_norm", False, True),
         ("eagle_aux_hidden_state_layer_ids", [], [1, 2]),

@@ -12,7 +12,7 @@ import pytest
 import eagle_jax
 from eagle_jax import StaticTree
 from eagle_jax.models import params
-from eagle_jax.train import eagle3_loss
+from eagle_jax.train import eagle1_loss, eagle3_loss
 from eagle_jax.train.loss import eagle
 from tests.drafts.kinds import KINDS
 from tests.toy import TARGET, random_prompts
@@ -52,6 +52,32 @@ def test_the_steps_of_the_loss_draft_what_the_decoder_drafts(kind):
     np.testing.assert_array_equal(drafted.T, chain.tokens[:, 1:])
     np.testing.assert_allclose(jnp.cumsum(logits.max(axis=-1), axis=0).T, chain.scores[:, 1:], atol=1e-4)
     assert len(np.unique(drafted)) > 2
+
+
+def test_the_step_of_an_eagle1_head_with_norms_is_the_decoders():
+    """The loss, from the hidden states and logits that `draft_forward` gives for the same pairs."""
+    target, draft = pair("eagle1 norms")
+    tokens, lengths = random_prompts(2, 2, 9, vocab=24)
+    mask = jnp.ones(tokens.shape)
+
+    @jax.jit
+    def both(draft, target):
+        made = eagle.examples(draft, target, tokens, lengths, mask)
+        following = jnp.pad(tokens, [(0, 0), (0, 1)])[:, 1:]
+        hidden, logits = eagle_jax.draft_forward(draft, target, made.features, following, lengths)
+        weights = eagle.eagle1_weights(made)
+        answers = jnp.pad(made.features, [(0, 0), (0, 1), (0, 0)])[:, 1:]
+        teacher = jax.nn.softmax(target.logits(answers))
+        token = -(teacher * jax.nn.log_softmax(logits)).sum(axis=-1)
+        sums = (weights * eagle.smooth_l1(hidden, answers)).sum(), (weights * token).sum()
+        return eagle1_loss(draft, target, tokens, lengths, mask), [one / (weights.sum() + 1e-5) for one in sums]
+
+    losses, expected = both(draft, target)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+    gradient = params.flatten(jax.grad(lambda draft: sum(both(draft, target)[0]))(draft))
+    assert all(
+        jnp.abs(gradient[norm]).max() > 1e-6 for norm in ("embed_norm", "hidden_norm", "layer.input_norm", "norm")
+    )
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -20,7 +20,8 @@ class HeadDialect:
     architectures, marks, tensors: what shows the dialect: `architectures` of its config.json, fields that only it
     writes (at any place), and a pattern of tensor names that only it has.
     read: rules from its names to official ones; `layers.0` may stand for `midlayer`, and `model.` before any name, in
-    every dialect. written: rules from official names to its own; several: those of heads of several layers, if others.
+    every dialect. written: rules from official names to its own; several: those of heads of several layers, if others;
+    eagle1: those of EAGLE-1 heads, if others.
     split: {its tensor's name without prefix and suffix: the parts that it holds, one after the other}.
     joined: {official name: (its tensors, axis) that are concatenated along that axis}.
     fields: {its spelling: the field that is read}.
@@ -28,6 +29,7 @@ class HeadDialect:
     taps: what its ids of tapped layers name, "inputs" or "outputs" of layers; None if that cannot be known.
     norm_output: whether `norm_output` has one meaning, that of EAGLE-3.1.
     required: fields that must be stated, because readers differ on their defaults.
+    norms: those that its EAGLE-1 heads may have, fields of a DraftConfig; the tensors tell where config.json does not.
     layer: {model_type: what such a layer has beyond a Llama layer}. "*": any other, which is the target's.
     of_target: {field that is the target's and not applied: the value without effect}.
     layers_of_target: whether num_hidden_layers may be the target's, of a head of one layer.
@@ -40,6 +42,7 @@ class HeadDialect:
     read: Rules = ()
     written: Rules = ()
     several: Rules = ()
+    eagle1: Rules | None = None
     split: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     joined: Mapping[str, tuple[tuple[str, ...], int]] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -48,6 +51,7 @@ class HeadDialect:
     taps: str | None = None
     norm_output: bool = False
     required: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
     of_target: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layers_of_target: bool = False
 
@@ -67,6 +71,8 @@ MIDLAYERS: Rules = (
 AUX_NORMS: Rules = tuple(
     (f"fc_norm.{i}.weight", f"aux_norm_{where}.weight") for i, where in enumerate(("low", "mid", "high"))
 )
+# Norms of an EAGLE-1 head's embedding and hidden state before fc.
+INPUT_NORMS: Rules = (("enorm.weight", "input_norm1.weight"), ("hnorm.weight", "input_norm2.weight"))
 
 DIALECTS: dict[str, HeadDialect] = {
     "speculators": HeadDialect(
@@ -103,9 +109,12 @@ DIALECTS: dict[str, HeadDialect] = {
             ("midlayer.*", "model.layers.0.*"),
             ("*", "model.*"),
         ),
+        eagle1=(),
+        harmless=("draft_num_hidden_layers",),
         layer={"*": {}},
         of_target={"sliding_window": 0, "use_sliding_window": False, "layer_types": []},
         norm_output=True,
+        norms=("attention_norm", "norm_output"),
         layers_of_target=True,
     ),
     "trtllm": HeadDialect(
@@ -133,16 +142,20 @@ DIALECTS: dict[str, HeadDialect] = {
         title="CPM.cu",
         marks=("eagle_num_layers",),
         tensors=r"fc[12]\.(weight|bias)|token_id_remap|input_norm[12]\.weight",
+        read=INPUT_NORMS,
+        written=INPUT_NORMS,
         joined={"fc.weight": (("fc1.weight", "fc2.weight"), 1), "fc.bias": (("fc1.bias",), 0)},
         fields={"eagle_num_layers": "num_hidden_layers"},
+        norms=("input_norms", "attention_norm"),
     ),
     "modelopt": HeadDialect(
         title="Model-Optimizer",
         architectures=("LlamaForCausalLMEagle3Deep",),
         marks=("next_layer_regular", "parallel_draft_heads_num_layers", "use_last_layernorm", "use_mtp_layernorm"),
-        tensors=r"midlayer\.\d+\..*",
+        tensors=r"midlayer\.\d+\..*|[eh]norm\.weight",
         read=(*MIDLAYERS, *LATER_NORM),
         written=NUMBERED,
+        norms=("input_norms", "attention_norm", "norm_output"),
     ),
     "sglang": HeadDialect(
         title="SpecForge or SGLang",
@@ -161,10 +174,9 @@ DIALECTS: dict[str, HeadDialect] = {
 # Tensors of networks that are not implemented, by pattern: what they are.
 REFUSED: dict[str, str] = {
     r"mask_hidden": "P-EAGLE, which drafts several tokens in one pass",
-    r"(.*\.)?(eh_proj|enorm|hnorm)\..*": "norms and a projection before the layer (eh_proj_before_attn, MTP)",
+    r"(.*\.)?eh_proj\..*": "a projection before the layer (eh_proj_before_attn, MTP)",
     r".*\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj)\..*": "multi-head latent attention (MLA)",
     r"parallel_draft_heads\..*": "Medusa heads beside an EAGLE head (parallel_draft_step)",
-    r"input_norm[12]\.weight": "norms of the embedding and the hidden state before fc (use_input_norm)",
     r"(markov_head|confidence_head|candidate_selector|prefix_gru|embed_proj)\..*": "a head that drafts blocks",
     r".*\.(qweight|qzeros|scales|g_idx|weight_scale|input_scale)": "quantized weights",
     r"(.*\.)?(lora_[AB])\..*": "a LoRA adapter",

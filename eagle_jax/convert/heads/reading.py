@@ -18,6 +18,12 @@ from eagle_jax.drafts.eagle.flat_config import PLACES, TAPS
 from eagle_jax.models.fields import ConfigError, says_something
 
 NORM_OUTPUT, NORM_BEFORE_RESIDUAL, LAYERS = "norm_output", "norm_before_residual", "num_hidden_layers"
+# Norms of an EAGLE-1 head, by fields of a DraftConfig: their tensors.
+NORMS = {
+    "input_norms": (names.EAGLE1["embed_norm"], names.EAGLE1["hidden_norm"]),
+    "attention_norm": (names.EAGLE1["layer.input_norm"],),
+    "norm_output": (names.EAGLE1["norm"],),
+}
 MODEL_TYPE, LLAMA = "model_type", "llama"
 KNOWN = frozenset(
     (*HARMLESS, *PLACES, *flat_config.MATHEMATICS, *flat_config.HARMLESS, TAPS, OUTPUT_IDS, OUR_TAPS, OUR_NORM_OUTPUT)
@@ -59,7 +65,11 @@ def read_head(
         },
         **_one_layer(hf, dialect, official),
         **_layer(hf, dialect),
-        **(_flags(hf, dialect, where, choices) | _taps(hf, dialect, where, choices, num_layers) if eagle3 else {}),
+        **(
+            _flags(hf, dialect, where, choices) | _taps(hf, dialect, where, choices, num_layers)
+            if eagle3
+            else _norms(hf, dialect, official)
+        ),
     }
     fields = {name: value for name, (value, _) in found.items() if value is not None}
     return translated, HeadReading(key, fields, {name: reason for name, (_, reason) in found.items()})
@@ -139,6 +149,23 @@ def _layer(hf: Mapping[str, Any], dialect: HeadDialect) -> dict[str, tuple[Any, 
             reason = f"{dialect.title} means a layer of {named}" if parts else f"{named!r} is the target's"
             return {name: (value, reason) for name, value in ({**parts, MODEL_TYPE: LLAMA}).items()}
     return {}
+
+
+def _norms(hf: Mapping[str, Any], dialect: HeadDialect, official: Collection[str]) -> dict[str, tuple[Any, str]]:
+    """Finds the norms of an EAGLE-1 head, and the bias of its fc, by the tensors where config.json does not state them.
+
+    A statement is left as it is, so that a tensor which contradicts it has no place, or is missing.
+    """
+    if not dialect.norms:
+        return {}
+    spellings = flat_config.SPELLINGS | flat_config.SPELLINGS_OF_KIND["eagle1"]
+    stated = {spellings.get(name, name) for _, fields in _places(hf) for name in fields if fields[name] is not None}
+    parts = {name: NORMS[name] for name in dialect.norms} | {"bias": (names.EAGLE1["fc_bias"],)}
+    return {
+        name: (there, f"the file has {'such a tensor' if there else 'no such tensor'}")
+        for name, wanted in parts.items()
+        if name not in stated and ((there := any(one in official for one in wanted)) or name == "bias")
+    }
 
 
 def _flags(hf: Mapping[str, Any], dialect: HeadDialect, where: str, choices: HeadChoices) -> dict[str, tuple[Any, str]]:

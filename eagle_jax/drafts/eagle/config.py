@@ -14,12 +14,18 @@ from eagle_jax.ops.spec import Spec
 
 OFFICIAL_TAPS = 3  # target layers that an EAGLE-3 head reads, unless its config names them
 
+# Parts that a config.json states by true or false, under the names of the fields.
+FLAGS = (
+    *("norm_before_residual", "qkv_bias", "qk_norm", "fc_norm", "norm_before_fc", "norm_output"),
+    *("input_norms", "attention_norm"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig(LlamaConfig):
     """The sizes of an EAGLE head: its decoder layers, and the projections and norms around them.
 
-    Several layers, `windows`, `qk_norm` and the norms below are EAGLE-3 only.
+    Several layers, `windows`, `qk_norm` and the norms of EAGLE-3.1 are EAGLE-3 only.
 
     draft_vocab_size: entries of the head's `lm_head` (EAGLE-3).
     target_hidden_size: of the target whose features it reads; differs from `hidden_size` in the 70B target's head.
@@ -30,6 +36,9 @@ class DraftConfig(LlamaConfig):
     fc_bias: whether `fc` has a bias.
     fc_norm: RMSNorm of each tap before `fc`. norm_before_fc: one RMSNorm of all taps together. (EAGLE-3.1)
     norm_output: the next drafting step reads the hidden state after the final norm, not before it. (EAGLE-3.1)
+      An EAGLE-1 head has a final norm only with it.
+    input_norms: norms of the embedding and of the hidden state before an EAGLE-1 head's `fc`. attention_norm: the norm
+      of the input of its layer's attention. Both are parts of every EAGLE-3 layer, where the fields are false.
     window: (first, recent) positions that the draft attends to; None for all. Not part of any checkpoint; see
       `with_window`.
     """
@@ -45,6 +54,9 @@ class DraftConfig(LlamaConfig):
     fc_norm: bool = False
     norm_before_fc: bool = False
     norm_output: bool = False
+    _: dataclasses.KW_ONLY
+    input_norms: bool = False
+    attention_norm: bool = False
 
     @classmethod
     def from_hf(
@@ -69,6 +81,7 @@ class DraftConfig(LlamaConfig):
         """
         hf = flat_config(hf, where, kind)
         fields = llama_fields({"num_hidden_layers": 1} | hf, where)
+        fields |= {name: flag(hf, name, where) for name in FLAGS}
         _check_parts(hf, fields["num_layers"], kind, where)
         stated_bias = flag(hf, "bias", where, default=fc_bias is not False or kind == "eagle3")
         if kind == "eagle3" and fc_bias and not stated_bias:
@@ -95,15 +108,9 @@ class DraftConfig(LlamaConfig):
             draft_vocab_size=optional_size("draft_vocab_size", vocab_size),
             target_hidden_size=optional_size("target_hidden_size", fields["hidden_size"]),
             taps=taps,
-            norm_before_residual=flag(hf, "norm_before_residual", where),
             own_embedding=own_embedding,
             fc_bias=stated_bias if kind == "eagle1" else bool(fc_bias),
-            qkv_bias=flag(hf, "qkv_bias", where),
-            qk_norm=flag(hf, "qk_norm", where),
             windows=_windows(hf, fields["num_layers"], where),
-            fc_norm=flag(hf, "fc_norm", where),
-            norm_before_fc=flag(hf, "norm_before_fc", where),
-            norm_output=flag(hf, "norm_output", where),
             own_lm_head=own_lm_head or hf.get("draft_vocab_size", vocab_size) != vocab_size,
         )
 

@@ -2,6 +2,9 @@
 
 The feature is the target's hidden state after its final norm. The head predicts the next one, to which the target's
 `lm_head` applies. drafting.py defines pairs.
+
+Its config may add norms: of the embedding and the hidden state before `fc` (MiniCPM, Megatron), of the input of
+attention, and of the output, which is then what `lm_head` and the next drafting step read (Megatron, NeMo).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.models.config import require_same
-from eagle_jax.models.layers import AttendLayer, add_bias, normal, zeros
+from eagle_jax.models.layers import AttendLayer, add_bias, normal, normed, ones, zeros
 from eagle_jax.models.llama import DecoderLayer
 from eagle_jax.models.rope import rope_angles
 from eagle_jax.models.target import Target, TargetOutput
@@ -33,9 +36,12 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         d = config.hidden_size
         self.config = config
         self.embed = nnx.Param(normal(keys[0], (config.vocab_size, d), dtype)) if config.own_embedding else None
+        self.embed_norm = ones((d,), dtype) if config.input_norms else None
+        self.hidden_norm = ones((d,), dtype) if config.input_norms else None
         self.fc = Weight(normal(keys[1], (d, 2 * d), dtype))
         self.fc_bias = zeros((d,), dtype) if config.fc_bias else None
-        self.layer = DecoderLayer(config, keys[2], dtype, input_norm=False)
+        self.layer = DecoderLayer(config, keys[2], dtype, input_norm=config.attention_norm)
+        self.norm = ones((d,), dtype) if config.norm_output else None
 
     # Draft ids are target ids.
     target_ids = None
@@ -75,12 +81,14 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         with jax.named_scope("embed"):
             embedding = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
         with jax.named_scope("fc"):
+            embedding = normed(embedding, self.embed_norm, self.config)
+            hidden = normed(hidden, self.hidden_norm, self.config)
             x = linear(jnp.concatenate([embedding, hidden], axis=-1), self.fc)
             x = add_bias(x, self.fc_bias)
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         with jax.named_scope("layer"):
             x, kept = self.layer(x, rotation, functools.partial(attend, 0), self.config.attention_spec(0))
-        return x, [kept]
+        return normed(x, self.norm, self.config), [kept]
 
     def before_logits(self, hidden: Float[Array, "*axes hidden"]) -> Float[Array, "*axes hidden"]:
         """Returns the hidden state unchanged: it predicts the target's, after its final norm."""

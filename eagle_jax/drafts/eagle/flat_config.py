@@ -40,6 +40,19 @@ SPELLINGS = {
     "use_qk_norm": "qk_norm",
     "qk_layernorm": "qk_norm",
 }
+# The same for one kind: an EAGLE-3 head has these norms whether its config.json states them or not.
+SPELLINGS_OF_KIND: dict[str, dict[str, str]] = {
+    "eagle3": {},
+    "eagle1": {
+        "use_mtp_layernorm": "input_norms",
+        "use_input_norm": "input_norms",
+        "use_input_layernorm_in_first_layer": "attention_norm",
+        "use_attn_norm": "attention_norm",
+        "use_last_layernorm": "norm_output",
+    },
+}
+# Norms of EAGLE-1 heads, in all spellings.
+EAGLE1_NORMS = ("input_norms", "attention_norm", "norm_output", *SPELLINGS_OF_KIND["eagle1"])
 
 # Fields of EAGLE-3 heads alone, in all spellings: norms and windows.
 EAGLE3_ONLY = (
@@ -83,6 +96,8 @@ READ = (
     "bias",
     "qkv_bias",
     "next_layer_regular",
+    "input_norms",
+    "attention_norm",
     *EAGLE3_ONLY,
 )
 # The layer's config is a copy of the target's, whose tie_word_embeddings does not apply to the head.
@@ -120,31 +135,33 @@ NEUTRAL_HEAD_VALUES: dict[str, tuple[Any, ...]] = {
     "aux_layer_indices": (),
     "layers_to_capture": (),
 }
-# The same for one kind: EAGLE-3 heads always have these parts, EAGLE-1 heads never.
+# The same for one kind: EAGLE-3 heads always have most of these parts, EAGLE-1 heads never.
 NEUTRAL_VALUES_OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
     "eagle3": {
         "use_aux_hidden_state": (True,),
         "use_input_layernorm_in_first_layer": (True,),
         "use_last_layernorm": (True,),
+        "use_attn_norm": (True,),
+        "input_norms": (False,),
+        "attention_norm": (False,),
         "skip_prenorm": (False,),
         "skip_output_norm": (False,),
     },
     "eagle1": {
         "use_aux_hidden_state": (False,),
-        "use_input_layernorm_in_first_layer": (False,),
-        "use_last_layernorm": (False,),
         "skip_prenorm": (True,),
         "skip_output_norm": (True,),
         "norm_before_residual": (False,),
         "fc_norm": (False,),
         "norm_before_fc": (False,),
-        "norm_output": (False,),
         "use_aux_norm": (False,),
         "return_hidden_post_norm": (False,),
     },
 }
 
-MATHEMATICS = joined(READ, SPELLINGS, NEUTRAL_VALUES, NEUTRAL_HEAD_VALUES, *NEUTRAL_VALUES_OF_KIND.values())
+MATHEMATICS = joined(
+    READ, SPELLINGS, EAGLE1_NORMS, NEUTRAL_VALUES, NEUTRAL_HEAD_VALUES, *NEUTRAL_VALUES_OF_KIND.values()
+)
 # Further fields of `eagle_config`, which describe the head's training or tell nothing of its mathematics.
 HARMLESS = {
     "architectures",
@@ -186,14 +203,15 @@ def flat_config(hf: Mapping[str, Any], where: str, kind: str) -> dict[str, Any]:
         or a speculator that is no EAGLE head.
     """
     neutral = NEUTRAL_VALUES | NEUTRAL_HEAD_VALUES | NEUTRAL_VALUES_OF_KIND[kind]
-    reads = EAGLE3_ONLY if kind == "eagle3" else ()
+    reads = EAGLE3_ONLY if kind == "eagle3" else EAGLE1_NORMS
+    spellings = SPELLINGS | SPELLINGS_OF_KIND[kind]
     flat: dict[str, Any] = {}
     values_of: dict[str, dict[str, Any]] = {}
     for place, fields in _places(hf, where):
         refuse_unknown_mathematics(fields, neutral, where, place, reads)
         _refuse_unread(fields, where, place)
         for spelling, value in fields.items():
-            name = SPELLINGS.get(spelling, spelling)
+            name = spellings.get(spelling, spelling)
             if name == TAPS and says_something(value):
                 value = _inputs(spelling, value, where, place)
             if says_something(value):
