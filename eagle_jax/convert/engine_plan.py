@@ -164,6 +164,11 @@ def _rope_refusals(rope: RopeConfig, target_rope: RopeConfig, engine: Engine) ->
         return [f"rope type {rope.kind!r} is not read, or computed in another way"]
     if rope.kind not in engine.free_theta and rope.theta != 10000:
         return [f"rope_theta is {rope.theta:g}, it takes 10000 for rope type {rope.kind!r}"]
+    if rope.kind == "yarn" and not engine.yarn_settings and _plain_yarn(rope) != rope:
+        return [
+            f"its yarn has attention_factor {rope.attention_factor:g} and truncate {str(rope.truncate).lower()}, "
+            "the engine takes neither from a config.json"
+        ]
     if engine.target_rope and rope != target_rope:
         return ["its RoPE is not the target's, which the engine uses for both"]
     return []
@@ -278,17 +283,6 @@ def _config_json(config: DraftConfig, kind: str, engine: Engine, target: Llama) 
 
 def _layer_fields(config: DraftConfig, engine: Engine) -> dict[str, Any]:
     """Returns the fields of a Llama layer, or of a Qwen3 layer where q and k have norms."""
-    rope = config.rope
-    scaling: dict[str, Any] | None = None
-    if rope.kind != "default":
-        scaling = {engine.rope_key: rope.kind, "factor": rope.factor}
-    if rope.kind == "llama3":
-        scaling = {
-            **(scaling or {}),
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_length,
-        }
     fields: dict[str, Any] = {
         "model_type": "qwen3" if config.qk_norm else "llama",
         "hidden_act": "silu",
@@ -301,8 +295,8 @@ def _layer_fields(config: DraftConfig, engine: Engine) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _rope_scaling(config.rope, engine.rope_key),
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": False,
@@ -313,6 +307,32 @@ def _layer_fields(config: DraftConfig, engine: Engine) -> dict[str, Any]:
         kinds = ("full_attention" if window is None else "sliding_attention" for window in config.windows)
         fields["layer_types"] = list(kinds)
     return fields
+
+
+def _rope_scaling(rope: RopeConfig, key: str) -> dict[str, Any] | None:
+    """Returns the scaling of a RoPE, with the name of its kind under `key`; None without one."""
+    if rope.kind == "default":
+        return None
+    length = {"original_max_position_embeddings": rope.original_length}
+    if rope.kind == "longrope":
+        factors = {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+        return {key: rope.kind, **factors, "attention_factor": rope.attention_factor, **length}
+    scaling: dict[str, Any] = {key: rope.kind, "factor": rope.factor}
+    if rope.kind == "llama3":
+        bounds = {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+        return scaling | bounds | length
+    if rope.kind == "yarn":
+        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, **length}
+        if _plain_yarn(rope) != rope:
+            scaling |= {"truncate": rope.truncate, "attention_factor": rope.attention_factor}
+    return scaling
+
+
+def _plain_yarn(rope: RopeConfig) -> RopeConfig:
+    """Returns a yarn with the defaults of `truncate` and `attention_factor`, as a config.json without them is read."""
+    settings = {"rope_type": "yarn", "factor": rope.factor, "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+    settings["original_max_position_embeddings"] = rope.original_length
+    return RopeConfig.from_hf({"rope_theta": rope.theta, "rope_scaling": settings}, rope.original_length, "")
 
 
 def _eagle1_norms(config: DraftConfig, engine: Engine) -> dict[str, Any]:

@@ -26,6 +26,11 @@ KINDS: dict[type, str] = {CLASSES[kind]: kind for kind, table in EXPORTED.items(
 EAGLE3, EAGLE1, BOTH = ("eagle3",), ("eagle1",), ("eagle3", "eagle1")
 NESTED_TAPS = f"eagle_config.{TAPS}"
 
+# Kinds of RoPE that an engine computes as we do, unless its entry says otherwise.
+ROPES = ("default", "linear", "llama3")
+YARN = (*ROPES, "yarn")
+EVERY_ROPE = (*YARN, "longrope")
+
 # Parts of a head that some engines lack: fields of a DraftConfig, false unless a head has the part, and what lacks it.
 PARTS: dict[str, str] = {
     "attention_bias": "its layer has no such bias",
@@ -63,6 +68,7 @@ class Engine:
     wide_fc_bias: whether an EAGLE-3 head's fc may have a bias.
     any_head_dim: whether head_dim may differ from D / heads. ropes: kinds of RoPE; free_theta: those with a base of
     their own. target_rope: whether it uses the target's RoPE. rope_key: the name of the kind in rope_scaling.
+    yarn_settings: whether it reads yarn's `truncate` and `attention_factor`.
     nested: fields of a DraftConfig that stand in eagle_config, with their names there. fields: further ones, by kind.
     speculators: whether the layer's fields stand in transformer_layer_config.
     note: a sentence for the user.
@@ -90,8 +96,9 @@ class Engine:
     fc_bias_field: str = "bias"
     wide_fc_bias: bool = False
     any_head_dim: bool = True
-    ropes: tuple[str, ...] = ("default", "linear", "llama3")
-    free_theta: tuple[str, ...] = ("default", "linear", "llama3")
+    ropes: tuple[str, ...] = ROPES
+    free_theta: tuple[str, ...] = EVERY_ROPE
+    yarn_settings: bool = False
     target_rope: bool = False
     rope_key: str = "rope_type"
     nested: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -128,6 +135,7 @@ ENGINES: dict[str, Engine] = {
         target_embedding=BOTH,
         wide_embedding=EAGLE3,
         null_vocabulary=True,
+        ropes=YARN,
         fc_bias="always",
         fc_bias_field="",  # it reads `bias` as the bias of attention
     ),
@@ -146,6 +154,7 @@ ENGINES: dict[str, Engine] = {
         },
         several_layers=True,
         taps=TAPS,
+        ropes=YARN,
         target_embedding=EAGLE1,
         fc_bias="never",
         nested={"norm_before_fc": "norm_before_fc"},
@@ -168,6 +177,8 @@ ENGINES: dict[str, Engine] = {
         taps=TAPS,
         num_taps=None,
         wide=False,
+        ropes=EVERY_ROPE,
+        yarn_settings=True,
         needs={"eagle3": ("embed", "lm_head")},
         tables=False,
         speculators=True,

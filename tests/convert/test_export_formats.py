@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eagle_jax.convert import export, to_official
 from eagle_jax.convert.engine_plan import refusals
@@ -18,12 +21,19 @@ from eagle_jax.convert.match import Match, match_draft
 from eagle_jax.convert.read import open_checkpoint
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError, RopeConfig
+from eagle_jax.models.rope import rope_frequencies
 from tests.convert.folders import assert_same, read_arrays
 from tests.convert.heads import LLAMA3, eagle1, eagle3, target
 
 TAPS = "eagle_aux_hidden_state_layer_ids"
 FIRST = ("official", "sglang", "vllm")  # test_export.py has their literal files
 FORMATS = tuple(name for name in ENGINES if name not in FIRST)
+YARN = RopeConfig.from_hf(
+    {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}}, 32, "yarn"
+)
+LONGROPE = RopeConfig(
+    5e5, "longrope", original_length=32, attention_factor=1.25, short_factors=(1.0, 1.5), long_factors=(2.0, 3.0)
+)
 LAYER = {
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
     *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
@@ -202,6 +212,21 @@ EAGLE1_NORMS: dict[str, tuple[dict[str, bool], set[str], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("format", "rope"),
+    [(format, YARN) for format in ("sglang", "vllm", "speculators")]
+    + [("speculators", dataclasses.replace(YARN, truncate=False, attention_factor=1.5)), ("speculators", LONGROPE)],
+)
+def test_yarn_and_longrope(format: str, rope: RopeConfig, tmp_path: Path):
+    """transformers, from whose classes the engines take a config.json, finds our frequencies in what is written."""
+    _, config, _ = written(format, eagle3(rope=rope), tmp_path)
+    fields = config["transformer_layer_config"] if format == "speculators" else config
+    theirs = LlamaConfig(**{name: value for name, value in fields.items() if name not in ("model_type", "torch_dtype")})
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope.kind](theirs, "cpu", seq_len=8)
+    np.testing.assert_allclose(frequencies.numpy(), rope_frequencies(rope, 4), rtol=1e-6)
+    assert factor == pytest.approx(rope.attention_factor)
+
+
 @pytest.mark.parametrize("format", EAGLE1_NORMS)
 def test_norms_of_eagle1_heads(format: str, tmp_path: Path):
     parts, names, fields = EAGLE1_NORMS[format]
@@ -245,7 +270,17 @@ def test_norms_of_eagle1_heads(format: str, tmp_path: Path):
         (lambda: eagle3(rope=RopeConfig(1e6, "linear", 4.0)), "angelslim", "rope_theta is 1e.06"),
         (lambda: eagle3(rope=RopeConfig(1e6)), "cpmcu", "its RoPE is not the target's"),
         (lambda: eagle3(own_embedding=True), "modelopt", "embed_tokens is its own"),
-        (lambda: eagle3(rope=RopeConfig(5e5, "yarn", 4.0)), "trtllm", "rope type 'yarn' is not read"),
+        (
+            lambda: eagle3(rope=YARN),
+            "trtllm",
+            r"rope type 'yarn' is not read.*can hold it: sglang, vllm, speculators\)",
+        ),
+        (
+            lambda: eagle3(rope=dataclasses.replace(YARN, truncate=False)),
+            "vllm",
+            r"its yarn has .* and truncate false, .*can hold it: speculators\)",
+        ),
+        (lambda: eagle3(rope=LONGROPE), "sglang", r"rope type 'longrope' is not read.*can hold it: speculators\)"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_by_name(make: Any, format: str, message: str, tmp_path: Path):
