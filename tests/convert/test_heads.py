@@ -1,67 +1,31 @@
-"""One tiny head in every dialect is one head through the reader; each published trap of the formats is a case."""
+"""One tiny head in every dialect is one head through the reader."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from eagle_jax.convert import HeadChoices, convert, from_pretrained, load
-from eagle_jax.convert.__main__ import main
-from eagle_jax.convert.error import CheckpointError
+from eagle_jax.convert import HeadChoices
 from eagle_jax.convert.heads.dialects import DIALECTS
 from eagle_jax.convert.heads.reading import dialect_of
 from eagle_jax.convert.heads.rules import official_of, theirs_of
-from eagle_jax.convert.match import Match, match_draft
-from eagle_jax.convert.read import Checkpoint, Tensor
-from eagle_jax.drafts.eagle.config import tap_layers
-from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
 from tests.convert import folders
-from tests.convert.folders import CONFIG, DRAFT_IDS, HEAD_CONFIG, Arrays
-
-TAPS = "eagle_aux_hidden_state_layer_ids"
-EAGLE1_CONFIG = CONFIG | {"num_hidden_layers": 1}
-Change = Callable[[Arrays], Arrays]
-
-
-def in_memory(config: dict[str, Any], arrays: Arrays) -> Checkpoint:
-    """A checkpoint that no file holds: what a reader sees of a folder."""
-    tensors = {
-        name: Tensor(name, Path("head/model.safetensors"), a.shape, a.dtype.name, lambda a=a: a)
-        for name, a in arrays.items()
-    }
-    return Checkpoint("head", Path("head"), config, tensors, (Path("head/model.safetensors"),))
-
-
-def read(config: dict[str, Any], arrays: Arrays, choices: HeadChoices | None = None, layers: int = 8) -> Match:
-    return match_draft(in_memory(config, arrays), np.dtype(np.float32), choices, layers)
-
-
-def parameters(match: Match) -> Arrays:
-    return {path: match.read(path) for path in params.flatten(match.model)}
-
-
-def taps(match: Match, layers: int = 8) -> tuple[int, ...]:
-    return tap_layers(match.model.config, layers)
-
-
-def renamed(*pairs: tuple[str, str]) -> Change:
-    """Replaces beginnings of names."""
-
-    def change(arrays: Arrays) -> Arrays:
-        out = {}
-        for name, array in arrays.items():
-            old, new = next(((old, new) for old, new in pairs if name.startswith(old)), ("", ""))
-            out[new + name.removeprefix(old)] = array
-        return out
-
-    return change
+from tests.convert.folders import DRAFT_IDS, HEAD_CONFIG, Arrays
+from tests.convert.reading import (
+    ARCHITECTURE,
+    EAGLE1_CONFIG,
+    SPECULATORS,
+    TAPS,
+    Change,
+    fused,
+    parameters,
+    read,
+    renamed,
+    taps,
+)
 
 
 def prefixed(arrays: Arrays) -> Arrays:
@@ -81,15 +45,6 @@ def direct_ids(arrays: Arrays) -> Arrays:
     return rest | {"token_id_remap": DRAFT_IDS.astype(np.int32)}
 
 
-def fused(arrays: Arrays) -> Arrays:
-    out = dict(arrays)
-    for whole, parts in (("self_attn.qkv", ("q", "k", "v")), ("mlp.gate_up", ("gate", "up"))):
-        room = whole.partition(".")[0]
-        names = [f"layers.0.{room}.{part}_proj.weight" for part in parts]
-        out[f"layers.0.{whole}_proj.weight"] = np.concatenate([out.pop(name) for name in names])
-    return out
-
-
 def whole_vocabulary(arrays: Arrays) -> Arrays:
     """Without tables, with the whole lm_head and an embedding."""
     rng = np.random.default_rng(8)
@@ -101,7 +56,6 @@ def same(arrays: Arrays) -> Arrays:
     return arrays
 
 
-ARCHITECTURE = "architectures"
 # Dialect: the kind of head, what its config says beside the sizes, and how it writes the tensors.
 WRITTEN: dict[str, tuple[str, str, dict[str, Any], Change]] = {
     "official": ("official", "eagle3", {ARCHITECTURE: ["LlamaForCausalLM"]}, same),
@@ -115,7 +69,7 @@ WRITTEN: dict[str, tuple[str, str, dict[str, Any], Change]] = {
     "speculators": (
         "speculators",
         "eagle3",
-        {"speculators_model_type": "eagle3", "norm_before_residual": False, "transformer_layer_config": HEAD_CONFIG},
+        SPECULATORS,
         renamed(("midlayer.", "layers.0.")),
     ),
     "Model-Optimizer, HF": (
@@ -344,284 +298,3 @@ def test_deepspec():
 def test_rules_work_in_both_directions(dialect: str, name: str):
     written = theirs_of(name, DIALECTS[dialect].written)
     assert official_of(written, DIALECTS[dialect].written) == name
-
-
-OUTPUTS = {"eagle_config": {TAPS: [1, 4, 6]}}
-MAY_BE_EITHER = {"eagle_config": {TAPS: [2, 4, 6]}}
-SPECULATORS = WRITTEN["speculators"][2]
-# Ids of tapped layers: the config's fields, the layers of the target, the layers whose input is read, and why.
-CONVENTIONS: dict[str, tuple[dict[str, Any], int, tuple[int, ...], str]] = {
-    "none": ({}, 32, (2, 16, 29), "names no layers, so they are the official ones"),
-    "eagle_config from 1": (OUTPUTS, 8, (2, 5, 7), "names outputs: it begins with 1"),
-    "eagle_config from 0": ({"eagle_config": {TAPS: [0, 3, 6]}}, 8, (1, 4, 7), "names outputs: it begins with 0"),
-    "the official inputs in eagle_config": ({"eagle_config": {TAPS: [2, 16, 29]}}, 32, (2, 16, 29), "names inputs"),
-    "after the last layer": ({"eagle_config": {TAPS: [3, 18, 36]}}, 36, (3, 18, 36), "has no layer 36"),
-    "target_layer_ids": ({"target_layer_ids": [3, 4, 6]}, 8, (4, 5, 7), "target_layer_ids does in every framework"),
-    "at the top level": ({TAPS: [1, 4, 7]}, 8, (1, 4, 7), "at the top level, as vLLM reads it"),
-    "speculators": (SPECULATORS | {TAPS: [1, 4, 7]}, 8, (1, 4, 7), "speculators writes it so"),
-    "two fields": ({TAPS: [2, 5, 7]} | OUTPUTS, 8, (2, 5, 7), "at the top level"),
-    "one field tells the other": ({TAPS: [3, 5, 7]} | MAY_BE_EITHER, 8, (3, 5, 7), "at the top level"),
-    "ours": ({"eagle_jax_tap_inputs": [3, 5, 7]} | MAY_BE_EITHER, 8, (3, 5, 7), "eagle_jax_tap_inputs names inputs"),
-}
-
-
-@pytest.mark.parametrize("case", CONVENTIONS)
-def test_which_layers_are_read_and_why(case: str):
-    fields, layers, expected, because = CONVENTIONS[case]
-    match = read(HEAD_CONFIG | fields, folders.eagle3_arrays(), layers=layers)
-    assert taps(match, layers) == expected
-    reason = match.reading.reasons[TAPS]
-    assert reason.startswith(f"the inputs of layers {', '.join(map(str, expected))} are read; ") and because in reason
-
-
-@pytest.mark.parametrize(
-    ("fields", "choice", "expected"),
-    [
-        (MAY_BE_EITHER, "inputs", (2, 4, 6)),
-        (MAY_BE_EITHER, "outputs", (3, 5, 7)),
-        (MAY_BE_EITHER, (1, 2, 3), (1, 2, 3)),
-        (OUTPUTS, "inputs", (1, 4, 6)),
-        ({}, (1, 2, 3), (1, 2, 3)),
-    ],
-)
-def test_a_choice_comes_first(fields: dict[str, Any], choice: Any, expected: tuple[int, ...]):
-    match = read(HEAD_CONFIG | fields, folders.eagle3_arrays(), HeadChoices(taps=choice))
-    assert taps(match) == expected and "as chosen" in match.reading.reasons[TAPS]
-
-
-MASK = {"mask_hidden": np.ones((1, 1, 24), np.float32)}
-NORM_OUTPUT = {"norm_output": True}
-# Trap: kind of head, fields, further tensors, and the message.
-TRAPS: dict[str, tuple[str, dict[str, Any], Arrays, str]] = {
-    "ids that may name either": (
-        "eagle3",
-        MAY_BE_EITHER,
-        {},
-        r"\[2, 4, 6\] may name .* inputs of \[2, 4, 6\].* inputs of \[3, 5, 7\].*convert --taps",
-    ),
-    "ids that contradict": (
-        "eagle3",
-        {TAPS: [1, 4, 7]} | OUTPUTS,
-        {},
-        f"{TAPS} and eagle_config.{TAPS} name different",
-    ),
-    "norm_output of SpecForge": ("eagle3", NORM_OUTPUT, {}, "means EAGLE-3.1 in .* but SpecForge .*--norm-output"),
-    "norm_before_residual": (
-        "eagle3",
-        {name: value for name, value in SPECULATORS.items() if name != "norm_before_residual"},
-        {},
-        "missing; .* speculators means false by that, vLLM true.*--norm-before-residual",
-    ),
-    "P-EAGLE": ("eagle3", {}, MASK, "'mask_hidden' belongs to P-EAGLE"),
-    "P-EAGLE of NeMo": ("eagle3", {}, {f"model.{name}": array for name, array in MASK.items()}, "belongs to P-EAGLE"),
-    "eh_proj": (
-        "eagle3",
-        {},
-        {"eh_proj.weight": np.ones((8, 16), np.float32)},
-        "'eh_proj.weight' belongs to a projection before the layer",
-    ),
-    "MLA": ("eagle3", {}, {"midlayer.self_attn.kv_b_proj.weight": np.ones(3)}, "multi-head latent attention"),
-    "one of Megatron's two norms": (
-        "eagle1",
-        {},
-        {"hnorm.weight": np.ones(8, np.float32)},
-        "'enorm.weight' is missing",
-    ),
-    "one of MiniCPM's two norms": (
-        "eagle1",
-        {},
-        {"input_norm1.weight": np.ones(8, np.float32)},
-        "'hnorm.weight' is missing",
-    ),
-    "norms that its framework lacks": (
-        "eagle1",
-        {},
-        {"norm.weight": np.ones(8, np.float32)},
-        "norm.weight' has no place",
-    ),
-    "a norm that its config denies": (
-        "eagle1",
-        {"eagle_config": {"use_last_layernorm": False}},
-        {"norm.weight": np.ones(8, np.float32)},
-        "norm.weight' has no place",
-    ),
-    "a norm that its config alone has": ("eagle1", {"norm_output": True}, {}, "'norm.weight' is missing"),
-    "norms of an EAGLE-1 head in another": (
-        "eagle3",
-        {"input_norms": True},
-        {},
-        "input_norms = True is not implemented",
-    ),
-    "enorm of an EAGLE-3 head": ("eagle3", {}, {"enorm.weight": np.ones(8, np.float32)}, "enorm.weight' has no place"),
-    "FR-Spec": ("eagle1", {}, {"token_id_remap": np.arange(4)}, "'token_id_remap' limits an EAGLE-1 head"),
-    "quantized": ("eagle3", {}, {"fc.qweight": np.ones((3, 3), np.int32)}, "'fc.qweight' belongs to quantized weights"),
-    "an unknown field": ("eagle3", {"residual_gate": 0.5}, {}, "residual_gate = 0.5 is not known.*--ignore-field"),
-    "an unknown field in a layer": (
-        "eagle3",
-        {"transformer_layer_config": {"residual_gate": 0.5}},
-        {},
-        "transformer_layer_config.residual_gate = 0.5 is not known",
-    ),
-    "an unknown tensor": ("eagle3", {}, {"gate.weight": np.ones(3, np.float32)}, "'gate.weight' has no place"),
-    "a bias that its config does not state": (
-        "eagle3",
-        {},
-        {"midlayer.self_attn.q_proj.bias": np.ones(12, np.float32)},
-        "q_proj.bias' has no place",
-    ),
-    "norms of both kinds": (
-        "eagle3",
-        {"fc_norm": True, "norm_before_fc": True},
-        {},
-        "fc_norm and norm_before_fc exclude each other",
-    ),
-    "a norm that its config does not state": (
-        "eagle3",
-        {},
-        {"fc_norm.0.weight": np.ones(8, np.float32)},
-        "fc_norm.0.weight' has no place",
-    ),
-    "a norm that its tensors lack": ("eagle3", {"norm_before_fc": True}, {}, "'input_norm.weight' is missing"),
-    "a vocabulary without its table": (
-        "eagle3",
-        {"draft_vocab_size": 4},
-        {"lm_head.weight": np.ones((4, 8), np.float32)},
-        r"'d2t' has shape \(5,\)",
-    ),
-    "two RoPEs": (
-        "eagle3",
-        {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-        {},
-        "rope_theta = 10000.0 and rope_parameters.rope_theta = 500000.0 contradict each other",
-    ),
-    "layers that all read the embedding": (
-        "eagle3",
-        {
-            "num_hidden_layers": 2,
-            "eagle_config": {"next_layer_regular": False},
-            ARCHITECTURE: ["LlamaForCausalLMEagle3"],
-        },
-        folders.layer("layers.1", np.random.default_rng(0), 16),
-        "next_layer_regular = False is not implemented",
-    ),
-    "two names of one tensor": ("eagle3", {}, {"model.fc.weight": np.ones((8, 24), np.float32)}, "the same tensor"),
-    "fused tensors that do not divide": (
-        "eagle1",
-        {},
-        {"layers.0.self_attn.qkv_proj.weight": np.ones((7, 8), np.float32)},
-        r"does not divide into parts of \[2, 1, 1\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("trap", TRAPS)
-def test_traps_are_refused_by_name(trap: str):
-    kind, fields, more, message = TRAPS[trap]
-    arrays, sizes = (
-        (folders.eagle3_arrays(), HEAD_CONFIG) if kind == "eagle3" else (folders.eagle1_arrays(), EAGLE1_CONFIG)
-    )
-    with pytest.raises((CheckpointError, ConfigError)) as raised:
-        read(sizes | fields, arrays | more)
-    assert re.search(message, str(raised.value)), raised.value
-
-
-@pytest.mark.parametrize("value", [0, -3, 1.5, "x", [1], [[1]], {"a": 1}, [True]])
-@pytest.mark.parametrize(
-    "name",
-    [
-        ARCHITECTURE,
-        "model_type",
-        "eagle_config",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "target_layer_ids",
-        "eagle_jax_tap_inputs",
-        "norm_output",
-        "speculators_model_type",
-        "transformer_layer_config",
-    ],
-)
-def test_damaged_configs_are_refused_by_name(name: str, value: Any):
-    """Or read, where the field computes nothing; never with another exception."""
-    for sizes, arrays in ((HEAD_CONFIG, folders.eagle3_arrays()), (EAGLE1_CONFIG, fused(folders.eagle1_arrays()))):
-        try:
-            read(sizes | {name: value}, arrays)
-        except (CheckpointError, ConfigError) as error:
-            assert str(error)
-
-
-def test_what_is_read_and_not_dropped():
-    """Differences that other readers pass over."""
-    arrays = folders.eagle3_arrays()
-    without_table = {name: array for name, array in arrays.items() if name not in ("d2t", "t2d")}
-    with pytest.raises(CheckpointError, match="d2t is missing"):
-        parameters(read(HEAD_CONFIG, without_table))
-    biased = read(HEAD_CONFIG, arrays | {"fc.bias": np.full(8, 0.5, np.float32)})
-    assert biased.model.config.fc_bias and (biased.read("fc_bias") == 0.5).all()
-    rope = read(
-        HEAD_CONFIG | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, arrays
-    ).model.config.rope
-    assert rope.theta == 5e5  # as transformers 5 writes it
-    assert read(HEAD_CONFIG, arrays).model.config.rope.theta == 10000  # never the target's
-    own = read(HEAD_CONFIG, arrays | {"embed_tokens.weight": np.ones((16, 8), np.float32)})
-    assert own.model.config.own_embedding and not read(HEAD_CONFIG, arrays).model.config.own_embedding
-
-
-def test_choices_settle_what_is_open():
-    arrays = folders.eagle3_arrays()
-    plain = read(HEAD_CONFIG | NORM_OUTPUT, arrays, HeadChoices(norm_output=False))
-    assert plain.model.config == read(HEAD_CONFIG, arrays).model.config
-    assert plain.reading.reasons["norm_output"] == "as chosen"
-    open_residual = {name: value for name, value in SPECULATORS.items() if name != "norm_before_residual"}
-    for chosen in (False, True):
-        match = read(HEAD_CONFIG | open_residual, arrays, HeadChoices(norm_before_residual=chosen))
-        assert match.model.config.norm_before_residual is chosen
-    unknown = read(HEAD_CONFIG | {"residual_gate": 0.5}, arrays, HeadChoices(ignored=("residual_gate",)))
-    assert unknown.model.config == read(HEAD_CONFIG, arrays).model.config
-    for head in (folders.eagle1_arrays(), folders.llama_arrays(1), folders.medusa_arrays()):
-        with pytest.raises(ConfigError, match="is no EAGLE-3 head"):
-            read(EAGLE1_CONFIG, head, HeadChoices(taps="inputs"))
-
-
-@pytest.mark.parametrize("bad", ["input", (), (1, -1), (1.5,), [1, 2]])
-def test_choices_of_no_meaning(bad: Any):
-    with pytest.raises(ValueError, match="taps must be 'inputs', 'outputs' or a tuple"):
-        HeadChoices(taps=bad)
-
-
-def test_layers_are_counted_by_the_tensors_where_the_config_is_the_targets():
-    """The official head of a 13B model says 40 layers."""
-    match = read(HEAD_CONFIG | {"num_hidden_layers": 40}, folders.eagle3_arrays())
-    assert match.model.config.num_layers == 1 and "40 is the target's" in match.reading.reasons["num_hidden_layers"]
-
-
-def test_a_converted_folder_keeps_the_reading(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    target = folders.write_safetensors(tmp_path / "target", CONFIG | {"num_hidden_layers": 8}, folders.llama_arrays(8))
-    head = folders.write_safetensors(tmp_path / "head", HEAD_CONFIG | MAY_BE_EITHER, folders.eagle3_arrays())
-    with pytest.raises(ConfigError, match="may name layers"):
-        from_pretrained(target, head)
-    out = convert(target, head, tmp_path / "out", head=HeadChoices(taps="outputs"))
-    assert load(out)[1].config.taps == (3, 5, 7)
-    with pytest.raises(CheckpointError, match="holds another conversion"):
-        convert(target, head, out, head=HeadChoices(taps="inputs"))
-    convert(target, head, out, head=HeadChoices(taps="outputs"))
-
-    options = ["--target", str(target), "--draft", str(head), "--out", str(tmp_path / "again")]
-    assert main(options) == 2 and "--taps" in capsys.readouterr().err
-    assert main([*options, "--taps", "3,5,x"]) == 2 and "--taps must be" in capsys.readouterr().err
-    assert main([*options, "--taps", "3, 5, 7"]) == 0
-    assert "taps: the inputs of layers 3, 5, 7 are read; as chosen" in capsys.readouterr().out
-    assert load(tmp_path / "again")[1].config.taps == (3, 5, 7)
-
-
-def test_folders_of_older_versions_are_read_as_they_were(tmp_path: Path):
-    target = folders.write_safetensors(tmp_path / "target", CONFIG | {"num_hidden_layers": 8}, folders.llama_arrays(8))
-    head = folders.write_safetensors(tmp_path / "head", HEAD_CONFIG | OUTPUTS, folders.eagle3_arrays())
-    out = convert(target, head, tmp_path / "out")
-    manifest = json.loads((out / "manifest.json").read_text())
-    del manifest["draft"]["reading"]
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    assert load(out)[1].config.taps == (2, 5, 7)
-    convert(target, head, out)  # the same conversion
-    with pytest.raises(CheckpointError, match="holds another conversion"):
-        convert(target, head, out, head=HeadChoices(taps="inputs"))

@@ -21,7 +21,7 @@ from eagle_jax.measure.first_tokens import FirstTokens, first_tokens
 from eagle_jax.measure.samples import CODE_TEXTS
 from tests.convert import folders
 from tests.convert.folders import CONFIG, HEAD_CONFIG
-from tests.convert.test_heads import MAY_BE_EITHER, SPECULATORS, in_memory
+from tests.convert.reading import MAY_BE_EITHER, SPECULATORS, in_memory
 from tests.toy import random_eagle3, random_prompts, random_target
 
 PAIR = Path(eagle_jax.__file__).parent / "pair"
