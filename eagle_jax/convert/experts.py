@@ -5,14 +5,15 @@ A name in a table says which, for a parameter [experts, output, input]:
     mlp.experts.{e}.up_proj.weight       one tensor for each expert e
     mlp.experts.gate_up_proj[up]         part `up` of a tensor [experts, input, outputs]; see PARTS
 
-A packed tensor X may instead be stored as X_blocks and X_scales, in MXFP4; see `dequantised`.
+Instead of a tensor for each expert, a file may hold the tensors of all experts, as transformers writes them on demand;
+see FUSED. A packed tensor X may instead be stored as X_blocks and X_scales, in MXFP4; see `dequantised`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +24,16 @@ from eagle_jax.convert.read import Checkpoint, Tensor
 # The outputs of a packed tensor that a part consists of: gates and ups take turns.
 PARTS: dict[str, slice] = {"gate": slice(0, None, 2), "up": slice(1, None, 2), "down": slice(None)}
 PART = re.compile(r"(.*)\[(\w+)\]")
+
+# A tensor of one expert: that of all experts [experts, outputs, inputs] in its place, and its part of the outputs.
+FUSED: dict[str, tuple[str, int, int]] = {
+    **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0, 2)),
+    **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1, 2)),
+    **dict.fromkeys(("down_proj", "w2"), ("down_proj", 0, 1)),
+}
+EACH = re.compile(r"(.*)\.(?:mlp|block_sparse_moe)\.experts\.\{e\}\.(\w+)\.weight")
+# Such files name Mixtral's router otherwise, too.
+ROUTER, FUSED_ROUTER = "block_sparse_moe.gate.weight", "mlp.gate.weight"
 
 # Values of 4-bit floats: a sign, 2 bits of exponent, 1 of mantissa.
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -38,8 +49,9 @@ def unpack(checkpoint: Checkpoint, wanted: Collection[str], count: int) -> Check
       CheckpointError: for tensors of one parameter that do not go together.
     """
     tensors, faults, used = dict(checkpoint.tensors), dict(checkpoint.faults), set()
+    held = checkpoint.tensors.keys() | checkpoint.faults.keys()
     for name in wanted:
-        stored = _stored(checkpoint, name, count)
+        stored = _stored(held, name, count)
         missing = [each for each in stored if each not in checkpoint.tensors]
         if stored == [name]:
             continue
@@ -48,7 +60,7 @@ def unpack(checkpoint: Checkpoint, wanted: Collection[str], count: int) -> Check
             faults[name] = checkpoint.faults.get(missing[0], absent)
             continue
         sources = [checkpoint.tensors[each] for each in stored]
-        tensors[name] = _stack(name, sources) if "{e}" in name else _part(name, sources)
+        tensors[name] = _made(name, sources)
         used |= set(stored)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in used}
     return dataclasses.replace(checkpoint, tensors=tensors, faults=faults)
@@ -70,16 +82,43 @@ def pack(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return stored
 
 
-def _stored(checkpoint: Checkpoint, name: str, count: int) -> list[str]:
+def _stored(held: Set[str], name: str, count: int) -> list[str]:
     """Returns the names of the stored tensors that make the tensor `name`; itself if it is a plain one."""
     if "{e}" in name:
-        return [name.replace("{e}", str(e)) for e in range(count)]
+        each = [name.replace("{e}", str(e)) for e in range(count)]
+        fused = _fused_name(name)
+        return [fused] if fused is not None and fused in held and not held & set(each) else each
+    if name.endswith(ROUTER) and name not in held:
+        fused = name.removesuffix(ROUTER) + FUSED_ROUTER
+        return [fused] if fused in held else [name]
     part = PART.fullmatch(name)
     if part is None:
         return [name]
     quantised = [f"{part[1]}_blocks", f"{part[1]}_scales"]
-    held = checkpoint.tensors.keys() | checkpoint.faults.keys()
     return quantised if any(each in held for each in quantised) else [part[1]]
+
+
+def _fused_name(name: str) -> str | None:
+    """Returns the name of the tensor of all experts in place of `name`, a tensor of each."""
+    match = EACH.fullmatch(name)
+    return f"{match[1]}.mlp.experts.{FUSED[match[2]][0]}" if match and match[2] in FUSED else None
+
+
+def _made(name: str, sources: list[Tensor]) -> Tensor:
+    """Makes the tensor `name` of the stored ones."""
+    first = sources[0]
+    if PART.fullmatch(name):
+        return _part(name, sources)
+    if name.endswith(ROUTER):
+        return first
+    if first.name != _fused_name(name):
+        return _stack(name, sources)
+    _, part, parts = FUSED[EACH.fullmatch(name)[2]]  # type: ignore[index]
+    if len(first.shape) != 3 or first.shape[1] % parts:
+        raise CheckpointError(f"{first.where} of shape {first.shape} does not divide into {parts} parts of its outputs")
+    rows = first.shape[1] // parts
+    shape = (first.shape[0], rows, first.shape[2])
+    return Tensor(name, first.file, shape, first.dtype, lambda: first.load()[:, part * rows : (part + 1) * rows])
 
 
 def _stack(name: str, sources: list[Tensor]) -> Tensor:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from eagle_jax.convert import CheckpointError, convert, experts, from_pretrained, load, to_official
 from eagle_jax.models import params
@@ -75,6 +77,36 @@ def folder(path: Path, config: dict, arrays: dict[str, np.ndarray]) -> Path:
     (path / "config.json").write_text(json.dumps(config))
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path / "model.safetensors")
     return path
+
+
+def fused(kind: str) -> torch.nn.Module:
+    sizes = {name: value for name, value in CONFIG.items() if name not in ("torch_dtype", "num_local_experts")}
+    if kind == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_experts=2, moe_intermediate_size=6))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_tensors_of_all_experts(kind: str, tmp_path: Path):
+    """transformers writes either form; both are one model."""
+    model = fused(kind)
+    for form in (True, False):
+        model.save_pretrained(tmp_path / str(form), save_original_format=form)
+    each, together = (from_pretrained(tmp_path / str(form), None)[0] for form in (True, False))
+    together_leaves = params.flatten(together)
+    for path, leaf in params.flatten(each).items():
+        np.testing.assert_array_equal(leaf, together_leaves[path], err_msg=path)
+    stored = {name: array.numpy() for name, array in load_file(tmp_path / "False" / "model.safetensors").items()}
+    assert f"{PACKED}.gate_up_proj" in stored
+    for change, message in (
+        ({f"{PACKED}.gate_up_proj": np.ones((2, 7, 32), np.float32)}, "does not divide into 2 parts"),
+        ({f"{PACKED}.down_proj": np.ones((32, 32), np.float32)}, "does not divide into 1 parts"),
+        ({f"{PACKED}.gate_up_bias": np.ones(3, np.float32)}, "has no place"),
+    ):
+        broken = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder(broken, json.loads((tmp_path / "False" / "config.json").read_text()), stored | change)
+        with pytest.raises(CheckpointError, match=message):
+            from_pretrained(broken, None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
