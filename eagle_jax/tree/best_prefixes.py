@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from eagle_jax.tree.policy import DraftFn, DraftStep, log_probabilities, step_mask, tree_of_candidates
+from eagle_jax.tree.policy import DraftFn, DraftStep, log_probabilities, require_sizes, step_mask, tree_of_candidates
 from eagle_jax.tree.tree import Tree
 
 
@@ -33,10 +33,7 @@ class BestPrefixes:
     num_nodes: int
 
     def __post_init__(self):
-        for name, least in (("depth", 1), ("num_nodes", 2)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"BestPrefixes.{name} must be an integer of at least {least}, got {value!r}")
+        require_sizes(self, depth=1, num_nodes=2)
 
     @property
     def width(self) -> int:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from eagle_jax.tree.policy import DraftFn, DraftStep, best_children, step_mask, tree_of_candidates
+from eagle_jax.tree.policy import DraftFn, DraftStep, best_children, require_sizes, step_mask, tree_of_candidates
 from eagle_jax.tree.tree import Tree
 
 
@@ -39,10 +39,7 @@ class TreeConfig:
     score_temperature: float = 1.0
 
     def __post_init__(self):
-        for name in ("depth", "top_k", "num_nodes"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"TreeConfig.{name} must be a positive integer, got {value!r}")
+        require_sizes(self, depth=1, top_k=1, num_nodes=1)
         if self.num_nodes < 2:
             raise ValueError(
                 "TreeConfig.num_nodes counts the root, so 2 is the smallest tree; for plain decoding pass draft=None"

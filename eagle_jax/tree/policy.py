@@ -97,6 +97,15 @@ class FixedTreePolicy(TreePolicy, Protocol):
         ...
 
 
+def require_sizes(policy: TreePolicy, **least: int) -> None:
+    """Raises ValueError, naming the field, unless each named size is an integer of at least its smallest value."""
+    for name, smallest in least.items():
+        value = getattr(policy, name)
+        if type(value) is not int or value < smallest:
+            wanted = "a positive integer" if smallest == 1 else f"an integer of at least {smallest}"
+            raise ValueError(f"{type(policy).__name__}.{name} must be {wanted}, got {value!r}")
+
+
 def log_probabilities(logits: Float[Array, "*nodes vocab"]) -> Float32[Array, "*nodes vocab"]:
     """Returns the log-softmax over the last axis in float32.
 

@@ -91,7 +91,7 @@ def test_a_draft_with_children_of_each_nodes_own():
 
 @pytest.mark.parametrize(("depth", "nodes"), [(0, 4), (2, 1), (2.0, 4), (True, 4)])
 def test_impossible_sizes(depth, nodes):
-    with pytest.raises(ValueError, match=r"BestPrefixes\.(depth|num_nodes) must be an integer of at least"):
+    with pytest.raises(ValueError, match=r"BestPrefixes\.(depth must be a positive|num_nodes must be an) integer"):
         BestPrefixes(depth, nodes)
 
 
