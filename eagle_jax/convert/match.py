@@ -17,6 +17,7 @@ from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.heads.choices import HeadChoices, HeadReading
 from eagle_jax.convert.heads.reading import head_config, read_head
 from eagle_jax.convert.hub import Hub
+from eagle_jax.convert.multimodal import text_part
 from eagle_jax.convert.read import Checkpoint, Tensor, open_checkpoint
 from eagle_jax.convert.vocabulary import target_ids_of
 from eagle_jax.drafts.draft_model import DraftModel
@@ -89,7 +90,7 @@ def match_pair(
       CheckpointError: a damaged or contradictory checkpoint.
       ConfigError: a config that is not implemented, or a draft that does not fit its target.
     """
-    checkpoint = open_checkpoint(target, hub)
+    checkpoint = text_part(open_checkpoint(target, hub))
     dtype = own_dtype(checkpoint) if dtype is None else parameter_dtype(dtype)
     target_match = match_target(checkpoint, dtype)
     if draft is None:
@@ -117,7 +118,7 @@ def match_draft(
       choices, num_layers: see `read_head`.
     """
     where = str(checkpoint.folder)
-    checkpoint, reading = read_head(checkpoint, choices, num_layers)
+    checkpoint, reading = read_head(text_part(checkpoint), choices, num_layers)
     official = checkpoint.tensors.keys() | checkpoint.faults.keys()
     hf = head_config(checkpoint.config, reading)
     kind, table = draft_kind(official, where)

@@ -65,7 +65,8 @@ class Checkpoint:
     """Describes an open folder or GGUF file.
 
     source: the caller's name for it. files: the weight files.
-    made: {path: bytes} of config.json and small files written from a GGUF file's metadata; empty for a folder.
+    made: {path: bytes} of config.json and small files that no file holds: all of a GGUF file's, written from its
+      metadata, and the config.json of a multimodal model's text part.
     faults: {tensor name: why it cannot be read}, such as a missing shard; an error only if a model needs the tensor.
     """
 
@@ -78,22 +79,27 @@ class Checkpoint:
     made: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
+    def is_gguf(self) -> bool:
+        """Returns whether this is a GGUF file."""
+        return self.files[0].suffix == ".gguf"
+
+    @property
     def config_path(self) -> Path:
         """Returns the file that holds the config."""
-        return self.files[0] if self.made else self.folder / CONFIG
+        return self.files[0] if self.is_gguf else self.folder / CONFIG
 
     @property
     def sized_by(self) -> str:
         """Returns the name of the config in messages."""
-        return "its metadata" if self.made else CONFIG
+        return "its metadata" if self.is_gguf else CONFIG
 
     def small_files(self) -> list[str]:
         """Returns the paths of the small files, sorted; see `small_files.SMALL_FILES`."""
-        return sorted(self.made.keys() - {CONFIG}) if self.made else small_files(self.folder)
+        return sorted(self.made.keys() - {CONFIG}) if self.is_gguf else small_files(self.folder)
 
     def read_small(self, path: str) -> bytes:
         """Reads config.json, or one of the small files."""
-        return self.made[path] if self.made else (self.folder / path).read_bytes()
+        return self.made[path] if path in self.made else (self.folder / path).read_bytes()
 
 
 def open_checkpoint(source: str | Path, hub: Hub | None = None) -> Checkpoint:

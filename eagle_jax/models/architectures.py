@@ -58,16 +58,37 @@ def config_of(hf: HF, where: str = "config.json") -> LlamaConfig:
     Raises:
       ConfigError: naming an architecture, a field or a value that is not implemented, or a size that is impossible.
     """
+    hf = text_config(hf, where)
     name = hf.get("model_type") or "llama"
     name = "llama" if name in NEUTRAL_VALUES["model_type"] else name
     if name not in list(ARCHITECTURES):  # a damaged config.json may hold an unhashable value
-        raise ConfigError(f"{where}: model_type = {name!r} is not implemented (accepted: {', '.join(ARCHITECTURES)})")
+        accepted = ", ".join((*ARCHITECTURES, *MULTIMODAL))
+        raise ConfigError(f"{where}: model_type = {name!r} is not implemented (accepted: {accepted})")
     architecture = ARCHITECTURES[name]
     hf = {**_defaults(architecture, hf), **hf}
     refuse_unknown_mathematics(hf, NEUTRAL_VALUES, where, reads=("model_type", *architecture.reads))
     shared = {name: value for name, value in hf.items() if name not in architecture.reads}
     fields = llama_fields(shared, where) | architecture.fields(hf, where)
     return LlamaConfig(**fields, model_type=name)
+
+
+def text_config(hf: HF, where: str = "config.json") -> HF:
+    """Returns the config.json of a multimodal model's text part alone; that of any other model as it is.
+
+    Raises:
+      ConfigError: naming a field outside `text_config` that would change the text part, or a text part of another kind.
+    """
+    if hf.get("model_type") not in list(MULTIMODAL):  # a damaged config.json may hold an unhashable value
+        return hf
+    kind, defaults = MULTIMODAL[hf["model_type"]]
+    refuse_unknown_mathematics(hf, NEUTRAL_VALUES, where, reads=("model_type",))
+    text = hf.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError(f"{where}: text_config must be an object, got {text!r}; the file is damaged")
+    if text.get("model_type") not in (None, kind):
+        raise ConfigError(f"{where}: text_config.model_type = {text['model_type']!r} is not implemented (only {kind})")
+    whole = {name: hf[name] for name in OF_THE_WHOLE if hf.get(name) is not None}
+    return {**defaults, **text, **whole, "model_type": kind}
 
 
 def _defaults(architecture: Architecture, hf: HF) -> dict[str, Any]:
@@ -316,3 +337,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
 }
+
+# Multimodal models, by `model_type`: that of their text part, and the sizes that its config.json may omit.
+MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3_text",
+        {
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+        },
+    ),
+}
+# Fields of a multimodal model that hold for its text part, too, whatever `text_config` says.
+OF_THE_WHOLE = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id", "dtype", "torch_dtype")
