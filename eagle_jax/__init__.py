@@ -15,6 +15,7 @@ from eagle_jax.drafts.eagle.drafting import with_window
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.lookahead import Lookahead
+from eagle_jax.drafts.lookup_first import LookupFirst
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.drafts.prompt_lookup import PromptLookup
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal, Text
@@ -47,6 +48,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "Lookahead",
+    "LookupFirst",
     "Medusa",
     "MedusaConfig",
     "Output",

@@ -82,6 +82,7 @@ def test_bench_of_several_drafts(folder, tmp_path, capsys):
         ("plain,eagle4", "unknown draft 'eagle4'; known: plain, lookahead"),
         ("plain,plain", "plain is named twice"),
         ("lookahead=dir", "lookahead has no weights"),
+        ("prompt-lookup+lookup", r"prompt-lookup\+lookup: \+lookup goes with model, medusa"),
     ],
 )
 def test_names_that_mean_nothing(spec, message):
@@ -93,14 +94,17 @@ def test_candidates_take_their_weights_and_trees(folder, medusa):
     target, head = convert.load(folder)
     loaded = model_options.Models(target, head, folder / "target")
     whole = str(GOLDEN / "weights/t1_target")
-    specs = draft_options.parse_specs(f"plain,lookahead,prompt-lookup-tree,model={whole},medusa={medusa},eagle3")
+    specs = draft_options.parse_specs(
+        f"plain,lookahead,prompt-lookup-tree,model={whole},medusa={medusa},eagle3,eagle3+lookup"
+    )
     tree = TreeConfig(3, 2, 5)
     options = decoding(tree=tree, draft_tree=[("model", StaticTree.chain(2))])
     found = draft_options.candidates(loaded, specs, options)
     assert [one.name for one in found] == list(specs)
-    plain, _, lookup, model, heads, eagle3 = found
+    plain, _, lookup, model, heads, eagle3, both = found
     assert plain.draft is None and eagle3.draft is head and eagle3.tree == tree
     assert lookup.draft == PromptLookup(branches=4)
+    assert type(both.draft) is eagle_jax.LookupFirst and both.draft.otherwise is head and both.tree == tree
     assert type(model.draft) is eagle_jax.DraftModel and model.tree == StaticTree.chain(2)
     assert heads.draft.config.num_heads == 3
     assert heads.shape == "static tree: depth 3, 62 nodes"  # the published one, cut off at three heads

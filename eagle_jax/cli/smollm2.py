@@ -15,6 +15,7 @@ from typing import Any
 
 from eagle_jax.cli.options.model_options import Models
 from eagle_jax.convert import convert, converted
+from eagle_jax.drafts.lookup_first import LookupFirst
 from eagle_jax.drafts.prompt_lookup import PromptLookup
 from eagle_jax.files import checksums
 from eagle_jax.tree import TreeConfig, TreePolicy
@@ -113,8 +114,9 @@ def run(args: argparse.Namespace) -> int:
             soft_wrap=True,
         )
         loaded = dataclasses.replace(loaded, draft=INSTEAD)
-    elif not tuned.read(out):
-        talk.tree = TREE
+    else:
+        talk.tree = choose_tree(loaded.draft, talk).tree if tuned.read(out) else TREE
+        loaded = dataclasses.replace(loaded, draft=LookupFirst(loaded.draft))
     measure(loaded, choose_tree(loaded.draft, talk).tree)
     return chat.talk(talk, loaded)
 

@@ -52,28 +52,43 @@ class PromptLookup(Draft):
         tree: TreePolicy,
         noise: Float[Array, "batch path vocab"] | None = None,
     ) -> Proposal:
-        tokens, last = context.tokens, context.root_position
-        width = tokens.shape[1]
-        places = jnp.arange(width, dtype=jnp.int32)[None]
-        # matched[b, j]: length of the common suffix, at most ngram, of the text up to j and of the whole text.
-        matched, going_on = jnp.zeros_like(tokens), jnp.ones(tokens.shape, bool)
-        for back in range(self.ngram):
-            wanted = take_one(tokens, jnp.maximum(last - back, 0))[:, None]
-            going_on &= (jnp.roll(tokens, back, axis=1) == wanted) & (places >= back)
-            matched += going_on
-        matched = jnp.where(places < last[:, None], matched, 0)
         count = 1 if self.branches == 1 else MATCHES_A_BRANCH * self.branches
-        order = jnp.pad(matched * width + places, [(0, 0), (0, max(count - width, 0))])
-        order, matches = jax.lax.top_k(order, count)
-        valid = order >= width  # at least one token matches
-        # The continuation of position j: positions j + 1 to the last one, repeated.
-        period = jnp.maximum(last[:, None] - matches, 1)
-        offsets = jnp.arange(self.length, dtype=jnp.int32)[None, None] % period[:, :, None]
-        copies = jnp.take_along_axis(tokens[:, None], jnp.minimum(matches[:, :, None] + 1 + offsets, width - 1), axis=2)
-        copies, valid = _distinct(copies, valid, self.branches)
+        copies, matched = longest_matches(context, self.length, self.ngram, count)
+        copies, valid = _distinct(copies, matched > 0, self.branches)
         root, valid = context.root, jnp.broadcast_to(valid[:, :, None], copies.shape)
         # Without a match, repeat the root: a value that depends on this sequence only.
         return Proposal(merge_chains(root, jnp.where(valid, copies, root[:, None, None]), valid))
+
+
+def longest_matches(
+    context: Context, length: int, ngram: int, count: int
+) -> tuple[Int[Array, "batch {count} {length}"], Int[Array, "batch {count}"]]:
+    """Returns what followed earlier occurrences of the text's last tokens, and how many tokens each of them matched.
+
+    The longest matches come first, of equally long ones the latest. A match of 0 tokens is none.
+
+    Args:
+      length: tokens copied from each.
+      ngram: most tokens compared.
+      count: matches returned.
+    """
+    tokens, last = context.tokens, context.root_position
+    width = tokens.shape[1]
+    places = jnp.arange(width, dtype=jnp.int32)[None]
+    # matched[b, j]: length of the common suffix, at most ngram, of the text up to j and of the whole text.
+    matched, going_on = jnp.zeros_like(tokens), jnp.ones(tokens.shape, bool)
+    for back in range(ngram):
+        wanted = take_one(tokens, jnp.maximum(last - back, 0))[:, None]
+        going_on &= (jnp.roll(tokens, back, axis=1) == wanted) & (places >= back)
+        matched += going_on
+    matched = jnp.where(places < last[:, None], matched, 0)
+    order = jnp.pad(matched * width + places, [(0, 0), (0, max(count - width, 0))])
+    order, matches = jax.lax.top_k(order, count)
+    # The continuation of position j: positions j + 1 to the last one, repeated.
+    period = jnp.maximum(last[:, None] - matches, 1)
+    offsets = jnp.arange(length, dtype=jnp.int32)[None, None] % period[:, :, None]
+    copies = jnp.take_along_axis(tokens[:, None], jnp.minimum(matches[:, :, None] + 1 + offsets, width - 1), axis=2)
+    return copies, order // width
 
 
 def _distinct(

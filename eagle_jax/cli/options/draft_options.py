@@ -12,6 +12,7 @@ from eagle_jax.cli.options.tree_options import choose_tree, default_tree, descri
 from eagle_jax.convert import load_draft
 from eagle_jax.convert.hub import named_revision
 from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
+from eagle_jax.drafts.lookup_first import LookupFirst
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.drafts.registry import KINDS, Kind
 from eagle_jax.measure.samples import embedded_pair
@@ -54,8 +55,10 @@ SPEC_HELP = (
     "ways to decode, in this order: plain, "
     + ", ".join(f"{name} ({kind.description})" for name, kind in KINDS.items())
     + ". Those with weights take the model's own head if it is of their kind, or NAME=DIR_OR_ID (an id may end in "
-    "@REVISION); eagle1 is the static tree and eagle2 the dynamic one of the same head"
+    "@REVISION); eagle1 is the static tree and eagle2 the dynamic one of the same head. NAME+lookup copies from "
+    "the text where its last two tokens occurred before, and asks the draft elsewhere"
 )
+LOOKUP = "+lookup"  # ends the name of a draft with weights
 
 
 def parse_specs(text: str) -> dict[str, str | None]:
@@ -63,11 +66,14 @@ def parse_specs(text: str) -> dict[str, str | None]:
     specs: dict[str, str | None] = {}
     for spec in text.split(","):
         name, _, source = spec.strip().partition("=")
-        if name not in NAMES:
-            raise argparse.ArgumentTypeError(f"unknown draft {name!r}; known: {', '.join(NAMES)}")
+        draft = name.removesuffix(LOOKUP)
+        if draft not in NAMES:
+            raise argparse.ArgumentTypeError(f"unknown draft {draft!r}; known: {', '.join(NAMES)}")
+        if name != draft and draft not in WITH_WEIGHTS:
+            raise argparse.ArgumentTypeError(f"{name}: {LOOKUP} goes with {', '.join(WITH_WEIGHTS)}")
         if name in specs:
             raise argparse.ArgumentTypeError(f"{name} is named twice")
-        if source and name not in WITH_WEIGHTS:
+        if source and draft not in WITH_WEIGHTS:
             raise argparse.ArgumentTypeError(f"{name} has no weights, so {name}={source} means nothing")
         specs[name] = source or None
     return specs
@@ -76,7 +82,7 @@ def parse_specs(text: str) -> dict[str, str | None]:
 def parse_draft_tree(text: str) -> tuple[str, TreePolicy]:
     """Parses "eagle1=TREE" to ("eagle1", tree); the type of an argparse option."""
     name, _, tree = text.partition("=")
-    if name not in WITH_WEIGHTS:
+    if name.removesuffix(LOOKUP) not in WITH_WEIGHTS:
         known = ", ".join(WITH_WEIGHTS)
         raise argparse.ArgumentTypeError(f"{text!r}: trees are for {known}, such as eagle1=paths.json")
     return name, parse_tree(tree)
@@ -98,7 +104,8 @@ def candidates(
     given = dict(getattr(args, "draft_tree", ()))
 
     def weights(name: str, kind: Kind) -> Draft:
-        same_weights = [other for other, known in WITH_WEIGHTS.items() if known.weights == kind.weights]
+        same = [other for other, known in WITH_WEIGHTS.items() if known.weights == kind.weights]
+        same_weights = [*same, *(other + LOOKUP for other in same)]
         source = specs.get(name) or next(filter(None, map(specs.get, same_weights)), None)
         if source is None and isinstance(models.draft, kind.draft):
             return models.draft
@@ -135,10 +142,11 @@ def candidates(
 
     found = []
     for name in specs:
-        kind = NAMES[name]
+        kind = NAMES[name.removesuffix(LOOKUP)]
         if kind is None:
             found.append(Candidate(name, None, TreeConfig(), ""))
             continue
         draft = kind.draft(**kind.settings) if kind.weights is None else weights(name, kind)
-        found.append(Candidate(name, draft, *tree_of(name, draft, kind)))
+        tree, origin = tree_of(name, draft, kind)
+        found.append(Candidate(name, LookupFirst(draft) if name.endswith(LOOKUP) else draft, tree, origin))
     return found
