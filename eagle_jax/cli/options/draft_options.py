@@ -104,9 +104,7 @@ def candidates(
     given = dict(getattr(args, "draft_tree", ()))
 
     def weights(name: str, kind: Kind) -> Draft:
-        same = [other for other, known in WITH_WEIGHTS.items() if known.weights == kind.weights]
-        same_weights = [*same, *(other + LOOKUP for other in same)]
-        source = specs.get(name) or next(filter(None, map(specs.get, same_weights)), None)
+        source = specs.get(name) or next(filter(None, map(specs.get, _same_weights(kind))), None)
         if source is None and isinstance(models.draft, kind.draft):
             return models.draft
         own = EMBEDDED[kind.weights] if embedded and kind.weights else None
@@ -150,3 +148,9 @@ def candidates(
         tree, origin = tree_of(name, draft, kind)
         found.append(Candidate(name, LookupFirst(draft) if name.endswith(LOOKUP) else draft, tree, origin))
     return found
+
+
+def _same_weights(kind: Kind) -> list[str]:
+    """Returns the names of the drafts that are made of the same kind of weights."""
+    names = [name for name, known in WITH_WEIGHTS.items() if known.weights == kind.weights]
+    return [*names, *(name + LOOKUP for name in names)]
