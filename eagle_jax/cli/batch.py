@@ -173,6 +173,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {name: getattr(args, name) for name in names}
     settings["logit_bias"] = [f"{id}={value:g}" for id, value in args.logit_bias]
     settings["prompts"] = checksums.of_file(args.prompts)
+    if args.lookup is not None:  # files begun before the option go on
+        settings["lookup"] = args.lookup
     return json.loads(json.dumps(settings))
 
 

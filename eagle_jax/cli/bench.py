@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         args.prompts = str(samples.humaneval())
     if args.drafts is None and (args.plot or args.draft_tree):
         raise ValueError("--plot and --draft-tree go with --drafts")
+    if args.drafts is not None and args.lookup is not None:
+        raise ValueError("--lookup is for the model's own draft; in --drafts write NAME+lookup")
     if args.plot is not None:
         places.check_picture("--plot", args.plot)
     if args.json is not None:

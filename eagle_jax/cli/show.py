@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         places.check_picture("--out", args.out)
     if args.draft_name is not None and len(args.draft_name) != 1:
         raise ValueError("--draft-name: name one draft")
+    if args.lookup is not None and (args.draft_name is not None or args.model is args.target is args.draft is None):
+        raise ValueError("--lookup is for the model's own draft; after --draft-name write NAME+lookup")
     notes = Console(stderr=True, highlight=False)
     with progress.status(notes, "loading"):
         embedded = args.model is None and args.target is None

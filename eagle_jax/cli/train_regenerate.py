@@ -10,6 +10,7 @@ from typing import Any
 
 from eagle_jax.cli.options.model_options import (
     Models,
+    add_lookup,
     add_model_arguments,
     draft_identity,
     load_models,
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja, in place of the tokenizer's own")
     parser.add_argument("--tree", type=parse_tree, metavar="TREE", help="the draft tree, as for `eagle-jax generate`")
     parser.add_argument("--draft-window", type=parse_window, metavar="FIRST,RECENT", help="as for `eagle-jax generate`")
+    add_lookup(parser)
     parser.add_argument("--ignore-eos", action="store_true", help="decode on after an end-of-text token")
     parser.add_argument("--stop-token", type=int, action="append", default=[], metavar="ID", help="end after it, too")
     parser.set_defaults(**dict.fromkeys(GROWTH))
@@ -153,6 +155,8 @@ def _settings(args: argparse.Namespace, loaded: Models, tree: Any, sampling: Sam
     from eagle_jax.train import fingerprint
 
     drafted = [draft_identity(loaded.draft), fingerprint.of_config(tree), args.draft_window]
+    if args.lookup is not None:  # files begun before the option go on
+        drafted.append(args.lookup)
     return {
         "target": fingerprint.of_model(loaded.target),
         "draft": None if loaded.draft is None else drafted,

@@ -27,7 +27,8 @@ class LookupFirst(Draft):
     Each sequence of a batch decides for itself.
 
     otherwise: an EAGLE head, or another draft.
-    length: tokens copied. A tree of fewer nodes grows by unused ones, which the target verifies, too.
+    length: tokens copied. A tree of fewer nodes grows by unused ones, which the target verifies, too; best is one token
+      less than the tree has nodes.
     ngram: the longest suffix of the text to match. Longer matches are preferred, then later ones.
     least: the shortest suffix that counts as a match.
 
@@ -36,7 +37,7 @@ class LookupFirst(Draft):
     """
 
     otherwise: Draft
-    length: int = dataclasses.field(default=3, metadata={"static": True})
+    length: int = dataclasses.field(default=7, metadata={"static": True})
     ngram: int = dataclasses.field(default=3, metadata={"static": True})
     least: int = dataclasses.field(default=2, metadata={"static": True})
 
@@ -84,6 +85,11 @@ class LookupFirst(Draft):
             probs = jnp.pad(probs, [(0, 0), (0, nodes - probs.shape[1]), (0, 0)])
             probs = jnp.where(found[:, None, None], 0, probs)
         return Proposal(jax.tree.map(lambda x, y: jnp.where(found[:, None], x, y), chain, grown), probs)
+
+
+def without_lookup(draft: Draft | None) -> Draft | None:
+    """Returns the draft that a `LookupFirst` asks elsewhere; any other as it is."""
+    return draft.otherwise if isinstance(draft, LookupFirst) else draft
 
 
 def _padded(tree: Tree, nodes: int, parent: int) -> Tree:

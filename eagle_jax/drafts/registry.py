@@ -16,6 +16,7 @@ from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.lookahead import Lookahead
+from eagle_jax.drafts.lookup_first import without_lookup
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.drafts.prompt_lookup import PromptLookup
 from eagle_jax.drafts.protocol import Draft
@@ -65,5 +66,6 @@ CLASSES = {kind.weights: kind.draft for kind in KINDS.values() if kind.weights i
 
 
 def kind_of(draft: Draft | None) -> Kind | None:
-    """Returns the kind of a draft; None for plain decoding and for a user's draft."""
+    """Returns the kind of a draft, of `LookupFirst` its draft's; None for plain decoding and for a user's draft."""
+    draft = without_lookup(draft)
     return next((kind for kind in reversed(KINDS.values()) if isinstance(draft, kind.draft)), None)

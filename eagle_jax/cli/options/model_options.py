@@ -22,6 +22,7 @@ from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import folder_of
 from eagle_jax.convert.tokenizing import tokenizer_of
 from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
+from eagle_jax.drafts.lookup_first import LookupFirst
 from eagle_jax.drafts.registry import WEIGHTLESS
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.params import for_this_machine
@@ -97,7 +98,7 @@ def named_as_model(name: str) -> Iterator[None]:
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Adds --tree, --draft-window, --max-new-tokens, what ends a text, and --raw."""
+    """Adds --tree, --draft-window, --lookup, --max-new-tokens, what ends a text, and --raw."""
     default = TreeConfig()
     parser.add_argument(
         "--tree",
@@ -128,6 +129,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         help="let the draft see the text's FIRST positions and its RECENT ones only, such as 4,1024: for texts longer "
         "than those it was trained on; changes no text",
     )
+    add_lookup(parser)
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
@@ -145,6 +147,19 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         help="end after this token, too; repeatable",
     )
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
+
+
+def add_lookup(parser: argparse.ArgumentParser) -> None:
+    """Adds --lookup."""
+    parser.add_argument(
+        "--lookup",
+        type=positive,
+        nargs="?",
+        const=LookupFirst.length,
+        metavar="N",
+        help="where the text's last two tokens occurred before, draft the N tokens that followed there (default: "
+        "%(const)s), and ask the draft elsewhere; changes no greedy text",
+    )
 
 
 def parse_window(text: str) -> tuple[int, int]:
@@ -207,7 +222,7 @@ def positive(text: str) -> int:
 
 
 def load_models(args: argparse.Namespace) -> Models:
-    """Loads the models of --model, or of --target and --draft; limits the draft's attention to --draft-window.
+    """Loads the models of --model, or of --target and --draft, the draft as --draft-window and --lookup ask.
 
     Raises:
       ValueError: for options that do not go together; CheckpointError, ConfigError: as `load` and `from_pretrained`.
@@ -238,6 +253,13 @@ def load_models(args: argparse.Namespace) -> Models:
         if not isinstance(draft, EagleDraft):
             raise ValueError(f"--draft-window is for EAGLE heads, this draft is a {type(draft).__name__}")
         draft = with_window(draft, *args.draft_window)
+    if args.lookup is not None:
+        if weightless is not None or draft is None:
+            raise ValueError(
+                "--lookup goes with a draft that has weights, which it asks where the text holds nothing to copy; "
+                "copies alone: --draft prompt-lookup"
+            )
+        draft = LookupFirst(draft, length=args.lookup)
     if jax.default_backend() == "cpu" and mesh is None:
         target, draft = _in_float32(target, draft, args.dtype)
     return Models(for_this_machine(target), for_this_machine(draft), folder)

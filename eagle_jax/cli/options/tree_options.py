@@ -8,6 +8,7 @@ from typing import Any
 
 from eagle_jax.cli import tuned
 from eagle_jax.drafts.eagle.drafting import EagleDraft
+from eagle_jax.drafts.lookup_first import LookupFirst, without_lookup
 from eagle_jax.drafts.registry import Kind, kind_of
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.tree import BestPrefixes, StaticTree, TreeConfig, TreePolicy
@@ -37,7 +38,10 @@ class TreeChoice:
         """Describes the draft, what it proposes, and where its tree comes from."""
         if draft is None:
             return "plain decoding"
-        return f"{type(draft).__name__}, {describe_proposal(draft, self.tree)} ({self.origin})"
+        name = type(without_lookup(draft)).__name__
+        if isinstance(draft, LookupFirst):
+            name += f" and copies of {draft.length} tokens"
+        return f"{name}, {describe_proposal(draft, self.tree)} ({self.origin})"
 
     def fields(self, draft: Any) -> Any:
         """Returns the tree as JSON values: its settings that are not 0, or its paths; None if the draft ignores it."""
@@ -62,8 +66,9 @@ def choose_tree(draft: Any, args: argparse.Namespace, batch: int = 1) -> TreeCho
                 raise ValueError(f"{_option(name)} is for drafts that grow trees; {type(draft).__name__} does not")
         return TreeChoice(default_tree(draft), "a shape of its own")
     found = None if args.tree is None else (args.tree, "from --tree")
-    if found is None and isinstance(draft, EagleDraft):
-        found = tuned.find(draft, tuned.folder_of(args), batch)
+    head = without_lookup(draft)
+    if found is None and isinstance(head, EagleDraft):
+        found = tuned.find(head, tuned.folder_of(args), batch)
     tree, origin = found or (default_tree(draft), "the default")
     return TreeChoice(grown(tree, args), origin)
 
@@ -99,7 +104,7 @@ def default_tree(draft: Any, kind: Kind | None = None) -> TreePolicy:
     tree = TreeConfig() if kind is None or kind.tree is None else kind.tree
     if kind is None or kind.deepest is None:
         return tree
-    deepest = getattr(draft.config, kind.deepest)
+    deepest = getattr(without_lookup(draft).config, kind.deepest)
     if isinstance(tree, BestPrefixes):
         return dataclasses.replace(tree, depth=min(tree.depth, deepest))
     assert isinstance(tree, StaticTree)
