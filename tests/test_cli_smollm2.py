@@ -11,6 +11,7 @@ import pytest
 
 from eagle_jax.cli import main, smollm2
 from eagle_jax.files import checksums
+from eagle_jax.tree import TreeConfig
 from tests.convert import folders, gguf_files
 from tests.convert.test_gguf_tokenizer import byte_level
 
@@ -65,11 +66,12 @@ def test_talks_with_the_head_that_lies_there(
     arrays["t2d"] = np.pad(arrays["t2d"], (0, 272 - 16))
     folders.write_safetensors(tmp_path / "head", folders.HEAD_CONFIG | {"vocab_size": 272}, arrays)
     monkeypatch.setattr(smollm2, "HEAD", tmp_path / "head")
+    monkeypatch.setattr(smollm2, "TREE", TreeConfig(depth=3, top_k=2, num_nodes=4))  # of a vocabulary of five tokens
     monkeypatch.setattr("sys.stdin", io.StringIO("It's 12!\n"))
     assert main(["demo", "--model", "smollm2"]) == 0
     said = capsys.readouterr().err
     assert "Identical tokens: 2 of 2 rows." in said
-    assert "Eagle3Draft and copies of 7 tokens, tree: depth 3, top_k 8, 8 nodes" in said
+    assert "Eagle3Draft and copies of 7 tokens, tree: depth 3, top_k 2, 4 nodes" in said
 
 
 def test_says_what_is_missing(index: Path, capsys: pytest.CaptureFixture[str]):
