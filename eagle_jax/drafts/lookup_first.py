@@ -87,7 +87,7 @@ class LookupFirst(Draft):
         return Proposal(jax.tree.map(lambda x, y: jnp.where(found[:, None], x, y), chain, grown), probs)
 
 
-def without_lookup(draft: Draft | None) -> Draft | None:
+def without_lookup(draft: Any) -> Any:
     """Returns the draft that a `LookupFirst` asks elsewhere; any other as it is."""
     return draft.otherwise if isinstance(draft, LookupFirst) else draft
 

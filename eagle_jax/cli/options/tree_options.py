@@ -100,11 +100,11 @@ def _option(name: str) -> str:
 
 def default_tree(draft: Any, kind: Kind | None = None) -> TreePolicy:
     """Returns the tree of the kind (default: the draft's own), cut off at the deepest that the draft can grow."""
-    kind = kind or kind_of(draft)
+    draft, kind = without_lookup(draft), kind or kind_of(draft)
     tree = TreeConfig() if kind is None or kind.tree is None else kind.tree
     if kind is None or kind.deepest is None:
         return tree
-    deepest = getattr(without_lookup(draft).config, kind.deepest)
+    deepest = getattr(draft.config, kind.deepest)
     if isinstance(tree, BestPrefixes):
         return dataclasses.replace(tree, depth=min(tree.depth, deepest))
     assert isinstance(tree, StaticTree)
