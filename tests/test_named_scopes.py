@@ -11,7 +11,9 @@ import pytest
 
 import eagle_jax
 from eagle_jax.train import eagle1_loss, eagle3_loss
+from eagle_jax.train.loss.dflash import DFlashObjective
 from eagle_jax.train.loss.objective import TargetObjective
+from tests.drafts.kinds import KINDS
 from tests.toy import TREE, random_eagle1, small_case
 
 TARGET, EAGLE3, TOKENS, LENGTHS = small_case()
@@ -30,6 +32,13 @@ def target_loss(model):
     objective = TargetObjective()
     prepared = objective.prepare(model, None, batch)
     return objective.sums(model, None, prepared, objective.counts(prepared), jax.random.key(0))[0]
+
+
+def dflash_loss(draft):
+    batch = dict(zip(("tokens", "lengths", "loss_mask"), IN_TRAINING, strict=True))
+    objective, key = DFlashObjective(anchors=2), jax.random.key(0)
+    prepared = objective.draw(draft, objective.prepare(draft, TARGET, batch), key)
+    return objective.sums(draft, TARGET, prepared, objective.counts(prepared), key)[0]
 
 
 def trained(loss, draft):
@@ -56,6 +65,11 @@ PROGRAMS = {
         trained(eagle1_loss, random_eagle1(1)),
         ["eagle1_loss/embed", "feature_loss", "vocabulary_loss"],
         ["target/layers.2", "eagle1_loss/layer"],
+    ),
+    "dflash_loss": (
+        (jax.grad(dflash_loss), KINDS["dflash"].build(TARGET.config, 1, 1.0)),
+        ["dflash_loss/embed", "dflash_loss/fc", "vocabulary_loss"],
+        ["target/layers.1"],
     ),
     "target_loss": (
         (jax.grad(target_loss), TARGET),

@@ -22,12 +22,12 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from eagle_jax.drafts.by_depth import grow_by_depth
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
 from eagle_jax.models.architectures import config_of
-from eagle_jax.models.cache import KVCache
+from eagle_jax.models.cache import KVCache, NewKV
 from eagle_jax.models.config import LlamaConfig, require_same
 from eagle_jax.models.fields import ConfigError, flag, layer_indices, refuse_unknown_mathematics, require_equal, size
-from eagle_jax.models.layers import norm_weight, normal, normed
+from eagle_jax.models.layers import AttendLayer, norm_weight, normal, normed
 from eagle_jax.models.llama import DecoderLayer
-from eagle_jax.models.rope import rope_angles
+from eagle_jax.models.rope import Rotation, rope_angles
 from eagle_jax.models.target import Target
 from eagle_jax.ops.attention import attention
 from eagle_jax.ops.linear import Weight, linear
@@ -167,11 +167,27 @@ class DFlash(Draft, nnx.Module):
         assert committed.output.taps is not None
         positions = committed.start[:, None] + jnp.arange(committed.tokens.shape[1], dtype=jnp.int32)[None]
         rotation = rope_angles(self.config.rope, self.config.head_dim, positions, committed.prompt_lengths)
-        with jax.named_scope("fc"):
-            fused = linear(committed.output.taps.astype(self.dtype), self.fc)
-            context = normed(fused, self.hidden_norm, self.config)
-        new_kv = [layer.attention.keys_and_values(context, rotation) for layer in self.layers]
+        new_kv = self.context(committed.output.taps, rotation)
         return memory.write(new_kv, committed.start).with_length(committed.start + committed.count)
+
+    def context(self, features: Float[Array, "batch new features"], rotation: Rotation) -> NewKV:
+        """Returns the keys and values that each layer makes of the target's features."""
+        with jax.named_scope("fc"):
+            fused = linear(features.astype(self.dtype), self.fc)
+            context = normed(fused, self.hidden_norm, self.config)
+        return [layer.attention.keys_and_values(context, rotation) for layer in self.layers]
+
+    def run_block(
+        self, target: Target, tokens: Int[Array, "batch new"], rotation: Rotation, attend: AttendLayer
+    ) -> Float[Array, "batch new hidden"]:
+        """Runs the tokens of one or several blocks, and returns the normalised outputs. `attend` knows the context."""
+        config = self.config
+        with jax.named_scope("embed"):
+            x = target.embed[tokens].astype(self.dtype)
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layers.{index}"):
+                x, _ = layer(x, rotation, functools.partial(attend, index), config.attention_spec(index))
+        return normed(x, self.norm, config)
 
     def block_logits(
         self,
@@ -188,18 +204,14 @@ class DFlash(Draft, nnx.Module):
         positions = memory.length[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
         seen = jnp.tri(size, dtype=bool) if config.causal else jnp.ones((size, size), bool)
         rotation = rope_angles(config.rope, config.head_dim, positions, prompt_lengths)
-        with jax.named_scope("embed"):
-            x = target.embed[tokens].astype(self.dtype)
 
-        def attend(context, q, k, v, spec=PLAIN):
+        def attend(index, q, k, v, spec=PLAIN):
             mask = jnp.broadcast_to(seen, (batch, size, size))
+            context = memory.layer(index)
             return attention(q, k, v, mask, context, spec=spec, positions=positions, limit_new=False), None
 
-        for index, layer in enumerate(self.layers):
-            with jax.named_scope(f"layers.{index}"):
-                of_layer = functools.partial(attend, memory.layer(index))
-                x, _ = layer(x, rotation, of_layer, config.attention_spec(index))
-        return target.logits(normed(x[:, 1:], self.norm, config).astype(target.dtype))
+        hidden = self.run_block(target, tokens, rotation, attend)
+        return target.logits(hidden[:, 1:].astype(target.dtype))
 
     def propose(
         self,

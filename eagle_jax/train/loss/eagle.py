@@ -20,8 +20,9 @@ import jax.numpy as jnp
 
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
+from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
-from eagle_jax.models.target import Target, logit_softcap
+from eagle_jax.models.target import Target, TargetOutput, logit_softcap
 from eagle_jax.ops.attention import causal
 from eagle_jax.ops.causal import OwnKV
 from eagle_jax.ops.layout import Layout, layout
@@ -85,6 +86,14 @@ def examples(
     chunk: int = CHUNK,
 ) -> Examples:
     """Runs the target over a batch, with the features that `draft` reads; see `eagle3_loss`."""
+    text, out = target_outputs(draft, target, tokens, lengths, documents)
+    return with_features(draft, target, tokens, loss_mask, text, draft.features(out), out.hidden, chunk)
+
+
+def target_outputs(
+    draft: Draft, target: Target, tokens: jax.Array, lengths: jax.Array, documents: jax.Array | None
+) -> tuple[Layout, TargetOutput]:
+    """Runs the target over a batch, with the taps of `draft`."""
     text = layout(lengths, tokens.shape[1], documents)
     taps = draft.taps(target)
 
@@ -94,7 +103,7 @@ def examples(
 
     with jax.named_scope("target"):
         out, _ = target.run(tokens, text.positions, attend, prompt_lengths=text.end - text.first, taps=taps)
-    return with_features(draft, target, tokens, loss_mask, text, draft.features(out), out.hidden, chunk)
+    return text, out
 
 
 def with_features(

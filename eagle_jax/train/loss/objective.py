@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,19 @@ class Objective(Protocol):
         self, model: Any, target: Target | None, prepared: Any, counts: Any, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """Returns loss and metrics of a micro-batch: its sums, divided by the counts of the whole batch."""
+
+
+@runtime_checkable
+class Drawing(Protocol):
+    """An objective that learns a random part of every micro-batch: `draw` runs after `prepare`, before `counts`."""
+
+    def draw(self, model: Any, prepared: Any, key: jax.Array) -> Any:
+        """Returns what `prepare` made, with the part to learn. `model` may be abstract; `sums` gets the same key."""
+
+
+def drawn(objective: Objective, model: Any, prepared: Any, key: jax.Array) -> Any:
+    """Returns what `counts` and `sums` take: `prepared`, or what the objective draws from it."""
+    return objective.draw(model, prepared, key) if isinstance(objective, Drawing) else prepared
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from eagle_jax.train.data import loader
 from eagle_jax.train.data.dataset import Dataset
 from eagle_jax.train.data.features import Rows
 from eagle_jax.train.loss.eagle import in_dtype
-from eagle_jax.train.loss.objective import Objective
+from eagle_jax.train.loss.objective import Objective, drawn
 from eagle_jax.train.run import assemble
 from eagle_jax.train.run.step import Arrays
 from eagle_jax.tree import TreePolicy
@@ -177,8 +177,9 @@ class Evaluator:
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
         def measure(masters, frozen, target, batch):
             whole = params.load(model, masters | frozen)
-            prepared = objective.prepare(whole, target, batch)
-            return objective.sums(whole, target, prepared, objective.counts(prepared), jax.random.key(0))[1]
+            key = jax.random.key(0)
+            prepared = drawn(objective, whole, objective.prepare(whole, target, batch), key)
+            return objective.sums(whole, target, prepared, objective.counts(prepared), key)[1]
 
         self.measure = measure
 

@@ -20,7 +20,7 @@ from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models import params
 from eagle_jax.models.target import Target
 from eagle_jax.sharding import path_sharding
-from eagle_jax.train.loss.objective import Batch, Eagle1Objective, Eagle3Objective, Metrics, Objective
+from eagle_jax.train.loss.objective import Batch, Eagle1Objective, Eagle3Objective, Metrics, Objective, drawn
 
 Arrays = dict[str, jax.Array]
 Head = TypeVar("Head", Eagle1Draft, Eagle3Draft)
@@ -69,20 +69,21 @@ def train_step(
     def prepare(piece):
         return objective.prepare(params.load(model, state.masters | frozen), target, piece)
 
+    draw = functools.partial(drawn, objective, model)
     gradient = functools.partial(_gradient, objective, model, state.masters, frozen, target)
     if pieces == 1:
-        prepared = prepare(batch)
+        prepared = draw(prepare(batch), key)
         result = gradient(prepared, objective.counts(prepared), key)
     else:
         # Sequence i goes to micro-batch i % pieces: no sequence moves to another device.
         split_rows = {name: jnp.swapaxes(a.reshape(-1, pieces, *a.shape[1:]), 0, 1) for name, a in batch.items()}
-        prepared = jax.lax.map(prepare, split_rows)
+        keys = jax.random.split(key, pieces)
+        prepared = jax.vmap(draw)(jax.lax.map(prepare, split_rows), keys)
         counts = jax.tree.map(lambda c: c.sum(axis=0), jax.vmap(objective.counts)(prepared))
 
         def add(total, piece):
             return jax.tree.map(jnp.add, total, gradient(piece[0], counts, piece[1])), None
 
-        keys = jax.random.split(key, pieces)
         first = jax.tree.map(lambda value: value[0], prepared)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, first, counts, key))
         result, _ = jax.lax.scan(add, zeros, (prepared, keys))
