@@ -1,4 +1,4 @@
-"""Shapes of models of Llama's family, and pairs of a target and an EAGLE-3 head: abstract, or with random weights."""
+"""Shapes of models of Llama's family, and pairs of a target and a head: abstract, or with random weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eagle_jax import DraftConfig, Eagle3Draft, Llama, LlamaConfig
+from eagle_jax import DFlash, DFlashConfig, DraftConfig, Eagle3Draft, Llama, LlamaConfig
+from eagle_jax.drafts.dflash import spaced_taps
 from eagle_jax.drafts.eagle.config import tap_layers
 from eagle_jax.models import params
 from eagle_jax.models.architectures import config_of
@@ -24,6 +25,27 @@ class Shape:
     def with_layers(self, layers: int) -> Shape:
         """Returns the shape with another number of target layers."""
         return dataclasses.replace(self, target=dataclasses.replace(self.target, num_layers=layers))
+
+    @property
+    def block_head(self) -> DFlashConfig:
+        """The config of a DFlash head as published: five layers of Qwen3 in the target's sizes, blocks of 16."""
+        target, layers = self.target, 5
+        return DFlashConfig(
+            target.vocab_size,
+            target.hidden_size,
+            target.intermediate_size,
+            layers,
+            target.num_heads,
+            target.num_kv_heads,
+            target.head_dim,
+            target.rms_norm_eps,
+            target.rope,
+            target.max_position_embeddings,
+            model_type="qwen3",
+            qk_norm=True,
+            taps=spaced_taps(target.num_layers, layers),
+            num_target_layers=target.num_layers,
+        )
 
 
 # The fields that a head shares with its target.
@@ -178,3 +200,8 @@ def random_pair(shape: Shape, key: jax.Array, dtype: Any = jnp.bfloat16) -> tupl
     target_key, head_key = jax.random.split(key)
     taps = len(tap_layers(shape.head, shape.target.num_layers))
     return Llama(shape.target, target_key, dtype), Eagle3Draft(shape.head, taps, head_key, dtype)
+
+
+def abstract_block_head(shape: Shape, dtype: Any = jnp.bfloat16) -> DFlash:
+    """Makes a DFlash head with ShapeDtypeStructs in place of arrays."""
+    return params.abstract(lambda key: DFlash(shape.block_head, key, dtype))

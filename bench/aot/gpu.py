@@ -22,7 +22,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from bench import report
 from bench.aot import compilers, hlo, programs
 from bench.aot.programs import Program
-from bench.shapes import ROUTED, SHAPES, Shape
+from bench.shapes import ROUTED, SHAPES, Shape, abstract_block_head
+from eagle_jax.drafts.registry import BLOCK_TREE
 from eagle_jax.sampling import SamplingConfig
 
 MIB = 2**20
@@ -44,12 +45,18 @@ def cycle(shape: Shape, sampling: SamplingConfig) -> Program:
     return programs.cycle(shape, CAPACITY, sampling=sampling)
 
 
+def block(shape: Shape, sampling: SamplingConfig) -> Program:
+    """Returns a cycle of a DFlash head of five layers: a block of 16, and its best 64 nodes."""
+    return programs.cycle(shape, CAPACITY, sampling=sampling, tree=BLOCK_TREE, draft=abstract_block_head(shape))
+
+
 # {"8b cycle greedy": (shape, program, sampling)}
 ROWS = {
     f"{name} {program.__name__} {sampling}": (name, program, sampling)
     for name, program, samplings in (
         ("8b", plain, ["greedy"]),
         ("8b", cycle, [*SAMPLINGS]),
+        *(("8b", block, ["greedy"]), ("qwen3-8b", cycle, ["greedy"]), ("qwen3-8b", block, ["greedy"])),
         *((routed, program, ["greedy"]) for routed in ROUTED for program in (plain, cycle)),
     )
     for sampling in samplings

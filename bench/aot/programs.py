@@ -19,13 +19,14 @@ from bench.aot import hlo
 from bench.aot.compilers import compile_lowered, lower_for, text
 from bench.shapes import Shape, abstract_pair
 from eagle_jax.decode import cycle as decoding
+from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.sharding import DATA, FSDP, TENSOR, path_name, path_sharding
 from eagle_jax.train.config import OptimizerSettings
 from eagle_jax.train.loss.objective import Eagle3Objective
 from eagle_jax.train.run import optimizer, step
-from eagle_jax.tree import TreeConfig
+from eagle_jax.tree import TreeConfig, TreePolicy
 
 # place(argument, mesh) -> the sharding of every leaf, as a tree like the argument.
 Place = Callable[[Any, Mesh], Any]
@@ -119,11 +120,16 @@ def cycle(
     capacity: int,
     batch: int = 1,
     sampling: SamplingConfig = SamplingConfig(),
-    tree: TreeConfig | None = TreeConfig(),
+    tree: TreePolicy | None = TreeConfig(),
+    draft: Draft | None = None,
 ) -> Program:
-    """Returns one cycle with the state donated and no prompt pending; `tree` None: a step of plain decoding."""
-    target, draft = abstract_pair(shape)
-    head = None if tree is None else draft
+    """Returns one cycle with the state donated and no prompt pending; `tree` None: a step of plain decoding.
+
+    Args:
+      draft: abstract; None: the EAGLE-3 head of the shape.
+    """
+    target, eagle3 = abstract_pair(shape)
+    head = None if tree is None else draft or eagle3
     start = functools.partial(eagle_jax.prefill, max_new_tokens=capacity - 1, sampling=sampling)
     state = jax.eval_shape(start, target, head, *_prompts(batch, 1), _key(sampling))
 

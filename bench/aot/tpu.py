@@ -27,7 +27,8 @@ from jax.sharding import AxisType, Mesh
 from bench import report
 from bench.aot import compilers, programs
 from bench.aot.programs import Program
-from bench.shapes import SHAPES, Shape
+from bench.shapes import SHAPES, Shape, abstract_block_head
+from eagle_jax.drafts.registry import BLOCK_TREE
 from eagle_jax.sharding import DATA, FSDP, TENSOR
 
 GIB = 2**30
@@ -39,6 +40,9 @@ TRAIN_WIDTH = 2304  # tokens a row of training: no activation has the size of a 
 PROGRAMS: dict[str, Callable[[Shape, int], Program]] = {
     "prefill": lambda shape, batch: programs.prefill(shape, CAPACITY, PROMPT, batch),
     "cycle": lambda shape, batch: programs.cycle(shape, CAPACITY, batch),
+    "block": lambda shape, batch: programs.cycle(
+        shape, CAPACITY, batch, tree=BLOCK_TREE, draft=abstract_block_head(shape)
+    ),
     "generate": lambda shape, batch: programs.generate(shape, CAPACITY, PROMPT, batch),
     "train": lambda shape, batch: programs.train_step(shape, batch, TRAIN_WIDTH),
 }

@@ -26,12 +26,16 @@ pass that reads a cache whole reads those too.
     extend   a pass of the head with T = D + 1 behind fc (d of the head x taps d of the target), without an output
     commit   D + 1 rows of keys and values of every layer, read and written
     cycle    propose + verify + commit + extend
+
+A DFlash head proposes in one step: a pass of all its layers with T = D + 1, and the target's output for D tokens. Its
+extend is fc, and k and v of every layer for D + 1 tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from eagle_jax.drafts.dflash import DFlashConfig
 from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
 from eagle_jax.models.config import LlamaConfig
 from eagle_jax.tree import TreePolicy
@@ -112,6 +116,25 @@ def cycle_work(
         commit=Work(2 * itemsize * batch * gained * rows, 0),
         extend=_output(head.hidden_size, features, batch * gained, itemsize)
         + _pass(head, width, batch, gained, context, itemsize),
+        step=step,
+    )
+
+
+def block_work(
+    target: LlamaConfig, head: DFlashConfig, tree: TreePolicy, batch: int, context: int, itemsize: int = 2
+) -> Cycle:
+    """Counts the work of one cycle of a DFlash head; arguments as in `plain_work`. The block has D + 1 tokens."""
+    tokens, d = tree.depth + 1, head.hidden_size
+    step = _pass(head, d, batch, tokens, context, itemsize) + _output(head.vocab_size, d, batch * tree.depth, itemsize)
+    kv = 2 * head.num_kv_heads * head.head_dim * head.num_layers
+    rows = 2 * target.num_kv_heads * target.head_dim * target.num_layers
+    return Cycle(
+        propose=step,
+        verify=verify_work(target, tree.num_nodes, batch, context, itemsize),
+        commit=Work(2 * itemsize * batch * tokens * rows, 0),
+        extend=_output(d, len(head.taps) * d, batch * tokens, itemsize)
+        + _output(kv, d, batch * tokens, itemsize)
+        + Work(itemsize * batch * tokens * kv, 0),
         step=step,
     )
 

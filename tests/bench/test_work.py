@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench.decode.work import Work, cycle_work, plain_work, verify_work
-from bench.shapes import SHAPES, abstract_pair
-from eagle_jax import TreeConfig
+from bench.decode.work import Work, block_work, cycle_work, plain_work, verify_work
+from bench.shapes import SHAPES, abstract_block_head, abstract_pair
+from eagle_jax import BestPrefixes, TreeConfig
 from eagle_jax.decode.cycle import verify
 from eagle_jax.decode.state import empty_state
 from eagle_jax.models import params
@@ -70,6 +70,22 @@ def test_weights_are_those_of_the_models():
         # A chain of two: one step of one token, which finds no earlier one.
         step = cycle_work(t, h, TreeConfig(depth=2, top_k=1, num_nodes=2), 1, 0, itemsize=1).step
         assert step.bytes == own + h.hidden_size + 2 * h.num_kv_heads * h.head_dim, name
+
+
+def test_a_cycle_of_a_block_of_8b_runs_its_head_once():
+    """A chain of one: a block of two tokens, which reads all weights of the head but those of the features, once."""
+    shape = SHAPES["8b"]
+    config, leaves = shape.block_head, params.flatten(abstract_block_head(shape))
+    features = sum(leaves.pop(path).size for path in ("fc", "hidden_norm", "norm"))
+    weights, kv = sum(leaf.size for leaf in leaves.values()), 2 * 8 * 128 * 5
+    chain = block_work(shape.target, config, BestPrefixes(depth=1, num_nodes=2), 1, 0)
+    assert chain.propose.bytes == 2 * (weights + 128256 * 4096 + 2 * 4096 + 2 * kv)
+    assert chain.extend.bytes == 2 * (features - 2 * 4096 + kv * 4096 + 2 * kv)
+    tree = block_work(shape.target, config, BestPrefixes(depth=15, num_nodes=64), 1, 0)
+    assert tree.propose.bytes < 1.001 * chain.propose.bytes and tree.step == tree.propose
+    assert tree.total.bytes == pytest.approx(18.5e9, rel=0.01)
+    eagle3 = cycle_work(shape.target, shape.head, TREE, 1, 0)
+    assert tree.total.bytes < 0.92 * eagle3.total.bytes
 
 
 def test_flops_are_those_that_the_compiler_counts():
