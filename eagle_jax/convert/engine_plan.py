@@ -1,4 +1,4 @@
-"""Plans the export of an EAGLE head: what an engine's files hold, and why an engine cannot run a head.
+"""Plans the export of a head: what an engine's files hold, and why an engine cannot run a head.
 
 Letters: D head width, V vocabulary, Vd draft vocabulary, n target layers.
 """
@@ -20,13 +20,14 @@ from eagle_jax.convert.heads.rules import theirs_of
 from eagle_jax.convert.heads.taps import OUR_NORM_OUTPUT, OUR_TAPS
 from eagle_jax.convert.match import output_path
 from eagle_jax.convert.official import to_official
+from eagle_jax.drafts.dflash import DFlash
 from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.eagle.flat_config import TAPS
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
-from eagle_jax.models.config import ConfigError
+from eagle_jax.models.config import ConfigError, LlamaConfig
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.rope import RopeConfig
 from eagle_jax.models.target import logit_softcap
@@ -48,7 +49,7 @@ class Plan:
     file: str
     tensors: dict[str, np.ndarray]
     config: dict[str, Any]
-    expected: DraftConfig
+    expected: LlamaConfig
     added: dict[str, np.ndarray]
     notes: tuple[str, ...]
 
@@ -57,16 +58,20 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
     """Plans the export of a head in a format.
 
     Args:
-      draft: an Eagle3Draft or Eagle1Draft.
+      draft: an Eagle3Draft or Eagle1Draft, or a DFlash for format "official", which is that of DFlash's authors then.
       target: its target. Of its arrays only `embed` is read, where an engine replaces the head's embedding or needs
         one, and `lm_head`, where the head has none and the engine needs one.
     Raises:
-      ConfigError: a draft that is no EAGLE head, or one that the engine would run differently; the message names the
+      ConfigError: a draft without a format, or one that the engine would run differently; the message names the
         fields and the formats that can hold it. Or an abstract target, of which an array is needed.
     """
     check_engine(draft, target, format)
+    engine = named(format)
+    if isinstance(draft, DFlash):
+        config_json = draft.config.to_hf()
+        return Plan("dflash", "model.safetensors", to_official(draft), config_json, draft.config, {}, ())
     assert isinstance(draft, Eagle3Draft | Eagle1Draft)
-    engine, kind = named(format), KINDS[type(draft)]
+    kind = KINDS[type(draft)]
     config = draft.config
     layers = target.config.num_layers
     taps = tap_layers(config, layers) if kind == "eagle3" else None
@@ -108,9 +113,16 @@ def needed(draft: Draft, format: str) -> tuple[str, ...]:
 def check_engine(draft: Draft, target: Llama, format: str) -> None:
     """Raises the ConfigError of `plan`. Both models may be abstract."""
     engine = named(format)
+    if isinstance(draft, DFlash):
+        draft.check_fits(target)
+        draft.config.to_hf()
+        if format != "official":
+            raise ConfigError(f"a DFlash head is written as its authors publish them, --format official, not {format}")
+        return
     if not isinstance(draft, Eagle3Draft | Eagle1Draft):
         raise ConfigError(
-            f"a {type(draft).__name__} cannot be exported: the formats are for EAGLE heads (Eagle3Draft, Eagle1Draft)"
+            f"a {type(draft).__name__} cannot be exported: the formats are for EAGLE heads (Eagle3Draft, Eagle1Draft) "
+            "and DFlash heads"
         )
     draft.check_fits(target)
     reasons = refusals(draft, target, format)

@@ -14,7 +14,7 @@ from eagle_jax.drafts.eagle.flat_config import TAPS
 from eagle_jax.drafts.registry import CLASSES
 from eagle_jax.models.fields import ConfigError
 
-# Official names of the exportable kinds; None: the kind is not exported.
+# Official names of the kinds of EAGLE head; None: the kind is not exported, or in its own format alone.
 EXPORTED: dict[str, dict[str, str] | None] = {
     "eagle3": names.EAGLE3,
     "eagle1": names.EAGLE1,

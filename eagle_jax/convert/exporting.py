@@ -1,4 +1,4 @@
-"""Exports an EAGLE head to a folder for another engine or trainer; reads it back and compares."""
+"""Exports an EAGLE or DFlash head to a folder for another engine or trainer; reads it back and compares."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def export(
     overwrite: bool = False,
     safetensors: bool = False,
 ) -> Exported:
-    """Writes an EAGLE head for another engine, reads the folder back, and compares every tensor bit for bit.
+    """Writes a head for another engine, reads the folder back, and compares every tensor bit for bit.
 
     Args:
-      draft: an Eagle3Draft or Eagle1Draft.
+      draft: an Eagle3Draft, Eagle1Draft or DFlash.
       target: the model it drafts for. Its embedding and lm_head are written where the head lacks them and the format
         needs them; no other weight is. It may be abstract where no array of it is needed; see `plan`.
       out: the folder to write: the weights and config.json.

@@ -117,6 +117,59 @@ class DFlashConfig(LlamaConfig):
             num_target_layers=0 if layers is None else size("num_target_layers", layers, where),
         )
 
+    def to_hf(self) -> dict[str, Any]:
+        """Returns a config.json as DFlash's authors publish them, which `from_hf` reads.
+
+        Raises:
+          ConfigError: naming what such a config cannot state, as its layers are Qwen3's.
+        """
+        own = {"mask_token_id": self.mask_token_id, "target_layer_ids": [tap - 1 for tap in self.taps]}
+        hf: dict[str, Any] = {
+            "architectures": ["DFlashDraftModel"],
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope.theta,
+            "max_position_embeddings": self.max_position_embeddings,
+            "attention_bias": self.attention_bias,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "block_size": self.block_size,
+            OWN: own | dict.fromkeys(CAUSAL if self.causal else (), True),
+        }
+        if self.num_target_layers:
+            hf["num_target_layers"] = self.num_target_layers
+        if windows := [window for window in self.windows if window is not None]:
+            kinds = ["full_attention" if window is None else "sliding_attention" for window in self.windows]
+            hf |= {"use_sliding_window": True, "sliding_window": max(windows), "layer_types": kinds}
+        if 0 in self.taps:
+            raise ConfigError(f"a config.json of a DFlash head names outputs of layers; it taps {list(self.taps)}")
+        read = DFlashConfig.from_hf(hf, "the config.json of this head")
+        lost = [
+            field.name for field in dataclasses.fields(self) if getattr(read, field.name) != getattr(self, field.name)
+        ]
+        if lost:
+            values = ", ".join(f"{name} = {getattr(self, name)!r}" for name in lost)
+            raise ConfigError(f"a config.json of a DFlash head cannot state {values}")
+        return hf
+
+
+def spaced_taps(target_layers: int, layers: int) -> tuple[int, ...]:
+    """Returns the taps of published heads: as many as the head has layers, evenly spaced.
+
+    They are the outputs of the target's layers from the second to the third from the end; of the middle one for a head
+    of one layer. A target with fewer layers has each tap once.
+    """
+    last = max(target_layers - 3, 1)
+    outputs = [target_layers // 2] if layers == 1 else [round(1 + i * (last - 1) / (layers - 1)) for i in range(layers)]
+    return tuple(sorted({min(output, target_layers - 1) + 1 for output in outputs}))
+
 
 class DFlash(Draft, nnx.Module):
     """Drafts a block in one pass, and grows a tree from its logits. The memory is the cache of the context.

@@ -3,8 +3,17 @@
 May import the decoder, conversion and measuring, never the commands.
 """
 
+from eagle_jax.train.loss.dflash import DFlashObjective
 from eagle_jax.train.loss.eagle import eagle1_loss, eagle3_loss
 from eagle_jax.train.loss.objective import Eagle1Objective, Eagle3Objective
 from eagle_jax.train.run.step import optimizer_state, optimizer_step
 
-__all__ = ["Eagle1Objective", "Eagle3Objective", "eagle1_loss", "eagle3_loss", "optimizer_state", "optimizer_step"]
+__all__ = [
+    "DFlashObjective",
+    "Eagle1Objective",
+    "Eagle3Objective",
+    "eagle1_loss",
+    "eagle3_loss",
+    "optimizer_state",
+    "optimizer_step",
+]

@@ -10,6 +10,7 @@ import pydantic
 import yaml
 
 from eagle_jax.convert.engines import ENGINES
+from eagle_jax.drafts.dflash import DFlashConfig
 
 LIMIT = 2**31  # steps are counted in int32, and seeds are that wide
 Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
@@ -62,11 +63,16 @@ class HeadSettings(Settings):
     draft_vocab_size: EAGLE-3's vocabulary, the most frequent tokens; None: the target's.
     intermediate_size, num_heads, num_kv_heads, head_dim: None: the target's.
     rope_theta: 10000 as in the official trainer.
-    taps: the target layers whose input EAGLE-3 reads; None: 2, n // 2 and n - 3.
-    num_layers: decoder layers of an EAGLE-3 head. windows: the sliding window of each, null for full attention.
+    taps: the target layers whose input EAGLE-3 and DFlash read; None: 2, n // 2 and n - 3 for EAGLE-3, `spaced_taps`
+      for DFlash.
+    num_layers: decoder layers of an EAGLE-3 or DFlash head; DFlash's authors have 5. windows: the sliding window of
+      each, null for full attention.
     qk_norm: RMSNorm of every query head and key head.
     norm_before_residual: add the layer's output to the normalised hidden state.
     fc_norm, norm_before_fc, norm_output: the norms of EAGLE-3.1, see `DraftConfig`.
+    block_size: of DFlash, the tokens of a block, the last one that the target chose included.
+    mask_token_id: of DFlash, a token of the target's that no text has; it stands for every token to predict.
+    causal: of DFlash, whether a token of the block sees only those before it, as JetSpec's do.
     """
 
     draft_vocab_size: pydantic.PositiveInt | None = None
@@ -83,6 +89,9 @@ class HeadSettings(Settings):
     fc_norm: bool = False
     norm_before_fc: bool = False
     norm_output: bool = False
+    block_size: Annotated[int, pydantic.Field(ge=2)] = DFlashConfig.block_size
+    mask_token_id: pydantic.NonNegativeInt | None = None
+    causal: bool = False
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> HeadSettings:
@@ -94,21 +103,24 @@ class HeadSettings(Settings):
 
     @property
     def parts(self) -> dict[str, Any]:
-        """Returns the settings that EAGLE-3 heads alone have, as fields of a `DraftConfig`."""
+        """Returns the settings of the layers and norms of an EAGLE-3 head, as fields of a `DraftConfig`."""
         names = ("num_layers", "windows", "qk_norm", "norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
         return {name: getattr(self, name) for name in names}
 
 
 class LossSettings(Settings):
-    """The losses; loss/eagle.py defines them.
+    """The losses; loss/eagle.py and loss/dflash.py define them.
 
     steps: of EAGLE-3's training-time test. Step k weighs step_weights[k]; None: step_decay ** k.
-    alignment, divergence: of EAGLE-3, see `eagle3_loss`.
-    objective: of a token, EAGLE-3's or EAGLE-1's. "lk" and "lk_adaptive" train on the probability of acceptance.
+    alignment: of EAGLE-3, see `eagle3_loss`. divergence: of EAGLE-3 and DFlash.
+    objective: of a token, of any head. "lk" and "lk_adaptive" train on the probability of acceptance.
     feature_weight: of EAGLE-3's regression to the target's last hidden states. The paper has none (0); with little data
       it teaches faster.
     token_weight: of EAGLE-1's cross-entropy, added to the feature regression.
     noise: add the official uniform noise to EAGLE-1's features.
+    anchors: of DFlash, the blocks of a sequence that a step learns. position_decay: mask token k of a block weighs
+      exp(-(k - 1) / position_decay); None: half a block.
+    labels: of DFlash: learn the target's distribution, or the tokens of the data.
     """
 
     steps: pydantic.PositiveInt = 7
@@ -120,6 +132,9 @@ class LossSettings(Settings):
     feature_weight: pydantic.NonNegativeFloat = 0.0
     token_weight: pydantic.NonNegativeFloat = 0.1
     noise: bool = True
+    anchors: pydantic.PositiveInt = 32
+    position_decay: pydantic.PositiveFloat | None = None
+    labels: Literal["target", "data"] = "target"
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> LossSettings:
@@ -127,12 +142,32 @@ class LossSettings(Settings):
             raise ValueError(f"step_weights has {len(self.step_weights)} entries for {self.steps} steps")
         if self.divergence == "kl" and self.objective != "cross_entropy":
             raise ValueError(f"divergence kl is of cross-entropy, not of objective {self.objective}")
+        if self.labels == "data" and (self.divergence, self.objective) != ("cross_entropy", "cross_entropy"):
+            raise ValueError(
+                "labels data are learned by cross-entropy; the other losses need the target's distribution"
+            )
         return self
 
     @property
     def weights(self) -> tuple[float, ...]:
         """Returns the weight of each step."""
         return self.step_weights or tuple(self.step_decay**step for step in range(self.steps))
+
+
+def _of(kinds: tuple[str, ...], section: str, *names: str) -> dict[str, tuple[str, ...]]:
+    return dict.fromkeys((f"{section}.{name}" for name in names), kinds)
+
+
+# Settings that only some kinds have; for the others they must keep their defaults.
+KINDS_WITH = {
+    **_of(("eagle3", "dflash"), "head", "num_layers", "windows"),
+    **_of(("eagle3",), "head", "qk_norm", "norm_before_residual", "fc_norm", "norm_before_fc", "norm_output"),
+    **_of(("dflash",), "head", "block_size", "mask_token_id", "causal"),
+    **_of(("dflash",), "loss", "anchors", "position_decay", "labels"),
+    **_of(("eagle3", "eagle1", "target"), "head", "draft_vocab_size"),
+    **_of(("eagle3", "eagle1", "target"), "loss", "steps", "step_decay", "step_weights", "alignment"),
+    **_of(("eagle3", "eagle1", "target"), "loss", "feature_weight", "token_weight", "noise"),
+}
 
 
 class OptimizerSettings(Settings):
@@ -178,7 +213,7 @@ class EvaluationSettings(Settings):
     every: steps between evaluations.
     prompts: number of held-out documents to continue, from their first prompt_tokens tokens or a chat's first question.
     new_tokens: tokens decoded per prompt.
-    tree: as --tree: "depth,top_k,num_nodes" or "chain:5".
+    tree: as --tree: "depth,top_k,num_nodes" or "chain:5". A DFlash head without it has the best 16 nodes of its block.
     loss_batches: number of batches for the held-out loss.
     """
 
@@ -193,7 +228,7 @@ class EvaluationSettings(Settings):
 class TrainSettings(Settings):
     """All settings of a run.
 
-    kind: trains an EAGLE-3 head, an EAGLE-1 head, or a target by its next-token loss.
+    kind: trains an EAGLE-3 head, an EAGLE-1 head, a DFlash head, or a target by its next-token loss.
     target: of a head: a folder or hub id, OWNER/NAME or OWNER/NAME@REVISION.
     model: of kind target: the config.json of random weights, next to which the tokenizer lies.
     start: a model of this kind to continue from, named like a target; None: random weights.
@@ -205,7 +240,7 @@ class TrainSettings(Settings):
     save_dtype, save_format: of the written model; docs/export.md lists the formats.
     """
 
-    kind: Literal["eagle3", "eagle1", "target"]
+    kind: Literal["eagle3", "eagle1", "dflash", "target"]
     output: str
     target: str | None = None
     model: str | None = None
@@ -241,14 +276,28 @@ class TrainSettings(Settings):
             raise ValueError("loss.objective is for heads; a target learns by cross-entropy")
         if self.save_format not in ENGINES:
             raise ValueError(f"save_format must be one of {', '.join(ENGINES)}, got {self.save_format!r}")
-        asked = [name for name, value in HeadSettings().parts.items() if self.head.parts[name] != value]
-        if self.kind != "eagle3" and asked:
-            raise ValueError(f"head.{asked[0]} is for kind eagle3, not {self.kind}")
+        for name, kinds in KINDS_WITH.items():
+            section, field = name.split(".")
+            ours = getattr(self, section)
+            if self.kind not in kinds and getattr(ours, field) != type(ours).model_fields[field].default:
+                raise ValueError(f"{name} is for kind {' or '.join(kinds)}, not {self.kind}")
+        if self.kind == "dflash":
+            self._check_block()
         if self.features is not None and self.kind == "target":
             raise ValueError("features are for heads; a target has none")
         for length in self.data.buckets or (self.data.row_length,):
             self.rows(length)
         return self
+
+    def _check_block(self) -> None:
+        """Requires the mask token of DFlash, and gives its evaluation the best tree of a block."""
+        if self.head.mask_token_id is None:
+            raise ValueError(
+                "kind dflash needs head.mask_token_id: the id of a token of the target's vocabulary that no text has"
+            )
+        if "tree" not in self.evaluation.model_fields_set:
+            tree = {"tree": f"best:{self.head.block_size - 1},16"}
+            object.__setattr__(self, "evaluation", self.evaluation.model_copy(update=tree))
 
     def rows(self, length: int) -> int:
         """Returns the batch size for sequences of this length.

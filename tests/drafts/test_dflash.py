@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from eagle_jax import Committed, ConfigError, StaticTree, TargetOutput, generate
-from eagle_jax.drafts.dflash import DFlashConfig
+from eagle_jax.drafts.dflash import DFlashConfig, spaced_taps
 from eagle_jax.models import params
+from eagle_jax.models.rope import RopeConfig
 from tests.drafts.kinds import KINDS
 from tests.drafts.test_head_parts import norm, rotate
 from tests.drafts.test_lossless import CONFIG, target_of
@@ -132,6 +133,33 @@ def test_a_published_config():
     nested = changed({"block_size": 10, "causal_head": True, "use_swa": True, "swa_window_size": 2048}, block_size=None)
     config = DFlashConfig.from_hf(nested)
     assert (config.block_size, config.causal, config.windows) == (10, True, (2048,) * 5)
+
+
+def test_a_config_is_written_as_it_is_read():
+    windows = {"num_hidden_layers": 2, "sliding_window": 8, "use_sliding_window": True}
+    windows |= {"layer_types": ["full_attention", "sliding_attention"]}
+    for hf in (
+        PUBLISHED,
+        changed({"causal_head": True}, block_size=10, num_target_layers=None),
+        changed({}, **windows),
+    ):
+        config = DFlashConfig.from_hf(hf)
+        assert DFlashConfig.from_hf(config.to_hf()) == config
+    for part, message in (
+        ({"windows": (8, 4, None, None, None)}, r"cannot state windows = \(8, 4, None"),
+        ({"rope": RopeConfig(1e6, "linear", 2.0)}, "cannot state rope = "),
+        ({"qk_norm": False}, "cannot state qk_norm = False"),
+        ({"mlp_bias": True}, "cannot state mlp_bias = True"),
+        ({"taps": (0, 2)}, r"names outputs of layers; it taps \[0, 2\]"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(DFlashConfig.from_hf(PUBLISHED), **part).to_hf()
+
+
+def test_the_taps_of_a_new_head_are_evenly_spaced():
+    """As published for Qwen3-8B and Llama-3.1-8B, of 36 and 32 layers."""
+    assert spaced_taps(36, 5) == (2, 10, 18, 26, 34) and spaced_taps(32, 5) == (2, 9, 16, 23, 30)
+    assert spaced_taps(12, 1) == (7,) and spaced_taps(3, 2) == (2,)
 
 
 @pytest.mark.parametrize(

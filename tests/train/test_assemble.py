@@ -13,7 +13,8 @@ from eagle_jax import Llama, convert
 from eagle_jax.models.architectures import config_of
 from eagle_jax.models.layers import normed
 from eagle_jax.train.config import DataSettings, TrainSettings
-from eagle_jax.train.run import assemble
+from eagle_jax.train.run import assemble, evaluate
+from eagle_jax.tree.named import tree_named
 from tests.toy import random_eagle3
 from tests.train.models import CONFIG
 
@@ -57,12 +58,44 @@ def test_the_settings_of_a_head_are_its_config(folder):
     assert (plain.num_layers, plain.windows, plain.norm_output) == (1, (), False)
 
 
+def test_the_settings_of_a_dflash_head_are_its_config(folder):
+    head = {"num_layers": 2, "windows": [8, None], "mask_token_id": 9, "block_size": 6, "causal": True}
+    settings = settings_of(kind="dflash", target=str(folder), head=head)
+    assert settings.evaluation.tree == "best:5,16"
+    assert settings_of(**settings.model_dump() | {"evaluation": {"tree": "chain:3"}}).evaluation.tree == "chain:3"
+    target = assemble.source(settings).config
+    config = assemble.head_config(settings, target)
+    assert {name: getattr(config, name) for name in head} == head | {"windows": (8, None)}
+    assert (config.taps, config.num_target_layers, config.qk_norm) == ((2,), 3, True)
+    tapped = settings_of(kind="dflash", target=str(folder), head=head | {"taps": [1, 3]})
+    assert assemble.head_config(tapped, target).taps == (1, 3)
+    for wrong, message in (
+        ({"mask_token_id": CONFIG["vocab_size"]}, "head.mask_token_id 352 is no token of the target's"),
+        ({"taps": [0, 1]}, r"head.taps \[0, 1\]: a DFlash head reads the inputs of layers 1 to 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            assemble.head_config(settings_of(kind="dflash", target=str(folder), head=head | wrong), target)
+    deep = assemble.new_dflash(config, jax.random.key(0), Llama(target, jax.random.key(1)), None, print)
+    evaluate.check_depth(deep, tree_named("chain:5"), "chain:5")
+    with pytest.raises(ValueError, match=r"evaluation\.tree chain:6 is 6 deep, and this head drafts 5 tokens at most"):
+        evaluate.check_depth(deep, tree_named("chain:6"), "chain:6")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head": {"windows": [8]}, "kind": "eagle1"}, "head.windows is for kind eagle3, not eagle1"),
+        ({"head": {"windows": [8]}, "kind": "eagle1"}, "head.windows is for kind eagle3 or dflash, not eagle1"),
         ({"head": {"num_layers": 2, "windows": [8]}}, "windows has 1 entries for 2 layers"),
         ({"head": {"fc_norm": True, "norm_before_fc": True}}, "fc_norm and norm_before_fc exclude each other"),
+        ({"head": {"causal": True}}, "head.causal is for kind dflash, not eagle3"),
+        ({"loss": {"anchors": 8}, "kind": "eagle1"}, "loss.anchors is for kind dflash, not eagle1"),
+        ({"loss": {"steps": 3}, "kind": "dflash"}, "loss.steps is for kind eagle3 or eagle1 or target, not dflash"),
+        ({"head": {"qk_norm": True}, "kind": "dflash"}, "head.qk_norm is for kind eagle3, not dflash"),
+        ({"kind": "dflash"}, "kind dflash needs head.mask_token_id"),
+        (
+            {"loss": {"labels": "data", "divergence": "kl"}, "kind": "dflash"},
+            "labels data are learned by cross-entropy",
+        ),
         ({"save_format": "gguf"}, "save_format must be one of official, "),
     ],
 )

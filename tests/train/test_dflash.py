@@ -80,7 +80,7 @@ def test_anchors_are_those_that_decoding_can_have(made):
 
 def test_losses_are_means_over_the_blocks_and_reach_every_weight(made):
     target, draft = target_of(0), KINDS["dflash"].build(CONFIG, 1, 6.0)
-    options: list[dict] = [{}, {"labels": True}, {"divergence": "kl"}, {"token_loss": "lk"}]
+    options: list[dict] = [{}, {"labels": "data"}, {"divergence": "kl"}, {"token_loss": "lk"}]
     objectives = [DFlashObjective(anchors=5, chunk=7, **chosen) for chosen in options]
     batch, key = batch_of() | {"features": made.features, "answers": made.answers}, jax.random.key(0)
 

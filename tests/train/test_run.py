@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 import eagle_jax
 from eagle_jax.cli import main
 from eagle_jax.convert import from_pretrained
+from eagle_jax.drafts.registry import CLASSES
 from eagle_jax.files.lock import Locked, locked_folder
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
@@ -35,6 +36,10 @@ from tests.train.chat_templates import byte_level
 from tests.train.models import VOCAB, write_target
 
 TOTAL, EVERY = 12, 4
+DFLASH: dict[str, Any] = {
+    "head": {"mask_token_id": 7, "block_size": 5, "num_layers": 2, "windows": [6, None]},
+    "loss": {"anchors": 64, "labels": "data", "position_decay": 8},
+}
 
 
 @pytest.fixture(scope="module")
@@ -243,11 +248,13 @@ def test_a_head_of_many_parts_is_trained_saved_and_read(folder):
     assert all((array != 1).all() for array in norms.values())  # they began as ones
 
 
-@pytest.mark.parametrize("kind", ["eagle1", "target"])
+@pytest.mark.parametrize("kind", ["eagle1", "dflash", "target"])
 def test_other_kinds_are_resumed_bit_for_bit(folder, kind):
     changes: dict[str, Any] = {"kind": kind, "head": {}, "accumulation": 2}
     if kind == "target":
         changes |= {"target": None, "model": str(folder / "target" / "config.json")}
+    if kind == "dflash":
+        changes |= DFLASH
     straight, halves = settings_of(folder, f"{kind}-a", **changes), settings_of(folder, f"{kind}-b", **changes)
     assert train(straight, quiet) == 0
     assert train(halves.model_copy(update={"steps": 7}), quiet) == 0
@@ -257,18 +264,21 @@ def test_other_kinds_are_resumed_bit_for_bit(folder, kind):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(("kind", "depth"), [("eagle3", 3), ("eagle1", 1)])  # EAGLE-1 learns no later step
+# EAGLE-1 learns no later step; DFlash gets as many tokens a cycle as its block has.
+@pytest.mark.parametrize(
+    ("kind", "depth"), [("eagle3", 3), ("eagle1", 1), pytest.param("dflash", 4, marks=pytest.mark.slow)]
+)
 def test_a_head_that_knows_a_text_by_heart_has_every_draft_accepted(folder, kind, depth):
     data = {"train": [str(folder / "train.jsonl")], "held_out": [str(folder / "train.jsonl")], "row_length": 64}
+    own = DFLASH if kind == "dflash" else {"head": {}, "loss": {"steps": 3, "noise": False, "token_weight": 1.0}}
     settings = settings_of(
         folder,
         f"{kind}-overfit",
         kind=kind,
         data=data,
-        head={},
+        **own,
         steps=300,
         batch_tokens=256,
-        loss={"steps": 3, "noise": False, "token_weight": 1.0},
         optimizer={"learning_rate": 1e-2, "schedule": "linear", "warmup_steps": 10, "clip_norm": 1.0},
         checkpoints={"every": 1000},
         evaluation={"every": 150, "prompts": 8, "prompt_tokens": 6, "new_tokens": 20, "tree": f"chain:{depth}"},
@@ -282,7 +292,9 @@ def test_a_head_that_knows_a_text_by_heart_has_every_draft_accepted(folder, kind
     assert lines[-1]["tokens_a_cycle"] > 0.8 * (depth + 1)  # the last cycle of a row is cut off at its end
     assert {path.name for path in Path(settings.output).iterdir()} >= {"best", "final", "plot.png", "tensorboard"}
     target, head = from_pretrained(folder / "target", Path(settings.output) / "best")
-    assert eagle_jax.propose(target, head, np.ones((1, 4), np.int32), np.array([4])).tokens.shape[0] == 1
+    assert isinstance(head, CLASSES[kind])
+    chain = eagle_jax.StaticTree.chain(depth)
+    assert eagle_jax.propose(target, head, np.ones((1, 4), np.int32), np.array([4]), tree=chain).tokens.shape[0] == 1
 
 
 def test_text_that_is_not_the_target_s_own_ends_the_evaluation(folder):

@@ -112,14 +112,14 @@ class DFlashObjective:
 
     anchors: blocks of a sequence in a step.
     position_decay: of the weights; None: half a block (7, 5 and 4 were published for blocks of 16, 10 and 8).
-    labels: learn the tokens of the text, as published; False: the target's distribution.
+    labels: learn the target's distribution, or the tokens of the data, as published.
     divergence, token_loss: see `eagle3_loss`.
     dtype, chunk: as in `Eagle3Objective`.
     """
 
     anchors: int = 32
     position_decay: float | None = None
-    labels: bool = False
+    labels: Literal["target", "data"] = "target"
     divergence: Literal["cross_entropy", "kl"] = "cross_entropy"
     dtype: Any = None
     chunk: int = CHUNK
@@ -127,6 +127,8 @@ class DFlashObjective:
 
     def __post_init__(self) -> None:
         eagle.check_token_loss(self.token_loss, self.divergence)
+        if self.labels not in ("target", "data"):
+            raise ValueError(f'labels must be "target" or "data", got {self.labels!r}')
 
     def prepare(self, model, target, batch):
         return examples(model, target, batch)
@@ -147,7 +149,7 @@ class DFlashObjective:
         ahead = jnp.arange(size - 1, dtype=jnp.int32)[None, None]
         before = (anchors[:, :, None] + ahead).reshape(len(anchors), -1)  # the positions whose next token is predicted
         teacher: Labels | Soft
-        if self.labels:
+        if self.labels == "data":
             teacher = Labels(jnp.take_along_axis(jnp.pad(made.tokens, [(0, 0), (0, size)]), before + 1, axis=1))
         else:
             within = jnp.minimum(before, made.tokens.shape[1] - 1)[:, :, None]

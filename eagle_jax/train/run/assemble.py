@@ -18,6 +18,7 @@ from eagle_jax.convert import converted
 from eagle_jax.convert.hub import Hub, named_revision
 from eagle_jax.convert.read import folder_of, read_json
 from eagle_jax.convert.tokenizing import tokenizer_of
+from eagle_jax.drafts.dflash import DFlash, DFlashConfig, spaced_taps
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
@@ -36,6 +37,7 @@ from eagle_jax.train.data.dataset import Dataset
 from eagle_jax.train.data.features import Rows
 from eagle_jax.train.data.records import ReadReport, read_records
 from eagle_jax.train.data.rendering import read_template
+from eagle_jax.train.loss.dflash import DFlashObjective
 from eagle_jax.train.loss.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
 from eagle_jax.train.loss.vocabulary import CHUNK
 from eagle_jax.train.report import Say
@@ -80,7 +82,7 @@ def predicted_by(settings: TrainSettings) -> slice:
 
     A target predicts all tokens except the first. EAGLE-3 reads a feature and the token after it, and predicts the
     next token; its official alignment applies the mask of the input position instead. EAGLE-1 regresses the feature
-    after each position.
+    after each position. DFlash predicts after an anchor, and reads a feature before it.
     """
     return training_of(settings).predicted(settings.loss)
 
@@ -197,13 +199,27 @@ def new_eagle3(config: DraftConfig, key: jax.Array, target: Llama, train: Datase
         ids, coverage = frequent_tokens(train, config.vocab_size, config.draft_vocab_size)
         say(f"draft vocabulary: {len(ids)} of {config.vocab_size} tokens, {coverage:.2%} of the tokens to learn")
         output, made["target_ids"] = output[ids], jnp.asarray(ids)
-    norm = target.norm[...].astype(jnp.float32) + (1 if target.config.norm_plus_one else 0)
-    made |= {"norm": norm, "lm_head": output.astype(jnp.float32)}
+    made |= {"norm": _last_norm(target), "lm_head": output.astype(jnp.float32)}
     return params.load(head, made)
 
 
-def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
-    """Returns the config of a head: layers of Llama in the target's shape, with the changes in settings.head."""
+def new_dflash(config: DFlashConfig, key: jax.Array, target: Llama, train: Dataset, say: Say) -> DFlash:
+    """Initialises a head with the target's final norm, since its outputs go to the target's output matrix."""
+    head = DFlash(config, key)
+    return params.load(head, params.flatten(head) | {"norm": _last_norm(target)})
+
+
+def _last_norm(target: Llama) -> jax.Array:
+    """Returns the target's final norm as a factor, in float32."""
+    return target.norm[...].astype(jnp.float32) + (1 if target.config.norm_plus_one else 0)
+
+
+def head_config(settings: TrainSettings, target: LlamaConfig) -> LlamaConfig:
+    """Returns the config of a head: layers of Llama in the target's shape, with the changes in settings.head.
+
+    Raises:
+      ValueError: naming the setting that does not fit.
+    """
     head = settings.head
     fields: dict[str, Any] = dict(
         vocab_size=target.vocab_size,
@@ -216,19 +232,48 @@ def head_config(settings: TrainSettings, target: LlamaConfig) -> DraftConfig:
         rms_norm_eps=target.rms_norm_eps,
         rope=RopeConfig(head.rope_theta),
         max_position_embeddings=target.max_position_embeddings,
-        target_hidden_size=target.hidden_size,
     )
     if fields["num_heads"] % fields["num_kv_heads"]:
         raise ValueError(
             f"head.num_heads {fields['num_heads']} is no multiple of head.num_kv_heads {fields['num_kv_heads']} (the "
             "target's own where the settings have none)"
         )
+    if (head.draft_vocab_size or 0) > target.vocab_size:
+        raise ValueError(f"head.draft_vocab_size {head.draft_vocab_size} is more than the target's {target.vocab_size}")
+    of_kind = training_of(settings).head_config
+    assert of_kind is not None  # it is no target
+    return of_kind(fields, head, target)
+
+
+def eagle1_config(layer: dict[str, Any], head: HeadSettings, target: LlamaConfig) -> DraftConfig:
+    """Adds to the fields of its layer what an EAGLE-1 head has."""
+    return DraftConfig(**layer, target_hidden_size=target.hidden_size, fc_bias=True)
+
+
+def eagle3_config(layer: dict[str, Any], head: HeadSettings, target: LlamaConfig) -> DraftConfig:
+    """Adds to the fields of its layers what an EAGLE-3 head has."""
     vocabulary = head.draft_vocab_size or target.vocab_size
-    if vocabulary > target.vocab_size:
-        raise ValueError(f"head.draft_vocab_size {vocabulary} is more than the target's {target.vocab_size}")
-    head_fields = training_of(settings).head_fields
-    assert head_fields is not None  # it is no target
-    return DraftConfig(**fields | head_fields(head, vocabulary))
+    own = {"target_hidden_size": target.hidden_size, "draft_vocab_size": vocabulary, "taps": head.taps}
+    return DraftConfig(**layer | own | head.parts)
+
+
+def dflash_config(layer: dict[str, Any], head: HeadSettings, target: LlamaConfig) -> DFlashConfig:
+    """Adds to the fields of its layers, which are Qwen3's, what a DFlash head has.
+
+    Raises:
+      ValueError: naming the setting that does not fit the target.
+    """
+    mask, layers = head.mask_token_id, target.num_layers
+    if mask is None or mask >= target.vocab_size:
+        raise ValueError(f"head.mask_token_id {mask} is no token of the target's: it has {target.vocab_size}")
+    taps = head.taps or spaced_taps(layers, head.num_layers)
+    if min(taps) < 1 or max(taps) > layers:
+        raise ValueError(
+            f"head.taps {list(taps)}: a DFlash head reads the inputs of layers 1 to {layers}, the last output"
+        )
+    own = {"model_type": "qwen3", "qk_norm": True, "num_layers": head.num_layers, "windows": head.windows}
+    block = {"block_size": head.block_size, "mask_token_id": mask, "causal": head.causal}
+    return DFlashConfig(**layer | own | block, taps=taps, num_target_layers=layers)
 
 
 def frequent_tokens(train: Dataset, vocab_size: int, count: int) -> tuple[np.ndarray, float]:
@@ -278,15 +323,15 @@ class Training:
 
     predicted: returns the positions that the loss predicts, see `predicted_by`.
     objective: builds the loss from the settings, the dtype of the computation and the chunk size.
-    new_head: initialises a head; None for a target.
-    head_fields: returns the config fields beyond the target's shape, from the settings and the size of the draft
-      vocabulary; None for a target.
+    new_head: initialises a head of a config; None for a target.
+    head_config: returns its config from the fields of a Llama layer, the settings and the target's config; None for a
+      target.
     """
 
     predicted: Callable[[LossSettings], slice]
     objective: Callable[[LossSettings, Any, int], Objective]
-    new_head: Callable[[DraftConfig, jax.Array, Llama, Dataset, Say], Draft] | None = None
-    head_fields: Callable[[HeadSettings, int], dict[str, Any]] | None = None
+    new_head: Callable[[Any, jax.Array, Llama, Dataset, Say], Draft] | None = None
+    head_config: Callable[[dict[str, Any], HeadSettings, LlamaConfig], LlamaConfig] | None = None
 
 
 # Keyed by settings.kind: "target", and every kind of draft with weights. None: no training.
@@ -301,7 +346,7 @@ TRAINED: dict[str, Training | None] = {
             loss.token_weight, loss.noise, dtype, chunk, loss.objective
         ),
         new_head=lambda config, key, target, train, say: Eagle1Draft(config, key),
-        head_fields=lambda head, vocabulary: {"fc_bias": True},
+        head_config=eagle1_config,
     ),
     "eagle3": Training(
         predicted=lambda loss: slice(None) if loss.alignment == "official" else slice(2, None),
@@ -309,9 +354,16 @@ TRAINED: dict[str, Training | None] = {
             loss.weights, loss.alignment, loss.divergence, loss.feature_weight, dtype, chunk, loss.objective
         ),
         new_head=new_eagle3,
-        head_fields=lambda head, vocabulary: {"draft_vocab_size": vocabulary, "taps": head.taps, **head.parts},
+        head_config=eagle3_config,
     ),
-    "dflash": None,
+    "dflash": Training(
+        predicted=lambda loss: slice(2, None),
+        objective=lambda loss, dtype, chunk: DFlashObjective(
+            loss.anchors, loss.position_decay, loss.labels, loss.divergence, dtype, chunk, loss.objective
+        ),
+        new_head=new_dflash,
+        head_config=dflash_config,
+    ),
     "medusa": None,
     "llama": None,
 }

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from eagle_jax.api import forward, generate
 from eagle_jax.convert.eos import eos_tokens
 from eagle_jax.decode.prefill import pad
+from eagle_jax.drafts.registry import kind_of
 from eagle_jax.measure.near_tie import first_difference, near_tie_relative, relative_gap
 from eagle_jax.measure.statistics import accepted_shares, distinct_ngrams, tokens_a_cycle
 from eagle_jax.models import params
@@ -134,6 +135,17 @@ def _logits_at(target: Target, tokens: np.ndarray, place: int) -> np.ndarray:
     return np.asarray(logits[0, place - 1])
 
 
+def check_depth(model: Any, tree: TreePolicy, name: str) -> None:
+    """Refuses a tree that is deeper than a trained head can draft.
+
+    Raises:
+      ValueError: naming both.
+    """
+    kind = kind_of(model)
+    if kind is not None and kind.deepest and tree.depth > (deepest := getattr(model.config, kind.deepest)):
+        raise ValueError(f"evaluation.tree {name} is {tree.depth} deep, and this head drafts {deepest} tokens at most")
+
+
 class Evaluator:
     """Maps masters to metrics of held-out data and a score; higher is better.
 
@@ -170,6 +182,7 @@ class Evaluator:
         self.batches = loader.batches(held_out, rows, counts, 0, features=features, blocks=blocks, of=of)
         self.count = min(settings.evaluation.loss_batches, loader.steps_of(rows, counts, 1))
         self.tree = tree_named(settings.evaluation.tree)
+        check_depth(model, self.tree, settings.evaluation.tree)
         self.stop_tokens = eos_tokens(origin.folder, origin.config.vocab_size, origin.tokenizer)
         self.prompts = prompts_of(held_out, settings.evaluation.prompts, settings.evaluation.prompt_tokens)
         self.plain: Prompts | None = None  # greedy texts of a frozen target, decoded once
