@@ -19,7 +19,7 @@ from eagle_jax.convert.loading import from_pretrained, load_draft
 from eagle_jax.convert.read import folder_of, open_checkpoint
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.measure import samples
-from eagle_jax.measure.first_tokens import FirstTokens, first_tokens
+from eagle_jax.measure.drafted_tokens import Share, best_of, drafted_tokens
 from eagle_jax.models.config import ConfigError
 
 NEW_TOKENS = 64  # of each continuation, every one of which is a sample
@@ -52,16 +52,15 @@ def check(args: argparse.Namespace, choices: HeadChoices) -> HeadChoices | None:
         draft = load_draft(args.draft, target, dtype=args.dtype, revision=args.draft_revision, head=reading.choices)
         if not isinstance(draft, EagleDraft):
             raise ConfigError(f"{args.draft}: a {type(draft).__name__} reads no layers of the target")
-        rates.append(first_tokens(target, draft, texts.tokens, lengths, texts.lengths))
+        rates.append(drafted_tokens(target, draft, texts.tokens, lengths, texts.lengths))
     console = Console(highlight=False)
-    console.print(f"first drafted tokens that are the target's, over {NEW_TOKENS} tokens after {source}", markup=False)
+    console.print(f"drafted tokens that are the target's, over {NEW_TOKENS} tokens after {source}", markup=False)
     console.print(_table(readings, rates))
-    best = max(range(len(rates)), key=lambda index: rates[index].rate)
-    others = [rate for index, rate in enumerate(rates) if index != best]
-    layers = ",".join(map(str, readings[best].choices.taps or ()))
-    if not all(rates[best].beats(other) for other in others):
+    best = best_of(rates)
+    if best is None:
         console.print("the measurement does not tell: the best two are within two standard errors", markup=False)
         return None
+    layers = ",".join(map(str, readings[best].choices.taps or ()))
     console.print(f"right: {readings[best].words} (--taps {layers})", markup=False)
     return readings[best].choices
 
@@ -80,11 +79,11 @@ def _padded(token_lists: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]
     return jnp.asarray(padded), jnp.asarray(lengths)
 
 
-def _table(readings: Sequence[Candidate], rates: Sequence[FirstTokens]) -> Any:
+def _table(readings: Sequence[Candidate], rates: Sequence[tuple[Share, ...]]) -> Any:
     from rich.table import Table
 
-    table = Table("reading", "inputs of layers", "first token accepted", "of")
-    for reading, rate in zip(readings, rates, strict=True):
+    table = Table("reading", "inputs of layers", "first token accepted", "second token", "of")
+    for reading, shares in zip(readings, rates, strict=True):
         layers = ", ".join(map(str, reading.choices.taps or ()))
-        table.add_row(reading.words, layers, f"{rate.rate:.1%}", str(rate.positions))
+        table.add_row(reading.words, layers, *(f"{share.rate:.1%}" for share in shares), str(shares[0].positions))
     return table

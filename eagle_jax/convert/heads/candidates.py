@@ -25,9 +25,9 @@ class Candidate:
 
 
 def candidates(checkpoint: Checkpoint, choices: HeadChoices, num_layers: int) -> list[Candidate]:
-    """Lists the readings of an EAGLE-3 head's taps, and of norm_before_residual where its config leaves it open.
+    """Lists the readings of an EAGLE-3 head's taps, and of the norms that its config leaves open.
 
-    norm_output does not change the first drafted token, so no measurement of it can tell; false stands for either.
+    norm_output changes the second drafted token, and not the first.
 
     Args:
       choices: what the caller settles. num_layers: of the target.
@@ -39,13 +39,12 @@ def candidates(checkpoint: Checkpoint, choices: HeadChoices, num_layers: int) ->
         raise CheckpointError(f"{where}: --taps lists the layers, so that there is nothing to measure")
     dialect = DIALECTS[dialect_of(hf, checkpoint.tensors.keys() | checkpoint.faults.keys())]
     left_open = leaves_open(hf, dialect, choices)
-    if "norm_output" in left_open:
-        choices = dataclasses.replace(choices, norm_output=False)
-    residuals = (False, True) if "norm_before_residual" in left_open else (choices.norm_before_residual,)
+    flags = sorted(left_open)
     found: dict[HeadChoices, str] = {}
-    for (layers, words), residual in itertools.product(_taps(hf, where, num_layers), residuals):
-        words += f", norm_before_residual = {str(residual).lower()}" if len(residuals) > 1 else ""
-        found.setdefault(dataclasses.replace(choices, taps=layers, norm_before_residual=residual), words)
+    for (layers, words), *values in itertools.product(_taps(hf, where, num_layers), *([(False, True)] * len(flags))):
+        chosen = dict(zip(flags, values, strict=True))
+        words += "".join(f", {name} = {str(value).lower()}" for name, value in chosen.items())
+        found.setdefault(dataclasses.replace(choices, taps=layers, **chosen), words)
     return [Candidate(words, one) for one, words in found.items()]
 
 
