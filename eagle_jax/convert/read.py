@@ -1,9 +1,9 @@
 """Reads a Hugging Face checkpoint folder, or a GGUF file: its config, and its tensors lazily.
 
 Weights are `.safetensors` or `.bin`: one file or shards, with or without an index. Medusa heads may also be
-`medusa_lm_head.pt`. Opening reads headers only. A tensor is mapped or read on demand, so memory holds about one tensor
-at a time. Files are not trusted: PyTorch's weights-only reader unpickles, and an index that names a file outside its
-folder is refused.
+`medusa_lm_head.pt`; mlc.py reads MLC-LLM's shards. Opening reads headers only. A tensor is mapped or read on demand, so
+memory holds about one tensor at a time. Files are not trusted: PyTorch's weights-only reader unpickles, and an index
+that names a file outside its folder is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from eagle_jax.convert import mlc
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.gguf import checkpoint as gguf
 from eagle_jax.convert.hub import MEDUSA_FILE, Hub, first_line, resolve
@@ -66,7 +67,7 @@ class Checkpoint:
 
     source: the caller's name for it. files: the weight files.
     made: {path: bytes} of config.json and small files that no file holds: all of a GGUF file's, written from its
-      metadata, and the config.json of a multimodal model's text part.
+      metadata, and the config.json of a multimodal model's text part and of MLC's folders.
     faults: {tensor name: why it cannot be read}, such as a missing shard; an error only if a model needs the tensor.
     """
 
@@ -117,6 +118,9 @@ def open_checkpoint(source: str | Path, hub: Hub | None = None) -> Checkpoint:
     folder = resolve(source, hub)
     if not (folder / "config.json").is_file() and (folder / "target" / "config.json").is_file():
         raise CheckpointError(f"{source}: is a converted folder; load it with eagle_jax.load, or name it with --model")
+    index = mlc.index_of(folder)
+    if index is not None:
+        return _open_mlc(source, index)
     config = read_json(folder / CONFIG)
     files, weight_map = weight_files(folder)
     tensors: dict[str, Tensor] = {}
@@ -174,6 +178,13 @@ def _open_gguf(source: str | Path, path: Path) -> Checkpoint:
     described = gguf.describe(path)
     tensors = {name: Tensor(name, path, *rest) for name, rest in described.tensors.items()}
     return Checkpoint(str(source), path.parent, described.config, tensors, (path,), described.faults, described.files)
+
+
+def _open_mlc(source: str | Path, index: Path) -> Checkpoint:
+    described = mlc.describe(index, read_json)
+    tensors = {name: Tensor(name, *rest) for name, rest in described.tensors.items()}
+    made = {CONFIG: json.dumps(described.config, indent=2).encode()}
+    return Checkpoint(str(source), index.parent, described.config, tensors, described.files, described.faults, made)
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -284,21 +295,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_bin(path: Path) -> dict[str, Tensor]:
     """Lists the tensors of a PyTorch file, mapped where the format allows it (zip files, since PyTorch 1.6)."""
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path}: reading {path.suffix} files needs PyTorch: pip install eagle-jax[torch]"
-        ) from error
-    try:
-        with path.open("rb") as file:
-            mapped = file.read(4) == b"PK\x03\x04"
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # unpickling damaged bytes may raise any exception
-        raise CheckpointError(
-            f"{path}: PyTorch's weights-only reader refuses this file ({first_line(error)}); it is damaged, "
-            "incomplete, or holds more than tensors. Download it again, or use a .safetensors file"
-        ) from error
+    torch = _torch(path)
+    state = _unpickled(path)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
     tensors = {}
@@ -317,6 +315,44 @@ def read_bin(path: Path) -> dict[str, Tensor]:
 
         tensors[name] = Tensor(name, path, tuple(value.shape), str(value.dtype).removeprefix("torch."), load)
     return tensors
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Reads a list of token ids from a PyTorch file, which may hold a tensor, or from JSON."""
+    try:
+        listed = json.loads(path.read_bytes()) if path.suffix == ".json" else _unpickled(path)
+        ids = np.asarray(listed)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is no list of token ids ({first_line(error)})") from error
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+        raise CheckpointError(f"{path}: is no list of token ids, but {ids.dtype.name} of shape {ids.shape}")
+    return ids.astype(np.int64)
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: reading {path.suffix} files needs PyTorch: pip install eagle-jax[torch]"
+        ) from error
+    return torch
+
+
+def _unpickled(path: Path) -> Any:
+    """Reads a PyTorch file by the weights-only reader, mapped where the format allows it."""
+    torch = _torch(path)
+    try:
+        with path.open("rb") as file:
+            mapped = file.read(4) == b"PK\x03\x04"
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # unpickling damaged bytes may raise any exception
+        raise CheckpointError(
+            f"{path}: PyTorch's weights-only reader refuses this file ({first_line(error)}); it is damaged, "
+            "incomplete, or holds more than tensors. Download it again, or use a .safetensors file"
+        ) from error
 
 
 def _shards_of(files: list[Path]) -> list[str]:
