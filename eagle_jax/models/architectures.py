@@ -40,7 +40,8 @@ class Architecture:
     defaults: values of fields that an absent one stands for, where these are not Llama's.
     names: {path in a layer: official tensor name in a layer}, where `names.LAYER` has another or none; those of
       experts say how they are stored, see convert/experts.py.
-    model: (config, key, dtype) -> the model: Llama, or a subclass with a layer of its own.
+    model: (config, key, dtype) -> the model: Llama, or a subclass with parts of its own.
+    outer_names: {path outside of layers: official tensor name}, of a subclass's own parts.
     """
 
     fields: Callable[[HF, str], dict[str, Any]] = lambda hf, where: {}
@@ -48,6 +49,7 @@ class Architecture:
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     model: Callable[[LlamaConfig, jax.Array, Any], Llama] = Llama
+    outer_names: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def config_of(hf: HF, where: str = "config.json") -> LlamaConfig:

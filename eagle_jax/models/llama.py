@@ -99,9 +99,7 @@ class Llama(nnx.Module):
         """Runs a pass whose attention the caller computes; see `Target`."""
         config = self.config
         with jax.named_scope("embed"):
-            x = self.embed[tokens]
-            if config.embedding_scale != 1:
-                x = x * jnp.asarray(config.embedding_scale, x.dtype)
+            x = self.embedded(tokens)
         ropes = dict.fromkeys(map(config.rope_of, range(config.num_layers)))
         rotations = {rope: rope_angles(rope, config.head_dim, positions, prompt_lengths) for rope in ropes}
         stream, kept = [x], []
@@ -113,6 +111,11 @@ class Llama(nnx.Module):
             kept.append(of_layer)
         tapped = jnp.concatenate([stream[tap] for tap in taps], axis=-1) if taps else None
         return TargetOutput(normed(x, self.norm, config), tapped), kept
+
+    def embedded(self, tokens: Int[Array, "batch new"]) -> Float[Array, "batch new hidden"]:
+        """Returns the input of the first layer."""
+        x, scale = self.embed[tokens], self.config.embedding_scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def output_weight(self) -> Float[Array, "vocab hidden"]:
         """Returns lm_head, or the embedding if they are tied."""
