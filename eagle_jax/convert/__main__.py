@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--check-taps",
         action="store_true",
-        help="measure the first drafted tokens under each reading of the head's layers, and say which is right; with "
-        "--out, convert by it",
+        help="measure the first and second drafted tokens under each reading of the head's layers and norms, and say "
+        "which is right; with --out, convert by it",
     )
     group.add_argument("--prompts", metavar="FILE", help="prompts for --check-taps (default: built-in ones)")
 
@@ -70,6 +70,11 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         help="whether the residual is the normalised hidden state (some speculators heads)",
     )
     group.add_argument(
+        "--token-map",
+        metavar="FILE",
+        help="a list of target ids, freq_32768.pt or JSON: an EAGLE-1 head drafts these tokens alone (FR-Spec)",
+    )
+    group.add_argument(
         "--ignore-field",
         action="append",
         default=[],
@@ -90,7 +95,7 @@ def head_choices(args: argparse.Namespace) -> HeadChoices:
         name: None if getattr(args, name) is None else getattr(args, name) == "true"
         for name in ("norm_output", "norm_before_residual")
     }
-    return HeadChoices(taps=taps, ignored=tuple(args.ignore_field), **flags)
+    return HeadChoices(taps=taps, ignored=tuple(args.ignore_field), token_map=args.token_map, **flags)
 
 
 def run(args: argparse.Namespace) -> int:

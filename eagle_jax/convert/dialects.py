@@ -19,7 +19,8 @@ from eagle_jax.models import params
 from eagle_jax.models.architectures import ARCHITECTURES, config_of
 from eagle_jax.models.llama import Llama
 
-OPTIONAL = ("embed", "lm_head", "fc_bias")  # paths of EAGLE heads whose presence shows in the tensor names only
+# Paths of EAGLE heads whose presence shows in the tensor names only.
+OPTIONAL = ("embed", "lm_head", "fc_bias", "target_ids")
 VOCABULARY = {names.DRAFT_TO_TARGET, names.TARGET_TO_DRAFT}
 
 
@@ -50,7 +51,8 @@ class Dialect:
     ties_lm_head: whether config.json may tie the lm_head to the embedding; a file then holds either or both.
     tied_to_own: whether config.json may tie a missing lm_head to the head's embedding.
     vocabulary: whether there may be a draft vocabulary, in tables beside the weights.
-    copies_lm_head: whether a file may hold a copy of the target's lm_head.
+    of_target: the path that is filled with the target's output rows of the draft vocabulary, "" for none. A file may
+      hold a copy of them, or of the target's lm_head.
     """
 
     recognise: Callable[[Collection[str]], dict[str, str] | None]
@@ -64,7 +66,7 @@ class Dialect:
     ties_lm_head: bool = False
     tied_to_own: bool = False
     vocabulary: bool = False
-    copies_lm_head: bool = False
+    of_target: str = ""
 
 
 def draft_kind(tensor_names: Collection[str], where: str) -> tuple[str, dict[str, str]]:
@@ -117,7 +119,8 @@ def _llama(source: Source, dtype: Any) -> Any:
 
 
 def _llama_names(model: Llama) -> dict[str, str]:
-    return names.decoder_table(names.LAYER | ARCHITECTURES[model.config.model_type].names)
+    architecture = ARCHITECTURES[model.config.model_type]
+    return names.decoder_table(names.LAYER | architecture.names) | architecture.outer_names
 
 
 def _num_experts(model: Llama) -> int | None:
@@ -128,6 +131,8 @@ def _eagle1(source: Source, dtype: Any) -> Any:
     fc_bias = not is_vllm_eagle1(source.hf) or "fc_bias" in source.held
     own = {"own_embedding": "embed" in source.held, "own_lm_head": True, "fc_bias": fc_bias}
     config = DraftConfig.from_hf(source.hf, source.where, kind="eagle1", **own)
+    if "target_ids" not in source.held:
+        config = dataclasses.replace(config, draft_vocab_size=config.vocab_size)
     return params.abstract(lambda key: Eagle1Draft(config, key, dtype))
 
 
@@ -170,9 +175,8 @@ def _check_medusa(model: Medusa, checkpoint: Checkpoint) -> None:
 
 
 def _unread_eagle1(model: Eagle1Draft, checkpoint: Checkpoint) -> set[str]:
-    """Returns the copy of the target's lm_head, trivial vocabulary tables, and tensors that only vLLM wants."""
-    one_vocabulary = model.config.draft_vocab_size == model.config.vocab_size
-    unread = {names.LLAMA["lm_head"]} | (VOCABULARY if one_vocabulary else set())
+    """Returns the copy of the target's lm_head, vocabulary tables, and tensors that only vLLM wants."""
+    unread = {names.LLAMA["lm_head"]} | VOCABULARY
     if is_vllm_eagle1(checkpoint.config):
         unread |= {name for name in checkpoint.tensors if names.VLLM_UNREAD.fullmatch(name)}
     return unread
@@ -193,7 +197,8 @@ DIALECTS: dict[str, Dialect] = {
         build=_eagle1,
         official=lambda model: names.EAGLE1,
         unread=_unread_eagle1,
-        copies_lm_head=True,
+        vocabulary=True,
+        of_target="lm_head",
     ),
     "dflash": Dialect(
         recognise=names.dflash_table,

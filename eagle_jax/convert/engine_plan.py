@@ -95,7 +95,12 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
     if "lm_head" in needs:
         added["lm_head"] = _target_rows(target, output_path(target))
         notes.append(f"lm_head.weight was added, the target's: {engine.title} takes none from the target")
-    expected = _expected(config, kind, stated, added)
+    if kind == "eagle1" and draft.target_ids is not None:
+        notes.append(
+            f"pass frspec_vocab_size={config.draft_vocab_size} to {engine.title}, which makes room for "
+            f"{names.REMAP} by it"
+        )
+    expected = _expected(config, kind, stated, added, draft.target_ids is not None)
     tensors = _tensors(draft, kind, engine, added)
     if COPY in needs:
         tensors[names.LLAMA["lm_head"]] = _target_rows(target, output_path(target))
@@ -161,6 +166,8 @@ def refusals(draft: Eagle3Draft | Eagle1Draft, target: Llama, format: str) -> li
     if len(set(config.windows) - {None}) > 1:
         found.append(f"windows is {config.windows}, a config.json states one size")
     if kind == "eagle1":
+        if draft.target_ids is not None and not engine.remap:
+            found.append(f"it drafts {config.draft_vocab_size} of {config.vocab_size} tokens, its files have no table")
         if config.fc_bias and engine.fc_bias == "never":
             found.append("fc.bias (bias is true) is not read")
         return found
@@ -235,6 +242,9 @@ def _tensors(draft: Any, kind: str, engine: Engine, added: Mapping[str, np.ndarr
         del tensors[names.DRAFT_TO_TARGET], tensors[names.TARGET_TO_DRAFT]
     if not engine.t2d:
         tensors.pop(names.TARGET_TO_DRAFT, None)
+    if kind == "eagle1" and draft.target_ids is not None:
+        del tensors[names.DRAFT_TO_TARGET]
+        tensors[names.REMAP] = np.asarray(draft.target_ids[...])
     dialect = DIALECTS[engine.dialect]
     rules = dialect.several if draft.config.num_layers > 1 and dialect.several else dialect.written
     rules = dialect.eagle1 if kind == "eagle1" and dialect.eagle1 is not None else rules
@@ -242,7 +252,7 @@ def _tensors(draft: Any, kind: str, engine: Engine, added: Mapping[str, np.ndarr
 
 
 def _expected(
-    config: DraftConfig, kind: str, taps: tuple[int, ...] | None, added: Mapping[str, np.ndarray]
+    config: DraftConfig, kind: str, taps: tuple[int, ...] | None, added: Mapping[str, np.ndarray], table: bool
 ) -> DraftConfig:
     """Returns the config that reading the export gives."""
     eagle3 = kind == "eagle3"
@@ -250,7 +260,7 @@ def _expected(
         config,
         tie_word_embeddings=False,
         taps=taps,
-        draft_vocab_size=config.draft_vocab_size if eagle3 else config.vocab_size,
+        draft_vocab_size=config.draft_vocab_size if eagle3 or table else config.vocab_size,
         target_hidden_size=config.target_hidden_size if eagle3 else config.hidden_size,
         norm_before_residual=config.norm_before_residual and eagle3,
         fc_bias=config.fc_bias or "fc_bias" in added,
@@ -271,6 +281,8 @@ def _config_json(config: DraftConfig, kind: str, engine: Engine, target: Llama) 
     if kind == "eagle1":
         # SGLang reads `bias` as the bias of attention.
         bias = {engine.fc_bias_field: config.fc_bias} if engine.fc_bias_field else {}
+        if config.draft_vocab_size != config.vocab_size:
+            more["draft_vocab_size"] = config.draft_vocab_size
         return (
             head | layer | bias | ({"qkv_bias": True} if config.qkv_bias else {}) | more | _eagle1_norms(config, engine)
         )

@@ -64,6 +64,7 @@ class Engine:
     needs: {kind: weights of the target that its files must hold}: "embed", "lm_head", or "copy", an unused lm_head.
     null_vocabulary: whether draft_vocab_size is null of an EAGLE-3 head without an lm_head.
     tables: whether it wants the tables of a head with the target's vocabulary. t2d: whether it knows that table.
+    remap: whether an EAGLE-1 head may draft frequent tokens only, which `token_id_remap` lists.
     fc_bias: "any", "always" or "never", of an EAGLE-1 head; fc_bias_field: the config field for it, "" for none.
     wide_fc_bias: whether an EAGLE-3 head's fc may have a bias.
     any_head_dim: whether head_dim may differ from D / heads. ropes: kinds of RoPE; free_theta: those with a base of
@@ -92,6 +93,7 @@ class Engine:
     null_vocabulary: bool = False
     tables: bool = True
     t2d: bool = True
+    remap: bool = False
     fc_bias: str = "any"
     fc_bias_field: str = "bias"
     wide_fc_bias: bool = False
@@ -289,6 +291,7 @@ ENGINES: dict[str, Engine] = {
         wide=False,
         needs={"eagle3": ("lm_head",)},
         t2d=False,
+        remap=True,
         fc_bias="always",
         target_rope=True,
         fields={"eagle3": {"eagle_num_layers": 1}, "eagle1": {"eagle_num_layers": 1}},

@@ -51,7 +51,8 @@ FRAMEWORKS: tuple[Framework, ...] = (
         "CPM.cu",
         "EAGLE-1, 2 and 3",
         ("cpmcu",),
-        "default taps, and the target's RoPE; options use_input_norm, use_attn_norm for EAGLE-1 heads with norms",
+        "default taps, and the target's RoPE; options use_input_norm, use_attn_norm for EAGLE-1 heads with norms, "
+        "frspec_vocab_size for those of frequent tokens",
     ),
     Framework(
         "Intel® Extension for Transformers",

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from eagle_jax.convert import converted
-from eagle_jax.convert.dialects import build
+from eagle_jax.convert.dialects import DIALECTS, OPTIONAL, build
 from eagle_jax.convert.engine_plan import COPY, needed
 from eagle_jax.convert.error import CheckpointError, NotConvertedError
 from eagle_jax.convert.heads.choices import HeadChoices, HeadReading
@@ -24,9 +24,9 @@ from eagle_jax.convert.match import (
     PARAMETER_DTYPES,
     Match,
     as_draft,
-    check_copy,
     match_draft,
     match_pair,
+    meet_target,
     output_path,
     own_dtype,
     parameter_dtype,
@@ -131,8 +131,7 @@ def load_draft(
         checkpoint = open_checkpoint(path, Hub(revision, token, local_files_only))
         match = match_draft(checkpoint, dtype, head, target.config.num_layers)
         as_draft(match.model).check_fits(target)
-        check_copy(match, lambda: _output_rows(target))
-        return as_draft(_fill(match, mesh))
+        return as_draft(_fill(meet_target(match, lambda: _output_rows(target)), mesh))
     draft.check_fits(target)
     return draft
 
@@ -228,7 +227,8 @@ def _entries(folder: Path) -> dict[str, _Entry]:
 def _entry(model: dict[str, Any], dtype: str) -> _Entry:
     arrays = {path: array for part in model["parts"].values() for path, array in part["arrays"].items()}
     # Folders of older versions do not say whether a head has an lm_head; their heads have one.
-    told = {"embed": model["own_embedding"], "lm_head": model.get("own_lm_head", True), "fc_bias": "fc_bias" in arrays}
+    told = {"embed": model["own_embedding"], "lm_head": model.get("own_lm_head", True)}
+    told |= {path: path in arrays for path in OPTIONAL if path not in told}
     return _Entry(
         kind=model["kind"],
         reading=HeadReading.of_manifest(model.get(READING)),
@@ -300,7 +300,7 @@ def _output_rows(target: Llama) -> np.ndarray:
 
 def _weights_dtype(match: Match) -> np.dtype:
     """Returns the dtype of a checkpoint's weights if they share one of PARAMETER_DTYPES, else the config's."""
-    found = {tensor.dtype for tensor in match.tensors.values()}
+    found = {tensor.dtype for path, tensor in match.tensors.items() if path != DIALECTS[match.kind].of_target}
     one = found.pop() if len(found) == 1 else None
     return parameter_dtype(one) if one in PARAMETER_DTYPES else own_dtype(match.checkpoint)
 

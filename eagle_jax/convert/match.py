@@ -40,8 +40,9 @@ class Match:
     """Holds an abstract model and the sources of its parameters.
 
     kind: a key of DIALECTS. model: has shapes and dtypes in place of arrays.
-    tensors: the source of each parameter by path, except `target_ids`, which is already read.
-    copy: a copy of the target's lm_head in the file of an EAGLE-1 head; see `check_copy`.
+    tensors: the source of each parameter by path, except `target_ids`, which is already read, and the path that
+      `meet_target` adds.
+    copy: a copy of the target's lm_head in the file of an EAGLE-1 head; see `meet_target`.
     reading: how the config.json of an EAGLE head was read.
     """
 
@@ -98,8 +99,7 @@ def match_pair(
     num_layers = target_match.model.config.num_layers
     draft_match = match_draft(open_checkpoint(draft, draft_hub), dtype, choices, num_layers)
     as_draft(draft_match.model).check_fits(target_match.model)
-    check_copy(draft_match, lambda: target_match.read(output_path(target_match.model)))
-    return target_match, draft_match
+    return target_match, meet_target(draft_match, lambda: target_match.read(output_path(target_match.model)))
 
 
 def match_target(checkpoint: Checkpoint, dtype: np.dtype) -> Match:
@@ -138,23 +138,35 @@ def match_draft(
     return dataclasses.replace(_match(kind, table, model, checkpoint, sized_by), reading=reading)
 
 
-def check_copy(match: Match, target_rows: Callable[[], np.ndarray]) -> None:
-    """Checks the copy of the target's lm_head that some engines require in the file of an EAGLE-1 head.
+def meet_target(match: Match, target_rows: Callable[[], np.ndarray]) -> Match:
+    """Gives a draft what it takes of its target's weights: an EAGLE-1 head of frequent tokens, its output rows.
+
+    Also checks the copy of the target's lm_head that some engines require in the file of an EAGLE-1 head.
 
     Args:
       target_rows: reads the target's output matrix, [V, D].
+    Returns:
+      The match, with a source for every parameter.
     Raises:
-      CheckpointError: if the two differ; drafting always uses the target's.
+      CheckpointError: if the copy differs; drafting always uses the target's.
     """
+    path, ids = DIALECTS[match.kind].of_target, match.target_ids
+    if path in params.flatten(match.model):
+        leaf = params.flatten(match.model)[path]
+        rows = Tensor(path, match.checkpoint.folder, leaf.shape, leaf.dtype.name, lambda: target_rows()[ids])
+        match = dataclasses.replace(match, tensors={**match.tensors, path: rows})
     if match.copy is None:
-        return
+        return match
     dtype = match.model.dtype
     ours, theirs = finite_values(match.copy, dtype), target_rows()
+    if ids is not None and len(ours) == len(ids):
+        theirs = theirs[ids]
     if ours.shape != theirs.shape or not _same_values(ours, theirs.astype(dtype, copy=False)):
         raise CheckpointError(
             f"{match.copy.where} differs from the target's lm_head, which EAGLE-1 heads draft with; the head was made "
             "for another target, or remove this tensor"
         )
+    return match
 
 
 def output_path(target: Llama) -> str:
@@ -226,7 +238,8 @@ def _match(kind: str, table: dict[str, str], model: Any, checkpoint: Checkpoint,
     dialect = DIALECTS[kind]
     table = dialect.table(table, model)
     leaves = params.flatten(model)
-    weights = {path: names.official_name(table, path) for path in leaves if path != "target_ids"}
+    elsewhere = ("target_ids", dialect.of_target)
+    weights = {path: names.official_name(table, path) for path in leaves if path not in elsewhere}
     count = dialect.experts(model)
     if count is not None:
         checkpoint = experts.unpack(checkpoint, weights.values(), count)
@@ -250,7 +263,7 @@ def _match(kind: str, table: dict[str, str], model: Any, checkpoint: Checkpoint,
             )
     sources = {path: tensors[name] for path, name in weights.items()}
     ids = _target_ids(model.config, checkpoint) if dialect.vocabulary else None
-    return Match(kind, model, checkpoint, sources, ids, tensors.get(LM_HEAD) if dialect.copies_lm_head else None)
+    return Match(kind, model, checkpoint, sources, ids, tensors.get(LM_HEAD) if dialect.of_target else None)
 
 
 def _require(wanted: Collection[str], checkpoint: Checkpoint, cause: str) -> None:

@@ -90,6 +90,8 @@ EAGLE1: dict[str, str] = {
     "embed_norm": "enorm.weight",
     "hidden_norm": "hnorm.weight",
     "norm": "norm.weight",
+    # A head of frequent tokens has a table of them, as an EAGLE-3 head does. Its lm_head is the target's.
+    "target_ids": "d2t",
 }
 
 DFLASH: dict[str, str] = {
@@ -111,11 +113,14 @@ MEDUSA = re.compile(rf"({re.escape(MEDUSA_PREFIX)})?(\d{{1,2}})\.(\d{{1,2}})\.(l
 
 # Vocabulary tables of an EAGLE-3 head; read and written apart from the weights.
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
+# CPM.cu's and vLLM's tables of an EAGLE-1 head's frequent tokens: their ids, where d2t holds offsets.
+REMAP, TOKEN_MAP = "token_id_remap", "token_map"
+TABLES = (DRAFT_TO_TARGET, TARGET_TO_DRAFT, REMAP, TOKEN_MAP)
 
 # vLLM prefixes all names of a head except fc and lm_head, NeMo most of them.
 PREFIX = "model."
 # Tensors that vLLM loads with an EAGLE-1 head and does not use.
-VLLM_UNREAD = re.compile(r"layers\.0\.input_layernorm\.weight|norm\.weight|token_map")
+VLLM_UNREAD = re.compile(r"layers\.0\.input_layernorm\.weight|norm\.weight")
 
 # Redundant tensors: old exporters wrote the RoPE frequencies, speculators a copy of the target's last weights.
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|verifier_(norm|lm_head)\.weight")

@@ -27,7 +27,8 @@ def to_official(model: Target | Draft) -> dict[str, np.ndarray]:
     Args:
       model: a model, or a gradient of it (a pytree of the same class). An EAGLE-3 head also gives `d2t` int64 and `t2d`
         bool, trivial ones if it has the target's vocabulary. A gradient does not: its integer table is of JAX's
-        float0. A DraftModel gives the tensors of its Llama.
+        float0. An EAGLE-1 head of frequent tokens gives its tables, without the rows, which are the target's. A
+        DraftModel gives the tensors of its Llama.
     Raises:
       TypeError: for a draft without weights, or an object that no checkpoint can hold.
     """
@@ -40,15 +41,17 @@ def to_official(model: Target | Draft) -> dict[str, np.ndarray]:
     table = dialect.official(model)
     leaves: dict[str, Any] = params.flatten(model)
     ids = leaves.pop("target_ids", None)
+    leaves.pop(dialect.of_target, None)
     arrays = {}
     for path, leaf in leaves.items():
         array = np.asarray(leaf)
         arrays[names.official_name(table, path)] = array.reshape(names.official_shape(path, array.shape))
     if dialect.vocabulary:
         config: Any = getattr(model, "config", None)
-        has_table = config.draft_vocab_size != config.vocab_size
+        # Official EAGLE-3 files have trivial tables, too.
+        trivial = not dialect.of_target and config.draft_vocab_size == config.vocab_size
         # The table of a gradient is float0 or absent.
-        if not has_table or (ids is not None and ids.dtype != jax.dtypes.float0):
+        if trivial or (ids is not None and ids.dtype != jax.dtypes.float0):
             d2t, t2d = official_tables(ids, config.vocab_size)
             arrays |= {names.DRAFT_TO_TARGET: d2t, names.TARGET_TO_DRAFT: t2d}
     return experts.pack(arrays)

@@ -88,7 +88,21 @@ TRAPS: dict[str, tuple[str, dict[str, Any], Arrays, str]] = {
         "input_norms = True is not implemented",
     ),
     "enorm of an EAGLE-3 head": ("eagle3", {}, {"enorm.weight": np.ones(8, np.float32)}, "enorm.weight' has no place"),
-    "FR-Spec": ("eagle1", {}, {"token_id_remap": np.arange(4)}, "'token_id_remap' limits an EAGLE-1 head"),
+    "frequent tokens without their table": (
+        "eagle1",
+        {"truncated_vocab_size": 4},
+        {},
+        "truncated_vocab_size = 4 limits the head to tokens .*--token-map",
+    ),
+    "two tables of frequent tokens": (
+        "eagle1",
+        {},
+        {"token_id_remap": np.arange(4), "token_map": np.arange(4)},
+        "token_id_remap, token_map .* tables of one vocabulary",
+    ),
+    "a table that is none": ("eagle1", {}, {"token_id_remap": np.ones((4, 2), np.int32)}, r"shape \(4, 2\)"),
+    "frequent tokens twice": ("eagle1", {}, {"token_id_remap": np.array([3, 3])}, "several draft ids to one target id"),
+    "frequent tokens of another target": ("eagle1", {}, {"token_id_remap": np.array([3, 16])}, "first is 1 -> 16"),
     "quantized": ("eagle3", {}, {"fc.qweight": np.ones((3, 3), np.int32)}, "'fc.qweight' belongs to quantized weights"),
     "an unknown field": ("eagle3", {"residual_gate": 0.5}, {}, "residual_gate = 0.5 is not known.*--ignore-field"),
     "an unknown field in a layer": (

@@ -50,10 +50,10 @@ def eagle1(config, seed, scale):
     return scaled(Eagle1Draft(head, jax.random.key(seed)), scale)
 
 
-def eagle1_with_norms(config, seed, scale):
-    """Every norm that some frameworks' EAGLE-1 heads have."""
+def eagle1_of_parts(config, seed, scale):
+    """Every norm that some frameworks' EAGLE-1 heads have, over frequent tokens only."""
     norms = {"input_norms": True, "attention_norm": True, "norm_output": True}
-    head = dataclasses.replace(head_config(config, config.vocab_size), **norms)
+    head = dataclasses.replace(head_config(config, config.vocab_size * 2 // 3), **norms)
     return scaled(Eagle1Draft(head, jax.random.key(seed)), scale)
 
 
@@ -66,6 +66,7 @@ def eagle3_of_parts(config, seed, scale):
     """Two layers, one with a window shorter than a tree, and every part that the official head lacks."""
     parts = {"num_layers": 2, "windows": (2, None), "qk_norm": True, "qkv_bias": True, "fc_bias": True}
     parts |= {"own_embedding": True, "norm_before_residual": True, "norm_before_fc": True, "taps": (0, 1, 2, 3)}
+    parts["max_position_embeddings"] = 4  # limits no text: only the target's does
     head = dataclasses.replace(head_config(config, config.vocab_size), head_dim=12, **parts)
     return scaled(Eagle3Draft(head, 4, jax.random.key(seed)), scale)
 
@@ -102,7 +103,7 @@ def model(config, seed, scale):
 KINDS = {
     "eagle1": Kind(eagle1, STATIC),
     "eagle2": Kind(eagle1),
-    "eagle1 norms": Kind(eagle1_with_norms),
+    "eagle1 parts": Kind(eagle1_of_parts),
     "eagle3": Kind(eagle3),
     "eagle3 static": Kind(eagle3, STATIC),
     "eagle3 adaptive": Kind(eagle3, TreeConfig(depth=3, top_k=3, num_nodes=9, stop_below=0.3)),

@@ -386,6 +386,8 @@ def test_what_nvidia_writes_beside_the_mathematics_is_accepted():
     window = dict(use_sliding_window=False, sliding_window=4096)  # switched off
     assert DraftConfig.from_hf(config | window) == DraftConfig.from_hf(HEAD)
     assert DraftConfig.from_hf(HEAD | dict(truncated_vocab_size=128)) == DraftConfig.from_hf(HEAD)
+    few = HEAD | dict(truncated_vocab_size=64, draft_vocab_size=64)
+    assert DraftConfig.from_hf(few, kind="eagle1").draft_vocab_size == 64
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ class HeadChoices:
     taps: "inputs" or "outputs", what its ids of tapped layers name; or the layers whose input the head reads.
     norm_output: whether the next drafting step reads the hidden state after the final norm.
     norm_before_residual: whether the residual is the normalised hidden state.
+    token_map: a file that lists the tokens which an EAGLE-1 head drafts (FR-Spec), by their target ids.
     ignored: unknown fields of its config.json that do not change what the head computes.
     """
 
@@ -21,6 +22,7 @@ class HeadChoices:
     norm_output: bool | None = None
     norm_before_residual: bool | None = None
     ignored: tuple[str, ...] = ()
+    token_map: str | None = None
 
     def __post_init__(self) -> None:
         listed = isinstance(self.taps, tuple) and all(type(layer) is int and layer >= 0 for layer in self.taps)

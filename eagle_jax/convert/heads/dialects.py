@@ -136,7 +136,10 @@ DIALECTS: dict[str, HeadDialect] = {
             "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
         },
-        harmless=("context_window_size", "max_batch_size", "prefill_chunk_size", "tensor_parallel_shards"),
+        harmless=(
+            *("context_window_size", "max_batch_size", "prefill_chunk_size"),
+            *("tensor_parallel_shards", "pipeline_parallel_stages", "disaggregation"),
+        ),
     ),
     "cpmcu": HeadDialect(
         title="CPM.cu",
@@ -178,7 +181,7 @@ REFUSED: dict[str, str] = {
     r".*\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj)\..*": "multi-head latent attention (MLA)",
     r"parallel_draft_heads\..*": "Medusa heads beside an EAGLE head (parallel_draft_step)",
     r"(markov_head|confidence_head|candidate_selector|prefix_gru|embed_proj)\..*": "a head that drafts blocks",
-    r".*\.(qweight|qzeros|scales|g_idx|weight_scale|input_scale)": "quantized weights",
+    r".*\.(qweight|qzeros|scales|g_idx|weight_scale|input_scale|q_weight|q_scale)": "quantized weights",
     r"(.*\.)?(lora_[AB])\..*": "a LoRA adapter",
 }
 

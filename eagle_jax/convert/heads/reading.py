@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from eagle_jax.convert import names
+from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.heads import tensors
 from eagle_jax.convert.heads.choices import HeadChoices, HeadReading
 from eagle_jax.convert.heads.dialects import DIALECTS, HARMLESS, HeadDialect
@@ -18,6 +20,7 @@ from eagle_jax.drafts.eagle.flat_config import PLACES, TAPS
 from eagle_jax.models.fields import ConfigError, says_something
 
 NORM_OUTPUT, NORM_BEFORE_RESIDUAL, LAYERS = "norm_output", "norm_before_residual", "num_hidden_layers"
+DRAFT_VOCABULARY = "draft_vocab_size"
 # Norms of an EAGLE-1 head, by fields of a DraftConfig: their tensors.
 NORMS = {
     "input_norms": (names.EAGLE1["embed_norm"], names.EAGLE1["hidden_norm"]),
@@ -44,15 +47,20 @@ def read_head(
       ConfigError: an unknown field, or one with two meanings; the message names both and the option that chooses.
     """
     choices = choices or HeadChoices()
+    if choices.token_map is not None:
+        checkpoint = tensors.with_token_map(checkpoint, Path(choices.token_map))
     present = checkpoint.tensors.keys() | checkpoint.faults.keys()
     key = dialect_of(checkpoint.config, present)
     dialect, where = DIALECTS[key], str(checkpoint.config_path)
     official = set(tensors.official_names(present, dialect, str(checkpoint.folder)))
     official |= {name for name, (parts, _) in dialect.joined.items() if official.issuperset(parts)}
     eagle3 = names.eagle3_table(official) is not None
+    eagle1 = not eagle3 and names.eagle1_table(official) is not None
     if not eagle3 and (choices.taps, choices.norm_output, choices.norm_before_residual) != (None, None, None):
         raise ConfigError(f"{checkpoint.folder}: is no EAGLE-3 head; only those have taps, and norms to choose")
-    if not eagle3 and names.eagle1_table(official) is None:
+    if not eagle1 and choices.token_map is not None:
+        raise ConfigError(f"{checkpoint.folder}: is no EAGLE-1 head; only those take a token_map")
+    if not eagle3 and not eagle1:
         return checkpoint, None
     translated = tensors.official_tensors(checkpoint, dialect)
     refuse_unknown_fields(checkpoint.config, dialect, where, choices.ignored)
@@ -68,7 +76,7 @@ def read_head(
         **(
             _flags(hf, dialect, where, choices) | _taps(hf, dialect, where, choices, num_layers)
             if eagle3
-            else _norms(hf, dialect, official)
+            else _norms(hf, dialect, official) | _frequent(hf, translated, where)
         ),
     }
     fields = {name: value for name, (value, _) in found.items() if value is not None}
@@ -166,6 +174,28 @@ def _norms(hf: Mapping[str, Any], dialect: HeadDialect, official: Collection[str
         for name, wanted in parts.items()
         if name not in stated and ((there := any(one in official for one in wanted)) or name == "bias")
     }
+
+
+def _frequent(hf: Mapping[str, Any], checkpoint: Checkpoint, where: str) -> dict[str, tuple[Any, str]]:
+    """Sizes the vocabulary of an EAGLE-1 head by its table of frequent tokens."""
+    faults = [checkpoint.faults[name] for name in names.TABLES if name in checkpoint.faults]
+    if faults:
+        raise CheckpointError(faults[0])
+    table = checkpoint.tensors.get(names.DRAFT_TO_TARGET)
+    if table is not None:
+        if len(table.shape) != 1:
+            raise CheckpointError(f"{table.where} has shape {table.shape}, a list of token ids was expected")
+        return {DRAFT_VOCABULARY: (table.shape[0], f"{table.name} lists the tokens that the head drafts")}
+    sizes = _stated(hf, "vocab_size")
+    truncated = [size for size in _stated(hf, "truncated_vocab_size") if size not in sizes]
+    if truncated:
+        raise ConfigError(
+            f"{where}: truncated_vocab_size = {truncated[0]!r} limits the head to tokens of which the file has no "
+            "table; name one with HeadChoices(token_map=...) (eagle-jax convert --token-map)"
+        )
+    if any(size not in sizes for size in _stated(hf, DRAFT_VOCABULARY)):
+        return {DRAFT_VOCABULARY: (sizes[0] if sizes else None, "all tokens, as no table lists some (--token-map)")}
+    return {}
 
 
 def _flags(hf: Mapping[str, Any], dialect: HeadDialect, where: str, choices: HeadChoices) -> dict[str, tuple[Any, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,8 @@ from eagle_jax.convert import names
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.heads.dialects import REFUSED, HeadDialect
 from eagle_jax.convert.heads.rules import official_of
-from eagle_jax.convert.read import CONFIG, Checkpoint, Tensor
+from eagle_jax.convert.read import CONFIG, Checkpoint, Tensor, read_ids
 from eagle_jax.models.fields import size
-
-REMAP = "token_id_remap"  # [Vd] target ids; the official d2t holds offsets
 
 
 def official_tensors(checkpoint: Checkpoint, dialect: HeadDialect) -> Checkpoint:
@@ -42,8 +41,11 @@ def official_tensors(checkpoint: Checkpoint, dialect: HeadDialect) -> Checkpoint
     for name, (parts, axis) in dialect.joined.items():
         if all(part in tensors for part in parts):
             tensors[name] = _joined([tensors.pop(part) for part in parts], axis)
-    if REMAP in tensors:
-        tensors[names.DRAFT_TO_TARGET] = _offsets(tensors.pop(REMAP), tensors, where)
+    direct = [name for name in (names.REMAP, names.TOKEN_MAP) if name in tensors]
+    if len(direct) + (names.DRAFT_TO_TARGET in tensors) > 1:
+        raise CheckpointError(f"{where}: {', '.join(direct)} and d2t are tables of one vocabulary; keep one")
+    for name in direct:
+        tensors[names.DRAFT_TO_TARGET] = _offsets(tensors.pop(name))
     return dataclasses.replace(checkpoint, tensors=tensors, faults=faults)
 
 
@@ -99,11 +101,23 @@ def _joined(parts: list[Tensor], axis: int) -> Tensor:
     )
 
 
-def _offsets(remap: Tensor, tensors: Mapping[str, Tensor], where: str) -> Tensor:
+def _offsets(remap: Tensor) -> Tensor:
     """Returns the d2t of a table that holds target ids in place of offsets."""
-    if names.eagle3_table(tensors) is None:
-        raise CheckpointError(
-            f"{where}: {remap.name!r} limits an EAGLE-1 head to some tokens, which is not implemented; without this "
-            "tensor the head drafts from the whole vocabulary"
-        )
-    return dataclasses.replace(remap, load=lambda: remap.load() - np.arange(remap.shape[0], dtype=remap.load().dtype))
+    return dataclasses.replace(
+        remap, dtype="int64", load=lambda: remap.load().astype(np.int64) - np.arange(remap.shape[0])
+    )
+
+
+def with_token_map(checkpoint: Checkpoint, file: Path) -> Checkpoint:
+    """Gives the checkpoint of an EAGLE-1 head a table of frequent tokens, in place of its own, from a list of ids.
+
+    Args:
+      file: a PyTorch file, as CPM.cu and SGLang read them (freq_32768.pt), or JSON.
+    Raises:
+      CheckpointError: a file that cannot be read, or that holds no list of ids.
+    """
+    ids = read_ids(file)
+    table = Tensor(names.REMAP, file, ids.shape, ids.dtype.name, lambda: ids)
+    others = {name: t for name, t in checkpoint.tensors.items() if name.removeprefix(names.PREFIX) not in names.TABLES}
+    files = (*checkpoint.files, file)  # a converted folder keeps their checksums
+    return dataclasses.replace(checkpoint, tensors=others | {names.REMAP: table}, files=files)

@@ -27,7 +27,8 @@ class DraftConfig(LlamaConfig):
 
     Several layers, `windows`, `qk_norm` and the norms of EAGLE-3.1 are EAGLE-3 only.
 
-    draft_vocab_size: entries of the head's `lm_head` (EAGLE-3).
+    draft_vocab_size: entries of an EAGLE-3 head's `lm_head`. Of an EAGLE-1 head: the frequent tokens that it drafts,
+      with the target's rows of them (FR-Spec); 0 or `vocab_size` for all.
     target_hidden_size: of the target whose features it reads; differs from `hidden_size` in the 70B target's head.
     taps: target layers whose *input* is read; None means layers 2, n // 2 and n - 3 of an n-layer target.
     norm_before_residual: whether the residual is the normalised hidden state (some speculators heads).
@@ -98,14 +99,16 @@ class DraftConfig(LlamaConfig):
             named = f"{TAPS} names {num_taps}" if taps else f"{TAPS} names none, which means {num_taps}"
             raise ConfigError(f"{where}: num_aux_hidden_states is {hf['num_aux_hidden_states']}, {named}")
         vocab_size = fields["vocab_size"]
-        if optional_size("truncated_vocab_size", vocab_size) != vocab_size:
+        draft_vocab_size = optional_size("draft_vocab_size", vocab_size)
+        truncated = optional_size("truncated_vocab_size", vocab_size)  # vLLM's name, in EAGLE-1 heads
+        if truncated not in (vocab_size, draft_vocab_size if kind == "eagle1" else vocab_size):
             raise ConfigError(
-                f"{where}: truncated_vocab_size {hf['truncated_vocab_size']} for vocab_size {vocab_size} is not "
-                "implemented: an EAGLE-1 head drafts from the whole vocabulary"
+                f"{where}: truncated_vocab_size {truncated} for vocab_size {vocab_size} is not implemented for an "
+                f"{kind} head that drafts {draft_vocab_size} tokens"
             )
         return cls(
             **fields,
-            draft_vocab_size=optional_size("draft_vocab_size", vocab_size),
+            draft_vocab_size=draft_vocab_size,
             target_hidden_size=optional_size("target_hidden_size", fields["hidden_size"]),
             taps=taps,
             own_embedding=own_embedding,

@@ -5,6 +5,8 @@ The feature is the target's hidden state after its final norm. The head predicts
 
 Its config may add norms: of the embedding and the hidden state before `fc` (MiniCPM, Megatron), of the input of
 attention, and of the output, which is then what `lm_head` and the next drafting step read (Megatron, NeMo).
+
+FR-Spec (arXiv 2502.14856) drafts frequent tokens only: the head holds the target's `lm_head` rows of those.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from eagle_jax.models.config import require_same
 from eagle_jax.models.layers import AttendLayer, add_bias, normal, normed, ones, zeros
 from eagle_jax.models.llama import DecoderLayer
 from eagle_jax.models.rope import rope_angles
-from eagle_jax.models.target import Target, TargetOutput
+from eagle_jax.models.target import Target, TargetOutput, logit_softcap
 from eagle_jax.ops.linear import Weight, linear
+from eagle_jax.ops.spec import capped
 
 
 class Eagle1Draft(EagleDraft, nnx.Module):
@@ -42,9 +45,14 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         self.fc_bias = zeros((d,), dtype) if config.fc_bias else None
         self.layer = DecoderLayer(config, keys[2], dtype, input_norm=config.attention_norm)
         self.norm = ones((d,), dtype) if config.norm_output else None
+        if config.draft_vocab_size not in (0, config.vocab_size):
+            shape = (config.draft_vocab_size, d)
+            self.lm_head = Weight(normal(jax.random.fold_in(key, len(keys)), shape, dtype))
+            self.target_ids = nnx.Variable(jnp.arange(config.draft_vocab_size, dtype=jnp.int32))
 
-    # Draft ids are target ids.
-    target_ids = None
+    # The target's rows of frequent tokens, and their ids. None: draft ids are target ids.
+    lm_head: Any = None
+    target_ids: Any = None
 
     @property
     def dtype(self) -> Any:
@@ -95,9 +103,12 @@ class Eagle1Draft(EagleDraft, nnx.Module):
         return hidden
 
     def output_weight(self, target: Target) -> Float[Array, "draft_vocab hidden"]:
-        """Returns the target's lm_head."""
-        return target.output_weight()
+        """Returns the target's lm_head, or its rows of the frequent tokens."""
+        return target.output_weight() if self.lm_head is None else self.lm_head[...]
 
     def logits(self, target: Target, hidden: Float[Array, "*axes hidden"]) -> Float32[Array, "*axes draft_vocab"]:
-        """Applies the target's lm_head."""
-        return target.logits(hidden.astype(target.dtype))
+        """Applies the target's lm_head, or its rows of the frequent tokens; with the target's cap of logits."""
+        if self.lm_head is None:
+            return target.logits(hidden.astype(target.dtype))
+        with jax.named_scope("lm_head"):
+            return capped(linear(hidden, self.lm_head, jnp.float32), logit_softcap(target))
