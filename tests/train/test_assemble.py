@@ -15,6 +15,7 @@ from eagle_jax.models.layers import normed
 from eagle_jax.train.config import DataSettings, TrainSettings
 from eagle_jax.train.run import assemble, evaluate
 from eagle_jax.tree.named import tree_named
+from tests.convert.heads import eagle1
 from tests.toy import random_eagle3
 from tests.train.models import CONFIG
 
@@ -46,6 +47,13 @@ def test_a_hub_id_may_name_a_revision(folder, monkeypatch):
     whole = settings_of(kind="target", model=str(folder / "config.json"), start="owner/whole")
     assemble.new_model(whole, origin, None, None, print)
     assert asked == [("owner/target", "v1"), ("owner/target", "v1"), ("owner/head", "v2"), ("owner/whole", None)]
+
+
+def test_no_run_starts_from_a_head_of_frequent_tokens(folder, monkeypatch):
+    settings = settings_of(kind="eagle1", target=str(folder), start="head")
+    monkeypatch.setattr(convert, "load_draft", lambda *_, **options: eagle1(draft_vocab_size=5))
+    with pytest.raises(ValueError, match=r"start: head drafts frequent tokens only, .*--token-map"):
+        assemble.new_model(settings, assemble.source(settings), SimpleNamespace(), None, print)
 
 
 def test_the_settings_of_a_head_are_its_config(folder):
