@@ -40,9 +40,10 @@ def candidates(checkpoint: Checkpoint, choices: HeadChoices, num_layers: int) ->
     dialect = DIALECTS[dialect_of(hf, checkpoint.tensors.keys() | checkpoint.faults.keys())]
     left_open = leaves_open(hf, dialect, choices)
     flags = sorted(left_open)
+    values = itertools.product((False, True), repeat=len(flags))
+    settings: list[dict[str, Any]] = [dict(zip(flags, of_each, strict=True)) for of_each in values]
     found: dict[HeadChoices, str] = {}
-    for (layers, words), *values in itertools.product(_taps(hf, where, num_layers), *([(False, True)] * len(flags))):
-        chosen = dict(zip(flags, values, strict=True))
+    for (layers, words), chosen in itertools.product(_taps(hf, where, num_layers), settings):
         words += "".join(f", {name} = {str(value).lower()}" for name, value in chosen.items())
         found.setdefault(dataclasses.replace(choices, taps=layers, **chosen), words)
     return [Candidate(words, one) for one, words in found.items()]

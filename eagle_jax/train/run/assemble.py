@@ -181,7 +181,7 @@ def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None,
         head = convert.load_draft(start, target, dtype="float32", revision=revision)
         if not isinstance(head, CLASSES[settings.kind]):
             raise ValueError(f"start: {settings.start} is a {type(head).__name__}, kind is {settings.kind}")
-        if settings.kind == "eagle1" and head.target_ids is not None:
+        if isinstance(head, Eagle1Draft) and head.target_ids is not None:
             raise ValueError(
                 f"start: {settings.start} drafts frequent tokens only, which training does not know; start from the "
                 "head without their table, and name the table when you convert the new one (--token-map)"
