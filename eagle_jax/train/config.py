@@ -193,10 +193,14 @@ class OptimizerSettings(Settings):
 
 
 class MeshSettings(Settings):
-    """Devices per mesh axis: data shards the batch, fsdp batch and parameters, tensor the matrix products."""
+    """Devices per mesh axis; neighbouring devices share the last axis.
+
+    data shards the batch, fsdp batch and parameters, expert the experts of a head's target, tensor the matrix products.
+    """
 
     data: pydantic.PositiveInt = 1
     fsdp: pydantic.PositiveInt = 1
+    expert: pydantic.PositiveInt = 1
     tensor: pydantic.PositiveInt = 1
 
 

@@ -112,6 +112,14 @@ def test_settings_of_heads_that_are_refused(changes, message):
         settings_of(target="target", **changes)
 
 
+def test_a_target_with_experts_is_not_trained(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(CONFIG | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}))
+    assert assemble.source(settings_of(target=str(folder))).config.experts is not None
+    with pytest.raises(ValueError, match=r"config\.json: a target with experts cannot be trained here"):
+        assemble.source(settings_of(kind="target", model=str(path)))
+
+
 def test_token_ids_need_no_tokenizer(folder):
     origin = assemble.source(settings_of(target=str(folder)))
     path, settings, said = folder / "data.jsonl", DataSettings(train=("data.jsonl",), row_length=8), []

@@ -60,11 +60,17 @@ class DataSource:
 
 
 def source(settings: TrainSettings) -> DataSource:
-    """Opens the folder that settings.target or settings.model names."""
+    """Opens the folder that settings.target or settings.model names.
+
+    Raises:
+      ValueError: for a model to train that has experts: `ops.experts` has no gradient.
+    """
     if settings.kind == "target":
         assert settings.model is not None
         path = Path(settings.model)
         config = config_of(read_json(path), str(path))
+        if config.experts is not None:
+            raise ValueError(f"{path}: a target with experts cannot be trained here, only heads for one (kind eagle3)")
         return DataSource(path.parent, tokenizer_of(path.parent), config, predicted_by(settings))
     assert settings.target is not None
     folder = Path(settings.target)
