@@ -178,6 +178,25 @@ def load_head(
     return _with_arrays(target, found), loaded
 
 
+def load_without_layers(
+    source: str | Path, *, dtype: Any = None, mesh: Mesh | None = None, revision: str | None = None
+) -> Llama:
+    """Loads a target's embedding, final norm and output matrix; see `Llama.without_layers`. Reads no other weight.
+
+    Args:
+      source: a converted folder, or an official checkpoint (a folder or hub id).
+      dtype, mesh: as in `load`. revision: of a hub id.
+    Raises:
+      CheckpointError, ConfigError: as `load` and `from_pretrained`.
+    """
+    if not converted.is_conversion(Path(source)):
+        match, _ = match_pair(source, None, dtype, Hub(revision))
+        return _fill(dataclasses.replace(match, model=match.model.without_layers()), mesh)
+    folder, entry = Path(source) / converted.TARGET, _entries(Path(source))[converted.TARGET]
+    ends = _checked_model(folder, entry).without_layers()
+    return _restored(ends, folder, entry, None if dtype is None else parameter_dtype(dtype), mesh)
+
+
 _AGAIN = "convert again with --overwrite (python -m eagle_jax.convert)"
 
 
@@ -242,7 +261,11 @@ def _entry(model: dict[str, Any], dtype: str) -> _Entry:
 
 
 def _load_model(folder: Path, entry: _Entry, dtype: np.dtype | None, mesh: Mesh | None) -> Any:
-    model = _checked_model(folder, entry)
+    return _restored(_checked_model(folder, entry), folder, entry, dtype, mesh)
+
+
+def _restored(model: Any, folder: Path, entry: _Entry, dtype: np.dtype | None, mesh: Mesh | None) -> Any:
+    """Reads the arrays of an abstract model, which may lack some that the folder has."""
     arrays: dict[str, jax.Array] = {}
     for part, restored in _load_parts(folder, entry, params.flatten(model), mesh):
         arrays |= restored if dtype in (None, model.dtype) else _cast(restored, dtype, part)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,16 @@ class Llama(nnx.Module):
 
     __call__ = cached_pass
 
+    def without_layers(self) -> Self:
+        """Returns a copy without decoder layers, of a real or an abstract model. `run` refuses it.
+
+        The embedding, the final norm and the output matrix remain: a head's loss reads only these of a target whose
+        hidden states come from a file.
+        """
+        ends = copy.copy(self)
+        ends.layers = nnx.List([])
+        return ends
+
     def run(
         self,
         tokens: Int[Array, "batch new"],
@@ -98,6 +109,8 @@ class Llama(nnx.Module):
     ) -> tuple[TargetOutput, list[Any]]:
         """Runs a pass whose attention the caller computes; see `Target`."""
         config = self.config
+        if len(self.layers) != config.num_layers:
+            raise ValueError(f"this model has {len(self.layers)} of its {config.num_layers} layers; load it whole")
         with jax.named_scope("embed"):
             x = self.embedded(tokens)
         ropes = dict.fromkeys(map(config.rope_of, range(config.num_layers)))

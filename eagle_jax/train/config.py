@@ -216,13 +216,14 @@ class EvaluationSettings(Settings):
 
     every: steps between evaluations.
     prompts: number of held-out documents to continue, from their first prompt_tokens tokens or a chat's first question.
+      0: decode nothing; then the best model is the one of the least held-out loss.
     new_tokens: tokens decoded per prompt.
     tree: as --tree: "depth,top_k,num_nodes" or "chain:5". A DFlash head without it has the best 16 nodes of its block.
     loss_batches: number of batches for the held-out loss.
     """
 
     every: pydantic.PositiveInt = 500
-    prompts: pydantic.PositiveInt = 8
+    prompts: pydantic.NonNegativeInt = 8
     prompt_tokens: pydantic.PositiveInt = 32
     new_tokens: pydantic.PositiveInt = 64
     tree: str = "6,4,16"
@@ -237,7 +238,8 @@ class TrainSettings(Settings):
     model: of kind target: the config.json of random weights, next to which the tokenizer lies.
     start: a model of this kind to continue from, named like a target; None: random weights.
     output: the run's folder.
-    features: a folder written by `eagle-jax train --precompute`; None: run the target in each step.
+    features: a folder written by `eagle-jax train --precompute`; None: run the target in each step. With features, the
+      target's layers are loaded only if the evaluation decodes.
     steps, epochs: the length of the run, one of them.
     batch_tokens: tokens of a step. accumulation: micro-batches of a step.
     dtype: of the computation; master weights are float32.

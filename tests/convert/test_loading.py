@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import eagle_jax
 from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official, tokenizer, tokenizing
+from eagle_jax.convert.loading import load_without_layers
 from eagle_jax.drafts.dflash import DFlash, DFlashConfig
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.files.atomic import files_below
@@ -52,6 +53,34 @@ def test_load_refuses_values_too_large_for_a_dtype(tmp_path: Path):
     load(out, dtype="bfloat16")
     with pytest.raises(CheckpointError, match="lm_head is too large for float16"):
         load(out, dtype="float16")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_target_without_its_layers_is_read_without_them(tmp_path: Path, tied: bool):
+    """They hold NaN in the checkpoint, which reading refuses, and are missing in the converted folder."""
+    arrays, config = folders.llama_arrays(), CONFIG | {"tie_word_embeddings": tied}
+    if tied:
+        del arrays["lm_head.weight"]
+    source = folders.write_safetensors(tmp_path / "target", config, arrays)
+    out, (whole, _) = convert(source, None, tmp_path / "out"), from_pretrained(source)
+    for part in (out / "target" / "parameters").glob("layers.*"):
+        shutil.rmtree(part)
+    damaged = {name: array * np.float32("nan") if ".layers." in name else array for name, array in arrays.items()}
+    folders.write_safetensors(source, config, damaged)
+    for read in (lambda: load(out), lambda: from_pretrained(source)):
+        with pytest.raises(CheckpointError, match=r"layers\.0.* (is missing|holds NaN)"):
+            read()
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    expected = params.flatten(whole.without_layers())
+    assert expected.keys() == {"embed", "norm"} | (set() if tied else {"lm_head"})
+    for ends in (load_without_layers(source), load_without_layers(out, mesh=mesh)):
+        assert ends.config == whole.config
+        for path, array in params.flatten(ends).items():
+            np.testing.assert_array_equal(array, expected[path])
+    assert ends.embed[...].sharding == path_sharding("embed", ends.embed.shape, mesh)
+    assert load_without_layers(out, dtype="bfloat16").dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="has 0 of its 2 layers"):
+        eagle_jax.forward(ends, np.ones((1, 2), np.int32), np.array([2]))
 
 
 def test_target_ids_are_read(pair: tuple[Path, Path], tmp_path: Path):

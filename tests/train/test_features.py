@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from eagle_jax import DraftModel, Eagle3Draft, Llama, SamplingConfig, TreeConfig, input_first
 from eagle_jax.cli import main
+from eagle_jax.convert import CheckpointError
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.files.lock import Locked, locked_folder
 from eagle_jax.models.config import RopeConfig
@@ -31,6 +32,7 @@ from eagle_jax.train.data.features import FeaturesError
 from eagle_jax.train.loss import eagle
 from eagle_jax.train.run import assemble, metrics
 from eagle_jax.train.run.assemble import objective_of, rows_of
+from eagle_jax.train.run.loop import train
 from eagle_jax.train.run.precompute import precompute
 from tests.toy import TARGET
 from tests.train.chat_templates import byte_level
@@ -93,6 +95,30 @@ def test_a_run_reads_its_features_from_the_file_and_is_the_same(place, tmp_path,
         assert a.keys() == b.keys()
         for name in a.keys() - {"tokens_a_second"}:
             np.testing.assert_allclose(a[name], b[name], rtol=2e-5 if a["step"] > 1 else 1e-6, err_msg=name)
+
+    # The target's layers are not read where nothing runs them.
+    damaged = without_layers(place / "target", tmp_path / "damaged")
+    overrides = [f"features={tmp_path / 'features'}", f"output={tmp_path / 'ends'}", f"target={damaged}"]
+    with pytest.raises(CheckpointError, match=r"layers\..* holds NaN"):
+        train(read_settings(config, overrides), lambda _: None)
+    assert train(read_settings(config, [*overrides, "evaluation.prompts=0"]), lambda _: None) == 0
+    alone = metrics.read(tmp_path / "ends" / "metrics.jsonl")
+    assert [line["loss"] for line in alone[:3]] == [line["loss"] for line in ours[:3]]
+    assert alone[3]["held_out_loss"] == ours[3]["held_out_loss"] and "tokens_a_cycle" not in alone[3]
+    for which in ("final", "best"):
+        blind, seeing = (load_file(tmp_path / name / which / "model.safetensors") for name in ("ends", "stored"))
+        assert blind.keys() == seeing.keys()
+        for name, array in seeing.items():
+            np.testing.assert_array_equal(blind[name], array, err_msg=name)
+
+
+def without_layers(target: Path, folder: Path) -> Path:
+    """Copies a target with NaN in its layers, which reading refuses."""
+    shutil.copytree(target, folder)
+    tensors = load_file(folder / "model.safetensors")
+    damaged = {name: array * np.float32("nan") if ".layers." in name else array for name, array in tensors.items()}
+    save_file(damaged, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +335,31 @@ def test_eagle1_reads_the_last_hidden_states_of_eagle3s_features(place, written,
     np.testing.assert_allclose(own["answers"], narrow["answers"], atol=1e-6)
     with pytest.raises(FeaturesError, match="kind, taps, width differ"):
         case(place, written[0]).stored(tmp_path / "own")
+
+
+def test_a_run_needs_the_target_s_layers_where_something_reads_them(place, written, tmp_path):
+    """Otherwise it compares the weights that it has with those that the features were computed from."""
+    config, folder = written
+    decodes_nothing = [f"features={folder}", "evaluation.prompts=0"]
+    assert not assemble.runs_target(read_settings(config, decodes_nothing))
+    assert not assemble.runs_target(read_settings(config, [*decodes_nothing[:1], "data.held_out=[]"]))
+    assert assemble.runs_target(read_settings(config, decodes_nothing[:1]))
+    assert assemble.runs_target(read_settings(config, decodes_nothing[1:]))
+
+    made = case(place, config)
+    ends = made.target.without_layers()
+    dataclasses.replace(made, target=ends).stored(folder)
+    ends.norm = nnx.Param(ends.norm[...] + 1)
+    with pytest.raises(FeaturesError, match=r"\(target without layers differ\)"):
+        dataclasses.replace(made, target=ends).stored(folder)
+
+    # Of an earlier version, which compared the whole target.
+    older = shutil.copytree(folder, tmp_path / "older")
+    manifest = json.loads((older / "manifest.json").read_text())
+    del manifest["made_from"]["target without layers"]
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    made.stored(older)
+    assert assemble.runs_target(read_settings(config, [f"features={older}", *decodes_nothing[1:]]))
 
 
 def test_settings_that_features_do_not_depend_on(place, written, tmp_path):

@@ -25,6 +25,7 @@ import numpy as np
 
 from eagle_jax.files import checksums
 from eagle_jax.files.atomic import new_file, sync, write_json
+from eagle_jax.models.llama import Llama
 from eagle_jax.models.target import Target
 from eagle_jax.train import fingerprint
 from eagle_jax.train.config import TrainSettings
@@ -35,6 +36,7 @@ SHARD_BYTES = 256 << 20
 # The official alignment reads the answer one position after a document's last token.
 STORED_PADDING = 1
 MANIFEST = "manifest.json"
+ENDS = "target without layers"  # key of the manifest, which folders of earlier versions lack
 AGAIN = "run `eagle-jax train` with the same settings and --precompute"
 
 Rows = Mapping[int, Sequence[Sequence[int]]]  # {row length: documents of each row}, see `assemble.rows_of`
@@ -128,8 +130,8 @@ def pass_rows(settings: TrainSettings, length: int) -> int:
     return settings.rows(length) // settings.accumulation
 
 
-def stored(settings: TrainSettings, head: Any, target: Target, splits: Mapping[str, tuple[Dataset, Rows]]) -> Features:
-    """Opens settings.features, and checks that it holds this run's features."""
+def stored(settings: TrainSettings, head: Any, target: Llama, splits: Mapping[str, tuple[Dataset, Rows]]) -> Features:
+    """Opens settings.features, and checks that it holds this run's features. The target may lack its layers."""
     contents = contents_of(settings, head, target)
     made, groups = made_from(settings, head, target, splits, contents), groups_of(settings, splits, contents)
     return Features(Path(str(settings.features)), made, contents, groups)
@@ -138,19 +140,21 @@ def stored(settings: TrainSettings, head: Any, target: Target, splits: Mapping[s
 def made_from(
     settings: TrainSettings,
     head: Any,
-    target: Target,
+    target: Llama,
     splits: Mapping[str, tuple[Dataset, Rows]],
     contents: Contents,
 ) -> dict[str, Any]:
-    """Returns everything that the features depend on, as JSON values."""
+    """Returns everything that the features depend on, as JSON values; without the layers that the target lacks."""
     made: dict[str, Any] = {
         "kind": settings.kind,
         "taps": list(head.taps(target)),
         "dtype": contents.dtype,
         "width": contents.width,
-        "target": fingerprint.of_model(target),
+        ENDS: fingerprint.of_model(target.without_layers()),
         "alignment": "official" if settings.loss.alignment == "official" else "corrected",
     }
+    if target.layers:
+        made["target"] = fingerprint.of_model(target)
     for split, (data, rows) in splits.items():
         digest = hashlib.sha256()
         for array in (data.tokens, data.offsets):
@@ -262,6 +266,15 @@ class Features:
                 raise FeaturesError(f"{path}: this shard of the features is damaged; remove it and {self._fix()}")
             self.verified.add(name)
         return np.load(path, mmap_mode="r")
+
+
+def know_ends(folder: Path) -> bool:
+    """Returns whether the features of a folder fit a target by the weights outside of its layers.
+
+    Raises:
+      FeaturesError: if the manifest is damaged.
+    """
+    return ENDS in (_manifest(folder) or {"made_from": {}})["made_from"]
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

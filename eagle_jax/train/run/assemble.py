@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from eagle_jax import convert
 from eagle_jax.convert import converted
 from eagle_jax.convert.hub import Hub, named_revision
+from eagle_jax.convert.loading import load_without_layers
 from eagle_jax.convert.read import folder_of, read_json
 from eagle_jax.convert.tokenizing import tokenizer_of
 from eagle_jax.drafts.dflash import DFlash, DFlashConfig, spaced_taps
@@ -32,7 +33,7 @@ from eagle_jax.models.llama import Llama
 from eagle_jax.models.rope import RopeConfig
 from eagle_jax.train import fingerprint
 from eagle_jax.train.config import LIMIT, DataSettings, HeadSettings, LossSettings, TrainSettings
-from eagle_jax.train.data import dataset, loader
+from eagle_jax.train.data import dataset, features, loader
 from eagle_jax.train.data.dataset import Dataset
 from eagle_jax.train.data.features import Rows
 from eagle_jax.train.data.records import ReadReport, read_records
@@ -161,13 +162,29 @@ def splits(settings: TrainSettings, origin: DataSource, say: Say) -> Splits:
     return found
 
 
-def load_target(settings: TrainSettings, mesh: Mesh) -> Llama:
-    """Loads a head's target, sharded over the mesh, in the dtype of the computation."""
+def runs_target(settings: TrainSettings) -> bool:
+    """Returns whether a head's run needs its target's layers: for hidden states, for decoding, or for their checksum.
+
+    Features of earlier versions have a checksum of the whole target alone.
+    """
+    decodes = bool(settings.data.held_out) and settings.evaluation.prompts > 0
+    return decodes or settings.features is None or not features.know_ends(Path(settings.features))
+
+
+def load_target(settings: TrainSettings, mesh: Mesh, layers: bool = True) -> Llama:
+    """Loads a head's target, sharded over the mesh, in the dtype of the computation.
+
+    Args:
+      layers: False reads the weights outside of the decoder layers alone; see `Llama.without_layers`.
+    """
     assert settings.target is not None
-    if converted.is_conversion(Path(settings.target)):
-        return convert.load(settings.target, dtype=settings.dtype, mesh=mesh)[0]
-    target, revision = named_revision(settings.target)
-    return convert.from_pretrained(target, dtype=settings.dtype, mesh=mesh, revision=revision)[0]
+    is_conversion = converted.is_conversion(Path(settings.target))
+    source, revision = (settings.target, None) if is_conversion else named_revision(settings.target)
+    if not layers:
+        return load_without_layers(source, dtype=settings.dtype, mesh=mesh, revision=revision)
+    if is_conversion:
+        return convert.load(source, dtype=settings.dtype, mesh=mesh)[0]
+    return convert.from_pretrained(source, dtype=settings.dtype, mesh=mesh, revision=revision)[0]
 
 
 def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None, train: Dataset, say: Say) -> Any:

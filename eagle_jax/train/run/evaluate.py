@@ -149,7 +149,7 @@ def check_depth(model: Any, tree: TreePolicy, name: str) -> None:
 class Evaluator:
     """Maps masters to metrics of held-out data and a score; higher is better.
 
-    The score is a head's tokens a cycle, or a target's negative loss.
+    The score is a head's tokens a cycle; the negative loss of a target, or of a head if no prompt is decoded.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Evaluator:
         """
         self.settings, self.mesh, self.model, self.frozen, self.target = settings, mesh, model, frozen, target
         new, most = settings.evaluation.new_tokens, origin.config.max_position_embeddings
-        if new >= most:
+        if settings.evaluation.prompts and new >= most:
             raise ValueError(
                 f"evaluation.new_tokens {new}: the target's texts have at most {most} tokens, the prompt's too"
             )
@@ -184,7 +184,9 @@ class Evaluator:
         self.tree = tree_named(settings.evaluation.tree)
         check_depth(model, self.tree, settings.evaluation.tree)
         self.stop_tokens = eos_tokens(origin.folder, origin.config.vocab_size, origin.tokenizer)
-        self.prompts = prompts_of(held_out, settings.evaluation.prompts, settings.evaluation.prompt_tokens)
+        self.prompts: list[np.ndarray] = []
+        if settings.evaluation.prompts:
+            self.prompts = prompts_of(held_out, settings.evaluation.prompts, settings.evaluation.prompt_tokens)
         self.plain: Prompts | None = None  # greedy texts of a frozen target, decoded once
 
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -198,6 +200,8 @@ class Evaluator:
 
     def __call__(self, masters: Arrays) -> tuple[dict[str, Any], float]:
         values = self.loss(masters)
+        if not self.prompts:
+            return values, -float(values["held_out_loss"])
         settings = self.settings.evaluation
         trained = in_dtype(params.load(self.model, masters | self.frozen), self.settings.dtype)
         target = trained if self.target is None else self.target

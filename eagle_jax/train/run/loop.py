@@ -178,7 +178,9 @@ def _prepare(settings: TrainSettings, say: SignsOfLife) -> tuple[_Parts, Arrays]
     splits = assemble.splits(settings, origin, say)
     total = assemble.total_steps(settings, splits["train"][1])
     say.doing("loading the models")
-    target = None if settings.kind == "target" else assemble.load_target(settings, mesh)
+    target = None
+    if settings.kind != "target":
+        target = assemble.load_target(settings, mesh, layers=assemble.runs_target(settings))
     model = assemble.new_model(settings, origin, target, splits["train"][0], say)
     if target is not None:
         check_engine(model, target, settings.save_format)  # refuse a shape that cannot be written before training it
