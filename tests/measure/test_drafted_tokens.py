@@ -99,6 +99,8 @@ def test_the_readings_that_are_measured():
     found = candidates(checkpoint, HeadChoices(), num_layers=8)
     assert [one.choices.norm_output for one in found] == [False, True] * 2
     assert found[1].words.endswith("names inputs, norm_output = true")
+    found = candidates(checkpoint, HeadChoices(taps=(1, 2, 3)), num_layers=8)
+    assert [(one.choices.taps, one.choices.norm_output) for one in found] == [((1, 2, 3), False), ((1, 2, 3), True)]
     with pytest.raises(CheckpointError, match="--taps lists the layers"):
         listed({}, HeadChoices(taps=(1, 2, 3)))
 
@@ -148,12 +150,14 @@ def test_options_that_do_not_go_together(tiny: list[str], capsys: pytest.Capture
 
 @pytest.mark.slow
 def test_the_embedded_head_reads_its_own_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Its ids, written as outputs at a place where readers take them for inputs."""
+    """Its ids, written as outputs at a place where readers take them for inputs, and a norm_output that is none."""
     head = Path(shutil.copytree(PAIR / "head", tmp_path / "head"))
     config = json.loads((head / "config.json").read_text())
-    (head / "config.json").write_text(json.dumps(config | {TAPS: [1, 5, 8]}))
+    stated = {TAPS: [1, 5, 8], "norm_output": True, "architectures": ["LlamaForCausalLMEagle3"]}
+    (head / "config.json").write_text(json.dumps(config | stated))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in CODE_TEXTS))
     options = ["--target", str(PAIR / "target"), "--draft", str(head), "--dtype", "float32"]
     assert main(["convert", *options, "--check-taps", "--prompts", str(prompts)]) == 0
-    assert "names outputs (--taps 2,6,9)" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "names outputs, norm_output = false (--taps 2,6,9)" in printed

@@ -32,18 +32,22 @@ def candidates(checkpoint: Checkpoint, choices: HeadChoices, num_layers: int) ->
     Args:
       choices: what the caller settles. num_layers: of the target.
     Raises:
-      CheckpointError: for a head whose layers have one reading only, because the caller chose them.
+      CheckpointError: for a head with one reading only, because the caller chose its layers.
     """
     hf, where = checkpoint.config, str(checkpoint.config_path)
-    if isinstance(choices.taps, tuple):
-        raise CheckpointError(f"{where}: --taps lists the layers, so that there is nothing to measure")
     dialect = DIALECTS[dialect_of(hf, checkpoint.tensors.keys() | checkpoint.faults.keys())]
     left_open = leaves_open(hf, dialect, choices)
+    if isinstance(choices.taps, tuple):
+        if not left_open:
+            raise CheckpointError(f"{where}: --taps lists the layers, so that there is nothing to measure")
+        taps = [(choices.taps, "the layers of --taps")]
+    else:
+        taps = list(_taps(hf, where, num_layers))
     flags = sorted(left_open)
     values = itertools.product((False, True), repeat=len(flags))
     settings: list[dict[str, Any]] = [dict(zip(flags, of_each, strict=True)) for of_each in values]
     found: dict[HeadChoices, str] = {}
-    for (layers, words), chosen in itertools.product(_taps(hf, where, num_layers), settings):
+    for (layers, words), chosen in itertools.product(taps, settings):
         words += "".join(f", {name} = {str(value).lower()}" for name, value in chosen.items())
         found.setdefault(dataclasses.replace(choices, taps=layers, **chosen), words)
     return [Candidate(words, one) for one, words in found.items()]
