@@ -21,11 +21,12 @@ It measures what a pass over 2 to 64 nodes and a drafted level cost on this mach
 large trees on the prompts; from these it expects tokens a second of every depth, top_k, number of nodes and temperature
 of the draft's scores, and measures the most promising. The fastest goes to tuned.json in the model's folder (the
 draft's, with --draft), where other commands find it: they use it on the same device with the same dtype, unless --tree
-names another. If there are trees for several batches, a command takes the one nearest to its batch. A command that
-samples many texts at a time takes the one nearest to batch 8, unless --coupled is given: the text depends on the tree
-there, and must not depend on --batch. Only EAGLE heads can be tuned.
+names another. Of a DFlash head it chooses the size of the block and the number of nodes. If there are trees for several
+batches, a command takes the one nearest to its batch. A command that samples many texts at a time takes the one nearest
+to batch 8, unless --coupled is given: the text depends on the tree there, and must not depend on --batch. Only EAGLE
+and DFlash heads can be tuned.
 """
-NO_HEAD = "there is no EAGLE head here: only their trees can be tuned"
+NO_HEAD = "there is no EAGLE head here, nor one of DFlash: only their trees can be tuned"
 CANDIDATES = 4  # trees whose decoding is measured at the end
 CYCLES = 24  # observed of each prompt, with large trees
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     from eagle_jax.cli import progress, tuned
     from eagle_jax.cli.options import model_options
+    from eagle_jax.drafts.dflash import DFlash
     from eagle_jax.drafts.eagle.drafting import EagleDraft
     from eagle_jax.measure import machine, samples, tuning
     from eagle_jax.tree.named import describe_tree
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     folder = _folder(args)
     with progress.status(notes, "loading"):
         loaded = model_options.load_models(args)
-    if not isinstance(loaded.draft, EagleDraft):
+    if not isinstance(loaded.draft, EagleDraft | DFlash):
         raise ValueError(NO_HEAD)
     check = functools.partial(model_options.check_prompt, target=loaded.target)
     token_lists, source = samples.to_measure(args.prompts, loaded.folder, args.raw, check=check)
@@ -70,8 +72,9 @@ def run(args: argparse.Namespace) -> int:
     }
 
     setting = machine.setting(loaded.target)
-    seen, costs = _measure_parts(loaded, token_lists, args, options, notes)
-    expected = tuning.of_each_size(tuning.expectations(seen, costs))[:CANDIDATES]
+    measure = _measure_blocks if isinstance(loaded.draft, DFlash) else _measure_parts
+    seen, costs, expected = measure(loaded, token_lists, args, options, notes)
+    expected = tuning.of_each_size(expected)[:CANDIDATES]
     console.print(_observations(seen, costs, f"{source}; {machine.describe_setting(setting)}"))
     results = _try_out(loaded, expected, token_lists, args, options, notes)
     console.print(_table(expected, results, costs, args.batch))
@@ -100,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure_parts(
     loaded: Any, token_lists: list[list[int]], args: argparse.Namespace, options: dict[str, Any], notes: Any
-) -> tuple[dict[float, Any], Any]:
-    """Returns what the target accepted of large trees, by score temperature, and the costs of a cycle's parts."""
+) -> tuple[dict[Any, Any], Any, list[Any]]:
+    """Returns what the target accepted of large trees, by score temperature, the costs of parts, and expectations."""
     from eagle_jax.cli import progress
     from eagle_jax.measure import tuning
 
@@ -113,9 +116,31 @@ def _measure_parts(
             large = tuning.large_tree(widths, temperature)
             seen[temperature] = tuning.observe(target, draft, token_lists, CYCLES, large, **options)
             advance()
-        state = _state(loaded, token_lists, args.batch, args.max_new_tokens)
+        state = _state(loaded, token_lists, args.batch, args.max_new_tokens, tuning.DEPTH)
         costs = tuning.measure_costs(target, draft, state, args.repeats, tuning.NODES, widths, progress=advance)
-    return seen, costs
+    return seen, costs, tuning.expectations(seen, costs)
+
+
+def _measure_blocks(
+    loaded: Any, token_lists: list[list[int]], args: argparse.Namespace, options: dict[str, Any], notes: Any
+) -> tuple[dict[Any, Any], Any, list[Any]]:
+    """Returns what the target accepted of each block's tree, by its depth, the costs of parts, and expectations."""
+    from eagle_jax.cli import progress
+    from eagle_jax.measure import tuning, tuning_blocks
+    from eagle_jax.tree import BestPrefixes
+
+    target, draft = loaded.target, loaded.draft
+    depths, nodes = tuning_blocks.depths_for(draft), tuning_blocks.nodes_for(draft)
+    steps = tuning_blocks.measurements(nodes, depths) + len(depths)
+    with progress.bar(notes, "measuring parts of a cycle", steps) as advance:
+        seen = {}
+        for depth in depths:
+            large = BestPrefixes(depth, nodes[-1])
+            seen[depth] = tuning.observe(target, draft, token_lists, CYCLES, large, **options)
+            advance()
+        state = _state(loaded, token_lists, args.batch, args.max_new_tokens, depths[-1])
+        costs = tuning_blocks.measure_costs(target, draft, state, args.repeats, nodes, depths, progress=advance)
+    return seen, costs, tuning_blocks.expectations(seen, costs)
 
 
 def _try_out(
@@ -162,17 +187,17 @@ def _folder(args: argparse.Namespace) -> Path:
     return folder
 
 
-def _state(loaded: Any, token_lists: list[list[int]], batch: int, max_new_tokens: int) -> Any:
+def _state(loaded: Any, token_lists: list[list[int]], batch: int, max_new_tokens: int, depth: int) -> Any:
     """Prefills a greedy state with the first prompts. Its capacity is that of the decoding to come."""
     import jax
     import jax.numpy as jnp
 
     from eagle_jax.decode.prefill import pad, prefill
-    from eagle_jax.measure import phases, tuning
+    from eagle_jax.measure import phases
 
     rows = [token_lists[i % len(token_lists)] for i in range(batch)]
     tokens, lengths = pad(rows)
-    room = max(max_new_tokens, phases.RUNS * (tuning.DEPTH + 1))
+    room = max(max_new_tokens, phases.RUNS * (depth + 1))
     state = jax.jit(prefill, static_argnames="max_new_tokens")(
         loaded.target, loaded.draft, tokens, lengths, max_new_tokens=room
     )
@@ -180,24 +205,33 @@ def _state(loaded: Any, token_lists: list[list[int]], batch: int, max_new_tokens
 
 
 def _name(tree: Any) -> str:
+    from eagle_jax.tree import BestPrefixes
+
+    if isinstance(tree, BestPrefixes):
+        return f"best:{tree.depth},{tree.num_nodes}"
     return f"{tree.depth},{tree.top_k},{tree.num_nodes} at {tree.score_temperature:g}"
 
 
-def _observations(seen: dict[float, Any], costs: Any, title: str) -> Any:
+def _observations(seen: dict[Any, Any], costs: Any, title: str) -> Any:
     """Returns the rich table of costs and acceptance."""
     from rich.table import Table
 
     from eagle_jax.measure import tuning
+    from eagle_jax.measure.tuning_blocks import BlockCosts
 
     table = Table(title=title, title_justify="left", show_header=False)
     join = functools.partial(str.join, "  ")
     table.add_row("a plain step, ms", f"{costs.plain:.2f}")
     table.add_row("verifying, ms by nodes", join(f"{nodes}: {ms:.2f}" for nodes, ms in costs.verify.items()))
-    table.add_row("a drafted level, ms by nodes", join(f"{nodes}: {ms:.2f}" for nodes, ms in costs.level.items()))
-    table.add_row("drafting beside, and the rest, ms", f"{costs.draft:.2f}  {costs.rest:.2f}")
-    for temperature, cycles in seen.items():
-        depths = join(f"{rate:.2f}" for rate in tuning.by_depth(cycles))
-        table.add_row(f"accepted by depth, scores at {temperature:g}", depths)
+    if isinstance(costs, BlockCosts):
+        table.add_row("drafting a block, ms by depth", join(f"{depth}: {ms:.2f}" for depth, ms in costs.block.items()))
+        table.add_row("the rest, ms", f"{costs.rest:.2f}")
+    else:
+        table.add_row("a drafted level, ms by nodes", join(f"{nodes}: {ms:.2f}" for nodes, ms in costs.level.items()))
+        table.add_row("drafting beside, and the rest, ms", f"{costs.draft:.2f}  {costs.rest:.2f}")
+    what = "of a tree of depth" if isinstance(costs, BlockCosts) else "scores at"
+    for key, cycles in seen.items():
+        table.add_row(f"accepted by depth, {what} {key:g}", join(f"{rate:.2f}" for rate in tuning.by_depth(cycles)))
     ranks = join(f"{share:.2f}" for share in tuning.by_rank(next(iter(seen.values()))))
     table.add_row("of these the first, second ... child", ranks)
     return table

@@ -12,7 +12,7 @@ import numpy as np
 
 from eagle_jax.files.atomic import write_json
 from eagle_jax.measure import machine
-from eagle_jax.tree import TreeConfig
+from eagle_jax.tree import BestPrefixes, TreeConfig
 
 NAME = "tuned.json"
 KEY = ("device", "dtype", "batch")  # the fields that identify an entry
@@ -37,7 +37,7 @@ def read(folder: Path | None) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         for entry in entries:
-            TreeConfig(**entry["tree"])
+            tree_of(entry)
             device, dtype, batch = (entry[name] for name in KEY)
             if not (isinstance(device, str) and isinstance(dtype, str) and type(batch) is int and batch > 0):
                 raise TypeError(f"device {device!r}, dtype {dtype!r}, batch {batch!r}")
@@ -46,7 +46,13 @@ def read(folder: Path | None) -> list[dict[str, Any]]:
     return entries
 
 
-def find(draft: Any, folder: Path | None, batch: int) -> tuple[TreeConfig, str] | None:
+def tree_of(entry: dict[str, Any]) -> TreeConfig | BestPrefixes:
+    """Returns the tree of an entry: a dynamic one, or the best of a block, which has no top_k."""
+    sizes = entry["tree"]
+    return TreeConfig(**sizes) if "top_k" in sizes else BestPrefixes(**sizes)
+
+
+def find(draft: Any, folder: Path | None, batch: int) -> tuple[TreeConfig | BestPrefixes, str] | None:
     """Finds the tree tuned for this device, the draft's dtype and the nearest batch; returns it and its origin.
 
     Args:
@@ -57,7 +63,7 @@ def find(draft: Any, folder: Path | None, batch: int) -> tuple[TreeConfig, str] 
     if not entries:
         return None
     nearest = min(entries, key=lambda entry: (abs(math.log(entry["batch"] / batch)), entry["batch"]))
-    return TreeConfig(**nearest["tree"]), f"tuned on this device for batch {nearest['batch']}"
+    return tree_of(nearest), f"tuned on this device for batch {nearest['batch']}"
 
 
 def write(folder: Path, entry: dict[str, Any]) -> Path:

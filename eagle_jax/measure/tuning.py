@@ -26,7 +26,7 @@ from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.measure import phases
 from eagle_jax.models.target import Target
-from eagle_jax.tree import Tree, TreeConfig
+from eagle_jax.tree import BestPrefixes, Tree, TreeConfig, TreePolicy
 
 NODES = (2, 4, 6, 8, 12, 16, 32, 64)
 WIDTHS = (1, 2, 4, 8)
@@ -68,7 +68,7 @@ class Costs:
 class Expected:
     """Expected tokens and milliseconds a cycle of a tree."""
 
-    tree: TreeConfig
+    tree: TreeConfig | BestPrefixes
     tokens: float
     ms: float
 
@@ -90,7 +90,7 @@ def large_tree(widths: Sequence[int], temperature: float) -> TreeConfig:
 
 
 def observe(
-    target: Target, draft: Draft, prompts: Sequence[Sequence[int]], cycles: int, tree: TreeConfig, **options: Any
+    target: Target, draft: Draft, prompts: Sequence[Sequence[int]], cycles: int, tree: TreePolicy, **options: Any
 ) -> Seen:
     """Decodes the prompts in one batch, for some cycles with a large tree.
 
@@ -190,19 +190,15 @@ def measure_costs(
         progress()
         return taken, result
 
-    def star(count):  # a root and its children: what a pass costs depends on the number of nodes alone
-        node = jnp.broadcast_to(jnp.arange(count), (len(state.lengths), count))
-        return Tree(node * 0, jnp.minimum(node, 1) - 1, jnp.minimum(node, 1), node * 0.0)
-
     plain, _ = ms(phases.cycles, target, None, state, tree=None)
-    verify = {count: ms(phases.verifications, target, draft, state, star(count))[0] for count in nodes}
+    verify = {count: ms(phases.verifications, target, draft, state, star(state, count))[0] for count in nodes}
     first, _ = ms(phases.proposals, target, draft, state, tree=TreeConfig(1, 1, 2))
     level = {}
     for width in widths:
         deep, _ = ms(phases.proposals, target, draft, state, tree=TreeConfig(6, width, width + 1))
         level[width] = max(deep - first, 0) / 5
     middle = TreeConfig(4, 2, 8)
-    tree = star(middle.num_nodes)
+    tree = star(state, middle.num_nodes)
     _, verified = phases.milliseconds(phases.verifications, 1, target, draft, state, tree)
     update, _ = ms(phases.updates, target, draft, state, tree, *verified, tree=middle)
     whole, _ = ms(phases.cycles, target, draft, state, tree=middle)
@@ -210,6 +206,12 @@ def measure_costs(
     if 8 not in nodes or 2 not in widths:
         return costs
     return dataclasses.replace(costs, rest=max(whole - costs.cycle(middle), 0.0))
+
+
+def star(state: DecodeState, count: int) -> Tree:
+    """Returns trees of a root and its children: the cost of a pass depends on the number of nodes alone."""
+    node = jnp.broadcast_to(jnp.arange(count), (len(state.lengths), count))
+    return Tree(node * 0, jnp.minimum(node, 1) - 1, jnp.minimum(node, 1), node * 0.0)
 
 
 def measurements(nodes: Sequence[int], widths: Sequence[int] = WIDTHS) -> int:

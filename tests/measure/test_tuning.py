@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 import eagle_jax
-from eagle_jax import TreeConfig
-from eagle_jax.measure import phases, tuning
+from eagle_jax import BestPrefixes, TreeConfig
+from eagle_jax.measure import phases, tuning, tuning_blocks
 from eagle_jax.measure.tuning import Costs, Seen
+from eagle_jax.measure.tuning_blocks import BlockCosts
 from eagle_jax.testing import toy_draft, toy_target
+from tests.drafts.kinds import KINDS
+from tests.drafts.test_lossless import CONFIG, target_of
 from tests.toy import golden_pair
 
 
@@ -91,6 +94,28 @@ def test_a_large_tree_holds_the_small_one_that_the_draft_would_grow(small, tempe
     for row in range(len(prompts)):
         wanted = paths(own, row, range(1, small.num_nodes))
         assert paths(big, row, np.flatnonzero(kept[row])) == wanted
+
+
+def test_the_large_tree_of_a_block_holds_its_smaller_ones():
+    draft = KINDS["dflash"].build(CONFIG, 1, 6.0)
+    prompts = eagle_jax.pad([[3, 4, 5], [6, 7], [2, 2, 2, 2]])
+    big, own = (
+        jax.device_get(eagle_jax.propose(target_of(0), draft, *prompts, tree=BestPrefixes(4, nodes)))
+        for nodes in (CONFIG.vocab_size, 6)
+    )
+    kept = tuning.best(big.depths > 0, big.scores, 5)
+    for row in range(3):
+        np.testing.assert_array_equal(big.tokens[row, kept[row]], own.tokens[row, 1:])
+        np.testing.assert_array_equal(big.depths[row, kept[row]], own.depths[row, 1:])
+
+
+def test_a_block_is_as_good_as_its_tokens_by_its_cost():
+    costs = BlockCosts(plain=1.0, verify={2: 1.5, 3: 2.0, 4: 4.0}, block={1: 0.25, 3: 0.5}, rest=0.25)
+    expected = tuning_blocks.expectations({1: seen([-1, 0, 0], [0.0, -1, -2], [1, 0, 1]), 3: TREE}, costs)
+    found = {(one.tree.depth, one.tree.num_nodes): (one.tokens, one.ms) for one in expected}
+    assert found == {(1, 2): (1, 2.0), (1, 3): (2, 2.5), (1, 4): (2, 4.5), (3, 4): (3, 4.75)}
+    assert [one.rate for one in expected] == sorted((one.rate for one in expected), reverse=True)
+    assert [one.tree.num_nodes for one in tuning.of_each_size(expected)] == [3, 4, 2]
 
 
 def test_rates_of_acceptance_by_depth_and_rank():

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from eagle_jax.cli import tuned
+from eagle_jax.drafts.dflash import DFlash
 from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.lookup_first import LookupFirst, without_lookup
 from eagle_jax.drafts.registry import Kind, kind_of
@@ -67,7 +68,7 @@ def choose_tree(draft: Any, args: argparse.Namespace, batch: int = 1) -> TreeCho
         return TreeChoice(default_tree(draft), "a shape of its own")
     found = None if args.tree is None else (args.tree, "from --tree")
     head = without_lookup(draft)
-    if found is None and isinstance(head, EagleDraft):
+    if found is None and isinstance(head, EagleDraft | DFlash):
         found = tuned.find(head, tuned.folder_of(args), batch)
     tree, origin = found or (default_tree(draft), "the default")
     return TreeChoice(grown(tree, args), origin)
