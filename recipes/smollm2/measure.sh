@@ -33,3 +33,11 @@ done
 
 # The texts of all prompts, plain and speculative: 16 at a time, since only the tokens are compared.
 bench humaneval-texts --drafts plain,eagle3+lookup=$eagle3 --preset humaneval --batch 16 --repeats 1
+
+# Three answers, as they are read.
+i=0
+for prompt in "Why is the sky blue?" "Write a Python function that counts the vowels of a text." "How long do I boil an egg?"; do
+    i=$((i + 1))
+    [ -f $out/answer-$i.txt ] || eagle-jax generate $target --draft $eagle3 --lookup --max-new-tokens 96 --prompt "$prompt" \
+        > $out/answer-$i.txt
+done
