@@ -97,8 +97,8 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
         notes.append(f"lm_head.weight was added, the target's: {engine.title} takes none from the target")
     if kind == "eagle1" and draft.target_ids is not None:
         notes.append(
-            f"pass frspec_vocab_size={config.draft_vocab_size} to {engine.title}'s LLM_with_eagle, and one of use_rope, "
-            f"use_input_norm and use_attn_norm: else it makes no room for {names.REMAP}"
+            f"pass frspec_vocab_size={config.draft_vocab_size} to {engine.title}'s LLM_with_eagle, and one of "
+            f"use_rope, use_input_norm, use_attn_norm: else it makes no room for {names.REMAP}"
         )
     expected = _expected(config, kind, stated, added, draft.target_ids is not None)
     tensors = _tensors(draft, kind, engine, added)
