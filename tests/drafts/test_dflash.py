@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eagle_jax import Committed, ConfigError, StaticTree, TargetOutput, generate
+from eagle_jax import BestPrefixes, Committed, ConfigError, StaticTree, TargetOutput, TreeConfig, generate, propose
 from eagle_jax.drafts.dflash import DFlashConfig, spaced_taps
 from eagle_jax.models import params
 from eagle_jax.models.rope import RopeConfig
@@ -87,6 +87,30 @@ def test_equals_numpy(causal):
         theirs = logits_by_hand(draft, target, before, block, length - 1)
         np.testing.assert_allclose(ours[row], theirs, rtol=1e-4, atol=1e-4)
     assert np.abs(ours).max() > 1
+
+
+def products(jaxpr) -> int:
+    """Counts the products that a program runs; those of a scan once for each of its turns."""
+    found = 0
+    for equation in jaxpr.eqns:
+        within = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda part: hasattr(part, "eqns"))
+        inner = sum(products(part) for part in within if hasattr(part, "eqns"))
+        found += equation.params.get("length", 1) * inner + (equation.primitive.name == "dot_general")
+    return found
+
+
+def test_a_tree_takes_one_draft_pass_whatever_its_depth():
+    """Blocks of more rows than a CPU multiplies one at a time. A tree of an EAGLE-3 head takes a pass a level."""
+
+    def of(kind, tree):
+        draft = KINDS[kind].build(CONFIG, 1, 6.0)
+        if kind == "dflash":
+            draft.config = dataclasses.replace(draft.config, block_size=16)
+        prompt = jnp.ones((1, 4), jnp.int32), jnp.array([4], jnp.int32)
+        return products(jax.make_jaxpr(lambda *models: propose(*models, *prompt, tree=tree))(target_of(0), draft))
+
+    assert of("dflash", BestPrefixes(9, 9)) == of("dflash", BestPrefixes(15, 9)) > 0
+    assert of("eagle3", TreeConfig(3, 2, 6)) < of("eagle3", TreeConfig(5, 2, 6))
 
 
 def test_what_does_not_fit_is_refused():
