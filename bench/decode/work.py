@@ -1,5 +1,7 @@
 """Counts the bytes and FLOPs of each part of decoding from shapes alone: lower bounds for every implementation.
 
+    python -m bench.decode.work        GB of a plain step, and of cycles of EAGLE-3 and DFlash heads with their trees
+
 Letters: B batch, T tokens a row of a pass, S context (rows of the cache that are filled), W queries a drafting step,
 D tree depth, N nodes. Of a model: L layers, d width, f MLP width, n query heads, k key-value heads, h head dim,
 V output vocabulary, e bytes a number. A head with its own embedding costs the same as one with its target's.
@@ -35,10 +37,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from bench.shapes import SHAPES
 from eagle_jax.drafts.dflash import DFlashConfig
 from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
+from eagle_jax.drafts.registry import BLOCK_TREE
 from eagle_jax.models.config import LlamaConfig
-from eagle_jax.tree import TreePolicy
+from eagle_jax.tree import TreeConfig, TreePolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,3 +157,25 @@ def _pass(config: LlamaConfig, reads: int, batch: int, tokens: int, context: int
 def _output(outputs: int, inputs: int, tokens: int, itemsize: int) -> Work:
     """Counts the work of one matrix [outputs, inputs] on some tokens."""
     return Work(itemsize * outputs * inputs, 2 * tokens * outputs * inputs)
+
+
+def main() -> None:
+    """Prints the GB that each part moves, bfloat16, one sequence of 1,024 tokens."""
+    context = 1024
+    print("| model | cycle | propose | verify | commit | extend | sum | of a plain step |\n|" + "---|" * 8)
+    for name in ("8b", "qwen3-8b"):
+        shape = SHAPES[name]
+        plain = plain_work(shape.target, 1, context)
+        cycles = {
+            "EAGLE-3, tree 8,10,60": cycle_work(shape.target, shape.head, TreeConfig(), 1, context),
+            "DFlash, the best 64 nodes of a block of 16": block_work(
+                shape.target, shape.block_head, BLOCK_TREE, 1, context
+            ),
+        }
+        for title, cycle in cycles.items():
+            parts = " | ".join(f"{part.bytes / 1e9:.3f}" for part in (*cycle.parts.values(), cycle.total))
+            print(f"| {name} | {title} | {parts} | {cycle.total.bytes / plain.bytes:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
