@@ -24,12 +24,13 @@ from eagle_jax.models.llama import Llama
 from eagle_jax.models.params import input_first
 from eagle_jax.models.target import Target, TargetOutput
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.tree import PUBLISHED_TREES, BestPrefixes, StaticTree, Tree, TreeConfig, TreePolicy
+from eagle_jax.tree import PUBLISHED_TREES, BestExpansions, BestPrefixes, StaticTree, Tree, TreeConfig, TreePolicy
 from eagle_jax.version import __version__
 
 __all__ = [
     "BUCKETS",
     "PUBLISHED_TREES",
+    "BestExpansions",
     "BestPrefixes",
     "CheckpointError",
     "Chunk",

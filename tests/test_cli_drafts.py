@@ -24,7 +24,7 @@ from eagle_jax.convert import to_official
 from eagle_jax.drafts.registry import WEIGHTLESS
 from eagle_jax.measure import machine, plot, samples
 from eagle_jax.measure.drawn import Drawn, Node, decode_to
-from eagle_jax.tree import PUBLISHED_TREES, BestPrefixes
+from eagle_jax.tree import PUBLISHED_TREES, BestExpansions, BestPrefixes
 from tests.decode.test_sampled_distribution import tiny_config
 from tests.drafts.kinds import KINDS
 from tests.test_cli import OPTIONS, PROMPT, converted_pair
@@ -151,6 +151,7 @@ def test_trees_on_the_command_line(tmp_path):
         ("8,10,60", TreeConfig()),
         ("chain:3", StaticTree.chain(3)),
         ("best:15,64", BestPrefixes(15, 64)),
+        ("expand:15,4,64", BestExpansions(15, 4, 64)),
         ("medusa-zephyr-stage2", PUBLISHED_TREES["medusa-zephyr-stage2"]),
         (str(tmp_path / "paths.json"), StaticTree([[0], [1], [0, 0]])),
     ):
@@ -164,6 +165,9 @@ def test_trees_on_the_command_line(tmp_path):
         ("chain:99999999999", "a tree may be 1000 levels deep at most"),
         ("99999999999,1,2", "a tree may be 1000 levels deep at most"),
         ("best:1001,64", "a tree may be 1000 levels deep at most"),
+        ("expand:1001,1,1100", "a tree may be 1000 levels deep at most"),
+        ("expand:15,64", "a tree is depth,top_k,num_nodes.*expand:DEPTH,TOP_K,NODES"),
+        ("expand:3,2,99", "num_nodes = 99 is more than .* at most 15"),
         ("best:15", "a tree is depth,top_k,num_nodes.*best:DEPTH,NODES"),
         ("chain:0", "a tree is depth,top_k,num_nodes"),
     ):

@@ -14,6 +14,7 @@ from eagle_jax.tree.accept import (
     choice_noise,
     path_to,
 )
+from eagle_jax.tree.best_expansions import BestExpansions
 from eagle_jax.tree.best_prefixes import BestPrefixes
 from eagle_jax.tree.dynamic import TreeConfig
 from eagle_jax.tree.merge import merge_chains
@@ -28,6 +29,7 @@ __all__ = [
     "PUBLISHED_TREES",
     "AcceptFn",
     "Acceptance",
+    "BestExpansions",
     "BestPrefixes",
     "DraftFn",
     "DraftStep",

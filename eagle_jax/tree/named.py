@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from eagle_jax.tree.best_expansions import BestExpansions
 from eagle_jax.tree.best_prefixes import BestPrefixes
 from eagle_jax.tree.dynamic import TreeConfig
 from eagle_jax.tree.policy import TreePolicy
@@ -15,7 +16,7 @@ DEEPEST = 1000  # every level is a draft pass, and a chain's paths take memory q
 
 
 def tree_named(text: str) -> TreePolicy:
-    """Returns the tree for "8,10,60", "chain:5", "best:15,64", a published tree's name, or a JSON file of paths.
+    """Returns the tree for "8,10,60", "chain:5", "best:15,64", "expand:15,4,64", a published name, or a JSON file.
 
     Raises:
       ValueError: for anything else; OSError: for a file that cannot be read.
@@ -27,6 +28,9 @@ def tree_named(text: str) -> TreePolicy:
     if kind == "best" and len(sizes := _sizes(depth)) == 2:
         _check_depth(sizes[0], text)
         return BestPrefixes(*sizes)
+    if kind == "expand" and len(sizes := _sizes(depth)) == 3:
+        _check_depth(sizes[0], text)
+        return BestExpansions(*sizes)
     if text in PUBLISHED_TREES:
         return PUBLISHED_TREES[text]
     if Path(text).suffix == ".json":
@@ -39,7 +43,7 @@ def tree_named(text: str) -> TreePolicy:
         return TreeConfig(*sizes)
     raise ValueError(
         f"a tree is depth,top_k,num_nodes, such as 8,10,60; or chain:5; or best:DEPTH,NODES; or "
-        f"{', '.join(PUBLISHED_TREES)}; or a .json file of paths; got {text!r}"
+        f"expand:DEPTH,TOP_K,NODES; or {', '.join(PUBLISHED_TREES)}; or a .json file of paths; got {text!r}"
     )
 
 
@@ -51,6 +55,8 @@ def describe_tree(tree: TreePolicy) -> str:
         return f"tree: depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes{more}"
     if isinstance(tree, BestPrefixes):
         return f"the best {tree.num_nodes - 1} prefixes, depth {tree.depth}"
+    if isinstance(tree, BestExpansions):
+        return f"children of the best nodes: depth {tree.depth}, top_k {tree.top_k}, {tree.num_nodes} nodes"
     if tree.num_nodes == tree.depth + 1:
         return f"chain of {tree.depth}"
     return f"static tree: depth {tree.depth}, {tree.num_nodes} nodes"

@@ -105,7 +105,8 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         type=parse_tree,
         metavar="TREE",
         help="the draft tree: depth (draft tokens on the longest path), children a node, and nodes in all with the "
-        "root; or best:DEPTH,NODES, the likeliest prefixes; or a static one: chain:5, a published one "
+        "root; or best:DEPTH,NODES, the likeliest prefixes; or expand:DEPTH,TOP_K,NODES, the children of the likeliest "
+        "nodes; or a static one: chain:5, a published one "
         f"({', '.join(PUBLISHED_TREES)}), or a .json file with a list of paths (default: what `eagle-jax tune` found, "
         "else for EAGLE heads "
         f"{default.depth},{default.top_k},{default.num_nodes})",

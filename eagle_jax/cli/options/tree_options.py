@@ -12,7 +12,7 @@ from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.lookup_first import LookupFirst, without_lookup
 from eagle_jax.drafts.registry import Kind, kind_of
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.tree import BestPrefixes, StaticTree, TreeConfig, TreePolicy
+from eagle_jax.tree import BestExpansions, BestPrefixes, StaticTree, TreeConfig, TreePolicy
 from eagle_jax.tree.named import describe_tree, tree_named
 
 GROWTH = ("stop_below", "score_temperature")  # options of dynamic trees, by the names of TreeConfig
@@ -48,7 +48,8 @@ class TreeChoice:
         """Returns the tree as JSON values: its settings that are not 0, or its paths; None if the draft ignores it."""
         if has_own_shape(draft):
             return None
-        fields = dataclasses.asdict(self.tree) if isinstance(self.tree, TreeConfig | StaticTree | BestPrefixes) else {}
+        ours = TreeConfig | StaticTree | BestPrefixes | BestExpansions
+        fields = dataclasses.asdict(self.tree) if isinstance(self.tree, ours) else {}
         return {name: value for name, value in fields.items() if value} or repr(self.tree)
 
 
