@@ -10,10 +10,12 @@ from eagle_jax.decode.state import DecodeState, empty_state
 from eagle_jax.detokenizer import Detokenizer
 from eagle_jax.drafts.dflash import DFlash, DFlashConfig
 from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.dspark import DSpark, DSparkConfig
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.drafting import with_window
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
+from eagle_jax.drafts.eagle.p_eagle import PEagle, PEagleConfig
 from eagle_jax.drafts.lookahead import Lookahead
 from eagle_jax.drafts.lookup_first import LookupFirst
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
@@ -39,6 +41,8 @@ __all__ = [
     "Context",
     "DFlash",
     "DFlashConfig",
+    "DSpark",
+    "DSparkConfig",
     "DecodeState",
     "Detokenizer",
     "Draft",
@@ -53,6 +57,8 @@ __all__ = [
     "Medusa",
     "MedusaConfig",
     "Output",
+    "PEagle",
+    "PEagleConfig",
     "PromptLookup",
     "Proposal",
     "SamplingConfig",

@@ -174,7 +174,7 @@ def test_trees_on_the_command_line(tmp_path):
         with pytest.raises(argparse.ArgumentTypeError, match=message):
             tree_options.parse_tree(text)
     assert draft_options.parse_draft_tree("eagle1=chain:2") == ("eagle1", StaticTree.chain(2))
-    with pytest.raises(argparse.ArgumentTypeError, match="trees are for model, medusa, dflash, eagle1"):
+    with pytest.raises(argparse.ArgumentTypeError, match="trees are for model, medusa, dflash, dspark, eagle1"):
         draft_options.parse_draft_tree("lookahead=chain:2")
 
 

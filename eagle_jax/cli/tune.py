@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     from eagle_jax.cli import progress, tuned
     from eagle_jax.cli.options import model_options
     from eagle_jax.drafts.dflash import DFlash
+    from eagle_jax.drafts.dspark import DSpark
     from eagle_jax.drafts.eagle.drafting import EagleDraft
+    from eagle_jax.drafts.eagle.p_eagle import PEagle
     from eagle_jax.measure import machine, samples, tuning
     from eagle_jax.tree.named import describe_tree
 
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         loaded = model_options.load_models(args)
     if not isinstance(loaded.draft, EagleDraft | DFlash):
         raise ValueError(NO_HEAD)
+    if isinstance(loaded.draft, PEagle | DSpark):  # neither a pass a level nor one set of candidates a level
+        raise ValueError(f"the tree of a {type(loaded.draft).__name__} cannot be tuned; choose one by --tree")
     check = functools.partial(model_options.check_prompt, target=loaded.target)
     token_lists, source = samples.to_measure(args.prompts, loaded.folder, args.raw, check=check)
     options: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -10,10 +11,12 @@ from eagle_jax.convert import names
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.read import Checkpoint
 from eagle_jax.drafts.dflash import DFlash, DFlashConfig
+from eagle_jax.drafts.dspark import DSpark, DSparkConfig
 from eagle_jax.drafts.eagle.config import OFFICIAL_TAPS, DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.eagle.flat_config import is_vllm_eagle1
+from eagle_jax.drafts.eagle.p_eagle import PEagle, PEagleConfig
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
 from eagle_jax.models import params
 from eagle_jax.models.architectures import ARCHITECTURES, config_of
@@ -136,17 +139,25 @@ def _eagle1(source: Source, dtype: Any) -> Any:
     return params.abstract(lambda key: Eagle1Draft(config, key, dtype))
 
 
-def _eagle3(source: Source, dtype: Any) -> Any:
-    own = {"own_embedding": "embed" in source.held, "own_lm_head": "lm_head" in source.held}
+def _eagle3(
+    source: Source, dtype: Any, of_config: type[DraftConfig] = DraftConfig, of_draft: type[Eagle3Draft] = Eagle3Draft
+) -> Any:
+    own: dict[str, Any] = {"own_embedding": "embed" in source.held, "own_lm_head": "lm_head" in source.held}
     own["fc_bias"] = "fc_bias" in source.held
-    config = DraftConfig.from_hf(source.hf, source.where, kind="eagle3", **own)
+    config: Any = of_config.from_hf(source.hf, source.where, **own)
     num_taps = OFFICIAL_TAPS if config.taps is None else len(config.taps)
-    return params.abstract(lambda key: Eagle3Draft(config, num_taps, key, dtype))
+    return params.abstract(lambda key: of_draft(config, num_taps, key, dtype))
 
 
-def _dflash(source: Source, dtype: Any) -> Any:
-    config = DFlashConfig.from_hf(source.hf, source.where)
-    return params.abstract(lambda key: DFlash(config, key, dtype))
+def _dflash(
+    source: Source, dtype: Any, of_config: type[DFlashConfig] = DFlashConfig, of_draft: type[DFlash] = DFlash
+) -> Any:
+    # Older converted folders say that a DFlash head has an lm_head, although it has none; their shapes are right.
+    own_lm_head = "lm_head" in (source.shapes or source.held)
+    config: Any = of_config.from_hf(
+        source.hf, source.where, own_embedding="embed" in source.held, own_lm_head=own_lm_head
+    )
+    return params.abstract(lambda key: of_draft(config, key, dtype))
 
 
 def _medusa(source: Source, dtype: Any) -> Any:
@@ -184,6 +195,14 @@ def _unread_eagle1(model: Eagle1Draft, checkpoint: Checkpoint) -> set[str]:
 
 # Keyed by the kind's name in manifests. A checkpoint has the first kind that recognises its names.
 DIALECTS: dict[str, Dialect] = {
+    "peagle": Dialect(
+        recognise=names.peagle_table,
+        build=functools.partial(_eagle3, of_config=PEagleConfig, of_draft=PEagle),
+        official=lambda model: names.PEAGLE,
+        unread=lambda model, checkpoint: VOCABULARY,
+        tied_to_own=True,
+        vocabulary=True,
+    ),
     "eagle3": Dialect(
         recognise=names.eagle3_table,
         build=_eagle3,
@@ -199,6 +218,11 @@ DIALECTS: dict[str, Dialect] = {
         unread=_unread_eagle1,
         vocabulary=True,
         of_target="lm_head",
+    ),
+    "dspark": Dialect(
+        recognise=names.dspark_table,
+        build=functools.partial(_dflash, of_config=DSparkConfig, of_draft=DSpark),
+        official=lambda model: names.DSPARK,
     ),
     "dflash": Dialect(
         recognise=names.dflash_table,

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from eagle_jax.convert import names
-from eagle_jax.convert.engines import ENGINES, EXPORTED, KINDS, PARTS, Engine, named
+from eagle_jax.convert.engines import ENGINES, EXPORTED, FAMILY, KINDS, PARTS, TITLES, Engine, named
 from eagle_jax.convert.heads.dialects import DIALECTS
 from eagle_jax.convert.heads.rules import theirs_of
 from eagle_jax.convert.heads.taps import OUR_NORM_OUTPUT, OUR_TAPS
@@ -25,6 +25,7 @@ from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.eagle.flat_config import TAPS
+from eagle_jax.drafts.eagle.p_eagle import PEagleConfig
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError, LlamaConfig
@@ -67,14 +68,14 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
     """
     check_engine(draft, target, format)
     engine = named(format)
-    if isinstance(draft, DFlash):
+    if type(draft) is DFlash:
         config_json = draft.config.to_hf()
         return Plan("dflash", "model.safetensors", to_official(draft), config_json, draft.config, {}, ())
     assert isinstance(draft, Eagle3Draft | Eagle1Draft)
     kind = KINDS[type(draft)]
     config = draft.config
     layers = target.config.num_layers
-    taps = tap_layers(config, layers) if kind == "eagle3" else None
+    taps = None if kind == "eagle1" else tap_layers(config, layers)
     stated = None if taps == tap_layers(None, layers) else taps
     notes = [engine.note] if engine.note else []
     if config.window is not None:
@@ -112,13 +113,13 @@ def needed(draft: Draft, format: str) -> tuple[str, ...]:
     if not isinstance(draft, Eagle3Draft | Eagle1Draft):
         return ()
     missing = {"embed": not draft.config.own_embedding, "lm_head": not draft.config.own_lm_head, COPY: True}
-    return tuple(what for what in named(format).needs.get(KINDS[type(draft)], ()) if missing[what])
+    return tuple(what for what in named(format).needs.get(FAMILY[KINDS[type(draft)]], ()) if missing[what])
 
 
 def check_engine(draft: Draft, target: Llama, format: str) -> None:
     """Raises the ConfigError of `plan`. Both models may be abstract."""
     engine = named(format)
-    if isinstance(draft, DFlash):
+    if type(draft) is DFlash:  # a DSpark has more than its authors' format holds
         draft.check_fits(target)
         draft.config.to_hf()
         if format != "official":
@@ -126,8 +127,8 @@ def check_engine(draft: Draft, target: Llama, format: str) -> None:
         return
     if not isinstance(draft, Eagle3Draft | Eagle1Draft):
         raise ConfigError(
-            f"a {type(draft).__name__} cannot be exported: the formats are for EAGLE heads (Eagle3Draft, Eagle1Draft) "
-            "and DFlash heads"
+            f"a {type(draft).__name__} cannot be exported: the formats are for EAGLE heads (Eagle3Draft, PEagle, "
+            "Eagle1Draft) and DFlash heads"
         )
     draft.check_fits(target)
     reasons = refusals(draft, target, format)
@@ -142,7 +143,8 @@ def refusals(draft: Eagle3Draft | Eagle1Draft, target: Llama, format: str) -> li
     engine, kind = named(format), KINDS[type(draft)]
     config = draft.config
     if kind not in engine.architectures:
-        return [f"it is an {kind.upper().replace('EAGLE', 'EAGLE-')} head, which the engine does not read"]
+        return [f"it is {TITLES[kind]} head, which the engine does not read"]
+    several, kind = engine.several_layers or kind == "peagle", FAMILY[kind]
     found = []
     if not engine.any_head_dim and config.head_dim * config.num_heads != config.hidden_size:
         found.append(f"head_dim is {config.head_dim}, it takes hidden_size / heads only")
@@ -173,7 +175,7 @@ def refusals(draft: Eagle3Draft | Eagle1Draft, target: Llama, format: str) -> li
         return found
     if config.fc_bias and not engine.wide_fc_bias:
         found.append("fc.bias of an EAGLE-3 head is not read")
-    if config.num_layers > 1 and not engine.several_layers:
+    if config.num_layers > 1 and not several:
         found.append(f"it has {config.num_layers} layers, the engine's heads have one")
     return found + _tap_refusals(config, target.config.num_layers, engine)
 
@@ -238,7 +240,7 @@ def _tensors(draft: Any, kind: str, engine: Engine, added: Mapping[str, np.ndarr
     table = EXPORTED[kind]
     assert table is not None  # `check_engine` has refused the others
     tensors = to_official(draft) | {table[path]: array for path, array in added.items()}
-    if kind == "eagle3" and not engine.tables and draft.target_ids is None:
+    if kind != "eagle1" and not engine.tables and draft.target_ids is None:
         del tensors[names.DRAFT_TO_TARGET], tensors[names.TARGET_TO_DRAFT]
     if not engine.t2d:
         tensors.pop(names.TARGET_TO_DRAFT, None)
@@ -255,7 +257,7 @@ def _expected(
     config: DraftConfig, kind: str, taps: tuple[int, ...] | None, added: Mapping[str, np.ndarray], table: bool
 ) -> DraftConfig:
     """Returns the config that reading the export gives."""
-    eagle3 = kind == "eagle3"
+    eagle3 = kind != "eagle1"
     return dataclasses.replace(
         config,
         tie_word_embeddings=False,
@@ -286,15 +288,16 @@ def _config_json(config: DraftConfig, kind: str, engine: Engine, target: Llama) 
         return (
             head | layer | bias | ({"qkv_bias": True} if config.qkv_bias else {}) | more | _eagle1_norms(config, engine)
         )
-    more |= _eagle3_fields(config, engine)
+    more |= _eagle3_fields(config, engine) | _peagle_fields(config, engine)
     if not engine.speculators:
         return head | layer | more
     verifier: dict[str, Any] = {"name_or_path": None, "architectures": []}
-    method = {"proposal_type": "greedy", "speculative_tokens": 3}
+    tokens = config.num_depths if isinstance(config, PEagleConfig) else 3
+    method = {"proposal_type": "greedy", "speculative_tokens": tokens}
     return head | {
-        "speculators_model_type": "eagle3",
+        "speculators_model_type": kind,
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": kind,
             "default_proposal_method": "greedy",
             "proposal_methods": [method],
             "verifier": verifier,
@@ -396,3 +399,11 @@ def _eagle3_fields(config: DraftConfig, engine: Engine) -> dict[str, Any]:
         if outputs[0] > 1:  # else a reader knows that they are outputs
             fields[OUR_TAPS] = list(config.taps)
     return fields | ({"eagle_config": nested} if nested else {})
+
+
+def _peagle_fields(config: DraftConfig, engine: Engine) -> dict[str, Any]:
+    """Returns the fields that only a P-EAGLE head has; none of another head."""
+    if not isinstance(config, PEagleConfig):
+        return {}
+    depths = {} if engine.speculators else {"num_depths": config.num_depths}
+    return dict.fromkeys(engine.mask_fields, config.mask_token_id) | depths

@@ -19,9 +19,14 @@ EXPORTED: dict[str, dict[str, str] | None] = {
     "eagle3": names.EAGLE3,
     "eagle1": names.EAGLE1,
     "dflash": None,
+    "dspark": None,
+    "peagle": names.PEAGLE,
     "medusa": None,
     "llama": None,
 }
+# A P-EAGLE head is an EAGLE-3 head with more: what is said of "eagle3" holds for it in every engine that reads it.
+FAMILY = {"eagle3": "eagle3", "peagle": "eagle3", "eagle1": "eagle1"}
+TITLES = {"eagle3": "an EAGLE-3", "peagle": "a P-EAGLE", "eagle1": "an EAGLE-1"}
 KINDS: dict[type, str] = {CLASSES[kind]: kind for kind, table in EXPORTED.items() if table is not None}
 EAGLE3, EAGLE1, BOTH = ("eagle3",), ("eagle1",), ("eagle3", "eagle1")
 NESTED_TAPS = f"eagle_config.{TAPS}"
@@ -72,6 +77,7 @@ class Engine:
     yarn_settings: whether it reads yarn's `truncate` and `attention_factor`.
     nested: fields of a DraftConfig that stand in eagle_config, with their names there. fields: further ones, by kind.
     speculators: whether the layer's fields stand in transformer_layer_config.
+    mask_fields: the fields that name the mask token of a P-EAGLE head.
     note: a sentence for the user.
     """
 
@@ -106,6 +112,7 @@ class Engine:
     nested: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     speculators: bool = False
+    mask_fields: tuple[str, ...] = ()
     always: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     norm_fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     note: str = ""
@@ -143,7 +150,11 @@ ENGINES: dict[str, Engine] = {
     ),
     "vllm": Engine(
         title="vLLM",
-        architectures={"eagle3": "LlamaForCausalLMEagle3", "eagle1": "EagleLlamaForCausalLM"},
+        architectures={
+            "eagle3": "LlamaForCausalLMEagle3",
+            "peagle": "LlamaForCausalLMEagle3",
+            "eagle1": "EagleLlamaForCausalLM",
+        },
         dialect="vllm",
         holds={
             "attention_bias": BOTH,
@@ -160,10 +171,12 @@ ENGINES: dict[str, Engine] = {
         target_embedding=EAGLE1,
         fc_bias="never",
         nested={"norm_before_fc": "norm_before_fc"},
+        mask_fields=("pard_token",),
+        fields={"peagle": {"parallel_drafting": True}},
     ),
     "speculators": Engine(
         title="speculators",
-        architectures={"eagle3": "Eagle3Speculator"},
+        architectures={"eagle3": "Eagle3Speculator", "peagle": "PEagleSpeculator"},
         dialect="speculators",
         holds={
             "attention_bias": EAGLE3,
@@ -184,6 +197,7 @@ ENGINES: dict[str, Engine] = {
         needs={"eagle3": ("embed", "lm_head")},
         tables=False,
         speculators=True,
+        mask_fields=("mask_token_id",),
         note="speculators_config.verifier names no target: fill it in to train on, or to serve by this folder alone",
     ),
     "specforge": Engine(
@@ -234,7 +248,11 @@ ENGINES: dict[str, Engine] = {
     ),
     "nemo": Engine(
         title="NeMo Automodel",
-        architectures={"eagle3": "LlamaEagle3DraftModel", "eagle1": "LlamaEagleDraftModel"},
+        architectures={
+            "eagle3": "LlamaEagle3DraftModel",
+            "peagle": "LlamaEagle3DraftModel",
+            "eagle1": "LlamaEagleDraftModel",
+        },
         dialect="nemo",
         holds={
             "attention_bias": BOTH,
@@ -247,7 +265,12 @@ ENGINES: dict[str, Engine] = {
         needs={"eagle3": ("embed", "lm_head"), "eagle1": ("embed",)},
         fc_bias="never",
         ropes=("default", "llama3"),
-        fields={"eagle3": {"num_aux_hidden_states": 3}, "eagle1": {"draft_num_hidden_layers": 1}},
+        mask_fields=("mask_token_id",),
+        fields={
+            "eagle3": {"num_aux_hidden_states": 3},
+            "peagle": {"num_aux_hidden_states": 3, "parallel_drafting": True},
+            "eagle1": {"draft_num_hidden_layers": 1},
+        },
     ),
     "angelslim": Engine(
         title="AngelSlim",

@@ -81,6 +81,8 @@ EAGLE3: dict[str, str] = {
 }
 # Newer exports of EAGLE-3 heads.
 EAGLE3_LAYERS: dict[str, str] = {path: name.replace("midlayer.", "layers.0.") for path, name in EAGLE3.items()}
+MASK_HIDDEN = "mask_hidden"  # only a P-EAGLE head has it; path and name
+PEAGLE: dict[str, str] = EAGLE3_LAYERS | {MASK_HIDDEN: MASK_HIDDEN}
 EAGLE1: dict[str, str] = {
     "embed": "embed_tokens.weight",
     "fc": "fc.weight",
@@ -95,10 +97,22 @@ EAGLE1: dict[str, str] = {
 }
 
 DFLASH: dict[str, str] = {
+    "embed": "embed_tokens.weight",
     "fc": "fc.weight",
     "hidden_norm": "hidden_norm.weight",
     **{f"layers.{{i}}.{path}": f"layers.{{i}}.{name}" for path, name in LAYER.items()},
     "norm": "norm.weight",
+    "lm_head": "lm_head.weight",
+}
+DSPARK: dict[str, str] = DFLASH | {
+    "markov.embed": "markov_head.markov_w1.weight",
+    "markov.lm_head": "markov_head.markov_w2.weight",
+    "markov.gate": "markov_head.gate_proj.weight",
+    "markov.gate_bias": "markov_head.gate_proj.bias",
+    "markov.joint": "markov_head.joint_proj.weight",
+    "markov.joint_bias": "markov_head.joint_proj.bias",
+    "confidence": "confidence_head.proj.weight",
+    "confidence_bias": "confidence_head.proj.bias",
 }
 
 # EAGLE-1 heads in the format of speculators (up to its version 0.3).
@@ -170,9 +184,21 @@ def eagle3_table(tensor_names: Collection[str]) -> dict[str, str] | None:
     return EAGLE3_LAYERS if "layers.0.hidden_norm.weight" in tensor_names else None
 
 
+def peagle_table(tensor_names: Collection[str]) -> dict[str, str] | None:
+    """Returns the table of a P-EAGLE head; None for names of another kind."""
+    table = eagle3_table(tensor_names)
+    return None if table is None or MASK_HIDDEN not in tensor_names else table | {MASK_HIDDEN: MASK_HIDDEN}
+
+
 def dflash_table(tensor_names: Collection[str]) -> dict[str, str] | None:
     """Returns the table of a DFlash head; None for names of another kind."""
     return DFLASH if {DFLASH["fc"], DFLASH["hidden_norm"]}.issubset(tensor_names) else None
+
+
+def dspark_table(tensor_names: Collection[str]) -> dict[str, str] | None:
+    """Returns the table of a DSpark head; None for names of another kind. Call it before `dflash_table`."""
+    its_own = set(DSPARK.values()).difference(DFLASH.values())
+    return DSPARK if dflash_table(tensor_names) is not None and its_own.intersection(tensor_names) else None
 
 
 def eagle1_table(tensor_names: Collection[str]) -> dict[str, str] | None:

@@ -62,6 +62,7 @@ class DFlashConfig(LlamaConfig):
     taps: the target's layers whose *input* is read.
     causal: whether a token of the block sees only those before it.
     num_target_layers: of the target that the head was trained for; 0 if its config does not say.
+    own_embedding, own_lm_head: whether the head's checkpoint holds its own; if not, it uses the target's.
     """
 
     block_size: int = 16
@@ -69,6 +70,8 @@ class DFlashConfig(LlamaConfig):
     taps: tuple[int, ...] = ()
     causal: bool = False
     num_target_layers: int = 0
+    own_embedding: bool = False
+    own_lm_head: bool = False
 
     @property
     def deepest(self) -> int:
@@ -76,35 +79,39 @@ class DFlashConfig(LlamaConfig):
         return self.block_size - 1
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json") -> DFlashConfig:
+    def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json", **own: Any) -> DFlashConfig:
         """Reads the config.json of a head as its authors publish them, and JetSpec its own.
 
         `target_layer_ids` names layers whose *output* is read there, so a tap is an id + 1.
 
+        Args:
+          own: `own_embedding` and `own_lm_head`, from the checkpoint's tensor names.
         Raises:
           ConfigError: naming a field that is missing, contradicts another, or is not implemented.
         """
-        own = hf.get(OWN)
-        if not isinstance(own, Mapping):
-            raise ConfigError(f"{where}: {OWN} must be an object with mask_token_id and target_layer_ids, got {own!r}")
-        refuse_unknown_mathematics(own, NEUTRAL_OWN, where, f"{OWN}.", reads=READ_OWN)
-        if unknown := [name for name in own if name not in READ_OWN and name not in NEUTRAL_OWN]:
+        nested = hf.get(OWN)
+        if not isinstance(nested, Mapping):
+            raise ConfigError(
+                f"{where}: {OWN} must be an object with mask_token_id and target_layer_ids, got {nested!r}"
+            )
+        refuse_unknown_mathematics(nested, NEUTRAL_OWN, where, f"{OWN}.", reads=READ_OWN)
+        if unknown := [name for name in nested if name not in READ_OWN and name not in NEUTRAL_OWN]:
             raise ConfigError(f"{where}: {OWN}.{unknown[0]} is not known, so that it may change the forward pass")
 
         def stated(*names: str) -> Any:  # in either place
-            places = {name: hf.get(name) for name in names} | {f"{OWN}.{name}": own.get(name) for name in names}
+            places = {name: hf.get(name) for name in names} | {f"{OWN}.{name}": nested.get(name) for name in names}
             return require_equal({name: value for name, value in places.items() if value is not None}, where)
 
         decoder = {name: value for name, value in hf.items() if name not in (OWN, "block_size")}
-        if flag(own, "use_swa", where):
-            window = size(f"{OWN}.swa_window_size", own.get("swa_window_size"), where)
+        if flag(nested, "use_swa", where):
+            window = size(f"{OWN}.swa_window_size", nested.get("swa_window_size"), where)
             kinds = ["sliding_attention"] * size("num_hidden_layers", hf.get("num_hidden_layers"), where)
             decoder |= {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
-        ids = layer_indices(f"{OWN}.target_layer_ids", own.get("target_layer_ids") or (), where)
+        ids = layer_indices(f"{OWN}.target_layer_ids", nested.get("target_layer_ids") or (), where)
         if not ids:
             raise ConfigError(f"{where}: {OWN}.target_layer_ids is missing, so which layers are read cannot be known")
         fields = vars(config_of(decoder, where))
-        mask = own.get("mask_token_id")
+        mask = nested.get("mask_token_id")
         if type(mask) is not int or not 0 <= mask < fields["vocab_size"]:
             raise ConfigError(f"{where}: {OWN}.mask_token_id must be a token id, got {mask!r}")
         layers = stated("num_target_layers")
@@ -113,8 +120,9 @@ class DFlashConfig(LlamaConfig):
             block_size=size("block_size", stated("block_size"), where),
             mask_token_id=mask,
             taps=tuple(layer + 1 for layer in ids),
-            causal=bool(require_equal({name: flag(own, name, where) for name in CAUSAL if name in own}, where)),
+            causal=bool(require_equal({name: flag(nested, name, where) for name in CAUSAL if name in nested}, where)),
             num_target_layers=0 if layers is None else size("num_target_layers", layers, where),
+            **own,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -174,7 +182,7 @@ def spaced_taps(target_layers: int, layers: int) -> tuple[int, ...]:
 class DFlash(Draft, nnx.Module):
     """Drafts a block in one pass, and grows a tree from its logits. The memory is the cache of the context.
 
-    The embedding and the output matrix are the target's.
+    The embedding and the output matrix are the target's, unless the head has its own.
     """
 
     def __init__(self, config: DFlashConfig, key: Key[Array, ""], dtype: Any = jnp.float32):
@@ -188,6 +196,10 @@ class DFlash(Draft, nnx.Module):
             [DecoderLayer(config, layer_key, dtype, index=index) for index, layer_key in enumerate(keys[1:])]
         )
         self.norm = norm_weight(config, d, dtype)
+        # None: the target's.
+        more = jax.random.split(jax.random.fold_in(key, 0))
+        self.embed = nnx.Param(normal(more[0], (config.vocab_size, d), dtype)) if config.own_embedding else None
+        self.lm_head = Weight(normal(more[1], (config.vocab_size, d), dtype)) if config.own_lm_head else None
 
     @property
     def dtype(self) -> Any:
@@ -210,6 +222,15 @@ class DFlash(Draft, nnx.Module):
         if max(config.taps) > layers:
             raise ConfigError(
                 f"the draft does not fit the target: it taps layer {max(config.taps)}, the target has {layers} layers"
+            )
+
+    def check_depth(self, tree: TreePolicy) -> None:
+        """Raises ValueError for a tree deeper than a block."""
+        block, deepest = self.config.block_size, self.config.deepest
+        if tree.depth > deepest:
+            raise ValueError(
+                f"a tree of depth {tree.depth} needs a block of {tree.depth + block - deepest}; this head was trained "
+                f"on blocks of {block}: choose a tree of depth {deepest} or less"
             )
 
     def start(self, target: Target, batch: int, rows: int) -> KVCache:
@@ -236,7 +257,7 @@ class DFlash(Draft, nnx.Module):
         """Runs the tokens of one or several blocks, and returns the normalised outputs. `attend` knows the context."""
         config = self.config
         with jax.named_scope("embed"):
-            x = target.embed[tokens].astype(self.dtype)
+            x = (target.embed if self.embed is None else self.embed)[tokens].astype(self.dtype)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layers.{index}"):
                 x, _ = layer(x, rotation, functools.partial(attend, index), config.attention_spec(index))
@@ -251,6 +272,25 @@ class DFlash(Draft, nnx.Module):
         prompt_lengths: Int[Array, " batch"],
     ) -> Float32[Array, "batch masks vocab"]:
         """Runs a block of `size` tokens, and returns the logits of its size - 1 mask tokens."""
+        hidden = self.block_hidden(target, memory, root, size, prompt_lengths)
+        return self.logits(target, hidden[:, 1:])
+
+    def logits(self, target: Target, hidden: Float[Array, "batch new hidden"]) -> Float32[Array, "batch new vocab"]:
+        """Returns the logits of normalised outputs of a block."""
+        if self.lm_head is None:
+            return target.logits(hidden.astype(target.dtype))
+        with jax.named_scope("lm_head"):
+            return linear(hidden, self.lm_head, jnp.float32)
+
+    def block_hidden(
+        self,
+        target: Target,
+        memory: KVCache,
+        root: Int[Array, " batch"],
+        size: int,
+        prompt_lengths: Int[Array, " batch"],
+    ) -> Float[Array, "batch size hidden"]:
+        """Runs a block of `size` tokens, and returns its normalised outputs."""
         config, batch = self.config, len(root)
         masks = jnp.full((batch, size - 1), config.mask_token_id, root.dtype)
         tokens = jnp.concatenate([root[:, None], masks], axis=1)
@@ -263,8 +303,7 @@ class DFlash(Draft, nnx.Module):
             context = memory.layer(index)
             return attention(q, k, v, mask, context, spec=spec, positions=positions, limit_new=False), None
 
-        hidden = self.run_block(target, tokens, rotation, attend)
-        return target.logits(hidden[:, 1:].astype(target.dtype))
+        return self.run_block(target, tokens, rotation, attend)
 
     def propose(
         self,
@@ -278,11 +317,7 @@ class DFlash(Draft, nnx.Module):
         Raises:
           ValueError: for a tree deeper than a block.
         """
-        if tree.depth > self.config.deepest:
-            raise ValueError(
-                f"a tree of depth {tree.depth} needs a block of {tree.depth + 1}; this head was trained on blocks of "
-                f"{self.config.block_size}: choose a tree of depth {self.config.deepest} or less"
-            )
+        self.check_depth(tree)
         size = tree.depth + 1
         logits = self.block_logits(target, context.memory, context.root, size, context.prompt_lengths)
         return grow_by_depth(context, tree, logits, noise)

@@ -12,9 +12,11 @@ from typing import Any
 
 from eagle_jax.drafts.dflash import DFlash, DFlashConfig
 from eagle_jax.drafts.draft_model import DraftModel
+from eagle_jax.drafts.dspark import DSpark, DSparkConfig
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
+from eagle_jax.drafts.eagle.p_eagle import PEagle, PEagleConfig
 from eagle_jax.drafts.lookahead import Lookahead
 from eagle_jax.drafts.lookup_first import without_lookup
 from eagle_jax.drafts.medusa import Medusa, MedusaConfig
@@ -46,6 +48,7 @@ class Kind:
 
 
 BLOCK_TREE = BestPrefixes(depth=15, num_nodes=64)
+SHORT_TREE = BestPrefixes(depth=7, num_nodes=32)  # every node has its own logits, so that fewer nodes are cheaper
 MEDUSA_TREE = PUBLISHED_TREES["medusa-mc-sim-7b-63"]
 
 # Where names share a class, a draft loaded without a name gets the last one's tree.
@@ -56,9 +59,15 @@ KINDS: dict[str, Kind] = {
     "model": Kind(DraftModel, "a smaller model", "llama", LlamaConfig, StaticTree.chain(5)),
     "medusa": Kind(Medusa, "Medusa heads", "medusa", MedusaConfig, MEDUSA_TREE, deepest="num_heads"),
     "dflash": Kind(DFlash, "a DFlash head, a block in one pass", "dflash", DFlashConfig, BLOCK_TREE, deepest="deepest"),
+    "dspark": Kind(
+        DSpark, "a DSpark head, its block corrected along paths", "dspark", DSparkConfig, SHORT_TREE, deepest="deepest"
+    ),
     "eagle1": Kind(Eagle1Draft, "an EAGLE-1 head, static tree", "eagle1", DraftConfig, PUBLISHED_TREES["eagle"]),
     "eagle2": Kind(Eagle1Draft, "the same head, dynamic tree", "eagle1", DraftConfig, TreeConfig()),
     "eagle3": Kind(Eagle3Draft, "an EAGLE-3 head, dynamic tree", "eagle3", DraftConfig, TreeConfig()),
+    "peagle": Kind(
+        PEagle, "a P-EAGLE head, all depths in one pass", "peagle", PEagleConfig, BLOCK_TREE, deepest="num_depths"
+    ),
 }
 # Drafts without weights, by command name; the classes of the others, by `weights`.
 WEIGHTLESS = {name: kind for name, kind in KINDS.items() if kind.weights is None}

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig
+from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig, PEagle, PEagleConfig
 from eagle_jax.models import params
 from eagle_jax.models.config import RopeConfig
 
@@ -48,6 +48,12 @@ def target(layers: int = 8, hidden: int = 8, real: bool = False) -> Llama:
 def eagle3(dtype: Any = jnp.float32, num_taps: int = 3, **changes: Any) -> Eagle3Draft:
     config = DraftConfig(**SIZES | {"num_layers": 1, "draft_vocab_size": 5, "target_hidden_size": 8} | changes)
     return filled(params.abstract(lambda key: Eagle3Draft(config, num_taps, key, dtype)))
+
+
+def peagle(dtype: Any = jnp.float32, num_taps: int = 3, **changes: Any) -> PEagle:
+    own = {"num_layers": 2, "draft_vocab_size": 5, "target_hidden_size": 8, "mask_token_id": 11, "num_depths": 6}
+    config = PEagleConfig(**SIZES | own | changes)
+    return filled(params.abstract(lambda key: PEagle(config, num_taps, key, dtype)))
 
 
 def eagle1(dtype: Any = jnp.float32, **changes: Any) -> Eagle1Draft:

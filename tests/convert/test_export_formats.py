@@ -23,7 +23,7 @@ from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError, RopeConfig
 from eagle_jax.models.rope import rope_frequencies
 from tests.convert.folders import assert_same, read_arrays
-from tests.convert.heads import LLAMA3, eagle1, eagle3, target
+from tests.convert.heads import LLAMA3, eagle1, eagle3, peagle, target
 
 TAPS = "eagle_aux_hidden_state_layer_ids"
 FIRST = ("official", "sglang", "vllm")  # test_export.py has their literal files
@@ -309,3 +309,29 @@ def test_a_cast_head(tmp_path: Path):
         {"lm_head.weight": read_arrays(tmp_path / "out")["lm_head.weight"]},
         {"lm_head.weight": to_official(draft)["lm_head.weight"].astype(np.float32)},
     )
+
+
+@pytest.mark.parametrize(
+    ("format", "prefix", "fields"),
+    [
+        ("vllm", "", {"parallel_drafting": True, "pard_token": 11, "num_depths": 6}),
+        ("nemo", "model.", {"parallel_drafting": True, "mask_token_id": 11, "num_depths": 6}),
+        ("speculators", "", {"speculators_model_type": "peagle", "mask_token_id": 11}),
+    ],
+)
+def test_a_p_eagle_head(tmp_path: Path, format: str, prefix: str, fields: dict[str, Any]):
+    """Two layers, and mask_hidden under that name; its config is the same after reading back."""
+    head = peagle(own_embedding=True)
+    _, config, tensors = written(format, head, tmp_path)
+    assert "mask_hidden" in tensors and f"{prefix}layers.1.input_layernorm.weight" in tensors
+    nested = config.get("transformer_layer_config", config)
+    assert config.items() >= fields.items() and nested["num_hidden_layers"] == 2
+    read = again(tmp_path / "out").model.config
+    assert (read.mask_token_id, read.num_depths, read.num_layers) == (11, 6, 2)
+    if format == "speculators":
+        assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 6
+
+
+def test_a_p_eagle_head_for_an_engine_without_them(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"SGLang cannot run .* P-EAGLE head.*can hold it: vllm, speculators, nemo"):
+        written("sglang", peagle(own_embedding=True), tmp_path)

@@ -47,8 +47,13 @@ TRAPS: dict[str, tuple[str, dict[str, Any], Arrays, str]] = {
         {},
         "missing; .* speculators means false by that, vLLM true.*--norm-before-residual",
     ),
-    "P-EAGLE": ("eagle3", {}, MASK, "'mask_hidden' belongs to P-EAGLE"),
-    "P-EAGLE of NeMo": ("eagle3", {}, {f"model.{name}": array for name, array in MASK.items()}, "belongs to P-EAGLE"),
+    "P-EAGLE": ("eagle3", {}, MASK, r"mask_token_id \(pard_token, ptd_token_id\) must be a token id"),
+    "P-EAGLE of NeMo": (
+        "eagle3",
+        {},
+        {f"model.{name}": array for name, array in MASK.items()},
+        "mask_token_id .* must be",
+    ),
     "eh_proj": (
         "eagle3",
         {},

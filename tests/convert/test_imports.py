@@ -228,7 +228,7 @@ def test_speculators_eagle1(target: Path, tmp_path: Path, bias: bool):
 @pytest.mark.parametrize(
     ("config", "fields", "message"),
     [
-        (SPECULATORS, {"speculators_model_type": "peagle"}, "speculators_model_type = 'peagle' is not implemented"),
+        (SPECULATORS, {"speculators_model_type": "peagle"}, "'peagle', but a tensor mask_hidden.* is missing"),
         (SPECULATORS, {"speculators_model_type": "dflash"}, "speculators_model_type = 'dflash' is not implemented"),
         (SPECULATORS, {"norm_before_residual": None}, "norm_before_residual is missing; take it from"),
         (SPECULATORS, {"draft_vocab_size": None}, "draft_vocab_size is missing; take it from"),

@@ -118,6 +118,7 @@ def test_gradients_of_other_drafts(tmp_path: Path):
 
 def test_other_objects_are_refused():
     with pytest.raises(
-        TypeError, match="expected one of Llama, Eagle3Draft, Eagle1Draft, DFlash, Medusa, DraftModel, not dict"
+        TypeError,
+        match="expected one of Llama, PEagle, Eagle3Draft, Eagle1Draft, DSpark, DFlash, Medusa, DraftModel, not dict",
     ):
         to_official({})

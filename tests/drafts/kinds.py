@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from eagle_jax import (
+    BestExpansions,
     BestPrefixes,
     DraftConfig,
     DraftModel,
@@ -25,6 +26,8 @@ from eagle_jax import (
     TreeConfig,
 )
 from eagle_jax.drafts.dflash import DFlash, DFlashConfig
+from eagle_jax.drafts.dspark import DSpark, DSparkConfig
+from eagle_jax.drafts.eagle.p_eagle import PEagle, PEagleConfig
 from tests.drafts.successors import Successors
 from tests.toy import scaled
 
@@ -96,6 +99,21 @@ def dflash(config, seed, scale):
     return scaled(DFlash(DFlashConfig(**config.__dict__ | parts), jax.random.key(seed)), scale)
 
 
+def dspark(config, seed, scale, **more):
+    """All that a DSpark head may have; unconfident nodes have no children."""
+    parts = {"num_layers": 2, "qk_norm": True, "block_size": 5, "mask_token_id": 1, "taps": (0, 2)}
+    parts |= {"own_embedding": True, "own_lm_head": True, "markov_rank": 4, "markov_type": "rnn"}
+    parts |= {"confidence": True, "confidence_with_markov": True, "confidence_threshold": 0.3}
+    return scaled(DSpark(DSparkConfig(**config.__dict__ | parts | more), jax.random.key(seed)), scale)
+
+
+def p_eagle(config, seed, scale):
+    """Over a part of the vocabulary; the first layer has a window shorter than the text."""
+    parts = {"num_layers": 2, "windows": (3, None), "qk_norm": True, "own_embedding": True, "taps": (0, 2)}
+    head = vars(head_config(config, config.vocab_size * 2 // 3)) | parts
+    return scaled(PEagle(PEagleConfig(**head, mask_token_id=1, num_depths=4), 2, jax.random.key(seed)), scale)
+
+
 def model(config, seed, scale):
     return DraftModel(scaled(Llama(dataclasses.replace(config, num_layers=1), jax.random.key(seed)), scale))
 
@@ -113,6 +131,8 @@ KINDS = {
     "medusa dynamic": Kind(medusa),
     "medusa best prefixes": Kind(medusa, BestPrefixes(depth=3, num_nodes=8)),
     "dflash": Kind(dflash, BestPrefixes(depth=4, num_nodes=9)),
+    "dspark": Kind(dspark, BestPrefixes(depth=4, num_nodes=8)),
+    "p-eagle": Kind(p_eagle, BestExpansions(depth=4, top_k=2, num_nodes=10)),
     "lookahead": Kind(lambda *_: Lookahead(window=4, ngram=3, guesses=3, remembered=4)),
     "lookahead of bigrams": Kind(lambda *_: Lookahead(window=3, ngram=2, guesses=2, remembered=8)),
     "prompt lookup": Kind(lambda *_: PromptLookup(length=4)),

@@ -20,10 +20,16 @@ from tests.drafts.test_lossless import CONFIG, target_of
 
 def logits_by_hand(draft, target, features, block, first):
     """features [context, taps * hidden] of the positions before `first`, the block's. -> logits [block - 1, vocab]."""
+    hidden = hidden_by_hand(draft, target, features, block, first)[1:]
+    return hidden @ np.asarray(target.output_weight(), np.float64).T
+
+
+def hidden_by_hand(draft, target, features, block, first):
+    """-> normalised outputs [block, hidden]."""
     config, eps = draft.config, draft.config.rms_norm_eps
     w = {path: np.asarray(array, np.float64) for path, array in params.flatten(draft).items()}
     context = norm(features @ w["fc"].T, w["hidden_norm"], eps)
-    x = np.asarray(target.embed[...], np.float64)[block]
+    x = np.asarray((target if draft.embed is None else draft).embed[...], np.float64)[block]
     groups = config.num_heads // config.num_kv_heads
     keys_at = np.arange(first + len(block))
     queries_at = keys_at[first:]
@@ -37,7 +43,7 @@ def logits_by_hand(draft, target, features, block, first):
         whole[positions] = y
         return rotate(whole, config.rope.theta)[positions]
 
-    for index, window in enumerate(config.windows):
+    for index, window in enumerate(config.windows or (None,) * config.num_layers):
         path = f"layers.{index}"
         h = norm(x, w[f"{path}.input_norm"], eps)
         both = np.concatenate([context, h])
@@ -56,12 +62,11 @@ def logits_by_hand(draft, target, features, block, first):
         h = norm(x, w[f"{path}.post_attention_norm"], eps)
         gate, up = (h @ w[f"{path}.mlp.{one}"].T for one in ("gate", "up"))
         x = x + (gate / (1 + np.exp(-gate)) * up) @ w[f"{path}.mlp.down"].T
-    return norm(x, w["norm"], eps)[1:] @ np.asarray(target.output_weight(), np.float64).T
+    return norm(x, w["norm"], eps)
 
 
-@jax.jit
-def run(target, draft, tokens, lengths):
-    """Runs a block of 4 after contexts of 7 and 4 positions; the first sequence gets its last 3 in a second commit."""
+def remember(target, draft, tokens, lengths):
+    """Commits 7 and 4 positions; the first sequence gets its last 3 in a second commit. -> taps, roots, memory."""
     positions = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (2, 8))
     mask = jnp.broadcast_to(jnp.tri(8, dtype=bool), (2, 8, 8))
     output = target(tokens, positions, mask, prompt_lengths=lengths, taps=draft.taps(target))
@@ -71,8 +76,14 @@ def run(target, draft, tokens, lengths):
         taken = TargetOutput(output.hidden[:, new], output.taps[:, new])
         counts = jnp.full(2, start, jnp.int32), jnp.array(count, jnp.int32)
         memory = draft.update(target, memory, Committed(tokens[:, new], tokens[:, new], *counts, taken, lengths))
-    root = tokens[jnp.arange(2), lengths - 1]
-    return output.taps, root, draft.block_logits(target, memory, root, 4, lengths)
+    return output.taps, tokens[jnp.arange(2), lengths - 1], memory
+
+
+@jax.jit
+def run(target, draft, tokens, lengths):
+    """Runs a block of 4 after contexts of 7 and 4 positions."""
+    taps, root, memory = remember(target, draft, tokens, lengths)
+    return taps, root, draft.block_logits(target, memory, root, 4, lengths)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -64,6 +64,7 @@ def by_hand(draft, target, features, tokens):
         features = np.concatenate([norm(x, tensors[f"fc_norm.{i}.weight"], eps) for i, x in enumerate(taps)], axis=-1)
     if config.norm_before_fc:
         features = norm(features, tensors["input_norm.weight"], eps)
+    tensors = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
     hidden = linear(tensors, "fc", features)
     windows = config.windows or (None,) * config.num_layers
     normed = norm(hidden, tensors["midlayer.hidden_norm.weight"], eps)

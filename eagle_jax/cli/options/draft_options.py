@@ -47,6 +47,8 @@ EMBEDDED: dict[str, str | None] = {
     "eagle1": "head_eagle1",
     "eagle3": "head",
     "dflash": None,
+    "dspark": None,
+    "peagle": None,
     "medusa": None,
     "llama": None,
 }

@@ -106,11 +106,12 @@ DIALECTS: dict[str, HeadDialect] = {
             ("lm_head.*", "lm_head.*"),
             ("d2t", "d2t"),
             ("t2d", "t2d"),
+            ("mask_hidden", "mask_hidden"),
             ("midlayer.*", "model.layers.0.*"),
             ("*", "model.*"),
         ),
         eagle1=(),
-        harmless=("draft_num_hidden_layers",),
+        harmless=("down_sample_ratio", "down_sample_ratio_min", "draft_num_hidden_layers"),
         layer={"*": {}},
         of_target={"sliding_window": 0, "use_sliding_window": False, "layer_types": []},
         norm_output=True,
@@ -162,7 +163,7 @@ DIALECTS: dict[str, HeadDialect] = {
     ),
     "sglang": HeadDialect(
         title="SpecForge or SGLang",
-        architectures=("LlamaForCausalLMEagle3", "LlamaForCausalLMEagle", "Qwen2ForCausalLMEagle"),
+        architectures=("LlamaForCausalLMEagle3", "LlamaForCausalLMEagle", "Qwen2ForCausalLMEagle", "PEagleDraftModel"),
         read=(*AUX_NORMS, *LATER_NORM),
     ),
     "vllm": HeadDialect(
@@ -176,7 +177,6 @@ DIALECTS: dict[str, HeadDialect] = {
 
 # Tensors of networks that are not implemented, by pattern: what they are.
 REFUSED: dict[str, str] = {
-    r"mask_hidden": "P-EAGLE, which drafts several tokens in one pass",
     r"(.*\.)?eh_proj\..*": "a projection before the layer (eh_proj_before_attn, MTP)",
     r".*\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj)\..*": "multi-head latent attention (MLA)",
     r"parallel_draft_heads\..*": "Medusa heads beside an EAGLE head (parallel_draft_step)",

@@ -73,8 +73,8 @@ class DraftConfig(LlamaConfig):
         """Reads a head's config dictionary in any form that `flat_config` knows.
 
         Args:
-          kind: "eagle3" or "eagle1", from the checkpoint's tensor names, as are `own_embedding` and `own_lm_head`. A
-            separate draft vocabulary implies an lm_head.
+          kind: "eagle3", "eagle1" or "peagle", from the checkpoint's tensor names, as are `own_embedding` and
+            `own_lm_head`. A separate draft vocabulary implies an lm_head.
           fc_bias: whether fc has a bias. An EAGLE-1 head's config decides, if it says so; None means True there. An
             EAGLE-3 head's tensor names decide; None means False.
         Raises:
@@ -84,8 +84,8 @@ class DraftConfig(LlamaConfig):
         fields = llama_fields({"num_hidden_layers": 1} | hf, where)
         fields |= {name: flag(hf, name, where) for name in FLAGS}
         _check_parts(hf, fields["num_layers"], kind, where)
-        stated_bias = flag(hf, "bias", where, default=fc_bias is not False or kind == "eagle3")
-        if kind == "eagle3" and fc_bias and not stated_bias:
+        stated_bias = flag(hf, "bias", where, default=fc_bias is not False or kind != "eagle1")
+        if kind != "eagle1" and fc_bias and not stated_bias:
             raise ConfigError(f"{where}: bias = False, but the head has a tensor fc.bias; one of them is not its own")
 
         def optional_size(name: str, default: int) -> int:
@@ -95,7 +95,7 @@ class DraftConfig(LlamaConfig):
         if taps is not None and kind == "eagle1":
             raise ConfigError(f"{where}: {TAPS} names layers, an EAGLE-1 head reads none; the weights are not its own")
         num_taps = len(taps) if taps else OFFICIAL_TAPS
-        if kind == "eagle3" and optional_size("num_aux_hidden_states", num_taps) != num_taps:
+        if kind != "eagle1" and optional_size("num_aux_hidden_states", num_taps) != num_taps:
             named = f"{TAPS} names {num_taps}" if taps else f"{TAPS} names none, which means {num_taps}"
             raise ConfigError(f"{where}: num_aux_hidden_states is {hf['num_aux_hidden_states']}, {named}")
         vocab_size = fields["vocab_size"]

@@ -31,10 +31,10 @@ from eagle_jax.tree import DraftStep, TreePolicy
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EagleMemory:
-    """The cache of all pairs so far, and the head's hidden state at the last one."""
+    """The cache of all pairs so far, and the head's hidden state at the last one; a P-EAGLE head's at every depth."""
 
     cache: KVCache
-    hidden: Float[Array, "batch hidden"]
+    hidden: Float[Array, "batch *depths hidden"]
 
 
 class EagleDraft(Draft):

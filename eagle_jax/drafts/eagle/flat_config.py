@@ -43,6 +43,7 @@ SPELLINGS = {
 # The same for one kind: an EAGLE-3 head has these norms whether its config.json states them or not.
 SPELLINGS_OF_KIND: dict[str, dict[str, str]] = {
     "eagle3": {},
+    "peagle": {"pard_token": "mask_token_id", "ptd_token_id": "mask_token_id"},
     "eagle1": {
         "use_mtp_layernorm": "input_norms",
         "use_input_norm": "input_norms",
@@ -69,7 +70,9 @@ EAGLE3_ONLY = (
     "layer_types",
     "max_window_layers",
 )
-# The fields that DraftConfig.from_hf reads.
+# Fields of P-EAGLE heads alone, in all spellings: the rows of the one pass.
+PEAGLE_ONLY = ("parallel_drafting", "mask_token_id", "pard_token", "ptd_token_id", "num_depths")
+# The fields that DraftConfig.from_hf and PEagleConfig.from_hf read.
 READ = (
     "vocab_size",
     "hidden_size",
@@ -99,6 +102,7 @@ READ = (
     "input_norms",
     "attention_norm",
     *EAGLE3_ONLY,
+    *PEAGLE_ONLY,
 )
 # The layer's config is a copy of the target's, whose tie_word_embeddings does not apply to the head.
 FIRST_WINS = ("tie_word_embeddings",)
@@ -159,6 +163,9 @@ NEUTRAL_VALUES_OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 
+NEUTRAL_VALUES_OF_KIND["peagle"] = NEUTRAL_VALUES_OF_KIND["eagle3"]
+READ_BY_KIND = {"eagle3": EAGLE3_ONLY, "eagle1": EAGLE1_NORMS, "peagle": (*EAGLE3_ONLY, *PEAGLE_ONLY)}
+
 MATHEMATICS = joined(
     READ, SPELLINGS, EAGLE1_NORMS, NEUTRAL_VALUES, NEUTRAL_HEAD_VALUES, *NEUTRAL_VALUES_OF_KIND.values()
 )
@@ -189,7 +196,11 @@ HARMLESS = {
 
 SPECULATORS = "speculators_model_type"  # marks a config of the speculators library
 # Fields that speculators configs must have, as readers differ on their defaults.
-REQUIRED = {"eagle3": ("draft_vocab_size", "norm_before_residual"), "eagle": ("bias", "layernorms")}
+REQUIRED = {
+    "eagle3": ("draft_vocab_size", "norm_before_residual"),
+    "eagle": ("bias", "layernorms"),
+    "peagle": ("draft_vocab_size", "norm_before_residual"),
+}
 LAYERS = ("auto", "LlamaDecoderLayer")
 
 
@@ -197,13 +208,13 @@ def flat_config(hf: Mapping[str, Any], where: str, kind: str) -> dict[str, Any]:
     """Returns the fields of a head's config.json under their canonical names; taps as layers whose input is read.
 
     Args:
-      kind: "eagle3" or "eagle1".
+      kind: "eagle3", "eagle1" or "peagle".
     Raises:
       ConfigError: naming the fields, for contradictions, unimplemented mathematics, an unknown field of `eagle_config`,
         or a speculator that is no EAGLE head.
     """
     neutral = NEUTRAL_VALUES | NEUTRAL_HEAD_VALUES | NEUTRAL_VALUES_OF_KIND[kind]
-    reads = EAGLE3_ONLY if kind == "eagle3" else EAGLE1_NORMS
+    reads = READ_BY_KIND[kind]
     spellings = SPELLINGS | SPELLINGS_OF_KIND[kind]
     flat: dict[str, Any] = {}
     values_of: dict[str, dict[str, Any]] = {}
@@ -222,7 +233,7 @@ def flat_config(hf: Mapping[str, Any], where: str, kind: str) -> dict[str, Any]:
         if name == TAPS and len(set(values.values())) > 1:
             raise ConfigError(f"{where}: {' and '.join(values)} name different layers: inputs of {values}; keep one")
         require_equal(values, where)
-    _check_speculators(hf, flat, where)
+    _check_speculators(hf, flat, where, kind)
     return flat
 
 
@@ -270,14 +281,19 @@ def _inputs(name: str, value: Any, where: str, place: str) -> tuple[int, ...]:
     return tuple(layer + 1 for layer in layers) if outputs else layers
 
 
-def _check_speculators(hf: Mapping[str, Any], flat: Mapping[str, Any], where: str) -> None:
-    """Raises ConfigError for a speculators config of an unsupported kind, or with a missing field."""
+def _check_speculators(hf: Mapping[str, Any], flat: Mapping[str, Any], where: str, kind: str) -> None:
+    """Raises ConfigError for a speculators config of another kind than `kind`, or with a missing field."""
     if SPECULATORS not in hf:
         return
-    kind = hf[SPECULATORS]
-    if kind not in list(REQUIRED):  # a damaged config may hold an unhashable value
+    stated = hf[SPECULATORS]
+    if stated not in list(REQUIRED):  # a damaged config may hold an unhashable value
         known = ", ".join(map(repr, REQUIRED))
-        raise ConfigError(f"{where}: {SPECULATORS} = {kind!r} is not implemented (accepted: {known})")
+        raise ConfigError(f"{where}: {SPECULATORS} = {stated!r} is not implemented (accepted: {known})")
+    if (stated == "peagle") != (kind == "peagle"):
+        raise ConfigError(
+            f"{where}: {SPECULATORS} = {stated!r}, but a tensor mask_hidden, which P-EAGLE heads have, is "
+            f"{'present' if kind == 'peagle' else 'missing'}; the weights are not its own"
+        )
     if not isinstance(hf.get(LAYER), Mapping):
         raise ConfigError(f"{where}: {LAYER} must be an object, got {hf.get(LAYER)!r}; the file is damaged")
     named = hf.get("transformer_layer_architecture", "auto")
@@ -285,7 +301,7 @@ def _check_speculators(hf: Mapping[str, Any], flat: Mapping[str, Any], where: st
         raise ConfigError(
             f"{where}: transformer_layer_architecture = {named!r} is not implemented (accepted: {LAYERS})"
         )
-    for name in REQUIRED[kind]:
+    for name in REQUIRED[stated]:
         if name not in flat:
             theirs = "fusion_bias" if name == "bias" else name
             raise ConfigError(f"{where}: {theirs} is missing; take it from the configuration of the head's training")

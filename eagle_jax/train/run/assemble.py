@@ -202,7 +202,7 @@ def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None,
     if settings.start is not None:
         start, revision = named_revision(settings.start)
         head = convert.load_draft(start, target, dtype="float32", revision=revision)
-        if not isinstance(head, CLASSES[settings.kind]):
+        if type(head) is not CLASSES[settings.kind]:  # a subclass is a kind of its own, with another loss
             raise ValueError(f"start: {settings.start} is a {type(head).__name__}, kind is {settings.kind}")
         if isinstance(head, Eagle1Draft) and head.target_ids is not None:
             raise ValueError(
@@ -392,6 +392,8 @@ TRAINED: dict[str, Training | None] = {
         new_head=new_dflash,
         head_config=dflash_config,
     ),
+    "dspark": None,
+    "peagle": None,
     "medusa": None,
     "llama": None,
 }

@@ -1,0 +1,45 @@
+"""A draft that scores all depths in one pass reads its weights once a cycle, counted in the compiled cycle."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import eagle_jax
+from bench.aot import hlo
+from eagle_jax import StaticTree
+from eagle_jax.decode.cycle import step
+from tests.drafts.kinds import KINDS
+from tests.drafts.test_lossless import CONFIG, target_of
+
+WIDTH = 52  # of the head's MLPs, which nothing else has
+
+
+def products(program: hlo.Program, name: str) -> int:
+    """Counts products with a result WIDTH wide in one run of a computation; a loop's as often as the loop turns."""
+    count = 0
+    for instruction in program.computations[name]:
+        trips = hlo.TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
+        count += (int(trips[1]) if trips else 1) * sum(products(program, called) for called in instruction.called)
+        count += instruction.opcode == "dot" and re.search(rf"[\[,]{WIDTH}\]", instruction.array) is not None
+    return count
+
+
+@pytest.mark.parametrize(
+    ("kind", "passes"), [("p-eagle", lambda depth: 1), ("dflash", lambda depth: 1), ("eagle3", lambda depth: depth)]
+)
+def test_products_of_a_cycle(kind, passes):
+    """Two products a layer, gate and up. Of nine sequences, as a CPU multiplies up to eight rows one at a time."""
+    draft = KINDS[kind].build(dataclasses.replace(CONFIG, intermediate_size=WIDTH), 1, 1.0)
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((9, 8), (9,)))
+    state = jax.eval_shape(functools.partial(eagle_jax.prefill, max_new_tokens=8), target_of(0), draft, tokens, lengths)
+    for depth in (2, 4):
+        cycle = functools.partial(step, tree=StaticTree.chain(depth))
+        text = jax.jit(cycle).lower(target_of(0), draft, state).compile().as_text()
+        program = hlo.parse(text)
+        assert products(program, program.entry) == 2 * draft.config.num_layers * passes(depth)
