@@ -111,13 +111,11 @@ def _commit(fixed, path, cache):
 
 def _filled(cache: KVCache, key: jax.Array) -> KVCache:
     """Fills a cache with random keys and values, in distinct arrays: they are donated together."""
-    values = jax.random.normal(key, cache.k[0].shape, cache.k[0].dtype)
-    count = len(cache.k)
-    return dataclasses.replace(
-        cache,
-        k=[array + values / (1 + index) for index, array in enumerate(cache.k)],
-        v=[array + values / (1 + count + index) for index, array in enumerate(cache.v)],
-    )
+    arrays, tree = jax.tree.flatten((cache.k, cache.v))
+    values = jax.random.normal(key, max(array.shape for array in arrays), arrays[0].dtype)
+    filled = [array + values[:, :, : array.shape[2]] / (1 + index) for index, array in enumerate(arrays)]
+    k, v = jax.tree.unflatten(tree, filled)
+    return dataclasses.replace(cache, k=k, v=v)
 
 
 def _rewound(state: DecodeState, context: int) -> DecodeState:

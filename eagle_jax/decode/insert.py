@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int, Key
 
-from eagle_jax.decode.plan import limits_of
-from eagle_jax.decode.prefill import PREFILL_CHUNK, choose_first, run_prompts
+from eagle_jax.decode.plan import PREFILL_CHUNK, limits_of
+from eagle_jax.decode.prefill import choose_first, run_prompts
 from eagle_jax.decode.state import DecodeState, check_memory, put_row, take_row
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models.target import Target
@@ -47,6 +47,7 @@ def insert(
       sampling: of this sequence, one number a field; by default unchanged.
       reuse: reuse the cached keys and values of the common prefix of the old text and the new prompt. A conversation's
         next turn then costs its new tokens only. Their logits differ by rounding, as other passes computed the prefix.
+        Where the cache of a layer with a window is shorter than a sequence, only the whole of the old text is reused.
     Raises:
       ValueError: for concrete values outside their range. In a trace, a sequence with a prompt of impossible length is
         marked `failed`.
@@ -98,7 +99,11 @@ def _reused(
     # prompt's last token always runs, for its logits.
     common = jax.lax.argmin(jnp.append((prompt == old.tokens[0]) & (index < length), False), 0, jnp.int32)
     count = jnp.minimum(jnp.minimum(common - 1, length - 1), old.cache.length)
-    return jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(count, 0)).astype(jnp.int32)
+    count = jnp.where(old.failed | (old.lengths == 0), 0, jnp.maximum(count, 0)).astype(jnp.int32)
+    if not old.cache.rings:
+        return count
+    # A ring has overwritten what a query at an earlier position would see: it can only go on from where it is.
+    return jnp.where(count == old.cache.length, count, 0)
 
 
 def _check_insert(state, row, tokens, length, key, sampling, max_new_tokens) -> None:
@@ -131,7 +136,7 @@ def run_pending(target: Target, draft: Draft, state: DecodeState) -> DecodeState
     check_memory(state, draft)
 
     def run_in(chunk):
-        return functools.partial(run_prompts, target, draft, chunk=min(chunk, state.cache.rows))
+        return functools.partial(run_prompts, target, draft, chunk=min(chunk, state.cache.most_new))
 
     alone = state.tokens.shape[0] == 1  # a batch of one needs no copy of its row
 
@@ -147,7 +152,7 @@ def run_pending(target: Target, draft: Draft, state: DecodeState) -> DecodeState
 
 def _with_fresh_memory(target: Target, draft: Draft, state: DecodeState) -> DecodeState:
     """Resets the draft's memory in the state of one sequence, unless a prefix of the old text is reused."""
-    reused, fresh = state.cache.length > 0, draft.start(target, 1, state.cache.rows)
+    reused, fresh = state.cache.length > 0, draft.start(target, 1, state.positions)
     if not jax.tree.leaves(fresh):  # plain decoding, which preserves the memory of any draft
         return state
 

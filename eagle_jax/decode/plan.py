@@ -18,6 +18,10 @@ from eagle_jax.models.cache import ROW_TILE
 # Pass deeper trees to `prefill(tree=...)`, which sizes the scratch positions.
 MIN_SCRATCH = 32
 
+# Prompt tokens per pass: enough to keep a GPU's or TPU's matrix units busy, few enough that attention scores stay small
+# compared with the cache.
+PREFILL_CHUNK = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -112,3 +116,8 @@ def scratch_positions(depth: int) -> int:
 def cache_positions(capacity: int, depth: int) -> int:
     """Returns the positions of a cache: capacity and scratch, rounded up to whole tiles."""
     return -(-(capacity + scratch_positions(depth)) // ROW_TILE) * ROW_TILE
+
+
+def ring_margin(depth: int) -> int:
+    """Returns the most positions that one write holds: a chunk of a prompt, or a commit."""
+    return max(PREFILL_CHUNK, scratch_positions(depth))

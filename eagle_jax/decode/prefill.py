@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32, Key
 
 from eagle_jax.decode.accept import accept
 from eagle_jax.decode.commit import commit, newly_committed, update
-from eagle_jax.decode.plan import Plan, padded_width, plan
+from eagle_jax.decode.plan import PREFILL_CHUNK, Plan, padded_width, plan
 from eagle_jax.decode.state import DecodeState, check_capacity, context_of, empty_state, map_rows
 from eagle_jax.drafts.none import as_draft
 from eagle_jax.drafts.protocol import Committed, Draft, Proposal
@@ -24,10 +24,6 @@ from eagle_jax.ops.spec import PLAIN
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.sharding import constrain
 from eagle_jax.tree import Tree, TreePolicy
-
-# Prompt tokens per pass: enough to keep a GPU's or TPU's matrix units busy, few enough that attention scores stay small
-# compared with the cache.
-PREFILL_CHUNK = 256
 
 # Widths that prompts are padded to. Every width compiles a program.
 BUCKETS = tuple(2**n for n in range(5, 18))  # 32 to 131072
@@ -81,7 +77,7 @@ def prefill(
       tree: the deepest tree that `cycle` will get; needed only for depths above MIN_SCRATCH - 1.
       num_samples: sequences per prompt, adjacent in the batch. Sample j of prompt i has the key fold_in(key i, j).
       log_probs: whether to record the log-probabilities of new tokens.
-      chunk: most prompt tokens per pass.
+      chunk: most prompt tokens per pass; fewer if the cache of a layer with a window takes fewer at once.
     Returns:
       DecodeState of batch * num_samples sequences.
     """
@@ -107,7 +103,7 @@ def prefill(
     )
     state = _with_prompts(state, tokens, lengths, valid, sizes)
     chunks = -(-width // chunk)
-    state, last = run_prompts(target, draft, state, min(-(-width // chunks), state.cache.rows))
+    state, last = run_prompts(target, draft, state, min(-(-width // chunks), state.cache.most_new))
     if num_samples > 1:
         state = map_rows(lambda x: jnp.repeat(x, num_samples, axis=0), dataclasses.replace(state, keys=None))
         last = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), last)
@@ -162,15 +158,15 @@ def run_prompts(
     def run_chunk(index, carry):
         cache, memory, at_last = carry
         # The last chunk may overlap positions that are cached already; they are rewritten with equal values.
-        begin = jnp.clip(start + index * chunk, 0, cache.rows - chunk)
+        begin = jnp.clip(start + index * chunk, 0, state.positions - chunk)
         positions = begin[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None]
 
         past = cache.with_length(begin)
 
         def attend(index, q, k, v, spec=PLAIN):
             # Write the new positions first, then attend below `begin`. Reading first lets XLA schedule the write early
-            # and copy the cache.
-            old = past.write_layer(index, k, v, begin)
+            # and copy the cache. Rings take no padding far past the end of a text.
+            old = past.write_layer(index, k, v, begin, state.lengths)
             return attention(q, k, v, causal, old, spec=spec, positions=positions, in_blocks=True), (old.k, old.v)
 
         tokens = _tokens_at(state, positions)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float32, Int, Int32, Key
 
-from eagle_jax.decode.plan import cache_positions, scratch_positions
+from eagle_jax.decode.plan import PREFILL_CHUNK, cache_positions, ring_margin, scratch_positions
 from eagle_jax.drafts.none import NoDraft, as_draft
 from eagle_jax.drafts.protocol import Context, Draft
 from eagle_jax.keys import row_keys, token_keys
-from eagle_jax.models.cache import KVCache
+from eagle_jax.models.cache import KVCache, layer_rows
 from eagle_jax.models.target import Target
 from eagle_jax.ops.arrays import take_one
 from eagle_jax.sampling import SamplingConfig
@@ -79,6 +79,11 @@ class DecodeState:
         return self.accepted.shape[1] - 1
 
     @property
+    def positions(self) -> int:
+        """The positions of a sequence that the caches have room for, scratch included."""
+        return cache_positions(self.capacity, self.max_depth)
+
+    @property
     def root_position(self) -> Int32[Array, " batch"]:
         """The root's position; 0 in an empty sequence, which is done."""
         return jnp.maximum(self.lengths - 1, 0)
@@ -123,7 +128,7 @@ def empty_state(
     width = capacity if width is None else width
     depth = draft.depth(TreeConfig() if tree is None else tree)
     rows = cache_positions(capacity, depth)
-    cache = KVCache.zeros(target.config, batch, rows, target.dtype)
+    cache = KVCache.zeros(target.config, batch, rows, target.dtype, ring_margin(depth))
     state = DecodeState(
         tokens=jnp.zeros((batch, width), jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
@@ -158,11 +163,11 @@ def check_capacity(target: Target, rows: int, capacity: int) -> None:
     config, weight = target.config, target.embed[...]
     if isinstance(weight, jax.core.Tracer) or not isinstance(weight, jax.Array):
         return  # traced or abstract: the program may be compiled for another machine
-    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * weight.dtype.itemsize
+    token = 2 * config.num_kv_heads * config.head_dim * weight.dtype.itemsize
+    cache = rows * sum(layer_rows(config, capacity, PREFILL_CHUNK)) * token
     memory = _memory(weight.sharding.device_set)
-    if memory and rows * capacity * token > memory:
-        cache = rows * capacity * token / 1e9
-        raise ValueError(f"{asked} need a cache of {cache:.1f} GB, the memory has {memory / 1e9:.1f} GB; {fix}")
+    if memory and cache > memory:
+        raise ValueError(f"{asked} need a cache of {cache / 1e9:.1f} GB, the memory has {memory / 1e9:.1f} GB; {fix}")
 
 
 def _memory(devices: Collection[jax.Device]) -> int:

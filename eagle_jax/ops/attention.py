@@ -109,6 +109,8 @@ def attention(
             raise ValueError("a layer with a window needs the positions of its queries")
         if limit_new:
             mask &= spec.sees(positions[:, :, None], positions[:, None])
+    if cache is not None and cache.window is not None and (cache.window != spec.window or spec.first):
+        raise ValueError(f"the cache of this layer is a ring for a window of {cache.window}; its attention has {spec}")
     # Query heads that share a key-value head become more queries of it: a plain batched matmul.
     flat = jnp.moveaxis(q.reshape(batch, tokens, kv_heads, -1, head_dim), 1, 3)
     flat = flat.reshape(batch, kv_heads, -1, head_dim)

@@ -110,12 +110,12 @@ def test_cache_writes_at_one_offset_or_one_a_sequence():
     cache = cache.write(first, jnp.asarray(1)).write(second, jnp.asarray(starts))
     np.testing.assert_array_equal(cache.length, 0)
     for layer in range(CACHED.num_layers):
-        for part in (0, 1):
+        for part, name in enumerate("kv"):
             expected = np.zeros((3, 2, 8, 6), np.float32)
             expected[:, :, 1:5] = first[layer][part]
             for row, start in enumerate(starts):
                 expected[row, :, start : start + 2] = second[layer][part][row]
-            np.testing.assert_array_equal(cache.layer(layer)[part], expected)
+            np.testing.assert_array_equal(getattr(cache.layer(layer), name), expected)
 
 
 def test_cache_keeps_its_dtype():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -9,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 import eagle_jax
 from eagle_jax import SamplingConfig, StaticTree, TreeConfig
 from eagle_jax.convert import from_pretrained
 from eagle_jax.decode.cycle import step
+from eagle_jax.models.cache import KVCache
 from eagle_jax.serving import Request, RunningBatch, serve
 from eagle_jax.sharding import CACHE_RULE, fitting
 from tests.sharding.meshes import mesh_of, on_mesh
-from tests.toy import GOLDEN, NEW, TREE, golden_pair, near_ties, rows_of, small_case
+from tests.toy import GOLDEN, NEW, TARGET, TREE, golden_pair, near_ties, rows_of, small_case
 
 # Of rows 0 and 1 the likeliest tokens, of rows 2 and 3 drawn ones: two programs in one.
 MIXED = SamplingConfig(temperature=jnp.array([0.0, 0.0, 0.8, 1.0]), top_p=jnp.array([1.0, 1.0, 1.0, 0.9]))
@@ -109,6 +112,27 @@ def test_a_cycle_moves_no_cache(case):
     collective = re.compile(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(")
     moved = collective.findall(compiled.as_text())
     assert moved and not [shapes for shapes in moved if f"{state.cache.rows},8]" in shapes]
+
+
+def test_rings_are_written_by_every_device_for_itself():
+    """Sequences at places of their own, some past the ring's end."""
+    config = dataclasses.replace(TARGET, windows=(5, None, 9))
+    empty = KVCache.zeros(config, 4, 256, jnp.float32, ring_margin=8)
+    k, v = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 2, 6, 8)), jnp.float32)
+    write = jax.jit(lambda cache, start: cache.write([(k, v)] * 3, start))
+    mesh = mesh_of(4, 2)
+    many = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, fitting(CACHE_RULE[: x.ndim], x.shape, mesh))), empty
+    )
+    assert empty.rings == (5, None, 9)
+    for start in (np.array([0, 124, 250, 127]), jnp.int32(125)):
+        one, sharded = write(empty, start), write(many, start)
+        assert sharded.k[0].addressable_shards[0].data.shape == (1, 1, 128, 8)
+        jax.tree.map(np.testing.assert_array_equal, one, jax.device_get(sharded))
+        for position in range(6):
+            place = np.broadcast_to(start + position, 4)
+            np.testing.assert_array_equal(one.k[2][np.arange(4), :, place % 128], k[:, :, position])
+        assert (np.asarray(one.k[2]).any(axis=(1, 3)).sum(axis=1) == 6).all()
 
 
 @pytest.mark.parametrize(
