@@ -8,7 +8,7 @@ import pytest
 
 import eagle_jax
 from bench.aot import hlo, programs
-from bench.shapes import SHAPES, abstract_pair
+from bench.shapes import SHAPES, abstract_block_head, abstract_pair
 from eagle_jax.decode.cycle import step
 
 # A loop of 7 turns, each a fusion that is a transpose, one that computes, a copy, a prefetch and a product by a
@@ -156,6 +156,20 @@ def test_a_cpu_copies_no_cache_in_a_cycle(drafts, pending):
         return run(target, head, state, tree=eagle_jax.TreeConfig(3, 2, 6))
 
     assert hlo.large_copies(compiled(cycle, target, head, state, donate_argnums=2), state.cache.k[0].size) == []
+
+
+def test_a_cpu_copies_no_weight_and_no_cache_in_a_cycle_with_a_block():
+    shape = SHAPES["tiny"]
+    (target, _), draft = abstract_pair(shape, jnp.float32), abstract_block_head(shape, jnp.float32)
+    target, draft = jax.eval_shape(eagle_jax.input_first, (target, draft))
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 32), (4,)))
+    state = jax.eval_shape(functools.partial(eagle_jax.prefill, max_new_tokens=300), target, draft, tokens, lengths)
+
+    def cycle(target, draft, state):
+        return step(target, draft, state, tree=eagle_jax.BestPrefixes(4, 9)).state
+
+    smallest = min(leaf.size for leaf in jax.tree.leaves((target, draft)) if leaf.ndim > 1)
+    assert hlo.large_copies(compiled(cycle, target, draft, state, donate_argnums=2), smallest) == []
 
 
 def test_a_cpu_copies_no_weight_that_is_stored_input_first():
