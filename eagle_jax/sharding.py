@@ -6,6 +6,7 @@ A path names the attribute that holds the array, such as "layers.3.attention.q" 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -47,6 +48,7 @@ PARTITION_RULES: dict[str, tuple[str | None, ...]] = {
 }
 # Cached keys and values, [batch, kv_heads, positions, head_dim].
 CACHE_RULE: tuple[Axis, ...] = (BATCH, TENSOR, None, None)
+CACHED = re.compile(r"cache\.[kv]|^memory\.[kv]\.")  # their paths in a state; the memory of a draft may be one itself
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:
@@ -110,7 +112,7 @@ def constrain(values: Values, like: Any) -> Values:
     def place(path, x):
         name = path_name(path)
         axes: tuple[Axis, ...] = (None,) * x.ndim
-        if "cache.k" in name or "cache.v" in name:
+        if CACHED.search(name):
             axes = CACHE_RULE
         elif name.startswith("memory."):
             axes = (BATCH, *axes[1:])

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.models import params
+from eagle_jax.models.cache import KVCache
 from eagle_jax.models.config import LlamaConfig
 from eagle_jax.models.llama import Llama
-from eagle_jax.sharding import partition_spec, path_sharding
+from eagle_jax.sharding import constrain, make_mesh, partition_spec, path_sharding
 from tests.models.reference import SMALL
 
 
@@ -90,3 +91,13 @@ def test_arrays_are_placed_in_parts():
     devices = Mesh(np.asarray(jax.devices()[:2]), ("tensor",))
     array = jax.device_put(jnp.zeros((64, 8)), path_sharding("embed", (64, 8), devices))
     assert [shard.data.shape for shard in array.addressable_shards] == [(32, 8)] * 2
+
+
+def test_a_memory_that_is_a_cache_lies_like_a_cache():
+    """That of DFlash. Whole on every device, its keys and values would be gathered in every cycle."""
+    devices = make_mesh({"data": 2, "tensor": 2})
+    like = jax.device_put(jnp.zeros(2), NamedSharding(devices, PartitionSpec()))
+    config = LlamaConfig(8, 8, 8, 1, 4, 2, 4)
+    placed = constrain({"memory": KVCache.zeros(config, 2, 16, jnp.float32), "other": jnp.zeros((2, 2, 16, 4))}, like)
+    shards = [x.sharding.shard_shape(x.shape) for x in (placed["memory"].k[0], placed["memory"].v[0], placed["other"])]
+    assert shards == [(1, 1, 16, 4), (1, 1, 16, 4), (2, 2, 16, 4)]
