@@ -86,6 +86,7 @@ ROWS = [
     Row("v6e:2x2", "8b", "cycle", data=2, tensor=2, batch=8),
     *(Row("v6e:2x4", "70b", name, tensor=8) for name in ("prefill", "cycle")),
     Row("v5p:2x2x2", "70b", "train", fsdp=8, batch=8),
+    Row("v5e:2x2", "qwen3-8b", "cycle", tensor=4),
 ]
 
 
