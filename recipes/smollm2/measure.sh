@@ -31,8 +31,23 @@ for temperature in 0 1; do
     done
 done
 
-# The texts of all prompts, plain and speculative: 16 at a time, since only the tokens are compared.
-bench humaneval-texts --drafts plain,eagle3+lookup=$eagle3 --preset humaneval --batch 16 --repeats 1
+# The texts of all of HumanEval's prompts, plain and speculative: how many are the same.
+humaneval=$(python -c "from eagle_jax.measure.samples import humaneval; print(humaneval())")
+texts() {
+    name=$1
+    shift
+    eagle-jax generate $target --draft $eagle3 --prompts "$humaneval" --batch 8 --max-new-tokens 96 --out $out/$name.jsonl "$@"
+}
+texts plain --baseline
+texts lookup --lookup
+python - $out/plain.jsonl $out/lookup.jsonl <<'END' | tee $out/same.txt
+import json
+import sys
+
+plain, lookup = ({x["index"]: x["text"] for x in map(json.loads, list(open(file))[1:])} for file in sys.argv[1:])
+different = sorted(index for index in plain if plain[index] != lookup[index])
+print(f"{len(plain) - len(different)} of {len(plain)} texts are the same; different: {different}")
+END
 
 # Three answers, as they are read.
 i=0
