@@ -105,7 +105,7 @@ EAGLE3_DAMAGE = {
 EAGLE1_DAMAGE = {
     "no bias": (lambda a: a.pop("fc.bias"), "'fc.bias' is missing"),
     "input norm": (put("layers.0.input_layernorm.weight", np.ones(8, np.float32)), "input_layernorm.* has no place"),
-    "vocabulary tables": (put("d2t", OFFSETS), "'d2t' has no place"),
+    "d2t negative": (put("d2t", OFFSETS - [5, 0, 0, 0, 0]), "d2t maps 1 draft ids out.*0 -> -4"),
     "qkv bias": (put("layers.0.self_attn.q_proj.bias", np.ones(12, np.float32)), "q_proj.bias' has no place"),
 }
 HEAD_DAMAGE = [(eagle3_arrays, *case) for case in EAGLE3_DAMAGE.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from typing import Any
@@ -63,7 +64,7 @@ def models(kind: str) -> tuple[Any, Llama | None]:
     if kind == "target":
         return target, None
     if kind == "eagle1":
-        return scaled(Eagle1Draft(HEAD, jax.random.key(1)), 6.0), target
+        return scaled(Eagle1Draft(dataclasses.replace(HEAD, draft_vocab_size=0), jax.random.key(1)), 6.0), target
     head = scaled(Eagle3Draft(HEAD, 3, jax.random.key(1)), 6.0)
     ids = np.sort(np.random.default_rng(2).choice(96, 40, replace=False)).astype(np.int32)
     return params.load(head, params.flatten(head) | {"target_ids": jnp.asarray(ids)}), target
