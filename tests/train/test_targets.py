@@ -130,7 +130,8 @@ def test_the_target_reads_packed_documents_as_it_reads_each_alone(kind):
         np.testing.assert_allclose(ours[0], theirs, atol=2e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("kind", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt_oss"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
 def test_a_run_that_was_interrupted_is_the_same_bit_for_bit(root, kind):
     straight, halves = settings_of(root, kind, "straight"), settings_of(root, kind, "halves")
     expected = lines_of(straight)
