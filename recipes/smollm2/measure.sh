@@ -1,6 +1,6 @@
 #!/bin/sh
 # Measures the heads that make.sh made, for the model card in README.md: JSON and text in build/smollm2/measured. A figure that
-# is there is kept, so that it can run in stretches. On two cores about an hour and a half, with nothing beside it.
+# is there is kept, so that it can run in stretches. Nothing else should run beside it.
 set -eu
 cd "$(dirname "$0")/../.."
 here=recipes/smollm2 out=build/smollm2/measured
