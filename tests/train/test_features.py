@@ -320,7 +320,7 @@ def test_features_of_another_run_are_refused(place, written, tmp_path, change, d
 
 
 def test_eagle1_reads_the_last_hidden_states_of_eagle3s_features(place, written, tmp_path):
-    """EAGLE-3 reads none of EAGLE-1's, which lack its taps; writing into a folder of another kind is refused."""
+    """EAGLE-3 reads none of EAGLE-1's, which lack its taps; writing into its folder is refused."""
     config = write_config(place, tmp_path / "run", "eagle1", PACKED)
     ours = case(place, config)
     rows = range(len(ours.splits["train"][1][32]))
@@ -328,13 +328,27 @@ def test_eagle1_reads_the_last_hidden_states_of_eagle3s_features(place, written,
     narrow = ours.stored(written[1]).batch("train", 32, rows)
     np.testing.assert_array_equal(narrow["answers"], wide["answers"])
     np.testing.assert_array_equal(narrow["features"], wide["answers"])
-    with pytest.raises(FeaturesError, match=r"another run \(kind, taps, width differ\)"):
+    with pytest.raises(FeaturesError, match=r"another run \(taps, width differ\)"):
         precompute(read_settings(config), written[1], lambda _: None)
     assert precompute(read_settings(config), tmp_path / "own", lambda _: None) == 0
     own = ours.stored(tmp_path / "own").batch("train", 32, rows)
     np.testing.assert_allclose(own["answers"], narrow["answers"], atol=1e-6)
-    with pytest.raises(FeaturesError, match="kind, taps, width differ"):
+    with pytest.raises(FeaturesError, match="taps, width differ"):
         case(place, written[0]).stored(tmp_path / "own")
+
+
+def test_a_dflash_head_reads_eagle3s_features_of_the_same_taps(place, tmp_path):
+    eagle3 = write_config(place, tmp_path / "eagle3", "eagle3", PACKED, head={"taps": [1, 2, 3]})
+    precompute(read_settings(eagle3), tmp_path / "features", lambda _: None)
+    head = {"num_layers": 1, "block_size": 4, "mask_token_id": 0}
+    for taps in ([1, 2, 3], [1, 2, 2]):
+        dflash = write_config(place, tmp_path / "dflash", "dflash", PACKED, loss={}, head=head | {"taps": taps})
+        if taps == [1, 2, 3]:
+            stored = case(place, dflash).stored(tmp_path / "features")
+            assert stored.batch("train", 32, [0])["features"].shape[-1] == stored.contents.features > 0
+        else:
+            with pytest.raises(FeaturesError, match=r"another run \(taps differ\)"):
+                case(place, dflash).stored(tmp_path / "features")
 
 
 def test_a_run_needs_the_target_s_layers_where_something_reads_them(place, written, tmp_path):

@@ -146,7 +146,6 @@ def made_from(
 ) -> dict[str, Any]:
     """Returns everything that the features depend on, as JSON values; without the layers that the target lacks."""
     made: dict[str, Any] = {
-        "kind": settings.kind,
         "taps": list(head.taps(target)),
         "dtype": contents.dtype,
         "width": contents.width,
@@ -230,7 +229,7 @@ class Features:
         theirs = manifest["made_from"]
         # Every kind of head stores the last hidden state, which is all that a head without taps reads.
         wider = contents.features == 0 and theirs.get("width", 0) > contents.width
-        of_kind = {"kind", "taps", "width"} if wider else set()
+        of_kind = {"taps", "width"} if wider else set()
         _check_same(folder, theirs, {name: value for name, value in made.items() if name not in of_kind})
         self.first_number = theirs["width"] - contents.width if wider else 0
         groups = _as_written(groups, manifest)
@@ -296,8 +295,8 @@ def _check_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> N
     different = [name for name in ours if name in theirs and theirs[name] != ours[name]]
     if different:
         raise FeaturesError(
-            f"{folder} holds features of another run ({', '.join(different)} differ): they fit one target, one kind of "
-            f"head, one data set and one way of filling rows; {AGAIN} ANOTHER_FOLDER, or remove this one first"
+            f"{folder} holds features of another run ({', '.join(different)} differ): they fit one target, one choice "
+            f"of taps, one data set and one way of filling rows; {AGAIN} ANOTHER_FOLDER, or remove this one first"
         )
 
 
