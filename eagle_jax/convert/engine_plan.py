@@ -264,6 +264,7 @@ def _expected(
         taps=taps,
         draft_vocab_size=config.draft_vocab_size if eagle3 or table else config.vocab_size,
         target_hidden_size=config.target_hidden_size if eagle3 else config.hidden_size,
+        qkv_bias=config.qkv_bias and not config.attention_bias,  # which says it
         norm_before_residual=config.norm_before_residual and eagle3,
         fc_bias=config.fc_bias or "fc_bias" in added,
         window=None,

@@ -75,6 +75,8 @@ def accept(
         acceptance = accept_sampled(nodes, processed, keys, proposal.probs)
 
     path = jnp.maximum(acceptance.path[:, : depth + 1], 0)  # pads with the root, a valid index; masked by length
+    if path.shape[1] < depth + 1:  # a tree with fewer nodes than levels
+        path = jnp.pad(path, [(0, 0), (0, depth + 1 - path.shape[1])])
     drafted = jnp.take_along_axis(nodes.tokens, path, axis=1)[:, 1:]
     last = jnp.zeros_like(acceptance.bonus)[:, None]
     tokens = jnp.concatenate([drafted, last], axis=1)

@@ -158,6 +158,12 @@ def test_several_layers(format: str, later: str, tmp_path: Path):
     assert {f"{later}.weight", f"{first}hidden_norm.weight", "input_norm.weight"} <= tensors
 
 
+def test_a_bias_stated_twice_is_written_once(tmp_path: Path):
+    _, config, tensors = written("speculators", eagle3(attention_bias=True, qkv_bias=True), tmp_path)
+    assert config["transformer_layer_config"]["attention_bias"] is True
+    assert {f"layers.0.self_attn.{name}_proj.bias" for name in "qkvo"} <= tensors
+
+
 def test_a_bias_of_fc(tmp_path: Path):
     _, config, tensors = written("trtllm", eagle3(fc_bias=True), tmp_path)
     assert config["bias"] is True and "fc.bias" in tensors

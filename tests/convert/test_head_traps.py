@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.convert.reading import (
     read,
 )
 
+QKV = {"q": 12, "k": 6, "v": 6}  # rows of their weights
 MASK = {"mask_hidden": np.ones((1, 1, 24), np.float32)}
 NORM_OUTPUT = {"norm_output": True}
 # Trap: kind of head, fields, further tensors, and the message.
@@ -212,6 +214,9 @@ def test_what_is_read_and_not_dropped():
         parameters(read(HEAD_CONFIG, without_table))
     biased = read(HEAD_CONFIG, arrays | {"fc.bias": np.full(8, 0.5, np.float32)})
     assert biased.model.config.fc_bias and (biased.read("fc_bias") == 0.5).all()
+    sglang = {ARCHITECTURE: ["LlamaForCausalLMEagle3"], "qkv_bias": True}
+    biases = {f"midlayer.self_attn.{part}_proj.bias": np.full(size, 0.5, np.float32) for part, size in QKV.items()}
+    assert (read(HEAD_CONFIG | sglang, arrays | biases).read("layer.attention.q_bias") == 0.5).all()
     rope = read(
         HEAD_CONFIG | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, arrays
     ).model.config.rope
@@ -219,3 +224,12 @@ def test_what_is_read_and_not_dropped():
     assert read(HEAD_CONFIG, arrays).model.config.rope.theta == 10000  # never the target's
     own = read(HEAD_CONFIG, arrays | {"embed_tokens.weight": np.ones((16, 8), np.float32)})
     assert own.model.config.own_embedding and not read(HEAD_CONFIG, arrays).model.config.own_embedding
+
+
+def test_the_longest_text_of_the_training_limits_no_head():
+    """Official heads state max_position_embeddings = 2048. The draft's RoPE is the same with any other."""
+    short, long = (
+        read(HEAD_CONFIG | {"max_position_embeddings": length}, folders.eagle3_arrays()).model.config
+        for length in (4, 2048)
+    )
+    assert dataclasses.replace(short, max_position_embeddings=2048) == long

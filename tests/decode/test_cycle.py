@@ -22,6 +22,7 @@ SHAPES = [
     (3, 10, TreeConfig(depth=4, top_k=3, num_nodes=12)),
     (1, 7, TreeConfig(depth=5, top_k=1, num_nodes=6)),
     (2, 5, TreeConfig(depth=1, top_k=4, num_nodes=5)),
+    (2, 6, TreeConfig(depth=4, top_k=2, num_nodes=3)),  # fewer nodes than levels
     (4, 12, TreeConfig(depth=6, top_k=5, num_nodes=30)),
 ]
 NEW = 24

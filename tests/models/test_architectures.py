@@ -63,9 +63,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(head_dim=12, attention_bias=True, use_sliding_window=True, sliding_window=4, layer_types=MIXED),
     ),
     "gemma2": ("Gemma2Config", GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
-    "gemma2 without caps": (
+    "gemma2 without caps, exact gelu": (
         "Gemma2Config",
-        GEMMA | dict(head_dim=20, attn_logit_softcapping=None, final_logit_softcapping=None, tie_word_embeddings=False),
+        GEMMA
+        | dict(head_dim=20, attn_logit_softcapping=None, final_logit_softcapping=None, tie_word_embeddings=False)
+        | dict(hidden_activation="gelu"),
     ),
     "gemma3": ("Gemma3TextConfig", GEMMA | dict(layer_types=MIXED, rope_parameters=GEMMA3_ROPE)),
     "mixtral": ("MixtralConfig", dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=4)),
@@ -293,6 +295,7 @@ READ = [
     (GEMMA2 | dict(query_pre_attn_scalar=16), dict(attention_scale=0.25, activation="gelu_pytorch_tanh")),
     (GEMMA2 | dict(final_logit_softcapping=None, attn_logit_softcapping=None), dict(logit_softcap=None)),
     (GEMMA2 | dict(hidden_activation="silu", hidden_act=None), dict(activation="silu")),
+    (GEMMA2 | dict(hidden_activation="gelu", hidden_act=None), dict(activation="gelu")),
     (GEMMA2 | dict(attn_logit_softcapping=0.0), dict(attention_softcap=None)),
     (GEMMA3, dict(windows=(512, 512), qk_norm=True, rope=RopeConfig(1e6), local_rope=RopeConfig(1e4))),
     (GEMMA3 | dict(sliding_window_pattern=2), dict(windows=(512, None), logit_softcap=None)),
