@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+from jax.experimental.layout import Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axis = str | tuple[str, ...] | None
@@ -97,6 +98,15 @@ def path_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShardin
     Its axes are Auto whatever the mesh has, so the compiler shards everything computed from the array.
     """
     return NamedSharding(Mesh(mesh.devices, mesh.axis_names), partition_spec(path, shape, mesh))
+
+
+def path_layout(path: str) -> Layout | None:
+    """Returns the layout of the array at `path`: row-major for an embedding, None for the device's own choice.
+
+    A lookup reads rows. By itself a TPU stores a matrix in the order that pads less: by columns, if a row is no
+    multiple of 128 (2880 in gpt-oss). Every program would begin with a copy of such an embedding.
+    """
+    return Layout((0, 1)) if path.split(".")[-1] == "embed" else None
 
 
 def constrain(values: Values, like: Any) -> Values:

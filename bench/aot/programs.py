@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eagle_jax
@@ -22,7 +23,7 @@ from eagle_jax.decode import cycle as decoding
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.sampling import SamplingConfig
-from eagle_jax.sharding import DATA, FSDP, TENSOR, path_name, path_sharding
+from eagle_jax.sharding import DATA, FSDP, TENSOR, path_layout, path_name, path_sharding
 from eagle_jax.train.config import OptimizerSettings
 from eagle_jax.train.loss.objective import Eagle3Objective
 from eagle_jax.train.run import optimizer, step
@@ -33,8 +34,13 @@ Place = Callable[[Any, Mesh], Any]
 
 
 def by_path(model: Any, mesh: Mesh) -> Any:
-    """Shards a model, or a dictionary of its arrays, by the path rules of sharding.py."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: path_sharding(path_name(path), leaf.shape, mesh), model)
+    """Shards and stores a model, or a dictionary of its arrays, by the path rules of sharding.py, as loading does."""
+
+    def place(path, leaf):
+        name = path_name(path)
+        return Format(path_layout(name), path_sharding(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, model)
 
 
 def by_sequence(state: Any, mesh: Mesh) -> Any:

@@ -27,9 +27,9 @@ from jax.sharding import AxisType, Mesh
 from bench import report
 from bench.aot import compilers, programs
 from bench.aot.programs import Program
-from bench.shapes import SHAPES, Shape, abstract_block_head
+from bench.shapes import ROUTED, SHAPES, Shape, abstract_block_head
 from eagle_jax.drafts.registry import BLOCK_TREE
-from eagle_jax.sharding import DATA, FSDP, TENSOR
+from eagle_jax.sharding import DATA, EXPERT, FSDP, TENSOR
 
 GIB = 2**30
 # Memory of a chip in bytes; the compiler reserves a little of it.
@@ -50,7 +50,10 @@ PROGRAMS: dict[str, Callable[[Shape, int], Program]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A program on a slice. data, fsdp, tensor: the mesh; data splits the `batch` rows, fsdp those of training, too."""
+    """A program on a slice.
+
+    data, fsdp, tensor, expert: the mesh; data splits the `batch` rows, fsdp those of training, too.
+    """
 
     topology: str
     shape: str
@@ -58,6 +61,7 @@ class Row:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
     batch: int = 1
 
     @property
@@ -71,8 +75,10 @@ class Row:
 
     def mesh(self) -> Mesh:
         """Returns a mesh of the slice's chips with the axes of sharding.py."""
-        chips = np.array(compilers.tpu_devices(self.topology)).reshape(self.data, self.fsdp, self.tensor)
-        return Mesh(chips, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3)
+        axes = {DATA: self.data, FSDP: self.fsdp, TENSOR: self.tensor}
+        axes |= {EXPERT: self.expert} if self.expert > 1 else {}
+        chips = np.array(compilers.tpu_devices(self.topology)).reshape(*axes.values())
+        return Mesh(chips, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 ROWS = [
@@ -86,13 +92,16 @@ ROWS = [
     Row("v6e:2x2", "8b", "cycle", data=2, tensor=2, batch=8),
     *(Row("v6e:2x4", "70b", name, tensor=8) for name in ("prefill", "cycle")),
     Row("v5p:2x2x2", "70b", "train", fsdp=8, batch=8),
-    Row("v5e:2x2", "qwen3-8b", "cycle", tensor=4),
+    *(Row("v5e:2x2", "qwen3-8b", name, tensor=4) for name in ("cycle", "generate")),
+    *(Row("v5e:2x4", "gpt-oss-20b", name, tensor=8) for name in ("cycle", "generate")),
+    *(Row("v5e:2x4", "qwen3-30b-a3b", name, expert=8) for name in ("cycle", "generate")),
 ]
 
 
 def measure(row: Row, layers: int | None = None) -> dict[str, Any]:
     """Compiles a row: GiB a chip, copies, seconds. `layers`: of the target, in place of its own number."""
-    shape = SHAPES[row.shape] if layers is None else SHAPES[row.shape].with_layers(layers)
+    shape = (SHAPES | ROUTED)[row.shape]
+    shape = shape if layers is None else shape.with_layers(layers)
     program, mesh = PROGRAMS[row.program](shape, row.batch), row.mesh()
     start = time.perf_counter()
     compiled = program.compile(mesh)
@@ -105,6 +114,7 @@ def measure(row: Row, layers: int | None = None) -> dict[str, Any]:
         "data": row.data,
         "fsdp": row.fsdp,
         "tensor": row.tensor,
+        "expert": row.expert,
         "batch": row.batch,
         "arguments GiB": memory.arguments / GIB,
         "temporaries GiB": memory.temporaries / GIB,

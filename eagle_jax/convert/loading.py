@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from eagle_jax.convert import converted
@@ -38,7 +39,7 @@ from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
 from eagle_jax.ops.linear import InputFirst
-from eagle_jax.sharding import mesh_of, path_sharding
+from eagle_jax.sharding import mesh_of, path_layout, path_sharding
 
 Models = tuple[Llama, Draft | None]
 
@@ -269,7 +270,7 @@ def _restored(model: Any, folder: Path, entry: _Entry, dtype: np.dtype | None, m
     arrays: dict[str, jax.Array] = {}
     for part, restored in _load_parts(folder, entry, params.flatten(model), mesh):
         arrays |= restored if dtype in (None, model.dtype) else _cast(restored, dtype, part)
-    return params.load(model, arrays)
+    return _loaded(model, arrays)
 
 
 def _checked_model(folder: Path, entry: _Entry) -> Any:
@@ -337,7 +338,19 @@ def _fill(match: Match, mesh: Mesh | None) -> Any:
             arrays[path] = jax.device_put(values.copy())
         else:
             arrays[path] = _shard(values, path_sharding(path, leaf.shape, mesh))
-    return params.load(match.model, arrays)
+    return _loaded(match.model, arrays)
+
+
+def _loaded(model: Any, arrays: Mapping[str, jax.Array]) -> Any:
+    """Replaces the arrays of an abstract model; one that lies in another order than `path_layout` is copied."""
+
+    def stored(path: str, array: jax.Array) -> jax.Array:
+        wanted, found = path_layout(path), array.format.layout  # type: ignore[attr-defined]
+        if wanted is None or found is None or wanted.major_to_minor == found.major_to_minor:
+            return array
+        return jax.device_put(array, Format(wanted, array.sharding))
+
+    return params.load(model, {path: stored(path, array) for path, array in arrays.items()})
 
 
 def _shard(values: np.ndarray, sharding: NamedSharding) -> jax.Array:

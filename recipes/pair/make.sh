@@ -8,7 +8,9 @@ set -eu
 cd "$(dirname "$0")/../.."
 here=recipes/pair out=build/pair
 devices=${DEVICES:-1}
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+# On a busy machine a device may wait longer for another than the 40 seconds after which XLA ends the process.
+flags="--xla_force_host_platform_device_count=$devices --xla_cpu_collective_call_terminate_timeout_seconds=600"
+export XLA_FLAGS="${XLA_FLAGS:-} $flags"
 
 train() { # CONFIG [KEY=VALUE ...]
     config=$1 && shift

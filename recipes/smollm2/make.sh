@@ -9,7 +9,9 @@ set -eu
 cd "$(dirname "$0")/../.."
 here=recipes/smollm2 out=build/smollm2
 devices=${DEVICES:-1}
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+# On a busy machine a device may wait longer for another than the 40 seconds after which XLA ends the process.
+flags="--xla_force_host_platform_device_count=$devices --xla_cpu_collective_call_terminate_timeout_seconds=600"
+export XLA_FLAGS="${XLA_FLAGS:-} $flags"
 
 mkdir -p $out/answers
 if [ ! -d $out/target ]; then

@@ -1,4 +1,4 @@
-"""Llama-3.1-8B over four chips, by the real compiler of a TPU v5e: what each chip holds, and copies."""
+"""Pairs on slices of a TPU, by its real compiler: what each chip holds, and copies."""
 
 from __future__ import annotations
 
@@ -30,3 +30,18 @@ def test_a_training_step_fits_four_chips():
     """Every chip has the flash kernel for its own sequences; no weight is copied."""
     measured = tpu.measure(four_chips("train"), layers=FEW)
     assert measured["fits"] and measured["copies"] == 0
+
+
+# GiB a chip with all layers, of a cycle with an EAGLE-3 head.
+TARGETS = {"qwen3-8b": 4.6, "gpt-oss-20b": 5.3, "qwen3-30b-a3b": 11.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_of_other_architectures_fit_and_copy_nothing(name):
+    """No weight, expert or cache is copied: gpt-oss's embedding neither, whose rows are no multiple of 128."""
+    rows = {row.program: row for row in tpu.ROWS if row.shape == name}
+    tpu_devices(rows["cycle"].topology)
+    measured = tpu.measure(rows["cycle"])
+    assert measured["copies"] == 0 and measured["total GiB"] < TARGETS[name]
+    assert tpu.measure(rows["generate"], layers=FEW)["copies"] == 0

@@ -14,17 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.experimental.layout import Layout
 from transformers import AutoTokenizer
 
 import eagle_jax
-from eagle_jax.convert import CheckpointError, convert, from_pretrained, load, to_official, tokenizer, tokenizing
+from eagle_jax.convert import (
+    CheckpointError,
+    convert,
+    from_pretrained,
+    load,
+    loading,
+    to_official,
+    tokenizer,
+    tokenizing,
+)
 from eagle_jax.convert.loading import load_without_layers
 from eagle_jax.drafts.dflash import DFlash, DFlashConfig
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.files.atomic import files_below
 from eagle_jax.models import params
 from eagle_jax.models.llama import Llama
-from eagle_jax.sharding import path_sharding
+from eagle_jax.sharding import path_layout, path_sharding
 from eagle_jax.train.run.save import save_target
 from tests.convert import folders
 from tests.convert.folders import CONFIG, HEAD_CONFIG, assert_same
@@ -81,6 +91,20 @@ def test_a_target_without_its_layers_is_read_without_them(tmp_path: Path, tied: 
     assert load_without_layers(out, dtype="bfloat16").dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="has 0 of its 2 layers"):
         eagle_jax.forward(ends, np.ones((1, 2), np.int32), np.array([2]))
+
+
+def test_arrays_are_stored_in_the_layout_that_their_path_wants(pair: tuple[Path, Path], tmp_path: Path, monkeypatch):
+    """A CPU stores all by rows, and a TPU an embedding by columns; here columns are wanted, to see the difference."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    expected, out = params.flatten(from_pretrained(*pair)[0]), convert(*pair, tmp_path / "out")
+    assert path_layout("embed") == path_layout("target.embed") == Layout((0, 1)) and path_layout("norm") is None
+    monkeypatch.setattr(loading, "path_layout", lambda path: Layout((1, 0)) if path == "embed" else None)
+    for target, _ in (load(out, mesh=mesh), load(out, dtype="float32"), from_pretrained(*pair, mesh=mesh)):
+        for path, array in params.flatten(target).items():
+            order = (1, 0) if path == "embed" else tuple(range(array.ndim))
+            assert array.format.layout.major_to_minor == order, path
+            np.testing.assert_array_equal(array, expected[path])
+    assert target.embed[...].sharding == path_sharding("embed", target.embed.shape, mesh)
 
 
 def test_target_ids_are_read(pair: tuple[Path, Path], tmp_path: Path):
@@ -172,7 +196,7 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from eagle_jax.convert import from_pretrained, load
 from eagle_jax.models import params
-from eagle_jax.sharding import path_sharding
+from eagle_jax.sharding import path_layout, path_sharding
 
 target, draft, out = sys.argv[1:]
 mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
