@@ -13,14 +13,26 @@ import pytest
 from jax.sharding import NamedSharding
 
 import eagle_jax
-from eagle_jax import SamplingConfig, StaticTree, TreeConfig
+from eagle_jax import Llama, SamplingConfig, StaticTree, TreeConfig
 from eagle_jax.convert import from_pretrained
 from eagle_jax.decode.cycle import step
 from eagle_jax.models.cache import KVCache
+from eagle_jax.models.config import ExpertsConfig
 from eagle_jax.serving import Request, RunningBatch, serve
-from eagle_jax.sharding import CACHE_RULE, fitting
+from eagle_jax.sharding import CACHE_RULE, fitting, make_mesh
 from tests.sharding.meshes import mesh_of, on_mesh
-from tests.toy import GOLDEN, NEW, TARGET, TREE, golden_pair, near_ties, rows_of, small_case
+from tests.toy import (
+    GOLDEN,
+    NEW,
+    TARGET,
+    TREE,
+    golden_pair,
+    near_ties,
+    random_eagle3,
+    rows_of,
+    scaled,
+    small_case,
+)
 
 # Of rows 0 and 1 the likeliest tokens, of rows 2 and 3 drawn ones: two programs in one.
 MIXED = SamplingConfig(temperature=jnp.array([0.0, 0.0, 0.8, 1.0]), top_p=jnp.array([1.0, 1.0, 1.0, 0.9]))
@@ -133,6 +145,49 @@ def test_rings_are_written_by_every_device_for_itself():
             place = np.broadcast_to(start + position, 4)
             np.testing.assert_array_equal(one.k[2][np.arange(4), :, place % 128], k[:, :, position])
         assert (np.asarray(one.k[2]).any(axis=(1, 3)).sum(axis=1) == 6).all()
+
+
+WINDOWS = dataclasses.replace(TARGET, windows=(5, None, 130), max_position_embeddings=1024)
+EXPERTS = ExpertsConfig(4, 2, 12, bias=True, clamp=(1.702, 2.0))
+# As gpt-oss and as Gemma 2: a config, devices of the mesh, sampling.
+WINDOWED = {
+    "sinks and experts": (
+        dataclasses.replace(WINDOWS, sinks=True, experts=EXPERTS, qkv_bias=True),
+        dict(data=2, expert=2, tensor=2),
+        MIXED,
+    ),
+    "caps and norms of outputs": (
+        dataclasses.replace(
+            WINDOWS,
+            attention_softcap=20.0,
+            logit_softcap=30.0,
+            activation="gelu_pytorch_tanh",
+            norm_plus_one=True,
+            output_norms=True,
+            embedding_scale=4.0,
+        ),
+        dict(data=4, tensor=2),
+        SamplingConfig(),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windowed_targets_on_a_mesh_write_what_they_do_on_one_device(name):
+    """Prompts longer than the windows and than the shortest ring; one text passes that ring's end while it decodes."""
+    config, axes, sampling = WINDOWED[name]
+    one = scaled(Llama(config, jax.random.key(0)), 6.0), random_eagle3(1, scale=6.0)
+    many = tuple(on_mesh(model, make_mesh(axes)) for model in one)
+    tokens, lengths = np.random.default_rng(0).integers(0, 97, (4, 400), dtype=np.int32), np.array([400, 3, 375, 290])
+    options: dict[str, Any] = dict(tree=TREE, sampling=sampling, max_new_tokens=NEW)
+    expected, found = (eagle_jax.generate(*pair, tokens, lengths, KEY, **options) for pair in (one, many))
+    assert expected.accepted[:, 1:].sum() > 0
+    assert rows_of(found) == rows_of(expected)
+    np.testing.assert_array_equal(found.accepted, expected.accepted)
+    start = jax.jit(eagle_jax.prefill, static_argnames="max_new_tokens")
+    rings = start(*many, tokens, lengths, KEY, sampling=sampling, max_new_tokens=NEW).cache.k[0]
+    assert rings.shape == (4, 2, 384, 8) and rings.addressable_shards[0].data.shape == (4 // axes["data"], 1, 384, 8)
 
 
 @pytest.mark.parametrize(
