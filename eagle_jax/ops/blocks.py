@@ -25,16 +25,17 @@ def block_attention(
     text: Layout,
     spec: Spec = PLAIN,
     causal: bool = False,
+    limit_own: bool = False,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Attends from every block to its own tokens, and to the positions of its document before its anchor.
 
-    Blocks lie one after the other along the axis `queries`. Rematerialises the scores for the gradient. A window limits
-    the context alone, as in decoding.
+    Blocks lie one after the other along the axis `queries`. Rematerialises the scores for the gradient.
 
     Args:
       context: keys and values of all positions of the text.
       anchors: the position in the sequence of each block's first token.
       causal: whether a token of a block sees only those before it.
+      limit_own: whether a window limits the block's own tokens, too, and not the context alone.
     """
     batch, count = anchors.shape
     size, kv_heads = q.shape[1] // count, k.shape[1]
@@ -55,14 +56,17 @@ def block_attention(
         index = jnp.arange(width, dtype=jnp.int32)[None, None]
         anchor, start, position = (jnp.repeat(x, size, axis=1)[:, :, None] for x in (anchor, start, position))
         seen = (index >= start) & (index < anchor)
+        of_queries = position + jnp.tile(jnp.arange(size, dtype=jnp.int32), together)[None, :, None]
         if spec.window is not None:
-            ahead = jnp.tile(jnp.arange(size, dtype=jnp.int32), together)
-            seen &= spec.sees(position + ahead[None, :, None], index - start)
+            seen &= spec.sees(of_queries, index - start)
         flat = grouped(queries, kv_heads).reshape(batch, kv_heads, -1, queries.shape[-1])
         before = softmax_part(flat, *context, seen, together * size, spec)
         own = grouped(alone(queries), kv_heads)
         own_k, own_v = (jnp.swapaxes(alone(x), 1, 2) for x in (keys, values))
         mask = jnp.broadcast_to(within[None], (len(own), size, size))
+        if spec.window is not None and limit_own:
+            at = of_queries.reshape(len(own), size)
+            mask &= spec.sees(at[:, :, None], at[:, None])
         inside = softmax_part(own.reshape(len(own), kv_heads, -1, own.shape[-1]), own_k, own_v, mask, size, spec)
         before = tuple(_alone(x, together, size) for x in before)
         result = add_sinks(merge_parts(before, inside), spec)

@@ -11,6 +11,7 @@ import yaml
 
 from eagle_jax.convert.engines import ENGINES
 from eagle_jax.drafts.dflash import DFlashConfig
+from eagle_jax.drafts.eagle.p_eagle import PEagleConfig
 
 LIMIT = 2**31  # steps are counted in int32, and seeds are that wide
 Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
@@ -60,18 +61,19 @@ class DataSettings(Settings):
 class HeadSettings(Settings):
     """The shape of a new head.
 
-    draft_vocab_size: EAGLE-3's vocabulary, the most frequent tokens; None: the target's.
+    draft_vocab_size: the vocabulary of EAGLE-3 and P-EAGLE, the most frequent tokens; None: the target's.
     intermediate_size, num_heads, num_kv_heads, head_dim: None: the target's.
     rope_theta: 10000 as in the official trainer.
-    taps: the target layers whose input EAGLE-3 and DFlash read; None: 2, n // 2 and n - 3 for EAGLE-3, `spaced_taps`
-      for DFlash.
-    num_layers: decoder layers of an EAGLE-3 or DFlash head; DFlash's authors have 5. windows: the sliding window of
-      each, null for full attention.
+    taps: the target layers whose input the head reads; None: `spaced_taps` for DFlash, else 2, n // 2 and n - 3.
+      EAGLE-1 reads none.
+    num_layers: decoder layers of any head but EAGLE-1's; published P-EAGLE heads have 4, DFlash heads 5. windows: the
+      sliding window of each, null for full attention.
     qk_norm: RMSNorm of every query head and key head.
     norm_before_residual: add the layer's output to the normalised hidden state.
     fc_norm, norm_before_fc, norm_output: the norms of EAGLE-3.1, see `DraftConfig`.
     block_size: of DFlash, the tokens of a block, the last one that the target chose included.
-    mask_token_id: of DFlash, a token of the target's that no text has; it stands for every token to predict.
+    num_depths: of P-EAGLE, the tokens that a pass drafts.
+    mask_token_id: of DFlash and P-EAGLE, a token of the target's that no text has; it stands for unknown tokens.
     causal: of DFlash, whether a token of the block sees only those before it, as JetSpec's do.
     """
 
@@ -90,6 +92,7 @@ class HeadSettings(Settings):
     norm_before_fc: bool = False
     norm_output: bool = False
     block_size: Annotated[int, pydantic.Field(ge=2)] = DFlashConfig.block_size
+    num_depths: Annotated[int, pydantic.Field(ge=2)] = PEagleConfig.num_depths
     mask_token_id: pydantic.NonNegativeInt | None = None
     causal: bool = False
 
@@ -103,23 +106,24 @@ class HeadSettings(Settings):
 
     @property
     def parts(self) -> dict[str, Any]:
-        """Returns the settings of the layers and norms of an EAGLE-3 head, as fields of a `DraftConfig`."""
+        """Returns the settings of the layers and norms of an EAGLE-3 or P-EAGLE head, as fields of a `DraftConfig`."""
         names = ("num_layers", "windows", "qk_norm", "norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
         return {name: getattr(self, name) for name in names}
 
 
 class LossSettings(Settings):
-    """The losses; loss/eagle.py and loss/dflash.py define them.
+    """The losses; loss/eagle.py, loss/p_eagle.py and loss/dflash.py define them.
 
     steps: of EAGLE-3's training-time test. Step k weighs step_weights[k]; None: step_decay ** k.
-    alignment: of EAGLE-3, see `eagle3_loss`. divergence: of EAGLE-3 and DFlash.
+    alignment: of EAGLE-3, see `eagle3_loss`. divergence: of any head but EAGLE-1's.
     objective: of a token, of any head. "lk" and "lk_adaptive" train on the probability of acceptance.
     feature_weight: of EAGLE-3's regression to the target's last hidden states. The paper has none (0); with little data
       it teaches faster.
     token_weight: of EAGLE-1's cross-entropy, added to the feature regression.
     noise: add the official uniform noise to EAGLE-1's features.
     anchors: of DFlash, the blocks of a sequence that a step learns. position_decay: mask token k of a block weighs
-      exp(-(k - 1) / position_decay); None: half a block.
+      exp(-(k - 1) / position_decay); None: half a block. Depth d of P-EAGLE weighs exp(-d / position_decay); None: 1.
+    retention: of P-EAGLE: depth d learns max(retention ** d, least_retention) of the positions, drawn at random.
     labels: of DFlash: learn the target's distribution, or the tokens of the data.
     """
 
@@ -134,6 +138,8 @@ class LossSettings(Settings):
     noise: bool = True
     anchors: pydantic.PositiveInt = 32
     position_decay: pydantic.PositiveFloat | None = None
+    retention: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.7
+    least_retention: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.2
     labels: Literal["target", "data"] = "target"
 
     @pydantic.model_validator(mode="after")
@@ -160,11 +166,15 @@ def _of(kinds: tuple[str, ...], section: str, *names: str) -> dict[str, tuple[st
 
 # Settings that only some kinds have; for the others they must keep their defaults.
 KINDS_WITH = {
-    **_of(("eagle3", "dflash"), "head", "num_layers", "windows"),
-    **_of(("eagle3",), "head", "qk_norm", "norm_before_residual", "fc_norm", "norm_before_fc", "norm_output"),
-    **_of(("dflash",), "head", "block_size", "mask_token_id", "causal"),
-    **_of(("dflash",), "loss", "anchors", "position_decay", "labels"),
-    **_of(("eagle3", "eagle1", "target"), "head", "draft_vocab_size"),
+    **_of(("eagle3", "peagle", "dflash"), "head", "num_layers", "windows"),
+    **_of(("eagle3", "peagle"), "head", "qk_norm", "norm_before_residual", "fc_norm", "norm_before_fc", "norm_output"),
+    **_of(("dflash", "peagle"), "head", "mask_token_id"),
+    **_of(("dflash", "peagle"), "loss", "position_decay"),
+    **_of(("dflash",), "head", "block_size", "causal"),
+    **_of(("dflash",), "loss", "anchors", "labels"),
+    **_of(("peagle",), "head", "num_depths"),
+    **_of(("peagle",), "loss", "retention", "least_retention"),
+    **_of(("eagle3", "eagle1", "peagle", "target"), "head", "draft_vocab_size"),
     **_of(("eagle3", "eagle1", "target"), "loss", "steps", "step_decay", "step_weights", "alignment"),
     **_of(("eagle3", "eagle1", "target"), "loss", "feature_weight", "token_weight", "noise"),
 }
@@ -218,7 +228,8 @@ class EvaluationSettings(Settings):
     prompts: number of held-out documents to continue, from their first prompt_tokens tokens or a chat's first question.
       0: decode nothing; then the best model is the one of the least held-out loss.
     new_tokens: tokens decoded per prompt.
-    tree: as --tree: "depth,top_k,num_nodes" or "chain:5". A DFlash head without it has the best 16 nodes of its block.
+    tree: as --tree: "depth,top_k,num_nodes" or "chain:5". Without it a DFlash or P-EAGLE head has the best 16 nodes of
+      a pass.
     loss_batches: number of batches for the held-out loss.
     """
 
@@ -233,7 +244,7 @@ class EvaluationSettings(Settings):
 class TrainSettings(Settings):
     """All settings of a run.
 
-    kind: trains an EAGLE-3 head, an EAGLE-1 head, a DFlash head, or a target by its next-token loss.
+    kind: trains an EAGLE-3, EAGLE-1, P-EAGLE or DFlash head, or a target by its next-token loss.
     target: of a head: a folder or hub id, OWNER/NAME or OWNER/NAME@REVISION.
     model: of kind target: the config.json of random weights, next to which the tokenizer lies.
     start: a model of this kind to continue from, named like a target; None: random weights.
@@ -246,7 +257,7 @@ class TrainSettings(Settings):
     save_dtype, save_format: of the written model; docs/export.md lists the formats.
     """
 
-    kind: Literal["eagle3", "eagle1", "dflash", "target"]
+    kind: Literal["eagle3", "eagle1", "peagle", "dflash", "target"]
     output: str
     target: str | None = None
     model: str | None = None
@@ -287,22 +298,24 @@ class TrainSettings(Settings):
             ours = getattr(self, section)
             if self.kind not in kinds and getattr(ours, field) != type(ours).model_fields[field].default:
                 raise ValueError(f"{name} is for kind {' or '.join(kinds)}, not {self.kind}")
-        if self.kind == "dflash":
-            self._check_block()
+        if self.kind in ("dflash", "peagle"):
+            self._check_mask()
         if self.features is not None and self.kind == "target":
             raise ValueError("features are for heads; a target has none")
         for length in self.data.buckets or (self.data.row_length,):
             self.rows(length)
         return self
 
-    def _check_block(self) -> None:
-        """Requires the mask token of DFlash, and gives its evaluation the best tree of a block."""
+    def _check_mask(self) -> None:
+        """Requires the mask token of a head that drafts in one pass, and gives its evaluation the best tree of it."""
         if self.head.mask_token_id is None:
             raise ValueError(
-                "kind dflash needs head.mask_token_id: the id of a token of the target's vocabulary that no text has"
+                f"kind {self.kind} needs head.mask_token_id: the id of a token of the target's vocabulary that no text "
+                "has"
             )
         if "tree" not in self.evaluation.model_fields_set:
-            tree = {"tree": f"best:{self.head.block_size - 1},16"}
+            deepest = self.head.block_size - 1 if self.kind == "dflash" else self.head.num_depths
+            tree = {"tree": f"best:{deepest},16"}
             object.__setattr__(self, "evaluation", self.evaluation.model_copy(update=tree))
 
     def rows(self, length: int) -> int:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from eagle_jax import Llama, convert
+from eagle_jax import Eagle3Draft, Llama, convert
 from eagle_jax.models.architectures import config_of
 from eagle_jax.models.layers import normed
 from eagle_jax.train.config import DataSettings, TrainSettings
@@ -143,7 +143,7 @@ def test_a_new_head_is_a_layer_of_llama_whatever_its_target():
     settings = settings_of(target="owner/target", head=dict(draft_vocab_size=CONFIG["vocab_size"]))
     config = assemble.head_config(settings, target.config)
     assert config.attention_spec(0).plain and config.activation == "silu" and not config.norm_plus_one
-    head = assemble.new_eagle3(config, jax.random.key(1), target, None, print)
+    head = assemble.new_eagle3(Eagle3Draft, config, jax.random.key(1), target, None, print)
     hidden = jax.random.normal(jax.random.key(2), (3, config.hidden_size))
     np.testing.assert_allclose(head.before_logits(hidden), normed(hidden, target.norm, target.config), atol=1e-5)
     np.testing.assert_array_equal(head.output_weight(target), target.output_weight())

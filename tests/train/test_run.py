@@ -36,9 +36,16 @@ from tests.train.chat_templates import byte_level
 from tests.train.models import VOCAB, write_target
 
 TOTAL, EVERY = 12, 4
-DFLASH: dict[str, Any] = {
-    "head": {"mask_token_id": 7, "block_size": 5, "num_layers": 2, "windows": [6, None]},
-    "loss": {"anchors": 64, "labels": "data", "position_decay": 8},
+ONE_PASS: dict[str, dict[str, Any]] = {
+    "dflash": {
+        "head": {"mask_token_id": 7, "block_size": 5, "num_layers": 2, "windows": [6, None]},
+        "loss": {"anchors": 64, "labels": "data", "position_decay": 8},
+    },
+    "peagle": {
+        "head": {"mask_token_id": 7, "num_depths": 4, "num_layers": 2, "windows": [6, None], "qk_norm": True},
+        "loss": {"objective": "lk_adaptive", "least_retention": 0.5},
+        "save_format": "speculators",
+    },
 }
 
 
@@ -248,13 +255,12 @@ def test_a_head_of_many_parts_is_trained_saved_and_read(folder):
     assert all((array != 1).all() for array in norms.values())  # they began as ones
 
 
-@pytest.mark.parametrize("kind", ["eagle1", "dflash", "target"])
+@pytest.mark.parametrize("kind", ["eagle1", "peagle", "dflash", "target"])
 def test_other_kinds_are_resumed_bit_for_bit(folder, kind):
     changes: dict[str, Any] = {"kind": kind, "head": {}, "accumulation": 2}
     if kind == "target":
         changes |= {"target": None, "model": str(folder / "target" / "config.json")}
-    if kind == "dflash":
-        changes |= DFLASH
+    changes |= ONE_PASS.get(kind, {})
     straight, halves = settings_of(folder, f"{kind}-a", **changes), settings_of(folder, f"{kind}-b", **changes)
     assert train(straight, quiet) == 0
     assert train(halves.model_copy(update={"steps": 7}), quiet) == 0
@@ -264,13 +270,14 @@ def test_other_kinds_are_resumed_bit_for_bit(folder, kind):
     assert losses[-1] < losses[0]
 
 
-# EAGLE-1 learns no later step; DFlash gets as many tokens a cycle as its block has.
+# EAGLE-1 learns no later step; the others get as many tokens a cycle as they learned depths, and the target's own.
 @pytest.mark.parametrize(
-    ("kind", "depth"), [("eagle3", 3), ("eagle1", 1), pytest.param("dflash", 4, marks=pytest.mark.slow)]
+    ("kind", "depth"),
+    [("eagle3", 3), ("eagle1", 1), *(pytest.param(kind, 4, marks=pytest.mark.slow) for kind in ONE_PASS)],
 )
 def test_a_head_that_knows_a_text_by_heart_has_every_draft_accepted(folder, kind, depth):
     data = {"train": [str(folder / "train.jsonl")], "held_out": [str(folder / "train.jsonl")], "row_length": 64}
-    own = DFLASH if kind == "dflash" else {"head": {}, "loss": {"steps": 3, "noise": False, "token_weight": 1.0}}
+    own = ONE_PASS.get(kind, {"head": {}, "loss": {"steps": 3, "noise": False, "token_weight": 1.0}})
     settings = settings_of(
         folder,
         f"{kind}-overfit",

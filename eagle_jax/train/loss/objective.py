@@ -82,7 +82,7 @@ class Eagle3Objective:
                 f"a regression of features needs a head as wide as its target, {target.config.hidden_size}, not "
                 f"{model.config.hidden_size}: set loss.feature_weight to 0"
             )
-        return _examples(model, target, batch, self.chunk, documents=self.alignment != "official")
+        return examples(model, target, batch, self.chunk, documents=self.alignment != "official")
 
     def counts(self, prepared):
         learned, weights = eagle.eagle3_weights(prepared, len(self.weights), self.alignment)
@@ -128,7 +128,7 @@ class Eagle1Objective:
         eagle.check_token_loss(self.token_loss)
 
     def prepare(self, model, target, batch):
-        return _examples(model, target, batch, self.chunk)
+        return examples(model, target, batch, self.chunk)
 
     def counts(self, prepared):
         return eagle.eagle1_weights(prepared).sum()
@@ -182,7 +182,7 @@ class TargetObjective:
         return sums.loss / total, {"loss": sums.loss / total, "accuracy": sums.match / total}
 
 
-def _examples(model, target, batch, chunk, documents=True):
+def examples(model, target, batch, chunk, documents=True):
     """Runs the target over a batch, or takes its precomputed features."""
     packed = batch.get("documents") if documents else None
     if "features" not in batch:

@@ -23,6 +23,7 @@ from eagle_jax.drafts.dflash import DFlash, DFlashConfig, spaced_taps
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
+from eagle_jax.drafts.eagle.p_eagle import PEagle, PEagleConfig
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.drafts.registry import CLASSES
 from eagle_jax.files import checksums
@@ -40,6 +41,7 @@ from eagle_jax.train.data.records import ReadReport, read_records
 from eagle_jax.train.data.rendering import read_template
 from eagle_jax.train.loss.dflash import DFlashObjective
 from eagle_jax.train.loss.objective import Eagle1Objective, Eagle3Objective, Objective, TargetObjective
+from eagle_jax.train.loss.p_eagle import PEagleObjective
 from eagle_jax.train.loss.vocabulary import CHUNK
 from eagle_jax.train.report import Say
 from eagle_jax.train.run import processes, resume
@@ -87,9 +89,9 @@ def source(settings: TrainSettings) -> DataSource:
 def predicted_by(settings: TrainSettings) -> slice:
     """Returns the positions of a document whose loss mask counts in the loss.
 
-    A target predicts all tokens except the first. EAGLE-3 reads a feature and the token after it, and predicts the
-    next token; its official alignment applies the mask of the input position instead. EAGLE-1 regresses the feature
-    after each position. DFlash predicts after an anchor, and reads a feature before it.
+    A target predicts all tokens except the first. EAGLE-3 and P-EAGLE read a feature and the token after it, and
+    predict the next token; EAGLE-3's official alignment applies the mask of the input position instead. EAGLE-1
+    regresses the feature after each position. DFlash predicts after an anchor, and reads a feature before it.
     """
     return training_of(settings).predicted(settings.loss)
 
@@ -215,18 +217,22 @@ def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None,
     return new_head(head_config(settings, origin.config), key, target, train, say)
 
 
-def new_eagle3(config: DraftConfig, key: jax.Array, target: Llama, train: Dataset, say: Say) -> Eagle3Draft:
-    """Initialises a head with the target's final norm and its output rows of the draft vocabulary.
+def new_eagle3(
+    draft: type[Eagle3Draft], config: DraftConfig, key: jax.Array, target: Llama, train: Dataset, say: Say
+) -> Eagle3Draft:
+    """Initialises an EAGLE-3 or P-EAGLE head with the target's final norm and its output rows of the draft vocabulary.
 
-    Only the layer before them starts from random weights.
+    Only the layers before them start from random weights, and P-EAGLE's `mask_hidden` from N(0, 1), as published.
     """
     taps = 3 if config.taps is None else len(config.taps)
-    head = Eagle3Draft(config, taps, key)
+    head = draft(config, taps, key)
     output, made = target.output_weight(), params.flatten(head)
     if head.target_ids is not None:
         ids, coverage = frequent_tokens(train, config.vocab_size, config.draft_vocab_size)
         say(f"draft vocabulary: {len(ids)} of {config.vocab_size} tokens, {coverage:.2%} of the tokens to learn")
         output, made["target_ids"] = output[ids], jnp.asarray(ids)
+    if isinstance(head, PEagle):
+        made["mask_hidden"] = jax.random.normal(jax.random.fold_in(key, 1), head.mask_hidden.shape)
     made |= {"norm": _last_norm(target), "lm_head": output.astype(jnp.float32)}
     return params.load(head, made)
 
@@ -285,15 +291,35 @@ def eagle3_config(layer: dict[str, Any], head: HeadSettings, target: LlamaConfig
     return DraftConfig(**layer | own | head.parts)
 
 
+def p_eagle_config(layer: dict[str, Any], head: HeadSettings, target: LlamaConfig) -> PEagleConfig:
+    """Adds to the fields of an EAGLE-3 head what a P-EAGLE head has.
+
+    Raises:
+      ValueError: for a mask token that the target does not have.
+    """
+    own = {"mask_token_id": mask_token(head, target), "num_depths": head.num_depths}
+    return PEagleConfig(**vars(eagle3_config(layer, head, target)) | own)
+
+
+def mask_token(head: HeadSettings, target: LlamaConfig) -> int:
+    """Returns the token that stands for unknown ones.
+
+    Raises:
+      ValueError: if the target does not have it.
+    """
+    mask = head.mask_token_id
+    if mask is None or mask >= target.vocab_size:
+        raise ValueError(f"head.mask_token_id {mask} is no token of the target's: it has {target.vocab_size}")
+    return mask
+
+
 def dflash_config(layer: dict[str, Any], head: HeadSettings, target: LlamaConfig) -> DFlashConfig:
     """Adds to the fields of its layers, which are Qwen3's, what a DFlash head has.
 
     Raises:
       ValueError: naming the setting that does not fit the target.
     """
-    mask, layers = head.mask_token_id, target.num_layers
-    if mask is None or mask >= target.vocab_size:
-        raise ValueError(f"head.mask_token_id {mask} is no token of the target's: it has {target.vocab_size}")
+    mask, layers = mask_token(head, target), target.num_layers
     taps = head.taps or spaced_taps(layers, head.num_layers)
     if min(taps) < 1 or max(taps) > layers:
         raise ValueError(
@@ -381,8 +407,16 @@ TRAINED: dict[str, Training | None] = {
         objective=lambda loss, dtype, chunk: Eagle3Objective(
             loss.weights, loss.alignment, loss.divergence, loss.feature_weight, dtype, chunk, loss.objective
         ),
-        new_head=new_eagle3,
+        new_head=functools.partial(new_eagle3, Eagle3Draft),
         head_config=eagle3_config,
+    ),
+    "peagle": Training(
+        predicted=lambda loss: slice(2, None),
+        objective=lambda loss, dtype, chunk: PEagleObjective(
+            loss.retention, loss.least_retention, loss.position_decay, loss.divergence, dtype, chunk, loss.objective
+        ),
+        new_head=functools.partial(new_eagle3, PEagle),
+        head_config=p_eagle_config,
     ),
     "dflash": Training(
         predicted=lambda loss: slice(2, None),
@@ -393,7 +427,6 @@ TRAINED: dict[str, Training | None] = {
         head_config=dflash_config,
     ),
     "dspark": None,
-    "peagle": None,
     "medusa": None,
     "llama": None,
 }

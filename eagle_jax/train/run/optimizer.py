@@ -58,7 +58,7 @@ def optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransfor
 def _matrices(masters: Arrays) -> dict[str, Any]:
     """Returns how Muon sees the layers' matrices, [out, in] or [heads, head dim, in]; None: Adam's part."""
     dims = {2: optax.contrib.MuonDimensionNumbers((1,), (0,)), 3: optax.contrib.MuonDimensionNumbers((2,), (0, 1))}
-    outside = ("embed", "lm_head")
+    outside = ("embed", "lm_head", "mask_hidden")
 
     def of(path: str, array: Any) -> Any:  # Muon also calls this with masked leaves, which have no ndim
         return None if path in outside or "bias" in path else dims.get(getattr(array, "ndim", 0))

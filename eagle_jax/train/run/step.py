@@ -18,14 +18,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from eagle_jax.drafts.dflash import DFlash
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
+from eagle_jax.drafts.eagle.p_eagle import PEagle
 from eagle_jax.models import params
 from eagle_jax.models.target import Target
 from eagle_jax.sharding import path_sharding
 from eagle_jax.train.loss.dflash import DFlashObjective
 from eagle_jax.train.loss.objective import Batch, Eagle1Objective, Eagle3Objective, Metrics, Objective, drawn
+from eagle_jax.train.loss.p_eagle import PEagleObjective
 
 Arrays = dict[str, jax.Array]
-Head = TypeVar("Head", Eagle1Draft, Eagle3Draft, DFlash)
+Head = TypeVar("Head", Eagle1Draft, Eagle3Draft, PEagle, DFlash)
 FROZEN = ("embed", "target_ids")  # of a head: the target's embedding, and the ids of the draft vocabulary
 
 
@@ -118,7 +120,7 @@ def optimizer_state(
     """Returns the state that `optimizer_step` starts from: float32 copies of the head's weights, and the optimizer's.
 
     Args:
-      seed: of the noise that EAGLE-1's objective adds to the features, and of the blocks that DFlash's draws.
+      seed: of the noise that EAGLE-1's objective adds to the features, and of what DFlash's and P-EAGLE's draw.
     """
     masters, _ = split(draft, FROZEN)
     return initial_state(jax.tree.map(jnp.copy, masters), optimizer, seed)
@@ -133,7 +135,7 @@ def optimizer_step(
     loss_mask: jax.Array,
     *,
     optimizer: optax.GradientTransformation,
-    objective: Eagle1Objective | Eagle3Objective | DFlashObjective,
+    objective: Eagle1Objective | Eagle3Objective | PEagleObjective | DFlashObjective,
     documents: jax.Array | None = None,
     micro_batches: int = 1,
 ) -> tuple[Head, TrainState, Metrics]:
@@ -144,13 +146,13 @@ def optimizer_step(
         step = jax.jit(optimizer_step, static_argnames=("optimizer", "objective"), donate_argnames="state")
 
     Args:
-      draft: an EAGLE-3 head, one of EAGLE-1 and EAGLE-2, or of DFlash. Its embedding and its vocabulary stay.
+      draft: a head of EAGLE-3, of EAGLE-1 and EAGLE-2, of P-EAGLE or of DFlash. Its embedding and vocabulary stay.
       state: see `optimizer_state`. It holds the float32 master weights, of which the returned head is a copy in the
         dtypes of `draft`; so steps smaller than bfloat16's rounding add up.
       tokens: [B, S] right-padded. lengths: [B].
       loss_mask: [B, S], 1 for the tokens to learn, 0 for the others, such as those of a prompt.
-      objective: the loss: `Eagle3Objective()`, `Eagle1Objective()` or `DFlashObjective()`. Its dtype None means that of
-        `draft`.
+      objective: the loss: `Eagle3Objective()`, `Eagle1Objective()`, `PEagleObjective()` or `DFlashObjective()`. Its
+        dtype None means that of `draft`.
       documents: [B, S], a number for each document where a sequence packs several; None: one.
       micro_batches: number of gradient-accumulation steps, which divides B; affects rounding only.
     Returns:
