@@ -13,6 +13,7 @@ import eagle_jax
 from eagle_jax.train import eagle1_loss, eagle3_loss
 from eagle_jax.train.loss.dflash import DFlashObjective
 from eagle_jax.train.loss.objective import TargetObjective
+from eagle_jax.train.loss.p_eagle import PEagleObjective
 from tests.drafts.kinds import KINDS
 from tests.toy import TREE, random_eagle1, small_case
 
@@ -34,9 +35,8 @@ def target_loss(model):
     return objective.sums(model, None, prepared, objective.counts(prepared), jax.random.key(0))[0]
 
 
-def dflash_loss(draft):
-    batch = dict(zip(("tokens", "lengths", "loss_mask"), IN_TRAINING, strict=True))
-    objective, key = DFlashObjective(anchors=2), jax.random.key(0)
+def drawn_loss(objective, draft):
+    batch, key = dict(zip(("tokens", "lengths", "loss_mask"), IN_TRAINING, strict=True)), jax.random.key(0)
     prepared = objective.draw(draft, objective.prepare(draft, TARGET, batch), key)
     return objective.sums(draft, TARGET, prepared, objective.counts(prepared), key)[0]
 
@@ -46,6 +46,12 @@ def trained(loss, draft):
     return jax.grad(
         lambda draft: sum(value.sum() for value in loss(draft, TARGET, *IN_TRAINING)), allow_int=True
     ), draft
+
+
+def trained_by(objective, kind):
+    """The gradient of what an objective draws."""
+    draft = KINDS[kind].build(TARGET.config, 1, 1.0)
+    return jax.grad(functools.partial(drawn_loss, objective), allow_int=True), draft
 
 
 DECODING = functools.partial(eagle_jax.generate, tree=TREE, max_new_tokens=4), TARGET, EAGLE3, TOKENS, LENGTHS
@@ -67,9 +73,14 @@ PROGRAMS = {
         ["target/layers.2", "eagle1_loss/layer"],
     ),
     "dflash_loss": (
-        (jax.grad(dflash_loss), KINDS["dflash"].build(TARGET.config, 1, 1.0)),
+        trained_by(DFlashObjective(anchors=2), "dflash"),
         ["dflash_loss/embed", "dflash_loss/fc", "vocabulary_loss"],
         ["target/layers.1"],
+    ),
+    "p_eagle_loss": (
+        trained_by(PEagleObjective(least_retention=0.7), "p-eagle"),
+        ["p_eagle_loss/embed", "p_eagle_loss/fc", "vocabulary_loss", "attention/causal"],
+        ["target/layers.1", "p_eagle_loss/layer"],
     ),
     "target_loss": (
         (jax.grad(target_loss), TARGET),

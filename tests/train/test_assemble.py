@@ -89,17 +89,41 @@ def test_the_settings_of_a_dflash_head_are_its_config(folder):
         evaluate.check_depth(deep, tree_named("chain:6"), "chain:6")
 
 
+def test_the_settings_of_a_p_eagle_head_are_its_config_and_its_loss(folder):
+    head = {"num_layers": 2, "windows": [8, None], "qk_norm": True, "fc_norm": True, "taps": [0, 1]}
+    head |= {"draft_vocab_size": 9, "mask_token_id": 9, "num_depths": 5}
+    loss = {"retention": 0.5, "least_retention": 0.25, "position_decay": 3.0, "objective": "lk"}
+    settings = settings_of(kind="peagle", target=str(folder), head=head, loss=loss)
+    assert settings.evaluation.tree == "best:5,16"
+    config = assemble.head_config(settings, assemble.source(settings).config)
+    assert {name: getattr(config, name) for name in head} == head | {"windows": (8, None), "taps": (0, 1)}
+    objective = assemble.objective_of(settings)
+    assert {name: getattr(objective, name) for name in loss if name != "objective"} | {
+        "objective": objective.token_loss
+    } == loss
+    large = settings_of(kind="peagle", target=str(folder), head=head | {"mask_token_id": CONFIG["vocab_size"]})
+    with pytest.raises(ValueError, match=r"head.mask_token_id 352 is no token of the target's"):
+        assemble.head_config(large, assemble.source(settings).config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head": {"windows": [8]}, "kind": "eagle1"}, "head.windows is for kind eagle3 or dflash, not eagle1"),
+        (
+            {"head": {"windows": [8]}, "kind": "eagle1"},
+            "head.windows is for kind eagle3 or peagle or dflash, not eagle1",
+        ),
         ({"head": {"num_layers": 2, "windows": [8]}}, "windows has 1 entries for 2 layers"),
         ({"head": {"fc_norm": True, "norm_before_fc": True}}, "fc_norm and norm_before_fc exclude each other"),
         ({"head": {"causal": True}}, "head.causal is for kind dflash, not eagle3"),
         ({"loss": {"anchors": 8}, "kind": "eagle1"}, "loss.anchors is for kind dflash, not eagle1"),
         ({"loss": {"steps": 3}, "kind": "dflash"}, "loss.steps is for kind eagle3 or eagle1 or target, not dflash"),
-        ({"head": {"qk_norm": True}, "kind": "dflash"}, "head.qk_norm is for kind eagle3, not dflash"),
+        ({"loss": {"steps": 3}, "kind": "peagle"}, "loss.steps is for kind eagle3 or eagle1 or target, not peagle"),
+        ({"loss": {"retention": 0.5}}, "loss.retention is for kind peagle, not eagle3"),
+        ({"head": {"num_depths": 4}}, "head.num_depths is for kind peagle, not eagle3"),
+        ({"head": {"qk_norm": True}, "kind": "dflash"}, "head.qk_norm is for kind eagle3 or peagle, not dflash"),
         ({"kind": "dflash"}, "kind dflash needs head.mask_token_id"),
+        ({"kind": "peagle"}, "kind peagle needs head.mask_token_id"),
         (
             {"loss": {"labels": "data", "divergence": "kl"}, "kind": "dflash"},
             "labels data are learned by cross-entropy",

@@ -190,7 +190,7 @@ def test_settings_are_read_with_overrides(tmp_path):
         ("optimizer.lerning_rate=1", "optimizer.lerning_rate: no such setting"),
         ("nonsense=1", "nonsense: no such setting"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate: .*number"),
-        ("kind=eagle2", "kind: .*'eagle3', 'eagle1', 'dflash' or 'target'"),
+        ("kind=eagle2", "kind: .*'eagle3', 'eagle1', 'peagle', 'dflash' or 'target'"),
         ("epochs=1", "steps or epochs"),
         ("kind=target", "kind target needs model"),
         ("loss.alignment=official", "set data.packing: false"),

@@ -23,9 +23,9 @@ SHARES = shares(DEPTHS, 0.8, 0.6)  # 0.8, 0.64, 0.6
 
 
 def head(**changes):
-    """Two layers, q and k with norms, two thirds of the vocabulary, and a window shorter than a chain."""
+    """Two layers with windows shorter than a chain, q and k with norms, two thirds of the vocabulary."""
     draft = KINDS["p-eagle"].build(CONFIG, 1, 6.0)
-    draft.config = dataclasses.replace(draft.config, windows=(2, None), **changes)
+    draft.config = dataclasses.replace(draft.config, windows=(2, 2), **changes)
     return draft
 
 
@@ -36,7 +36,7 @@ def made():
 
 @jax.jit
 def decoded(target, draft, made, start, pairs):
-    """Logits of all depths after the first `pairs` pairs of the document of the first sequence that begins at `start`."""
+    """Logits of all depths after `pairs` pairs of a document of the first sequence, which begins at `start`."""
     features = jax.lax.dynamic_slice_in_dim(made.features[:1], start, 9, axis=1)
     following = jax.lax.dynamic_slice_in_dim(jnp.pad(made.tokens[:1], [(0, 0), (0, 1)]), start + 1, 9, axis=1)
     output = TargetOutput(features[:, :, : CONFIG.hidden_size], features)
@@ -68,7 +68,7 @@ def test_a_pass_has_no_more_rows_than_the_shares_say():
     assert groups(10, shares(4, 0.7, 0.0)) == [Group(0, 3, 3), Group(3, 1, 2), Group(4, 3, 1)]
     assert shares(5, 0.5, 0.2) == (0.5, 0.25, 0.2, 0.2)
     of = groups(2048, shares(8, 0.7, 0.2))
-    assert sum(group.count * group.length for group in of) == 1433 + 1003 + 702 + 491 + 3 * 409
+    assert sum(group.chains * group.length for group in of) == 1433 + 1003 + 702 + 491 + 3 * 409
     assert groups(10, shares(3, 1.0, 0.0)) == [Group(0, 10, 2)]
 
 

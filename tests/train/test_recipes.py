@@ -28,10 +28,10 @@ def script(name: str, recipe: Path = RECIPE):
     return module
 
 
-@pytest.mark.parametrize("name", ["target", "ends", "eagle3", "eagle31", "eagle1", "dflash"])
+@pytest.mark.parametrize("name", ["target", "ends", "eagle3", "eagle31", "eagle1", "dflash", "p_eagle"])
 def test_settings(name):
     settings = read_settings(RECIPE / f"{name}.yaml")
-    assert settings.kind == {"ends": "target", "eagle31": "eagle3"}.get(name, name)
+    assert settings.kind == {"ends": "target", "eagle31": "eagle3", "p_eagle": "peagle"}.get(name, name)
     assert subprocess.run(["sh", "-n", str(RECIPE / "make.sh")], check=False).returncode == 0
 
 
@@ -46,11 +46,12 @@ def test_heads_have_the_same_budget(recipe: Path):
     """The same updates from the same tokens, at a learning rate of its own: at EAGLE-3's first one EAGLE-1 diverged."""
     heads = [read_settings(recipe / f"{name}.yaml") for name in ("eagle3", "eagle1", "dflash")]
     assert [s.kind for s in heads] == ["eagle3", "eagle1", "dflash"]
+    heads += [read_settings(path) for path in [recipe / "p_eagle.yaml"] if recipe == RECIPE]
     assert subprocess.run(["sh", "-n", str(recipe / "make.sh")], check=False).returncode == 0
     same = [(s.steps, s.epochs, s.batch_tokens, s.data, s.target, s.seed) for s in heads]
-    assert same[0] == same[1] == same[2]
+    assert all(other == same[0] for other in same)
     optimizers = [s.optimizer.model_copy(update={"learning_rate": 1.0}) for s in heads]
-    assert optimizers[0] == optimizers[1] == optimizers[2]
+    assert all(other == optimizers[0] for other in optimizers)
 
 
 def test_eagle31_differs_from_eagle3_by_its_norms_alone():

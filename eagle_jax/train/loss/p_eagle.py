@@ -49,7 +49,7 @@ class Group(NamedTuple):
     """Chains of one length: the first one's index, the number of chains, and the mask rows of each."""
 
     first: int
-    count: int
+    chains: int
     length: int
 
 
@@ -72,10 +72,10 @@ def groups(width: int, shares: tuple[float, ...]) -> list[Group]:
 
 
 def _by_chain(of_group: Group, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the start and the depth of every mask row of a group, [B, count * length] and [count * length]."""
-    own = starts[:, of_group.first : of_group.first + of_group.count]
+    """Returns the start and the depth of every mask row of a group, [B, chains * length] and [chains * length]."""
+    own = starts[:, of_group.first : of_group.first + of_group.chains]
     depths = jnp.arange(1, of_group.length + 1, dtype=jnp.int32)
-    return jnp.repeat(own, of_group.length, axis=1), jnp.tile(depths, of_group.count)
+    return jnp.repeat(own, of_group.length, axis=1), jnp.tile(depths, of_group.chains)
 
 
 def rows_of(starts: jax.Array, width: int, of: list[Group]) -> tuple[jax.Array, jax.Array]:
@@ -96,7 +96,7 @@ def choose_chains(
     row = jnp.arange(width, dtype=jnp.int32)[None]
     usable = (learned[:, 2 : width + 2] > 0) & (row + 2 < made.text.end)
     order = jnp.where(usable, jax.random.uniform(key, usable.shape), -1)
-    count = sum(group.count for group in of)
+    count = sum(group.chains for group in of)
     starts = jax.lax.top_k(order, count)[1].astype(jnp.int32)
     pairs, depths = rows_of(starts, width, of)
     predicted = pairs + 2 + depths
@@ -104,7 +104,7 @@ def choose_chains(
     inside = predicted < jnp.take_along_axis(made.text.end, pairs, axis=1)
     # Of N usable pairs, floor(N share) go as deep as this row: those that were drawn before the others.
     kept = jnp.floor(usable.sum(axis=1, keepdims=True) * jnp.asarray((1.0, *shares), jnp.float32)[depths])
-    drawn = [jnp.repeat(group.first + jnp.arange(group.count, dtype=jnp.int32), group.length) for group in of]
+    drawn = [jnp.repeat(group.first + jnp.arange(group.chains, dtype=jnp.int32), group.length) for group in of]
     rank = jnp.concatenate([jnp.zeros(width, jnp.int32), *drawn])[None]
     falling = 1.0 if decay is None else jnp.exp(-depths / decay)
     return Chains(starts, wanted * inside * (rank < kept) * falling)
@@ -145,8 +145,8 @@ def row_outputs(
         context = k[:, :, :width], v[:, :, :width]
         mixed, start = [causal(q[:, :width], *context, text, spec)], width
         for group in of:
-            rows = slice(start, start + group.count * group.length)
-            own = anchors[:, group.first : group.first + group.count]
+            rows = slice(start, start + group.chains * group.length)
+            own = anchors[:, group.first : group.first + group.chains]
             blocks = q[:, rows], k[:, :, rows], v[:, :, rows]
             mixed.append(block_attention(*blocks, context, own, text, spec, causal=True, limit_own=True))
             start = rows.stop
