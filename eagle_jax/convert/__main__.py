@@ -75,6 +75,18 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         help="a list of target ids, freq_32768.pt or JSON: an EAGLE-1 head drafts these tokens alone (FR-Spec)",
     )
     group.add_argument(
+        "--num-depths",
+        type=int,
+        metavar="N",
+        help="how many tokens a P-EAGLE head drafts in a pass: the depth that it was trained for",
+    )
+    group.add_argument(
+        "--mask-token",
+        type=int,
+        metavar="ID",
+        help="the token that stands for one to predict, of a head that drafts several in a pass",
+    )
+    group.add_argument(
         "--ignore-field",
         action="append",
         default=[],
@@ -95,7 +107,14 @@ def head_choices(args: argparse.Namespace) -> HeadChoices:
         name: None if getattr(args, name) is None else getattr(args, name) == "true"
         for name in ("norm_output", "norm_before_residual")
     }
-    return HeadChoices(taps=taps, ignored=tuple(args.ignore_field), token_map=args.token_map, **flags)
+    return HeadChoices(
+        taps=taps,
+        ignored=tuple(args.ignore_field),
+        token_map=args.token_map,
+        num_depths=args.num_depths,
+        mask_token=args.mask_token,
+        **flags,
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from eagle_jax.convert import HeadChoices, convert, from_pretrained, load
+from eagle_jax.convert import HeadChoices, convert, from_pretrained, load, to_official
 from eagle_jax.convert.__main__ import main
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.models.config import ConfigError
 from tests.convert import folders
 from tests.convert.folders import CONFIG, HEAD_CONFIG
+from tests.convert.heads import peagle
 from tests.convert.reading import EAGLE1_CONFIG, MAY_BE_EITHER, OUTPUTS, SPECULATORS, TAPS, read, taps
 
 # Ids of tapped layers: the config's fields, the layers of the target, the layers whose input is read, and why.
@@ -70,6 +71,28 @@ def test_choices_settle_what_is_open():
     for head in (folders.eagle1_arrays(), folders.llama_arrays(1), folders.medusa_arrays()):
         with pytest.raises(ConfigError, match="is no EAGLE-3 head"):
             read(EAGLE1_CONFIG, head, HeadChoices(taps="inputs"))
+
+
+def test_what_a_p_eagle_file_lacks_is_asked_for():
+    arrays = to_official(peagle(own_embedding=True))
+    config = HEAD_CONFIG | {"num_hidden_layers": 2, "head_dim": 4, "pard_token": 11, "num_depths": 6}
+    stated = read(config, arrays)
+    for field, choices, option in (
+        ("num_depths", HeadChoices(num_depths=6), "--num-depths"),
+        ("pard_token", HeadChoices(mask_token=11), "--mask-token"),
+    ):
+        lacking = {name: value for name, value in config.items() if name != field}
+        with pytest.raises(ConfigError, match=rf"is missing.*the head's training.*{option}"):
+            read(lacking, arrays)
+        match = read(lacking, arrays, choices)
+        assert match.model.config == stated.model.config and "as chosen" in match.reading.reasons.values()
+    with pytest.raises(ConfigError, match="pard_token = 11 and mask_token_id = 12 contradict"):
+        read(config, arrays, HeadChoices(mask_token=12))
+    with pytest.raises(ConfigError, match="is no P-EAGLE head"):
+        read(HEAD_CONFIG, folders.eagle3_arrays(), HeadChoices(num_depths=6))
+    for bad in ({"num_depths": 0}, {"mask_token": -1}, {"num_depths": True}):
+        with pytest.raises(ValueError, match="must be an integer of at least"):
+            HeadChoices(**bad)
 
 
 @pytest.mark.parametrize("bad", ["input", (), (1, -1), (1.5,), [1, 2]])

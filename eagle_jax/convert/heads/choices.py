@@ -15,6 +15,8 @@ class HeadChoices:
     norm_output: whether the next drafting step reads the hidden state after the final norm.
     norm_before_residual: whether the residual is the normalised hidden state.
     token_map: a file that lists the tokens which an EAGLE-1 head drafts (FR-Spec), by their target ids.
+    num_depths: the tokens that a P-EAGLE head drafts in a pass, the depth that it was trained for.
+    mask_token: the id of the token that stands for one to predict, of a head that drafts several tokens in a pass.
     ignored: unknown fields of its config.json that do not change what the head computes.
     """
 
@@ -23,11 +25,17 @@ class HeadChoices:
     norm_before_residual: bool | None = None
     ignored: tuple[str, ...] = ()
     token_map: str | None = None
+    num_depths: int | None = None
+    mask_token: int | None = None
 
     def __post_init__(self) -> None:
         listed = isinstance(self.taps, tuple) and all(type(layer) is int and layer >= 0 for layer in self.taps)
         if self.taps not in (None, "inputs", "outputs") and not (listed and self.taps):
             raise ValueError(f"taps must be 'inputs', 'outputs' or a tuple of layer indices, not {self.taps!r}")
+        for name, least in (("num_depths", 1), ("mask_token", 0)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)

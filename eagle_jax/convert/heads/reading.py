@@ -16,11 +16,13 @@ from eagle_jax.convert.heads.taps import OUR_NORM_OUTPUT, OUR_TAPS, OUTPUT_IDS, 
 from eagle_jax.convert.read import Checkpoint
 from eagle_jax.drafts.eagle import flat_config
 from eagle_jax.drafts.eagle.config import tap_layers
-from eagle_jax.drafts.eagle.flat_config import PLACES, TAPS
+from eagle_jax.drafts.eagle.flat_config import PLACES, SPELLINGS_OF_KIND, TAPS
+from eagle_jax.drafts.eagle.p_eagle import speculative_tokens
 from eagle_jax.models.fields import ConfigError, says_something
 
 NORM_OUTPUT, NORM_BEFORE_RESIDUAL, LAYERS = "norm_output", "norm_before_residual", "num_hidden_layers"
 DRAFT_VOCABULARY = "draft_vocab_size"
+NUM_DEPTHS, MASK_TOKEN = "num_depths", "mask_token_id"
 # Norms of an EAGLE-1 head, by fields of a DraftConfig: their tensors.
 NORMS = {
     "input_norms": (names.EAGLE1["embed_norm"], names.EAGLE1["hidden_norm"]),
@@ -60,6 +62,11 @@ def read_head(
         raise ConfigError(f"{checkpoint.folder}: is no EAGLE-3 head; only those have taps, and norms to choose")
     if not eagle1 and choices.token_map is not None:
         raise ConfigError(f"{checkpoint.folder}: is no EAGLE-1 head; only those take a token_map")
+    peagle = names.peagle_table(official) is not None
+    if not peagle and (choices.num_depths, choices.mask_token) != (None, None):
+        raise ConfigError(
+            f"{checkpoint.folder}: is no P-EAGLE head; only those have num_depths and a mask_token to choose"
+        )
     if not eagle3 and not eagle1:
         return checkpoint, None
     translated = tensors.official_tensors(checkpoint, dialect)
@@ -73,6 +80,7 @@ def read_head(
         },
         **_one_layer(hf, dialect, official),
         **_layer(hf, dialect),
+        **(_depths(hf, where, choices) if peagle else {}),
         **(
             _flags(hf, dialect, where, choices) | _taps(hf, dialect, where, choices, num_layers)
             if eagle3
@@ -222,6 +230,31 @@ def _flags(hf: Mapping[str, Any], dialect: HeadDialect, where: str, choices: Hea
     return found
 
 
+def _depths(hf: Mapping[str, Any], where: str, choices: HeadChoices) -> dict[str, tuple[Any, str]]:
+    """Settles the number of depths and the mask token of a P-EAGLE head, where its config.json does not state them."""
+    masks = [name for name, field in SPELLINGS_OF_KIND["peagle"].items() if field == MASK_TOKEN]
+    tokens = [tokens for tokens in speculative_tokens(hf).values() if tokens is not None]
+    found: dict[str, tuple[Any, str]] = {}
+    for name, stated, chosen, option, what in (
+        (NUM_DEPTHS, _stated(hf, NUM_DEPTHS) + tokens, choices.num_depths, NUM_DEPTHS, "how many tokens a pass drafts"),
+        (
+            MASK_TOKEN,
+            _stated(hf, MASK_TOKEN, *masks),
+            choices.mask_token,
+            "mask_token",
+            "which token stands for one to predict",
+        ),
+    ):
+        if chosen is not None:
+            found[name] = chosen, "as chosen"
+        elif not stated:
+            raise ConfigError(
+                f"{where}: {name} is missing, {what}; take it from the configuration of the head's training. Choose it "
+                f"with HeadChoices({option}=...) (eagle-jax convert --{option.replace('_', '-')})"
+            )
+    return found
+
+
 def leaves_open(hf: Mapping[str, Any], dialect: HeadDialect, choices: HeadChoices) -> set[str]:
     """Returns which of norm_output and norm_before_residual has two meanings in an EAGLE-3 head's config.json."""
     found = {name for name in dialect.required if getattr(choices, name) is None and not _stated(hf, name)}
@@ -230,9 +263,9 @@ def leaves_open(hf: Mapping[str, Any], dialect: HeadDialect, choices: HeadChoice
     return found
 
 
-def _stated(hf: Mapping[str, Any], name: str) -> list[Any]:
-    """Returns the values of a field at all places."""
-    return [fields[name] for _, fields in _places(hf) if fields.get(name) is not None]
+def _stated(hf: Mapping[str, Any], *spellings: str) -> list[Any]:
+    """Returns the values of a field at all places, under any of its names."""
+    return [fields[name] for _, fields in _places(hf) for name in spellings if fields.get(name) is not None]
 
 
 def _taps(

@@ -70,12 +70,12 @@ class PEagleConfig(DraftConfig):
                 f"{where}: mask_token_id (pard_token, ptd_token_id) must be a token id below {fields['vocab_size']}, "
                 f"got {mask!r}; take it from the configuration of the head's training"
             )
-        stated = {"num_depths": flat.get("num_depths"), **_speculative_tokens(hf)}
+        stated = {"num_depths": flat.get("num_depths"), **speculative_tokens(hf)}
         depths = require_equal({name: value for name, value in stated.items() if value is not None}, where)
         return cls(**fields, mask_token_id=mask, num_depths=size("num_depths", depths, where))
 
 
-def _speculative_tokens(hf: Mapping[str, Any]) -> dict[str, Any]:
+def speculative_tokens(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {field: the number of tokens of a proposal method}, as speculators states the depths of the training."""
     settings = hf.get("speculators_config")
     methods = settings.get("proposal_methods") if isinstance(settings, Mapping) else None
