@@ -1,4 +1,4 @@
-"""eagle-jax export: writes an EAGLE head for another engine or trainer."""
+"""eagle-jax export: writes an EAGLE, DFlash or DSpark head for another engine or trainer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from eagle_jax.cli.options.model_options import add_revisions, named_as_model
 from eagle_jax.convert.__main__ import add_head_arguments, head_choices
+from eagle_jax.convert.block_engines import BLOCK_ENGINES
 from eagle_jax.convert.engines import ENGINES
 from eagle_jax.convert.match import PARAMETER_DTYPES
 
@@ -29,14 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--model", metavar="DIR", help="a folder that `eagle-jax convert` wrote")
     group.add_argument("--target", metavar="DIR_OR_ID", help="instead: the target, a Hugging Face folder or hub id")
-    group.add_argument("--draft", metavar="DIR_OR_ID", help="with --target: its EAGLE head")
+    group.add_argument("--draft", metavar="DIR_OR_ID", help="with --target: its head")
     add_revisions(group)
     add_head_arguments(parser)
     parser.add_argument(
         "--list", action=_List, nargs=0, help="list the frameworks, what each reads, and how a head gets there"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--format", required=True, choices=tuple(ENGINES), help="what is to load it")
+    parser.add_argument(
+        "--format", required=True, choices=tuple(dict.fromkeys((*ENGINES, *BLOCK_ENGINES))), help="what is to load it"
+    )
     parser.add_argument("--dtype", choices=PARAMETER_DTYPES, help="cast the weights (default: the head's own)")
     parser.add_argument(
         "--overwrite",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eagle_jax.convert.heads.choices import HeadChoices
-from eagle_jax.convert.heads.dialects import DIALECTS
+from eagle_jax.convert.heads.reading import title_of
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.previous import READING
 from eagle_jax.convert.read import read_json
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_head_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that settle what an EAGLE head's config.json leaves open."""
-    group = parser.add_argument_group("EAGLE heads", "what the head's config.json leaves open")
+    """Adds the options that settle what a head's config.json leaves open."""
+    group = parser.add_argument_group("heads", "what the config.json of an EAGLE, DFlash or DSpark head leaves open")
     group.add_argument(
         "--taps",
         metavar="inputs|outputs|LAYERS",
@@ -87,6 +87,16 @@ def add_head_arguments(parser: argparse.ArgumentParser) -> None:
         help="the token that stands for one to predict, of a head that drafts several in a pass",
     )
     group.add_argument(
+        "--causal-windows",
+        choices=("true", "false"),
+        help="whether a token of a DFlash or DSpark block sees only those before it in layers with a window",
+    )
+    group.add_argument(
+        "--from-root",
+        choices=("true", "false"),
+        help="whether such a block's output at the root predicts the token after it (sample_from_anchor)",
+    )
+    group.add_argument(
         "--ignore-field",
         action="append",
         default=[],
@@ -105,7 +115,7 @@ def head_choices(args: argparse.Namespace) -> HeadChoices:
         taps = tuple(int(layer) for layer in layers)
     flags = {
         name: None if getattr(args, name) is None else getattr(args, name) == "true"
-        for name in ("norm_output", "norm_before_residual")
+        for name in ("norm_output", "norm_before_residual", "causal_windows", "from_root")
     }
     return HeadChoices(
         taps=taps,
@@ -179,7 +189,7 @@ def _convert(args: argparse.Namespace, head: HeadChoices) -> int:
 def print_reading(reading: Mapping[str, Any] | None) -> None:
     """Prints how the config.json of an EAGLE head was read, from its manifest."""
     if reading is not None:
-        print(f"    as {DIALECTS[reading['dialect']].title} writes it")
+        print(f"    as {title_of(reading['dialect'])} writes it")
         for name, reason in reading["reasons"].items():
             value = "" if name == TAPS else f" = {json.dumps(reading['fields'][name])}"
             print(f"    {'taps' if name == TAPS else name}{value}: {reason}")

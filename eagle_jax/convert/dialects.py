@@ -53,7 +53,8 @@ class Dialect:
     unread: returns the tensors that are no parameter's source.
     ties_lm_head: whether config.json may tie the lm_head to the embedding; a file then holds either or both.
     tied_to_own: whether config.json may tie a missing lm_head to the head's embedding.
-    vocabulary: whether there may be a draft vocabulary, in tables beside the weights.
+    vocabulary: whether there may be a draft vocabulary, in tables beside the weights. trivial_tables: whether official
+      files have these tables of the target's vocabulary, too.
     of_target: the path that is filled with the target's output rows of the draft vocabulary, "" for none. A file may
       hold a copy of them, or of the target's lm_head.
     """
@@ -69,6 +70,7 @@ class Dialect:
     ties_lm_head: bool = False
     tied_to_own: bool = False
     vocabulary: bool = False
+    trivial_tables: bool = False
     of_target: str = ""
 
 
@@ -202,6 +204,7 @@ DIALECTS: dict[str, Dialect] = {
         unread=lambda model, checkpoint: VOCABULARY,
         tied_to_own=True,
         vocabulary=True,
+        trivial_tables=True,
     ),
     "eagle3": Dialect(
         recognise=names.eagle3_table,
@@ -210,6 +213,7 @@ DIALECTS: dict[str, Dialect] = {
         unread=lambda model, checkpoint: VOCABULARY,
         tied_to_own=True,
         vocabulary=True,
+        trivial_tables=True,
     ),
     "eagle1": Dialect(
         recognise=names.eagle1_table,
@@ -223,11 +227,15 @@ DIALECTS: dict[str, Dialect] = {
         recognise=names.dspark_table,
         build=functools.partial(_dflash, of_config=DSparkConfig, of_draft=DSpark),
         official=lambda model: names.DSPARK,
+        unread=lambda model, checkpoint: VOCABULARY,
+        vocabulary=True,
     ),
     "dflash": Dialect(
         recognise=names.dflash_table,
         build=_dflash,
         official=lambda model: names.DFLASH,
+        unread=lambda model, checkpoint: VOCABULARY,
+        vocabulary=True,
     ),
     "medusa": Dialect(
         recognise=names.medusa_table,

@@ -10,16 +10,18 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from eagle_jax.convert import names
+from eagle_jax.convert.block_engines import BLOCK_ENGINES
+from eagle_jax.convert.block_plan import check_block, needed_by_block, plan_block
 from eagle_jax.convert.engines import ENGINES, EXPORTED, FAMILY, KINDS, PARTS, TITLES, Engine, named
 from eagle_jax.convert.heads.dialects import DIALECTS
 from eagle_jax.convert.heads.rules import theirs_of
 from eagle_jax.convert.heads.taps import OUR_NORM_OUTPUT, OUR_TAPS
 from eagle_jax.convert.match import output_path
 from eagle_jax.convert.official import to_official
+from eagle_jax.convert.plans import Plan, is_targets, speculators_config, target_rows
 from eagle_jax.drafts.dflash import DFlash
 from eagle_jax.drafts.eagle.config import DraftConfig, tap_layers
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
@@ -27,8 +29,7 @@ from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.eagle.flat_config import TAPS
 from eagle_jax.drafts.eagle.p_eagle import PEagleConfig
 from eagle_jax.drafts.protocol import Draft
-from eagle_jax.models import params
-from eagle_jax.models.config import ConfigError, LlamaConfig
+from eagle_jax.models.config import ConfigError
 from eagle_jax.models.llama import Llama
 from eagle_jax.models.rope import RopeConfig
 from eagle_jax.models.target import logit_softcap
@@ -37,40 +38,21 @@ COPY = "copy"  # of the target's lm_head, which an EAGLE-1 head does not use
 NORMS = ("fc_norm", "norm_before_fc", "norm_output")
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Holds the contents of an export.
-
-    kind: of the head. file: of the weights; tensors: by the engine's names; config: config.json but for the dtype.
-    expected: the config after reading back; added: {path: parameter} missing from the head itself.
-    notes: sentences for the user.
-    """
-
-    kind: str
-    file: str
-    tensors: dict[str, np.ndarray]
-    config: dict[str, Any]
-    expected: LlamaConfig
-    added: dict[str, np.ndarray]
-    notes: tuple[str, ...]
-
-
 def plan(draft: Draft, target: Llama, format: str) -> Plan:
     """Plans the export of a head in a format.
 
     Args:
-      draft: an Eagle3Draft or Eagle1Draft, or a DFlash for format "official", which is that of DFlash's authors then.
+      draft: an Eagle3Draft, Eagle1Draft, DFlash or DSpark. For the last two, "official" is the format of their authors.
       target: its target. Of its arrays only `embed` is read, where an engine replaces the head's embedding or needs
         one, and `lm_head`, where the head has none and the engine needs one.
     Raises:
       ConfigError: a draft without a format, or one that the engine would run differently; the message names the
         fields and the formats that can hold it. Or an abstract target, of which an array is needed.
     """
+    if isinstance(draft, DFlash):
+        return plan_block(draft, target, format)
     check_engine(draft, target, format)
     engine = named(format)
-    if type(draft) is DFlash:
-        config_json = draft.config.to_hf()
-        return Plan("dflash", "model.safetensors", to_official(draft), config_json, draft.config, {}, ())
     assert isinstance(draft, Eagle3Draft | Eagle1Draft)
     kind = KINDS[type(draft)]
     config = draft.config
@@ -91,10 +73,10 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
         notes.append(f"fc.bias was added, all zero: {engine.title} always has one")
     needs = needed(draft, format)
     if "embed" in needs:
-        added["embed"] = _target_rows(target, "embed")
+        added["embed"] = target_rows(target, "embed")
         notes.append(f"embed_tokens.weight was added, the target's: {engine.title} takes none from the target")
     if "lm_head" in needs:
-        added["lm_head"] = _target_rows(target, output_path(target))
+        added["lm_head"] = target_rows(target, output_path(target))
         notes.append(f"lm_head.weight was added, the target's: {engine.title} takes none from the target")
     if kind == "eagle1" and draft.target_ids is not None:
         notes.append(
@@ -104,12 +86,14 @@ def plan(draft: Draft, target: Llama, format: str) -> Plan:
     expected = _expected(config, kind, stated, added, draft.target_ids is not None)
     tensors = _tensors(draft, kind, engine, added)
     if COPY in needs:
-        tensors[names.LLAMA["lm_head"]] = _target_rows(target, output_path(target))
+        tensors[names.LLAMA["lm_head"]] = target_rows(target, output_path(target))
     return Plan(kind, engine.file, tensors, _config_json(expected, kind, engine, target), expected, added, tuple(notes))
 
 
 def needed(draft: Draft, format: str) -> tuple[str, ...]:
     """Returns what an export takes of the target's weights: "embed", "lm_head" or COPY."""
+    if isinstance(draft, DFlash):
+        return needed_by_block(draft, format)
     if not isinstance(draft, Eagle3Draft | Eagle1Draft):
         return ()
     missing = {"embed": not draft.config.own_embedding, "lm_head": not draft.config.own_lm_head, COPY: True}
@@ -118,18 +102,20 @@ def needed(draft: Draft, format: str) -> tuple[str, ...]:
 
 def check_engine(draft: Draft, target: Llama, format: str) -> None:
     """Raises the ConfigError of `plan`. Both models may be abstract."""
-    engine = named(format)
-    if type(draft) is DFlash:  # a DSpark has more than its authors' format holds
-        draft.check_fits(target)
-        draft.config.to_hf()
-        if format != "official":
-            raise ConfigError(f"a DFlash head is written as its authors publish them, --format official, not {format}")
+    if isinstance(draft, DFlash):
+        check_block(draft, target, format)
         return
     if not isinstance(draft, Eagle3Draft | Eagle1Draft):
         raise ConfigError(
             f"a {type(draft).__name__} cannot be exported: the formats are for EAGLE heads (Eagle3Draft, PEagle, "
-            "Eagle1Draft) and DFlash heads"
+            "Eagle1Draft) and heads that draft blocks (DFlash, DSpark)"
         )
+    if format in BLOCK_ENGINES and format not in ENGINES:
+        raise ConfigError(
+            f"format {format} is for heads that draft blocks, not for {TITLES[KINDS[type(draft)]]} head; choose one of "
+            f"{', '.join(ENGINES)}"
+        )
+    engine = named(format)
     draft.check_fits(target)
     reasons = refusals(draft, target, format)
     if reasons:
@@ -155,7 +141,7 @@ def refusals(draft: Eagle3Draft | Eagle1Draft, target: Llama, format: str) -> li
     found += _rope_refusals(config.rope, target.config.rope, engine)
     if config.own_embedding and kind in engine.target_embedding:
         wide = kind in engine.wide_embedding and config.target_hidden_size != config.hidden_size
-        if not wide and not _same_embedding(draft, target):
+        if not wide and not is_targets(draft, "embed", target, "embed"):
             found.append("embed_tokens is its own, the engine drafts with the target's embedding")
     for part, lacks in PARTS.items():
         stated = getattr(config, part)
@@ -210,24 +196,6 @@ def _tap_refusals(config: DraftConfig, layers: int, engine: Engine) -> list[str]
     if engine.fc_by_width and len(taps) * config.target_hidden_size == config.hidden_size:
         found.append(f"its features are as wide as the head ({config.hidden_size}), the engine skips fc then")
     return found
-
-
-def _same_embedding(draft: Any, target: Llama) -> bool:
-    """Returns whether the head's embedding, cast to the target's dtype, equals the target's. Unknown counts as no."""
-    ours, theirs = params.flatten(draft)["embed"], params.flatten(target)["embed"]
-    if isinstance(theirs, jax.ShapeDtypeStruct):
-        return False
-    return np.array_equal(np.asarray(ours).astype(theirs.dtype), np.asarray(theirs))
-
-
-def _target_rows(target: Llama, path: str) -> np.ndarray:
-    """Returns the target's embedding or output matrix [V, D]."""
-    leaf = params.flatten(target)[path]
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        raise ConfigError(
-            f"this head has no {path} of its own, and the target is abstract: load the target with its weights"
-        )
-    return np.asarray(leaf)
 
 
 def _outputs(taps: tuple[int, ...]) -> list[int]:
@@ -292,21 +260,16 @@ def _config_json(config: DraftConfig, kind: str, engine: Engine, target: Llama) 
     more |= _eagle3_fields(config, engine) | _peagle_fields(config, engine)
     if not engine.speculators:
         return head | layer | more
-    verifier: dict[str, Any] = {"name_or_path": None, "architectures": []}
     tokens = config.num_depths if isinstance(config, PEagleConfig) else 3
-    method = {"proposal_type": "greedy", "speculative_tokens": tokens}
-    return head | {
-        "speculators_model_type": kind,
-        "speculators_config": {
-            "algorithm": kind,
-            "default_proposal_method": "greedy",
-            "proposal_methods": [method],
-            "verifier": verifier,
-        },
-        "transformer_layer_config": layer,
-        "tie_word_embeddings": False,
-        **{"norm_before_residual": False, **more},
-    }
+    return (
+        head
+        | speculators_config(kind, tokens)
+        | {
+            "transformer_layer_config": layer,
+            "tie_word_embeddings": False,
+            **{"norm_before_residual": False, **more},
+        }
+    )
 
 
 def _layer_fields(config: DraftConfig, engine: Engine) -> dict[str, Any]:

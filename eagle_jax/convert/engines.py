@@ -332,7 +332,7 @@ ENGINES: dict[str, Engine] = {
 
 
 def named(format: str) -> Engine:
-    """Returns the engine of a format; raises ConfigError for an unknown one."""
+    """Returns the engine of a format for EAGLE heads; raises ConfigError for an unknown one."""
     if format not in ENGINES:
         raise ConfigError(f"unknown format {format!r}; known: {', '.join(ENGINES)}")
     return ENGINES[format]

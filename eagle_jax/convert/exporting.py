@@ -1,4 +1,4 @@
-"""Exports an EAGLE or DFlash head to a folder for another engine or trainer; reads it back and compares."""
+"""Exports an EAGLE, DFlash or DSpark head to a folder for another engine or trainer; reads it back and compares."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import numpy as np
 
 from eagle_jax.convert import names
 from eagle_jax.convert.dialects import DIALECTS
-from eagle_jax.convert.engine_plan import Plan, plan
+from eagle_jax.convert.engine_plan import plan
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.match import finite_values, match_draft, parameter_dtype
+from eagle_jax.convert.plans import Plan
 from eagle_jax.convert.previous import some
 from eagle_jax.convert.read import Tensor, open_checkpoint
 from eagle_jax.drafts.protocol import Draft
@@ -55,11 +56,12 @@ def export(
     """Writes a head for another engine, reads the folder back, and compares every tensor bit for bit.
 
     Args:
-      draft: an Eagle3Draft, Eagle1Draft or DFlash.
+      draft: an Eagle3Draft, Eagle1Draft, DFlash or DSpark.
       target: the model it drafts for. Its embedding and lm_head are written where the head lacks them and the format
         needs them; no other weight is. It may be abstract where no array of it is needed; see `plan`.
       out: the folder to write: the weights and config.json.
-      format: a key of `engines.ENGINES`, such as "official", "sglang" or "vllm"; see docs/export.md.
+      format: a key of `engines.ENGINES`, of `block_engines.BLOCK_ENGINES` for a head that drafts blocks, such as
+        "official", "sglang" or "vllm"; see docs/export.md.
       dtype: "float32", "bfloat16" or "float16", to cast; None keeps the head's own. The vocabulary tables d2t [Vd]
         int64 and t2d [V] bool stay as they are.
       overwrite: write into a folder that is not empty. Only the files of a previous export are replaced.
@@ -74,7 +76,8 @@ def export(
     planned = plan(draft, target, format)
     cast = parameter_dtype(draft.dtype if dtype is None else dtype)  # type: ignore[attr-defined]
     tensors = {name: _cast(name, array, cast) for name, array in planned.tensors.items()}
-    leaves = {path: _cast(path, np.asarray(leaf), cast) for path, leaf in params.flatten(draft).items()}
+    own = {path: leaf for path, leaf in params.flatten(draft).items() if path not in planned.dropped}
+    leaves = {path: _cast(path, np.asarray(leaf), cast) for path, leaf in own.items()}
     leaves |= {path: _cast(path, array, cast) for path, array in planned.added.items()}
     config = planned.config | {"torch_dtype": cast.name}
 

@@ -34,6 +34,7 @@ from eagle_jax.convert.match import (
 )
 from eagle_jax.convert.previous import READING
 from eagle_jax.convert.read import open_checkpoint, read_json
+from eagle_jax.drafts.dflash import DFlash
 from eagle_jax.drafts.eagle.eagle3 import Eagle3Draft
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
@@ -307,6 +308,7 @@ def _needed_by_export(target: Llama, draft: Draft, format: str | None) -> list[s
     """Returns the paths of the target's arrays that an export of the draft may compare or write."""
     borrows = isinstance(draft, Eagle3Draft) and not draft.config.own_lm_head
     borrows |= format is not None and COPY in needed(draft, format)
+    borrows |= isinstance(draft, DFlash)  # its file may hold a copy
     return list(dict.fromkeys(["embed", *([output_path(target)] if borrows else [])]))
 
 

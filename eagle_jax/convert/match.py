@@ -20,6 +20,7 @@ from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.multimodal import text_part
 from eagle_jax.convert.read import Checkpoint, Tensor, open_checkpoint
 from eagle_jax.convert.vocabulary import target_ids_of
+from eagle_jax.drafts.dflash import DFlashConfig
 from eagle_jax.drafts.draft_model import DraftModel
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.protocol import Draft
@@ -299,8 +300,8 @@ def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
     return all(np.array_equal(a[i : i + BLOCK], b[i : i + BLOCK]) for i in range(0, a.size, BLOCK))
 
 
-def _target_ids(config: DraftConfig, checkpoint: Checkpoint) -> np.ndarray | None:
-    if config.draft_vocab_size == config.vocab_size:
+def _target_ids(config: DraftConfig | DFlashConfig, checkpoint: Checkpoint) -> np.ndarray | None:
+    if config.draft_vocab_size in (0, config.vocab_size):
         return None
     if names.DRAFT_TO_TARGET in checkpoint.faults:
         raise CheckpointError(checkpoint.faults[names.DRAFT_TO_TARGET])

@@ -103,6 +103,7 @@ DFLASH: dict[str, str] = {
     **{f"layers.{{i}}.{path}": f"layers.{{i}}.{name}" for path, name in LAYER.items()},
     "norm": "norm.weight",
     "lm_head": "lm_head.weight",
+    "target_ids": "d2t",
 }
 DSPARK: dict[str, str] = DFLASH | {
     "markov.embed": "markov_head.markov_w1.weight",

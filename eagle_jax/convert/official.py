@@ -49,7 +49,7 @@ def to_official(model: Target | Draft) -> dict[str, np.ndarray]:
     if dialect.vocabulary:
         config: Any = getattr(model, "config", None)
         # Official EAGLE-3 files have trivial tables, too.
-        trivial = not dialect.of_target and config.draft_vocab_size == config.vocab_size
+        trivial = dialect.trivial_tables and config.draft_vocab_size == config.vocab_size
         # The table of a gradient is float0 or absent.
         if trivial or (ids is not None and ids.dtype != jax.dtypes.float0):
             d2t, t2d = official_tables(ids, config.vocab_size)

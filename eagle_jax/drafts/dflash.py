@@ -4,7 +4,8 @@ The block is the root, and mask tokens at the positions after it. The output at 
 layer's queries are the block's. Its keys and values are the block's and the context's, which are all positions before
 the root. Each layer makes the context's of the target's features, projected and normalised; they are cached.
 
-With a causal block (JetSpec, arXiv 2606.18394) a token of the block sees those before it, and otherwise all of them.
+With a causal block (JetSpec, arXiv 2606.18394) a token of the block sees those before it, and otherwise all of them. A
+window counts positions of the context from the token's own, and hides no token of the block.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Float32, Int, Key
 
 from eagle_jax.drafts.by_depth import grow_by_depth
 from eagle_jax.drafts.protocol import Committed, Context, Draft, Proposal
-from eagle_jax.models.architectures import config_of
+from eagle_jax.models.architectures import WINDOWS, config_of
 from eagle_jax.models.cache import KVCache, NewKV
 from eagle_jax.models.config import LlamaConfig, require_same
 from eagle_jax.models.fields import ConfigError, flag, layer_indices, refuse_unknown_mathematics, require_equal, size
@@ -36,20 +37,21 @@ from eagle_jax.tree import TreePolicy
 
 OWN = "dflash_config"
 CAUSAL = ("causal", "causal_head")  # DFlash's name and JetSpec's
+OUTPUTS, INPUTS = "target_layer_ids", "aux_hidden_state_layer_ids"  # the tapped layers' outputs, and their inputs
+MASK, TWO_WAYS, FROM_ROOT, SOME = "mask_token_id", "sliding_window_non_causal", "sample_from_anchor", "draft_vocab_size"
+# What a config.json states of a block, in `dflash_config` or at the top level; all else is of the layers.
 READ_OWN = (
-    "mask_token_id",
-    "target_layer_ids",
-    "block_size",
-    "num_target_layers",
-    "use_swa",
-    "swa_window_size",
+    *(MASK, OUTPUTS, INPUTS, TWO_WAYS, FROM_ROOT, SOME),
+    *("block_size", "num_target_layers", "target_hidden_size", "use_swa", "swa_window_size"),
     *CAUSAL,
 )
-# Fields of `dflash_config` by values that change nothing; others make descendants of DFlash (Domino, DSpark).
+# Fields of a block by values that change nothing; others make descendants of DFlash (Domino, DSpark). `is_causal` is
+# the flag of a library's attention, whatever the mask.
 NEUTRAL_OWN: dict[str, tuple[Any, ...]] = {
     "projector_type": ("dflash",),
     "markov_rank": (0,),
     "enable_confidence_head": (False,),
+    "is_causal": (False,),
 }
 
 
@@ -60,9 +62,12 @@ class DFlashConfig(LlamaConfig):
     block_size: the root and the mask tokens after it that the head was trained on. A shorter block will do, too.
     mask_token_id: the target's token that stands for one to predict.
     taps: the target's layers whose *input* is read.
-    causal: whether a token of the block sees only those before it.
+    causal: whether a token of the block sees only those before it. causal_windows: the same in layers with a window
+      alone, as speculators and SpecForge train them.
     num_target_layers: of the target that the head was trained for; 0 if its config does not say.
     own_embedding, own_lm_head: whether the head's checkpoint holds its own; if not, it uses the target's.
+    draft_vocab_size: entries of its own lm_head, which are tokens that the head drafts; 0: all tokens.
+    from_root: whether the output at the root predicts the token after it, and that at a mask token the one after that.
     """
 
     block_size: int = 16
@@ -72,11 +77,19 @@ class DFlashConfig(LlamaConfig):
     num_target_layers: int = 0
     own_embedding: bool = False
     own_lm_head: bool = False
+    _: dataclasses.KW_ONLY
+    causal_windows: bool = False
+    draft_vocab_size: int = 0
+    from_root: bool = False
 
     @property
     def deepest(self) -> int:
         """The deepest tree that a block can grow."""
-        return self.block_size - 1
+        return self.block_size if self.from_root else self.block_size - 1
+
+    def is_causal(self, layer: int) -> bool:
+        """Returns whether a token of the block sees only those before it, in a layer."""
+        return self.causal or (self.causal_windows and self.window_of(layer) is not None)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json", **own: Any) -> DFlashConfig:
@@ -89,41 +102,7 @@ class DFlashConfig(LlamaConfig):
         Raises:
           ConfigError: naming a field that is missing, contradicts another, or is not implemented.
         """
-        nested = hf.get(OWN)
-        if not isinstance(nested, Mapping):
-            raise ConfigError(
-                f"{where}: {OWN} must be an object with mask_token_id and target_layer_ids, got {nested!r}"
-            )
-        refuse_unknown_mathematics(nested, NEUTRAL_OWN, where, f"{OWN}.", reads=READ_OWN)
-        if unknown := [name for name in nested if name not in READ_OWN and name not in NEUTRAL_OWN]:
-            raise ConfigError(f"{where}: {OWN}.{unknown[0]} is not known, so that it may change the forward pass")
-
-        def stated(*names: str) -> Any:  # in either place
-            places = {name: hf.get(name) for name in names} | {f"{OWN}.{name}": nested.get(name) for name in names}
-            return require_equal({name: value for name, value in places.items() if value is not None}, where)
-
-        decoder = {name: value for name, value in hf.items() if name not in (OWN, "block_size")}
-        if flag(nested, "use_swa", where):
-            window = size(f"{OWN}.swa_window_size", nested.get("swa_window_size"), where)
-            kinds = ["sliding_attention"] * size("num_hidden_layers", hf.get("num_hidden_layers"), where)
-            decoder |= {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
-        ids = layer_indices(f"{OWN}.target_layer_ids", nested.get("target_layer_ids") or (), where)
-        if not ids:
-            raise ConfigError(f"{where}: {OWN}.target_layer_ids is missing, so which layers are read cannot be known")
-        fields = vars(config_of(decoder, where))
-        mask = nested.get("mask_token_id")
-        if type(mask) is not int or not 0 <= mask < fields["vocab_size"]:
-            raise ConfigError(f"{where}: {OWN}.mask_token_id must be a token id, got {mask!r}")
-        layers = stated("num_target_layers")
-        return cls(
-            **fields,
-            block_size=size("block_size", stated("block_size"), where),
-            mask_token_id=mask,
-            taps=tuple(layer + 1 for layer in ids),
-            causal=bool(require_equal({name: flag(nested, name, where) for name in CAUSAL if name in nested}, where)),
-            num_target_layers=0 if layers is None else size("num_target_layers", layers, where),
-            **own,
-        )
+        return cls(**block_fields(flat_fields(hf, where, READ_OWN, NEUTRAL_OWN), where, **own))
 
     def to_hf(self) -> dict[str, Any]:
         """Returns a config.json as DFlash's authors publish them, which `from_hf` reads.
@@ -131,9 +110,30 @@ class DFlashConfig(LlamaConfig):
         Raises:
           ConfigError: naming what such a config cannot state, as its layers are Qwen3's.
         """
-        own = {"mask_token_id": self.mask_token_id, "target_layer_ids": [tap - 1 for tap in self.taps]}
+        top = self.own_fields()
+        if INPUTS in top:
+            raise ConfigError(f"a config.json of a DFlash head names outputs of layers; it taps {list(self.taps)}")
+        own = {name: top.pop(name) for name in (MASK, OUTPUTS, "causal") if name in top}
+        if self.causal:
+            own |= dict.fromkeys(CAUSAL, True)
+        hf = {"architectures": ["DFlashDraftModel"]} | self.layer_fields() | top | {OWN: own}
+        self.require_stated(hf)
+        return hf
+
+    def require_stated(self, hf: Mapping[str, Any]) -> None:
+        """Raises ConfigError, naming what differs, unless `from_hf` reads this config in a config.json."""
+        own = {"own_embedding": self.own_embedding, "own_lm_head": self.own_lm_head}
+        read = type(self).from_hf(hf, "the config.json of this head", **own)
+        lost = [
+            field.name for field in dataclasses.fields(self) if getattr(read, field.name) != getattr(self, field.name)
+        ]
+        if lost:
+            values = ", ".join(f"{name} = {getattr(self, name)!r}" for name in lost)
+            raise ConfigError(f"a config.json of a DFlash head cannot state {values}")
+
+    def layer_fields(self) -> dict[str, Any]:
+        """Returns what a config.json states of the decoder layers, which are Qwen3's."""
         hf: dict[str, Any] = {
-            "architectures": ["DFlashDraftModel"],
             "model_type": "qwen3",
             "hidden_act": "silu",
             "vocab_size": self.vocab_size,
@@ -148,24 +148,103 @@ class DFlashConfig(LlamaConfig):
             "max_position_embeddings": self.max_position_embeddings,
             "attention_bias": self.attention_bias,
             "tie_word_embeddings": self.tie_word_embeddings,
-            "block_size": self.block_size,
-            OWN: own | dict.fromkeys(CAUSAL if self.causal else (), True),
         }
-        if self.num_target_layers:
-            hf["num_target_layers"] = self.num_target_layers
         if windows := [window for window in self.windows if window is not None]:
             kinds = ["full_attention" if window is None else "sliding_attention" for window in self.windows]
             hf |= {"use_sliding_window": True, "sliding_window": max(windows), "layer_types": kinds}
-        if 0 in self.taps:
-            raise ConfigError(f"a config.json of a DFlash head names outputs of layers; it taps {list(self.taps)}")
-        read = DFlashConfig.from_hf(hf, "the config.json of this head")
-        lost = [
-            field.name for field in dataclasses.fields(self) if getattr(read, field.name) != getattr(self, field.name)
-        ]
-        if lost:
-            values = ", ".join(f"{name} = {getattr(self, name)!r}" for name in lost)
-            raise ConfigError(f"a config.json of a DFlash head cannot state {values}")
         return hf
+
+    def own_fields(self) -> dict[str, Any]:
+        """Returns what a config.json states of the block, under the names that `from_hf` reads.
+
+        Where there are windows, it says whether their layers are causal, because readers differ on the default.
+        """
+        fields: dict[str, Any] = {"block_size": self.block_size, MASK: self.mask_token_id}
+        fields |= {INPUTS: list(self.taps)} if 0 in self.taps else {OUTPUTS: [tap - 1 for tap in self.taps]}
+        if self.causal_windows and not self.causal:
+            fields[TWO_WAYS] = False
+        elif self.causal or any(self.windows):
+            fields["causal"] = self.causal
+        if self.num_target_layers:
+            fields["num_target_layers"] = self.num_target_layers
+        if self.draft_vocab_size:
+            fields[SOME] = self.draft_vocab_size
+        if self.from_root != type(self).from_root:
+            fields[FROM_ROOT] = self.from_root
+        return fields
+
+
+def flat_fields(
+    hf: Mapping[str, Any], where: str, reads: tuple[str, ...], neutral: Mapping[str, tuple[Any, ...]]
+) -> dict[str, Any]:
+    """Returns the fields of a config.json, with those of `dflash_config` at the top level.
+
+    Args:
+      reads: the fields that the caller reads of `dflash_config`. neutral: values that change nothing of others.
+    Raises:
+      ConfigError: for an unknown field of `dflash_config`, a value that is not implemented, or two that contradict.
+    """
+    nested = hf.get(OWN)
+    if nested is not None and not isinstance(nested, Mapping):
+        raise ConfigError(f"{where}: {OWN} must be an object, got {nested!r}; the file is damaged")
+    flat = {name: value for name, value in hf.items() if name != OWN}
+    for place, fields in ((f"{OWN}.", nested or {}), ("", flat)):
+        refuse_unknown_mathematics(fields, neutral, where, place, reads=(*reads, *WINDOWS))
+    for name, value in (nested or {}).items():
+        if name not in reads and name not in neutral:
+            raise ConfigError(f"{where}: {OWN}.{name} is not known, so that it may change the forward pass")
+        stated = {name: flat.get(name), f"{OWN}.{name}": value}
+        flat[name] = require_equal({place: value for place, value in stated.items() if value is not None}, where)
+    return {name: value for name, value in flat.items() if name not in neutral}
+
+
+def block_fields(hf: Mapping[str, Any], where: str, from_root: bool = False, **own: Any) -> dict[str, Any]:
+    """Reads the fields of a DFlashConfig by name, from `flat_fields`.
+
+    Args:
+      from_root: where the config does not say.
+      own: `own_embedding` and `own_lm_head`.
+    """
+    decoder = {name: value for name, value in hf.items() if name not in READ_OWN}
+    if flag(hf, "use_swa", where):
+        window = size(f"{OWN}.swa_window_size", hf.get("swa_window_size"), where)
+        kinds = ["sliding_attention"] * size("num_hidden_layers", hf.get("num_hidden_layers"), where)
+        decoder |= {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
+    taps = _taps(hf, where)
+    fields = vars(config_of(decoder, where))
+    vocabulary, mask = fields["vocab_size"], hf.get(MASK)
+    if type(mask) is not int or not 0 <= mask < vocabulary:
+        raise ConfigError(f"{where}: {OWN}.{MASK} must be a token id, got {mask!r}")
+    require_equal({n: hf[n] for n in ("hidden_size", "target_hidden_size") if hf.get(n) is not None}, where)
+    causal = require_equal({name: flag(hf, name, where) for name in CAUSAL if hf.get(name) is not None}, where)
+    one_way = any(fields["windows"]) and not flag(hf, TWO_WAYS, where, default=True)
+    if one_way and causal is False:
+        raise ConfigError(f"{where}: {TWO_WAYS} = False and causal = False contradict each other; keep one")
+    layers, some = (0 if hf.get(name) is None else size(name, hf[name], where) for name in ("num_target_layers", SOME))
+    own_lm_head = own.pop("own_lm_head", False) or some not in (0, vocabulary)
+    return fields | dict(
+        block_size=size("block_size", hf.get("block_size"), where),
+        mask_token_id=mask,
+        taps=taps,
+        causal=bool(causal),
+        causal_windows=one_way and not causal,
+        num_target_layers=layers,
+        draft_vocab_size=0 if some == vocabulary else some,
+        from_root=flag(hf, FROM_ROOT, where, default=from_root),
+        own_lm_head=own_lm_head,
+        **own,
+    )
+
+
+def _taps(hf: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    """Reads the layers whose input is tapped: the output of layer i is the input of layer i + 1."""
+    named = {name: layer_indices(name, hf.get(name) or (), where) for name in (OUTPUTS, INPUTS)}
+    stated = {name: tuple(id + (name == OUTPUTS) for id in ids) for name, ids in named.items() if ids}
+    if not stated:
+        raise ConfigError(f"{where}: {OWN}.{OUTPUTS} is missing, so which layers are read cannot be known")
+    if len(set(stated.values())) > 1:
+        raise ConfigError(f"{where}: {OUTPUTS} and {INPUTS} name different layers: inputs of {stated}; keep one")
+    return stated.popitem()[1]
 
 
 def spaced_taps(target_layers: int, layers: int) -> tuple[int, ...]:
@@ -199,7 +278,10 @@ class DFlash(Draft, nnx.Module):
         # None: the target's.
         more = jax.random.split(jax.random.fold_in(key, 0))
         self.embed = nnx.Param(normal(more[0], (config.vocab_size, d), dtype)) if config.own_embedding else None
-        self.lm_head = Weight(normal(more[1], (config.vocab_size, d), dtype)) if config.own_lm_head else None
+        some = config.draft_vocab_size
+        self.lm_head = Weight(normal(more[1], (some or config.vocab_size, d), dtype)) if config.own_lm_head else None
+        # Target id of every draft id; None if the vocabularies are the same.
+        self.target_ids = nnx.Variable(jnp.arange(some, dtype=jnp.int32)) if some else None
 
     @property
     def dtype(self) -> Any:
@@ -270,12 +352,19 @@ class DFlash(Draft, nnx.Module):
         root: Int[Array, " batch"],
         size: int,
         prompt_lengths: Int[Array, " batch"],
-    ) -> Float32[Array, "batch masks vocab"]:
-        """Runs a block of `size` tokens, and returns the logits of its size - 1 mask tokens."""
+    ) -> Float32[Array, "batch depth draft_vocab"]:
+        """Runs a block of `size` tokens, and returns the logits of the tokens that it drafts, one a depth."""
         hidden = self.block_hidden(target, memory, root, size, prompt_lengths)
-        return self.logits(target, hidden[:, 1:])
+        return self.logits(target, hidden[:, self.first_output :])
 
-    def logits(self, target: Target, hidden: Float[Array, "batch new hidden"]) -> Float32[Array, "batch new vocab"]:
+    @property
+    def first_output(self) -> int:
+        """The first token of a block whose output predicts one: the root, or the mask token after it."""
+        return 0 if self.config.from_root else 1
+
+    def logits(
+        self, target: Target, hidden: Float[Array, "batch new hidden"]
+    ) -> Float32[Array, "batch new draft_vocab"]:
         """Returns the logits of normalised outputs of a block."""
         if self.lm_head is None:
             return target.logits(hidden.astype(target.dtype))
@@ -295,10 +384,10 @@ class DFlash(Draft, nnx.Module):
         masks = jnp.full((batch, size - 1), config.mask_token_id, root.dtype)
         tokens = jnp.concatenate([root[:, None], masks], axis=1)
         positions = memory.length[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-        seen = jnp.tri(size, dtype=bool) if config.causal else jnp.ones((size, size), bool)
         rotation = rope_angles(config.rope, config.head_dim, positions, prompt_lengths)
 
         def attend(index, q, k, v, spec=PLAIN):
+            seen = jnp.tri(size, dtype=bool) if config.is_causal(index) else jnp.ones((size, size), bool)
             mask = jnp.broadcast_to(seen, (batch, size, size))
             context = memory.layer(index)
             return attention(q, k, v, mask, context, spec=spec, positions=positions, limit_new=False), None
@@ -318,6 +407,7 @@ class DFlash(Draft, nnx.Module):
           ValueError: for a tree deeper than a block.
         """
         self.check_depth(tree)
-        size = tree.depth + 1
+        size = tree.depth + self.first_output
         logits = self.block_logits(target, context.memory, context.root, size, context.prompt_lengths)
-        return grow_by_depth(context, tree, logits, noise)
+        ids = None if self.target_ids is None else self.target_ids[...]
+        return grow_by_depth(context, tree, logits, noise, ids)

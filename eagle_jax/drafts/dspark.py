@@ -1,15 +1,15 @@
 """DSpark: a DFlash head that corrects a block's logits token by token (arXiv 2607.05147).
 
 All logits of a block come from one pass, so none knows the tokens that are drafted before it. A Markov head adds a bias
-for the token before. W1 [vocab, rank] and W2 [vocab, rank] are low-rank matrices, h the output of the block:
+for the token before. W1 [vocab, rank] and W2 [draft_vocab, rank] are low-rank matrices, h the output of the block:
 
     vanilla   W2 W1[token]
     gated     W2 (sigmoid(G [h, W1[token]]) * W1[token])
     rnn       W2 tanh(output), with a state along the path: state = gate * state + (1 - gate) * tanh(candidate),
               (gate, candidate, output) = J [state, W1[token], h], where gate goes through a sigmoid
 
-A tree's nodes are corrected along their own paths. A block of n tokens drafts n: the output at the root predicts the
-token after it, and the output at a mask token the one after that.
+A tree's nodes are corrected along their own paths. A block of n tokens drafts n (`from_root`): the output at the root
+predicts the token after it, and the output at a mask token the one after that.
 
 A confidence head predicts how likely a drafted token is to be accepted if those before it are.
 """
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Key
 
-from eagle_jax.drafts.dflash import OWN, DFlash, DFlashConfig
+from eagle_jax.drafts.dflash import READ_OWN, DFlash, DFlashConfig, block_fields, flat_fields
 from eagle_jax.drafts.noise import coupled
 from eagle_jax.drafts.protocol import Context, Proposal
 from eagle_jax.models.fields import ConfigError, flag
@@ -35,7 +35,8 @@ from eagle_jax.ops.linear import Weight, linear
 from eagle_jax.tree import DraftStep, TreePolicy
 
 MARKOV_TYPES = ("vanilla", "gated", "rnn")
-MASK, TAPS = "mask_token_id", "target_layer_ids"
+READ_HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+NEUTRAL_OWN: dict[str, tuple[Any, ...]] = {"projector_type": ("dspark",), "is_causal": (False,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +50,16 @@ class DSparkConfig(DFlashConfig):
     """
 
     _: dataclasses.KW_ONLY
+    from_root: bool = True
     markov_rank: int = 0
     markov_type: str = "vanilla"
     confidence: bool = False
     confidence_with_markov: bool = False
     confidence_threshold: float = 0.0
 
-    @property
-    def deepest(self) -> int:
-        """The deepest tree that a block can grow."""
-        return self.block_size
-
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json", **own: Any) -> DSparkConfig:
-        """Reads the config.json of a head as its authors publish them, with all fields at the top level.
+        """Reads the config.json of a head as its authors publish them, with the fields of the block at the top level.
 
         `target_layer_ids` names layers whose *output* is read, so a tap is an id + 1.
 
@@ -71,27 +68,46 @@ class DSparkConfig(DFlashConfig):
         Raises:
           ConfigError: naming a field that is missing, contradicts another, or is not implemented.
         """
-        if OWN in hf:
-            raise ConfigError(f"{where}: {OWN} of a DSpark head is not implemented (only fields at the top level)")
-        nested = {MASK: hf.get(MASK), TAPS: hf.get(TAPS)}
-        fields = vars(DFlashConfig.from_hf({**hf, OWN: nested}, where, **own))
-        rank, kind = hf.get("markov_rank"), hf.get("markov_head_type")
+        flat = flat_fields(hf, where, (*READ_OWN, *READ_HEADS), NEUTRAL_OWN)
+        rank, kind = flat.get("markov_rank"), flat.get("markov_head_type")
         if type(rank) is not int or rank < 0:
             raise ConfigError(f"{where}: markov_rank must be an integer, 0 without a Markov head, got {rank!r}")
         if rank and kind not in MARKOV_TYPES:
             accepted = ", ".join(MARKOV_TYPES)
             raise ConfigError(f"{where}: markov_head_type = {kind!r} is not implemented (accepted: {accepted})")
-        confidence = flag(hf, "enable_confidence_head", where)
-        with_markov = confidence and flag(hf, "confidence_head_with_markov", where)
+        confidence = flag(flat, "enable_confidence_head", where)
+        with_markov = confidence and flag(flat, "confidence_head_with_markov", where)
         if with_markov and not rank:
             raise ConfigError(f"{where}: confidence_head_with_markov = True, but markov_rank is 0")
         return cls(
-            **fields,
+            **block_fields(flat, where, from_root=cls.from_root, **own),
             markov_rank=rank,
             markov_type=str(kind) if rank else "vanilla",
             confidence=confidence,
             confidence_with_markov=with_markov,
         )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns a config.json as DSpark's authors publish them, which `from_hf` reads.
+
+        Raises:
+          ConfigError: naming what such a config cannot state.
+        """
+        hf = {"architectures": ["Qwen3DSparkModel"]} | self.layer_fields() | self.own_fields()
+        dataclasses.replace(self, confidence_threshold=0.0).require_stated(hf)
+        return hf
+
+    def own_fields(self) -> dict[str, Any]:
+        """Returns what a config.json states of the block and of its two heads, under the names that `from_hf` reads."""
+        fields = super().own_fields() | {
+            "markov_rank": self.markov_rank,
+            "enable_confidence_head": self.confidence,
+        }
+        if self.markov_rank:
+            fields["markov_head_type"] = self.markov_type
+        if self.confidence:
+            fields["confidence_head_with_markov"] = self.confidence_with_markov
+        return fields
 
 
 class MarkovHead(nnx.Module):
@@ -101,7 +117,7 @@ class MarkovHead(nnx.Module):
         rank, d = config.markov_rank, config.hidden_size
         keys = jax.random.split(key, 3)
         self.embed = nnx.Param(normal(keys[0], (config.vocab_size, rank), dtype))
-        self.lm_head = Weight(normal(keys[1], (config.vocab_size, rank), dtype))
+        self.lm_head = Weight(normal(keys[1], (config.draft_vocab_size or config.vocab_size, rank), dtype))
         gated, joint = config.markov_type == "gated", config.markov_type == "rnn"
         self.gate = Weight(normal(keys[2], (rank, d + rank), dtype)) if gated else None
         self.gate_bias = zeros((rank,), dtype) if gated else None
@@ -113,7 +129,7 @@ class MarkovHead(nnx.Module):
         state: Float[Array, "batch nodes rank"],
         tokens: Int[Array, "batch nodes"],
         hidden: Float[Array, "batch 1 hidden"],
-    ) -> tuple[Float32[Array, "batch nodes vocab"], Float[Array, "batch nodes rank"]]:
+    ) -> tuple[Float32[Array, "batch nodes draft_vocab"], Float[Array, "batch nodes rank"]]:
         """Returns the bias after nodes of one depth, and the state that their children continue."""
         before = self.embed[tokens]
         hidden = jnp.broadcast_to(hidden, (*tokens.shape, hidden.shape[-1]))
@@ -167,10 +183,11 @@ class DSpark(DFlash):
         """
         self.check_depth(tree)
         root, batch = context.root, len(context.root)
-        hidden = self.block_hidden(target, context.memory, root, tree.depth, context.prompt_lengths)
-        logits = self.logits(target, hidden)
+        size = tree.depth + self.first_output
+        hidden = self.block_hidden(target, context.memory, root, size, context.prompt_lengths)[:, self.first_output :]
+        logits, ids = self.logits(target, hidden), None if self.target_ids is None else self.target_ids[...]
 
-        def after(state, tokens, depth):  # -> logits after nodes of this depth, [batch, nodes, vocab], and their state
+        def after(state, tokens, depth):  # -> logits after nodes of this depth, [batch, nodes, draft_vocab], and state
             of_depth, output = (jax.lax.dynamic_index_in_dim(x, depth, axis=1) for x in (logits, hidden))
             if self.markov is not None:
                 bias, state = self.markov(state, tokens, output)
@@ -178,7 +195,7 @@ class DSpark(DFlash):
             if self.config.confidence_threshold > 0 and self.confidence is not None:
                 sure = self.confidences(tokens, output) >= self.config.confidence_threshold
                 of_depth = jnp.where(sure[:, :, None], of_depth, -jnp.inf)
-            return coupled(of_depth, context.sampling, noise, depth), state
+            return coupled(of_depth, context.sampling, noise, depth, ids), state
 
         def draft_fn(state, step: DraftStep):
             state = jnp.take_along_axis(state, step.parents[:, :, None], axis=1)
@@ -187,5 +204,5 @@ class DSpark(DFlash):
         none = jnp.zeros((batch, 1, self.config.markov_rank), self.dtype)
         first, state = after(none, root[:, None], 0)
         state = jnp.broadcast_to(state, (batch, tree.width, self.config.markov_rank))
-        grown, _ = tree.grow(root, first[:, 0], state, draft_fn)
+        grown, _ = tree.grow(root, first[:, 0], state, draft_fn, ids)
         return Proposal(grown)

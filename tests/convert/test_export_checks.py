@@ -18,7 +18,6 @@ from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError, RopeConfig
 from tests.convert.folders import assert_same, read_arrays
 from tests.convert.heads import LLAMA3, eagle1, eagle3, target
-from tests.drafts.kinds import KINDS
 
 FORMATS = ("official", "sglang", "vllm")
 
@@ -83,17 +82,6 @@ def test_other_drafts_and_formats_are_refused(tmp_path: Path):
     assert "a Medusa cannot be exported: the formats are for EAGLE heads" in refused(medusa, "vllm", tmp_path)
     assert "unknown format 'trt'; known: official, sglang, vllm, speculators" in refused(eagle3(), "trt", tmp_path)
     assert "does not fit the target" in refused(eagle3(), "vllm", tmp_path, target(hidden=12))
-
-
-def test_a_dflash_head_has_its_authors_format_alone(tmp_path: Path):
-    its_target = target(real=True)
-    made = KINDS["dflash"].build(its_target.config, 1, 1.0)
-    assert "it taps [0, 2]" in refused(made, "official", tmp_path)
-    made.config = dataclasses.replace(made.config, taps=(1, 3), num_target_layers=8, model_type="qwen3")
-    assert "a DFlash head is written as its authors publish them" in refused(made, "vllm", tmp_path)
-    done = export(made, its_target, tmp_path / "out", format="official", dtype="bfloat16")
-    assert done.files == ("model.safetensors", "config.json") and "layers.1.self_attn.q_norm.weight" in done.shapes
-    assert done.config["dflash_config"] == {"mask_token_id": 1, "target_layer_ids": [0, 2]}
 
 
 @pytest.mark.parametrize("make", [eagle3, eagle1])

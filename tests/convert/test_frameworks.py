@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from eagle_jax.cli import main
+from eagle_jax.convert.block_engines import BLOCK_ENGINES
 from eagle_jax.convert.engines import ENGINES
 from eagle_jax.convert.frameworks import FRAMEWORKS, markdown
 
@@ -33,9 +34,9 @@ def test_the_fourteen_of_the_model_card_by_their_own_names():
 
 
 def test_every_format_brings_a_head_to_its_framework():
-    assert {name for one in FRAMEWORKS for name in one.formats} == ENGINES.keys()
+    assert {name for one in FRAMEWORKS for name in one.formats} == ENGINES.keys() | BLOCK_ENGINES.keys()
     own = [one.formats[0] for one in FRAMEWORKS if one.formats and one.direct]
-    assert sorted(own) == sorted(ENGINES)
+    assert sorted(own) == sorted(ENGINES.keys() | BLOCK_ENGINES.keys())
 
 
 def test_the_docs_show_the_same_table():

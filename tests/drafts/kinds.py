@@ -100,9 +100,10 @@ def dflash(config, seed, scale):
 
 
 def dspark(config, seed, scale, **more):
-    """All that a DSpark head may have; unconfident nodes have no children."""
+    """All that a DSpark head may have, over a part of the vocabulary; unconfident nodes have no children."""
     parts = {"num_layers": 2, "qk_norm": True, "block_size": 5, "mask_token_id": 1, "taps": (0, 2)}
     parts |= {"own_embedding": True, "own_lm_head": True, "markov_rank": 4, "markov_type": "rnn"}
+    parts["draft_vocab_size"] = config.vocab_size * 2 // 3
     parts |= {"confidence": True, "confidence_with_markov": True, "confidence_threshold": 0.3}
     return scaled(DSpark(DSparkConfig(**config.__dict__ | parts | more), jax.random.key(seed)), scale)
 

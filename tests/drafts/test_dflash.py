@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from eagle_jax import BestPrefixes, Committed, ConfigError, StaticTree, TargetOutput, TreeConfig, generate, propose
-from eagle_jax.drafts.dflash import DFlashConfig, spaced_taps
+from eagle_jax.drafts.dflash import DFlash, DFlashConfig, spaced_taps
 from eagle_jax.models import params
 from eagle_jax.models.rope import RopeConfig
 from tests.drafts.kinds import KINDS
@@ -19,8 +20,8 @@ from tests.drafts.test_lossless import CONFIG, target_of
 
 
 def logits_by_hand(draft, target, features, block, first):
-    """features [context, taps * hidden] of the positions before `first`, the block's. -> logits [block - 1, vocab]."""
-    hidden = hidden_by_hand(draft, target, features, block, first)[1:]
+    """features [context, taps * hidden] of the positions before `first`, the block's. -> logits [depth, vocab]."""
+    hidden = hidden_by_hand(draft, target, features, block, first)[0 if draft.config.from_root else 1 :]
     return hidden @ np.asarray(target.output_weight(), np.float64).T
 
 
@@ -54,7 +55,7 @@ def hidden_by_hand(draft, target, features, block, first):
         seen = np.ones((len(block), len(keys_at)), bool)
         if window is not None:
             seen &= (keys_at > queries_at[:, None] - window) | (keys_at >= first)
-        if config.causal:
+        if config.causal or (config.causal_windows and window is not None):
             seen &= keys_at <= queries_at[:, None]
         weights = np.where(seen, np.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
         mixed = np.einsum("nqk,knh->qnh", weights / weights.sum(axis=-1, keepdims=True), v)
@@ -86,18 +87,35 @@ def run(target, draft, tokens, lengths):
     return taps, root, draft.block_logits(target, memory, root, 4, lengths)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_equals_numpy(causal):
+@pytest.mark.parametrize("part", ["", "causal", "causal_windows", "from_root"])
+def test_equals_numpy(part):
     target, draft = target_of(0), KINDS["dflash"].build(CONFIG, 1, 6.0)
-    draft.config = dataclasses.replace(draft.config, causal=causal)
+    draft.config = dataclasses.replace(draft.config, **({part: True} if part else {}))
     tokens = np.random.default_rng(0).integers(2, CONFIG.vocab_size, (2, 8)).astype(np.int32)
     features, root, ours = run(target, draft, tokens, np.array([8, 5], np.int32))
     for row, length in enumerate((8, 5)):
         block = np.array([int(root[row]), 1, 1, 1])
         before = np.asarray(features, np.float64)[row, : length - 1]
         theirs = logits_by_hand(draft, target, before, block, length - 1)
+        assert len(theirs) == (4 if part == "from_root" else 3) <= draft.config.deepest
         np.testing.assert_allclose(ours[row], theirs, rtol=1e-4, atol=1e-4)
     assert np.abs(ours).max() > 1
+
+
+def test_a_draft_vocabulary():
+    """The drafted tokens are the best of its own, which have the rows of its lm_head."""
+    parts = {"own_lm_head": True, "draft_vocab_size": 5}
+    target, plain = target_of(0), KINDS["dflash"].build(CONFIG, 1, 6.0)
+    ids = np.sort(np.random.default_rng(0).permutation(CONFIG.vocab_size)[:5]).astype(np.int32)
+    draft = DFlash(dataclasses.replace(plain.config, **parts), jax.random.key(0))
+    rows = {"target_ids": jnp.asarray(ids), "lm_head": target.output_weight()[ids]}
+    draft = params.load(draft, params.flatten(plain) | rows)
+    assert draft.config.is_causal(0) is False and draft.config.deepest == 4
+    prompt = jnp.array([[3, 4, 5]], jnp.int32), jnp.array([3], jnp.int32)
+    trees = [
+        jax.jit(functools.partial(propose, tree=BestPrefixes(2, 5)))(target, one, *prompt) for one in (draft, plain)
+    ]
+    assert np.isin(trees[0].tokens[0, 1:], ids).all() and not np.isin(trees[1].tokens[0, 1:], ids).all()
 
 
 def products(jaxpr) -> int:
@@ -200,9 +218,13 @@ def test_the_taps_of_a_new_head_are_evenly_spaced():
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
+        (PUBLISHED | {"dflash_config": 3}, "dflash_config must be an object, got 3"),
+        (PUBLISHED | {"dflash_config": None}, "target_layer_ids is missing"),
+        (changed({}, aux_hidden_state_layer_ids=[1, 9, 17, 25, 33]), "name different layers: inputs of"),
+        (changed({}, target_hidden_size=4), "hidden_size = 4096 and target_hidden_size = 4 contradict"),
         (
-            PUBLISHED | {"dflash_config": None},
-            "dflash_config must be an object with mask_token_id and target_layer_ids",
+            changed({"causal": False, "use_swa": True, "swa_window_size": 8}, sliding_window_non_causal=False),
+            "sliding_window_non_causal = False and causal = False contradict each other",
         ),
         (changed({"block_size": 8}), "block_size = 16 and dflash_config.block_size = 8 contradict each other"),
         (PUBLISHED | {"block_size": None}, "block_size is missing"),

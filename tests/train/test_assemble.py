@@ -16,6 +16,7 @@ from eagle_jax.train.config import DataSettings, TrainSettings
 from eagle_jax.train.run import assemble, evaluate
 from eagle_jax.tree.named import tree_named
 from tests.convert.heads import eagle1
+from tests.convert.test_blocks import dflash
 from tests.toy import random_eagle3
 from tests.train.models import CONFIG
 
@@ -54,6 +55,14 @@ def test_no_run_starts_from_a_head_of_frequent_tokens(folder, monkeypatch):
     monkeypatch.setattr(convert, "load_draft", lambda *_, **options: eagle1(draft_vocab_size=5))
     with pytest.raises(ValueError, match=r"start: head drafts frequent tokens only, .*--token-map"):
         assemble.new_model(settings, assemble.source(settings), SimpleNamespace(), None, print)
+
+
+def test_no_run_starts_from_blocks_that_training_does_not_know(folder, monkeypatch):
+    settings = settings_of(kind="dflash", target=str(folder), start="head", head={"mask_token_id": 1})
+    for part in ({"from_root": True}, {"own_lm_head": True}):
+        monkeypatch.setattr(convert, "load_draft", lambda *_, part=part, **options: dflash(**part))
+        with pytest.raises(ValueError, match=r"start: head has an lm_head of its own, or drafts a token at the root"):
+            assemble.new_model(settings, assemble.source(settings), SimpleNamespace(), None, print)
 
 
 def test_the_settings_of_a_head_are_its_config(folder):

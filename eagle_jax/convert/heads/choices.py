@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class HeadChoices:
-    """Settles what the config.json of an EAGLE head leaves open. None: as the config says, and an error if it is open.
+    """Settles what the config.json of a head leaves open. None: as the config says, and an error if it is open.
 
     taps: "inputs" or "outputs", what its ids of tapped layers name; or the layers whose input the head reads.
     norm_output: whether the next drafting step reads the hidden state after the final norm.
@@ -17,6 +17,8 @@ class HeadChoices:
     token_map: a file that lists the tokens which an EAGLE-1 head drafts (FR-Spec), by their target ids.
     num_depths: the tokens that a P-EAGLE head drafts in a pass, the depth that it was trained for.
     mask_token: the id of the token that stands for one to predict, of a head that drafts several tokens in a pass.
+    causal_windows: of a head that drafts blocks, whether a token sees only those before it in layers with a window.
+    from_root: of such a head, whether the output at the root predicts the token after it (`sample_from_anchor`).
     ignored: unknown fields of its config.json that do not change what the head computes.
     """
 
@@ -27,6 +29,8 @@ class HeadChoices:
     token_map: str | None = None
     num_depths: int | None = None
     mask_token: int | None = None
+    causal_windows: bool | None = None
+    from_root: bool | None = None
 
     def __post_init__(self) -> None:
         listed = isinstance(self.taps, tuple) and all(type(layer) is int and layer >= 0 for layer in self.taps)
@@ -42,8 +46,8 @@ class HeadChoices:
 class HeadReading:
     """Describes how a head's config.json was read. A converted folder keeps it, so that it is read alike again.
 
-    dialect: a key of `dialects.DIALECTS`. fields: values that take the place of config.json's, or of absent ones.
-    reasons: {field: why}.
+    dialect: a key of `dialects.DIALECTS` or `blocks.BLOCKS`.
+    fields: values that take the place of config.json's, or of absent ones. reasons: {field: why}.
     """
 
     dialect: str

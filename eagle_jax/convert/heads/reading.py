@@ -1,4 +1,7 @@
-"""Reads EAGLE heads of every dialect: recognises the dialect, and settles what every field of config.json means."""
+"""Reads heads of every dialect: recognises the dialect, and settles what every field of config.json means.
+
+EAGLE heads are read here, heads that draft blocks in block_reading.py.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 from eagle_jax.convert import names
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.heads import tensors
+from eagle_jax.convert.heads.block_reading import block_config, drafts_blocks, read_block
+from eagle_jax.convert.heads.blocks import BLOCKS
 from eagle_jax.convert.heads.choices import HeadChoices, HeadReading
 from eagle_jax.convert.heads.dialects import DIALECTS, HARMLESS, HeadDialect
 from eagle_jax.convert.heads.taps import OUR_NORM_OUTPUT, OUR_TAPS, OUTPUT_IDS, read_taps, without_taps
@@ -38,7 +43,7 @@ KNOWN = frozenset(
 def read_head(
     checkpoint: Checkpoint, choices: HeadChoices | None = None, num_layers: int | None = None
 ) -> tuple[Checkpoint, HeadReading | None]:
-    """Translates the checkpoint of an EAGLE head to official tensor names, and reads its config.json.
+    """Translates the checkpoint of a head to official tensor names, and reads its config.json.
 
     Args:
       choices: what the caller settles. num_layers: of the target, if it is known.
@@ -49,6 +54,10 @@ def read_head(
       ConfigError: an unknown field, or one with two meanings; the message names both and the option that chooses.
     """
     choices = choices or HeadChoices()
+    if drafts_blocks(checkpoint.tensors.keys() | checkpoint.faults.keys()):
+        _refuse_choices(checkpoint, choices, "norm_output", "norm_before_residual", "token_map", "num_depths")
+        return read_block(checkpoint, choices)
+    _refuse_choices(checkpoint, choices, "causal_windows", "from_root")
     if choices.token_map is not None:
         checkpoint = tensors.with_token_map(checkpoint, Path(choices.token_map))
     present = checkpoint.tensors.keys() | checkpoint.faults.keys()
@@ -95,8 +104,15 @@ def head_config(hf: Mapping[str, Any], reading: HeadReading | None) -> Mapping[s
     """Returns a config.json in which every field has one meaning, by a reading of it; None: as it is."""
     if reading is None:
         return hf
+    if reading.dialect in BLOCKS:
+        return block_config(hf, reading)
     plain = _without(_renamed(hf, DIALECTS[reading.dialect]), reading.fields.keys())
     return (without_taps(plain) if TAPS in reading.fields else plain) | dict(reading.fields)
+
+
+def title_of(key: str) -> str:
+    """Returns the title of the dialect of a `HeadReading`."""
+    return BLOCKS[key].title if key in BLOCKS else DIALECTS[key].title
 
 
 def dialect_of(hf: Mapping[str, Any], tensor_names: Collection[str]) -> str:
@@ -122,6 +138,13 @@ def refuse_unknown_fields(hf: Mapping[str, Any], dialect: HeadDialect, where: st
                     f"{where}: {place}{name} = {value!r} is not known, and could change what the head computes; "
                     f"remove it if it does not, or name it in HeadChoices(ignored=...) (convert --ignore-field {name})"
                 )
+
+
+def _refuse_choices(checkpoint: Checkpoint, choices: HeadChoices, *fields: str) -> None:
+    """Raises ConfigError for a choice that heads of this kind do not have."""
+    for name in fields:
+        if getattr(choices, name) is not None:
+            raise ConfigError(f"{checkpoint.folder}: has no {name} to choose; that is of heads of another kind")
 
 
 def _places(hf: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -101,7 +101,7 @@ def block_outputs(
     context = head.context(made.features, rope_angles(config.rope, config.head_dim, text.positions, lengths))
 
     def attend(index, q, k, v, spec=PLAIN):
-        return block_attention(q, k, v, context[index], anchors, text, spec, config.causal), None
+        return block_attention(q, k, v, context[index], anchors, text, spec, config.is_causal(index)), None
 
     return head.run_block(target, tokens, rotation, attend).reshape(batch, count, size, -1)[:, :, 1:]
 

@@ -211,6 +211,11 @@ def new_model(settings: TrainSettings, origin: DataSource, target: Llama | None,
                 f"start: {settings.start} drafts frequent tokens only, which training does not know; start from the "
                 "head without their table, and name the table when you convert the new one (--token-map)"
             )
+        if isinstance(head, DFlash) and (head.lm_head is not None or head.config.from_root):
+            raise ValueError(
+                f"start: {settings.start} has an lm_head of its own, or drafts a token at the root "
+                "(sample_from_anchor), which training does not know"
+            )
         return head
     new_head = training_of(settings).new_head
     assert new_head is not None  # it is no target
