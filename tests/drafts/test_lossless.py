@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import eagle_jax
 from eagle_jax import Llama, SamplingConfig
 from tests.decode.test_sampled_distribution import tiny_config
-from tests.drafts.kinds import KINDS
+from tests.drafts.kinds import KINDS, OWN_WAYS, VARIANTS, every_kind
 from tests.toy import NEW, near_ties, random_prompts, rows_of, scaled
 
 BATCH, WIDTH = 3, 10
@@ -37,7 +37,11 @@ def run(kind, seed, tokens, lengths, key=None, scale=12.0, **options) -> eagle_j
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Variants of one-pass heads; the other variants take less time to compile.
+ONE_PASS = [kind for kind in VARIANTS if kind.split()[0] in ("dflash", "jetspec", "dspark", "p-eagle")]
+
+
+@pytest.mark.parametrize("kind", every_kind(*(kind for kind in KINDS if kind not in ONE_PASS)))
 def test_greedy_text_is_that_of_plain_decoding(kind):
     """Token for token, and ended by the same stop token or limit."""
     accepted, stopped = set(), set()
@@ -60,7 +64,7 @@ def test_greedy_text_is_that_of_plain_decoding(kind):
     assert stopped == {False, True}
 
 
-@pytest.mark.parametrize("kind", ["eagle1", "eagle3", "medusa", "draft model"])
+@pytest.mark.parametrize("kind", every_kind("eagle1", "eagle3", "medusa", "draft model"))
 def test_weights_stored_input_first_give_the_same_text(kind):
     target, draft = target_of(3), KINDS[kind].build(CONFIG, 4, 12.0)
     tokens, lengths = prompts(5)
@@ -77,11 +81,7 @@ def sampling(temperature, top_k=(0, 0, 0), top_p=(1.0, 1.0, 1.0), rows: int = BA
 
 
 MIXED = sampling((0.0, 0.7, 1.3), (0, 8, 0), (1.0, 0.95, 0.9))
-# Kinds that propose in a way of their own: the others differ from these by the tree alone.
-OTHER_TREES = ("eagle3 static", "medusa dynamic", "medusa best prefixes", "lookahead of bigrams", "draft model dynamic")
-OWN_WAYS = [kind for kind in KINDS if kind not in OTHER_TREES]
-# The head of many parts takes long to compile; "eagle3.1" states the same of a window and of norms.
-SAMPLED = [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "eagle3 parts")) for kind in OWN_WAYS]
+SAMPLED = every_kind(*OWN_WAYS)
 SEES_THE_WHOLE_TEXT = ("lookahead", "prompt lookup", "prompt lookup tree", "draft model")
 
 
@@ -109,10 +109,13 @@ def test_sampled_rows_depend_on_themselves_alone(kind):
         assert rows_of(sampled(wide, lengths, keys)) == rows_of(together)
 
 
-@pytest.mark.parametrize("kind", ["eagle1", "medusa", "lookahead", "draft model tree"])
+@pytest.mark.parametrize("kind", every_kind("eagle1", "medusa", "lookahead", "draft model tree"))
 def test_coupled_sampling_gives_the_text_of_plain_sampling(kind):
+    """Greedy among sampled sequences, and ended by the same stop token or limit."""
     tokens, lengths = prompts(5)
-    key, sampling = jax.random.key(4), SamplingConfig(temperature=1.0, coupled=True)
-    ours, plain = (rows_of(run(k, 0, tokens, lengths, key, sampling=sampling)) for k in (kind, None))
+    warm = SamplingConfig(temperature=jnp.array([1.0, 0.0, 1.0]), coupled=True)
+    key, options = jax.random.key(4), dict(sampling=warm, stop_tokens=(4,))
+    ours, plain = (rows_of(run(k, 0, tokens, lengths, key, **options)) for k in (kind, None))
     # Rounding may part a text from the plain one where two sums of logit and noise tie: once in thousands of tokens.
     assert sum(a == b for a, b in zip(ours, plain, strict=True)) >= BATCH - 1
+    assert {len(text) - length < NEW for text, length in zip(plain, lengths.tolist(), strict=True)} == {False, True}

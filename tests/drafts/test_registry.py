@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 
+import jax
 import pytest
 
 import eagle_jax
-from eagle_jax import Draft, Eagle1Draft, PromptLookup, TreeConfig
+from eagle_jax import BestExpansions, BestPrefixes, Draft, Eagle1Draft, PromptLookup, StaticTree, TreeConfig
 from eagle_jax.cli.options import draft_options
 from eagle_jax.convert.dialects import DIALECTS
 from eagle_jax.convert.engines import EXPORTED
+from eagle_jax.drafts.lookup_first import without_lookup
 from eagle_jax.drafts.registry import CLASSES, KINDS, WEIGHTLESS, kind_of
 from eagle_jax.train.config import TrainSettings
 from eagle_jax.train.run.assemble import TRAINED
+from tests.drafts import kinds
+from tests.drafts.test_lossless import CONFIG
 
 TABLES = {
     "checkpoints": DIALECTS,
@@ -38,6 +43,18 @@ def test_every_public_draft_is_of_a_kind():
     public = {value for value in vars(eagle_jax).values() if isinstance(value, type) and issubclass(value, Draft)}
     wraps = {eagle_jax.LookupFirst}  # another draft, whose name it extends: eagle3+lookup
     assert public - {Draft} - wraps <= {kind.draft for kind in KINDS.values()}
+
+
+def test_properties_are_tested_of_every_kind():
+    """Of drafts that score all depths in one pass: with every tree that was made for them, and with a chain."""
+    tested = {}
+    for kind in kinds.KINDS.values():
+        draft = jax.eval_shape(functools.partial(kind.build, CONFIG, 0, 1.0))
+        tested.setdefault(type(without_lookup(draft)), set()).add(type(kind.tree))
+    for name, kind in KINDS.items():
+        assert kind.draft in tested, name
+        if isinstance(kind.tree, BestPrefixes):
+            assert tested[kind.draft] >= {BestPrefixes, BestExpansions, StaticTree}, name
 
 
 def test_a_kind_says_the_same_in_all_its_fields():

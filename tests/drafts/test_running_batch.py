@@ -13,7 +13,7 @@ import eagle_jax
 from eagle_jax import Llama, SamplingConfig
 from eagle_jax.serving import Request, RunningBatch, serve
 from tests.decode.test_sampled_distribution import tiny_config
-from tests.drafts.kinds import KINDS
+from tests.drafts.kinds import KINDS, every_kind
 from tests.toy import rows_of, scaled
 
 CAPACITY, NEW = 48, 9
@@ -34,7 +34,21 @@ def plain(prompts, temperatures, keys) -> list[list[int]]:
     return rows_of(out)
 
 
-@pytest.mark.parametrize("kind", ["eagle1", "eagle3", "medusa", "draft model", "lookahead", "prompt lookup", "toy"])
+QUICK = (
+    "eagle1",
+    "eagle3",
+    "medusa",
+    "dflash",
+    "dspark",
+    "p-eagle",
+    "draft model",
+    "lookahead",
+    "prompt lookup",
+    "toy",
+)
+
+
+@pytest.mark.parametrize("kind", every_kind(*QUICK))
 def test_answers_are_the_texts_of_plain_decoding(kind):
     """Prompts of several lengths and temperatures take two slots in turn; then one goes on as a conversation."""
     draft, tree = KINDS[kind].build(CONFIG, 1, 8.0), KINDS[kind].tree

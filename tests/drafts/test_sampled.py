@@ -13,14 +13,12 @@ import eagle_jax
 from eagle_jax import SamplingConfig
 from tests.decode.test_insert import CAPACITY, insert
 from tests.decode.test_sampled_distribution import FALSE_ALARM, draws, exact_text_probabilities, p_value
-from tests.drafts.kinds import KINDS
-from tests.drafts.test_lossless import BATCH, CONFIG, SAMPLED, prompts, run, sampling, target_of
+from tests.drafts.kinds import KINDS, OWN_WAYS, every_kind
+from tests.drafts.test_lossless import BATCH, CONFIG, prompts, run, sampling, target_of
 from tests.toy import NEW, rows_of
 
-EXACT = [*SAMPLED, "draft model dynamic"]
 
-
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("kind", every_kind(*OWN_WAYS, "draft model dynamic"))
 def test_sampled_text_has_the_target_s_distribution(kind):
     target, draft = target_of(0), KINDS[kind].build(CONFIG, 1, 12.0)
     controls = dict(temperature=0.8, top_k=8, top_p=0.95, repetition_penalty=1.2)
