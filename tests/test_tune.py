@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import json
 import shutil
 
+import jax
 import pytest
 
 from eagle_jax import BestPrefixes, TreeConfig
@@ -14,9 +15,7 @@ from eagle_jax.cli import main, tune
 from eagle_jax.cli import tuned as tuned_trees
 from eagle_jax.cli.options.model_options import add_model_arguments
 from eagle_jax.cli.options.tree_options import choose_tree
-from eagle_jax.convert import export, from_pretrained
-from eagle_jax.measure import machine, tuning, tuning_blocks
-from eagle_jax.models.rope import RopeConfig
+from eagle_jax.measure import machine, tuning
 from tests.drafts.kinds import KINDS
 from tests.toy import TARGET
 
@@ -75,33 +74,9 @@ def test_commands_use_the_tuned_tree_on_the_same_device_with_the_same_dtype(tune
             assert "tuned.json: not a file of `eagle-jax tune`" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_dflash_head_has_its_block_and_its_nodes_tuned(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning_blocks, "NODES", (2, 4))
-    monkeypatch.setattr(tuning_blocks, "DEPTHS", ())
-    monkeypatch.setattr(tune, "CANDIDATES", 1)
-    target, _ = from_pretrained(golden / "weights" / "t1_target")
-    head = KINDS["dflash"].build(target.config, 1, 1.0)
-    own = {"block_size": 3, "taps": (1, 2), "model_type": "qwen3", "rope": RopeConfig()}
-    head.config = dataclasses.replace(head.config, **own)
-    export(head, target, tmp_path / "head", format="official")
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"tokens": list(b"import os\n")}) + "\n")
-    models = [
-        "--target",
-        str(golden / "weights" / "t1_target"),
-        "--draft",
-        str(tmp_path / "head"),
-        "--dtype",
-        "float32",
-    ]
-    options = ["--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "8", "--repeats", "1"]
-    assert main(["tune", *models, *options]) == 0
-    (entry,) = json.loads((tmp_path / "head" / "tuned.json").read_text())
-    assert entry["tree"] == {"depth": 2, "num_nodes": 4} and entry["measured"]["tokens_a_second"] > 0
-
-
-def test_the_tuned_tree_of_a_block_is_used(golden, tmp_path):
-    head = KINDS["dflash"].build(TARGET, 1, 1.0)
+@pytest.mark.parametrize("kind", ["dflash", "dspark", "p-eagle"])
+def test_the_tuned_tree_of_one_draft_pass_is_used(kind, golden, tmp_path):
+    head = jax.eval_shape(functools.partial(KINDS[kind].build, TARGET, 1, 1.0))
     entry = {"device": machine.device_name(), "dtype": "float32", "batch": 1, "tree": {"depth": 2, "num_nodes": 4}}
     tuned_trees.write(tmp_path, entry)
     parser = argparse.ArgumentParser()
@@ -110,6 +85,8 @@ def test_the_tuned_tree_of_a_block_is_used(golden, tmp_path):
     args.tree = None
     choice = choose_tree(head, args)
     assert (choice.tree, choice.origin) == (BestPrefixes(2, 4), "tuned on this device for batch 1")
+    other = jax.eval_shape(functools.partial(KINDS["medusa"].build, TARGET, 1, 1.0))
+    assert choose_tree(other, args).origin == "the default"  # of a kind that is not tuned
 
 
 def test_a_draft_without_a_folder_cannot_be_tuned(golden, capsys):

@@ -21,12 +21,12 @@ It measures what a pass over 2 to 64 nodes and a drafted level cost on this mach
 large trees on the prompts; from these it expects tokens a second of every depth, top_k, number of nodes and temperature
 of the draft's scores, and measures the most promising. The fastest goes to tuned.json in the model's folder (the
 draft's, with --draft), where other commands find it: they use it on the same device with the same dtype, unless --tree
-names another. Of a DFlash head it chooses the size of the block and the number of nodes. If there are trees for several
-batches, a command takes the one nearest to its batch. A command that samples many texts at a time takes the one nearest
-to batch 8, unless --coupled is given: the text depends on the tree there, and must not depend on --batch. Only EAGLE
-and DFlash heads can be tuned.
+names another. Of a head that drafts all depths in one pass (DFlash, DSpark, P-EAGLE) it chooses the depth, which is the
+size of the block, and the number of nodes. If there are trees for several batches, a command takes the one nearest to
+its batch. A command that samples many texts at a time takes the one nearest to batch 8, unless --coupled is given: the
+text depends on the tree there, and must not depend on --batch. Only these heads and EAGLE heads can be tuned.
 """
-NO_HEAD = "there is no EAGLE head here, nor one of DFlash: only their trees can be tuned"
+NO_HEAD = "there is no EAGLE head here, nor one that drafts all depths in one pass: only their trees can be tuned"
 CANDIDATES = 4  # trees whose decoding is measured at the end
 CYCLES = 24  # observed of each prompt, with large trees
 
@@ -50,11 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     from eagle_jax.cli import progress, tuned
     from eagle_jax.cli.options import model_options
-    from eagle_jax.drafts.dflash import DFlash
-    from eagle_jax.drafts.dspark import DSpark
     from eagle_jax.drafts.eagle.drafting import EagleDraft
-    from eagle_jax.drafts.eagle.p_eagle import PEagle
-    from eagle_jax.measure import machine, samples, tuning
+    from eagle_jax.measure import machine, samples, tuning, tuning_blocks
     from eagle_jax.tree.named import describe_tree
 
     sampling = sampling_config(args)
@@ -63,10 +60,9 @@ def run(args: argparse.Namespace) -> int:
     folder = _folder(args)
     with progress.status(notes, "loading"):
         loaded = model_options.load_models(args)
-    if not isinstance(loaded.draft, EagleDraft | DFlash):
+    blocks = tuning_blocks.in_one_pass(loaded.draft)
+    if not blocks and not isinstance(loaded.draft, EagleDraft):
         raise ValueError(NO_HEAD)
-    if isinstance(loaded.draft, PEagle | DSpark):  # neither a pass a level nor one set of candidates a level
-        raise ValueError(f"the tree of a {type(loaded.draft).__name__} cannot be tuned; choose one by --tree")
     check = functools.partial(model_options.check_prompt, target=loaded.target)
     token_lists, source = samples.to_measure(args.prompts, loaded.folder, args.raw, check=check)
     options: dict[str, Any] = {
@@ -76,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     }
 
     setting = machine.setting(loaded.target)
-    measure = _measure_blocks if isinstance(loaded.draft, DFlash) else _measure_parts
+    measure = _measure_blocks if blocks else _measure_parts
     seen, costs, expected = measure(loaded, token_lists, args, options, notes)
     expected = tuning.of_each_size(expected)[:CANDIDATES]
     console.print(_observations(seen, costs, f"{source}; {machine.describe_setting(setting)}"))
@@ -228,7 +224,10 @@ def _observations(seen: dict[Any, Any], costs: Any, title: str) -> Any:
     table.add_row("a plain step, ms", f"{costs.plain:.2f}")
     table.add_row("verifying, ms by nodes", join(f"{nodes}: {ms:.2f}" for nodes, ms in costs.verify.items()))
     if isinstance(costs, BlockCosts):
-        table.add_row("drafting a block, ms by depth", join(f"{depth}: {ms:.2f}" for depth, ms in costs.block.items()))
+        table.add_row("drafting, ms by depth", join(f"{depth}: {ms:.2f}" for depth, ms in costs.block.items()))
+        table.add_row(
+            "growing the deepest, ms by nodes", join(f"{nodes}: {ms:.2f}" for nodes, ms in costs.grow.items())
+        )
         table.add_row("the rest, ms", f"{costs.rest:.2f}")
     else:
         table.add_row("a drafted level, ms by nodes", join(f"{nodes}: {ms:.2f}" for nodes, ms in costs.level.items()))

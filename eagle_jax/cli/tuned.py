@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from eagle_jax.drafts.registry import kind_of
 from eagle_jax.files.atomic import write_json
 from eagle_jax.measure import machine
 from eagle_jax.tree import BestPrefixes, TreeConfig
@@ -55,9 +56,14 @@ def tree_of(entry: dict[str, Any]) -> TreeConfig | BestPrefixes:
 def find(draft: Any, folder: Path | None, batch: int) -> tuple[TreeConfig | BestPrefixes, str] | None:
     """Finds the tree tuned for this device, the draft's dtype and the nearest batch; returns it and its origin.
 
+    None for a draft whose kind cannot be tuned.
+
     Args:
       folder: of tuned.json, see `folder_of`.
     """
+    kind = kind_of(draft)
+    if kind is None or not isinstance(kind.tree, TreeConfig | BestPrefixes):
+        return None
     device, dtype = machine.device_name(), np.dtype(draft.dtype).name
     entries = [entry for entry in read(folder) if (entry["device"], entry["dtype"]) == (device, dtype)]
     if not entries:

@@ -96,26 +96,41 @@ def test_a_large_tree_holds_the_small_one_that_the_draft_would_grow(small, tempe
         assert paths(big, row, np.flatnonzero(kept[row])) == wanted
 
 
-def test_the_large_tree_of_a_block_holds_its_smaller_ones():
-    draft = KINDS["dflash"].build(CONFIG, 1, 6.0)
+@pytest.mark.parametrize("kind", ["dflash", "dspark", "p-eagle"])
+def test_the_large_tree_of_one_draft_pass_holds_its_smaller_ones(kind):
+    """Also where every node has candidates of its own (dspark)."""
+    draft = KINDS[kind].build(CONFIG, 1, 6.0)
+    most = draft.config.draft_vocab_size or CONFIG.vocab_size
+    nodes = tuning_blocks.nodes_for(draft)
+    assert nodes == tuple(count for count in tuning_blocks.NODES if count <= most)
     prompts = eagle_jax.pad([[3, 4, 5], [6, 7], [2, 2, 2, 2]])
     big, own = (
         jax.device_get(eagle_jax.propose(target_of(0), draft, *prompts, tree=BestPrefixes(4, nodes)))
-        for nodes in (CONFIG.vocab_size, 6)
+        for nodes in (most, 5)
     )
-    kept = tuning.best(big.depths > 0, big.scores, 5)
+    kept = tuning.best(big.depths > 0, big.scores, 4)
     for row in range(3):
         np.testing.assert_array_equal(big.tokens[row, kept[row]], own.tokens[row, 1:])
         np.testing.assert_array_equal(big.depths[row, kept[row]], own.depths[row, 1:])
 
 
 def test_a_block_is_as_good_as_its_tokens_by_its_cost():
-    costs = BlockCosts(plain=1.0, verify={2: 1.5, 3: 2.0, 4: 4.0}, block={1: 0.25, 3: 0.5}, rest=0.25)
+    sizes = {"verify": {2: 1.5, 3: 2.0, 4: 4.0}, "block": {1: 0.25, 3: 0.5}, "grow": {2: 0.3, 3: 0.3, 4: 0.3}}
+    costs = BlockCosts(plain=1.0, **sizes, rest=0.25)
     expected = tuning_blocks.expectations({1: seen([-1, 0, 0], [0.0, -1, -2], [1, 0, 1]), 3: TREE}, costs)
     found = {(one.tree.depth, one.tree.num_nodes): (one.tokens, one.ms) for one in expected}
     assert found == {(1, 2): (1, 2.0), (1, 3): (2, 2.5), (1, 4): (2, 4.5), (3, 4): (3, 4.75)}
     assert [one.rate for one in expected] == sorted((one.rate for one in expected), reverse=True)
     assert [one.tree.num_nodes for one in tuning.of_each_size(expected)] == [3, 4, 2]
+
+
+def test_nodes_that_are_not_grown_cost_nothing():
+    """Each level below the first is cheaper by as much as one of the deepest tree."""
+    costs = BlockCosts(
+        plain=1.0, verify={2: 1.0, 8: 1.0}, block={1: 2.0, 2: 3.0, 5: 6.0}, grow={2: 1.0, 8: 5.0}, rest=0.5
+    )
+    assert [costs.cycle(BestPrefixes(depth, 8)) for depth in (1, 2, 5)] == [3.5, 4.5, 7.5]
+    assert [costs.cycle(BestPrefixes(depth, 2)) for depth in (1, 2, 5)] == [3.5, 3.5, 3.5]
 
 
 def test_rates_of_acceptance_by_depth_and_rank():

@@ -7,8 +7,6 @@ import dataclasses
 from typing import Any
 
 from eagle_jax.cli import tuned
-from eagle_jax.drafts.dflash import DFlash
-from eagle_jax.drafts.eagle.drafting import EagleDraft
 from eagle_jax.drafts.lookup_first import LookupFirst, without_lookup
 from eagle_jax.drafts.registry import Kind, kind_of
 from eagle_jax.sampling import SamplingConfig
@@ -68,9 +66,8 @@ def choose_tree(draft: Any, args: argparse.Namespace, batch: int = 1) -> TreeCho
                 raise ValueError(f"{_option(name)} is for drafts that grow trees; {type(draft).__name__} does not")
         return TreeChoice(default_tree(draft), "a shape of its own")
     found = None if args.tree is None else (args.tree, "from --tree")
-    head = without_lookup(draft)
-    if found is None and isinstance(head, EagleDraft | DFlash):
-        found = tuned.find(head, tuned.folder_of(args), batch)
+    if found is None:
+        found = tuned.find(without_lookup(draft), tuned.folder_of(args), batch)
     tree, origin = found or (default_tree(draft), "the default")
     return TreeChoice(grown(tree, args), origin)
 
