@@ -1,18 +1,23 @@
-"""Shapes of models of Llama's family, and pairs of a target and a head: abstract, or with random weights."""
+"""Shapes of models of Llama's family, and of heads for them: abstract, or with random weights."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from eagle_jax import DFlash, DFlashConfig, DraftConfig, Eagle3Draft, Llama, LlamaConfig
-from eagle_jax.drafts.dflash import spaced_taps
+from eagle_jax import Draft, DraftConfig, Eagle3Draft, Llama, LlamaConfig, TreeConfig
+from eagle_jax.drafts.dflash import DFlash, DFlashConfig, spaced_taps
+from eagle_jax.drafts.dspark import DSpark, DSparkConfig
 from eagle_jax.drafts.eagle.config import tap_layers
+from eagle_jax.drafts.eagle.p_eagle import PEagle, PEagleConfig
+from eagle_jax.drafts.registry import BLOCK_TREE, SHORT_TREE
 from eagle_jax.models import params
 from eagle_jax.models.architectures import config_of
+from eagle_jax.tree import TreePolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,28 +31,57 @@ class Shape:
         """Returns the shape with another number of target layers."""
         return dataclasses.replace(self, target=dataclasses.replace(self.target, num_layers=layers))
 
-    @property
-    def block_head(self) -> DFlashConfig:
-        """The config of a DFlash head as published: five layers of Qwen3 in the target's sizes, blocks of 16."""
-        target, layers = self.target, 5
-        return DFlashConfig(
-            target.vocab_size,
-            target.hidden_size,
-            target.intermediate_size,
-            layers,
-            target.num_heads,
-            target.num_kv_heads,
-            target.head_dim,
-            target.rms_norm_eps,
-            target.rope,
-            target.max_position_embeddings,
-            model_type="qwen3",
-            qk_norm=True,
-            taps=spaced_taps(target.num_layers, layers),
-            num_target_layers=target.num_layers,
-        )
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A head for a target, in the sizes of published ones.
+
+    make(shape, key, dtype) -> the head. tree: its default.
+    """
+
+    make: Callable[[Shape, jax.Array, Any], Draft]
+    tree: TreePolicy
 
 
+def eagle3_head(shape: Shape, key: jax.Array, dtype: Any) -> Eagle3Draft:
+    return Eagle3Draft(shape.head, len(tap_layers(shape.head, shape.target.num_layers)), key, dtype)
+
+
+def dflash_sizes(target: LlamaConfig) -> dict[str, Any]:
+    """Returns the fields of a DFlash head as published: five layers of Qwen3 in the target's sizes, blocks of 16."""
+    own = {"num_layers": 5, "model_type": "qwen3", "qk_norm": True, "num_target_layers": target.num_layers}
+    return {name: getattr(target, name) for name in BLOCK_SIZES} | own | {"taps": spaced_taps(target.num_layers, 5)}
+
+
+def dflash_head(shape: Shape, key: jax.Array, dtype: Any) -> DFlash:
+    return DFlash(DFlashConfig(**dflash_sizes(shape.target)), key, dtype)
+
+
+def dspark_head(shape: Shape, key: jax.Array, dtype: Any) -> DSpark:
+    """Makes a DSpark head as DeepSeek publishes them: a DFlash head of blocks of 7 with a Markov head of rank 256."""
+    own = {"block_size": 7, "markov_rank": 256, "confidence": True, "confidence_with_markov": True}
+    return DSpark(DSparkConfig(**dflash_sizes(shape.target) | own), key, dtype)
+
+
+def p_eagle_head(shape: Shape, key: jax.Array, dtype: Any) -> PEagle:
+    """Makes a P-EAGLE head: the EAGLE-3 head with four layers and an embedding of its own, for depths up to 8."""
+    config = PEagleConfig(**vars(shape.head) | {"num_layers": 4, "own_embedding": True})
+    return PEagle(config, len(tap_layers(config, shape.target.num_layers)), key, dtype)
+
+
+# Heads that draft all depths in one pass, by the name of their kind in the registry.
+ONE_PASS: dict[str, Head] = {
+    "dflash": Head(dflash_head, BLOCK_TREE),
+    "dspark": Head(dspark_head, SHORT_TREE),
+    "peagle": Head(p_eagle_head, dataclasses.replace(BLOCK_TREE, depth=PEagleConfig.num_depths)),
+}
+HEADS: dict[str, Head] = {"eagle3": Head(eagle3_head, TreeConfig()), **ONE_PASS}
+
+# The fields that a DFlash head shares with its target.
+BLOCK_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"),
+    *("rms_norm_eps", "rope", "max_position_embeddings"),
+)
 # The fields that a head shares with its target.
 HEAD_SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -190,18 +224,12 @@ ROUTED: dict[str, Shape] = {
 }
 
 
-def abstract_pair(shape: Shape, dtype: Any = jnp.bfloat16) -> tuple[Llama, Eagle3Draft]:
-    """Makes a target and a head with ShapeDtypeStructs in place of arrays."""
-    return params.abstract(lambda key: random_pair(shape, key, dtype))
+def abstract_pair(shape: Shape, dtype: Any = jnp.bfloat16, head: str = "eagle3") -> tuple[Llama, Any]:
+    """Makes a target and a head of HEADS with ShapeDtypeStructs in place of arrays."""
+    return params.abstract(lambda key: random_pair(shape, key, dtype, head))
 
 
-def random_pair(shape: Shape, key: jax.Array, dtype: Any = jnp.bfloat16) -> tuple[Llama, Eagle3Draft]:
+def random_pair(shape: Shape, key: jax.Array, dtype: Any = jnp.bfloat16, head: str = "eagle3") -> tuple[Llama, Any]:
     """Makes a target and a head with random weights; consumes `key`. Bare, every weight exists in float32 first."""
     target_key, head_key = jax.random.split(key)
-    taps = len(tap_layers(shape.head, shape.target.num_layers))
-    return Llama(shape.target, target_key, dtype), Eagle3Draft(shape.head, taps, head_key, dtype)
-
-
-def abstract_block_head(shape: Shape, dtype: Any = jnp.bfloat16) -> DFlash:
-    """Makes a DFlash head with ShapeDtypeStructs in place of arrays."""
-    return params.abstract(lambda key: DFlash(shape.block_head, key, dtype))
+    return Llama(shape.target, target_key, dtype), HEADS[head].make(shape, head_key, dtype)

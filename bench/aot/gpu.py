@@ -15,6 +15,7 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,8 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from bench import report
 from bench.aot import compilers, hlo, programs
 from bench.aot.programs import Program
-from bench.shapes import ROUTED, SHAPES, Shape, abstract_block_head
-from eagle_jax.drafts.registry import BLOCK_TREE
+from bench.shapes import ONE_PASS, ROUTED, SHAPES, Shape
 from eagle_jax.sampling import SamplingConfig
 
 MIB = 2**20
@@ -45,19 +45,26 @@ def cycle(shape: Shape, sampling: SamplingConfig) -> Program:
     return programs.cycle(shape, CAPACITY, sampling=sampling)
 
 
-def block(shape: Shape, sampling: SamplingConfig) -> Program:
-    """Returns a cycle of a DFlash head of five layers: a block of 16, and its best 64 nodes."""
-    return programs.cycle(shape, CAPACITY, sampling=sampling, tree=BLOCK_TREE, draft=abstract_block_head(shape))
+def one_pass(kind: str, shape: Shape, sampling: SamplingConfig) -> Program:
+    """Returns a cycle of a head that drafts all depths in one pass, with its default tree."""
+    return programs.cycle(shape, CAPACITY, sampling=sampling, tree=ONE_PASS[kind].tree, head=kind)
 
+
+PROGRAMS: dict[str, Callable[[Shape, SamplingConfig], Program]] = {
+    "plain": plain,
+    "cycle": cycle,
+    **{kind: functools.partial(one_pass, kind) for kind in ONE_PASS},
+}
 
 # {"8b cycle greedy": (shape, program, sampling)}
 ROWS = {
-    f"{name} {program.__name__} {sampling}": (name, program, sampling)
+    f"{name} {program} {sampling}": (name, program, sampling)
     for name, program, samplings in (
-        ("8b", plain, ["greedy"]),
-        ("8b", cycle, [*SAMPLINGS]),
-        *(("8b", block, ["greedy"]), ("qwen3-8b", cycle, ["greedy"]), ("qwen3-8b", block, ["greedy"])),
-        *((routed, program, ["greedy"]) for routed in ROUTED for program in (plain, cycle)),
+        ("8b", "plain", ["greedy"]),
+        ("8b", "cycle", [*SAMPLINGS]),
+        ("qwen3-8b", "cycle", ["greedy"]),
+        *((name, kind, ["greedy"]) for name in ("8b", "qwen3-8b") for kind in ONE_PASS),
+        *((routed, program, ["greedy"]) for routed in ROUTED for program in ("plain", "cycle")),
     )
     for sampling in samplings
 }
@@ -68,17 +75,17 @@ def measure(name: str, layers: int | None = None) -> dict[str, Any]:
 
     layers: of the target, in place of its own number.
     """
-    model, make, sampling = ROWS[name]
+    model, which, sampling = ROWS[name]
     shape = (SHAPES | ROUTED)[model]
     shape = shape if layers is None else shape.with_layers(layers)
-    program, device = make(shape, SAMPLINGS[sampling]), compilers.gpu_devices()[0]
+    program, device = PROGRAMS[which](shape, SAMPLINGS[sampling]), compilers.gpu_devices()[0]
     start = time.perf_counter()
     compiled = program.compile(device)
     seconds = time.perf_counter() - start
     return {
         "model": model,
         "layers": shape.target.num_layers,
-        "pass": make.__name__,
+        "pass": which,
         "sampling": sampling,
         "kernels": hlo.kernels(compilers.text(compiled), min),
         "at most": hlo.kernels(compilers.text(compiled)),

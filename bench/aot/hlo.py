@@ -1,4 +1,4 @@
-"""Reads a compiled program's text (HLO): copies of large arrays, and the kernels that a GPU launches.
+"""Reads a compiled program's text (HLO): copies of large arrays, kernels that a GPU launches, and products.
 
 A program is a list of computations, each a list of instructions; fusions, loops and conditions call computations:
 
@@ -14,6 +14,7 @@ A program is a list of computations, each a list of instructions; fusions, loops
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import re
@@ -33,6 +34,7 @@ ON_CHIP = "1"  # a TPU's vector memory
 
 FETCHES = {"copy", "copy-start", "copy-done"}  # copies of the operand into another memory space
 MOVES = {"copy", "copy-start", "transpose"}
+PRODUCTS = {"dot", "convolution"}  # a TPU's are convolutions
 SAME_BYTES = {"bitcast", "reshape", "get-tuple-element"}  # operations that a copy may be wrapped in
 # Operations that launch no kernel on a GPU.
 FREE = {
@@ -148,6 +150,26 @@ def kernels(text: str, branch: Callable[[list[int]], int] = max) -> int:
         return 0 if instruction.opcode in FREE else 1
 
     return launches(program.entry)
+
+
+def products(text: str) -> dict[str, int]:
+    """Counts the matrix products of one run of a program by the type of their result, such as "bf16[64,14336]".
+
+    Those in fusions count, too. A loop counts as often as its known trip count says, else once.
+    """
+    program = parse(text)
+
+    @functools.cache
+    def of(name: str) -> collections.Counter[str]:
+        found: collections.Counter[str] = collections.Counter()
+        for instruction in program.computations[name]:
+            trips = TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
+            for called in instruction.called:
+                found.update({array: count * int(trips[1] if trips else 1) for array, count in of(called).items()})
+            found[instruction.array] += instruction.opcode in PRODUCTS
+        return +found
+
+    return dict(of(program.entry))
 
 
 def _run(program: Program, in_loops: bool) -> list[str]:

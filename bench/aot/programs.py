@@ -20,7 +20,6 @@ from bench.aot import hlo
 from bench.aot.compilers import compile_lowered, lower_for, text
 from bench.shapes import Shape, abstract_pair
 from eagle_jax.decode import cycle as decoding
-from eagle_jax.drafts.protocol import Draft
 from eagle_jax.models import params
 from eagle_jax.sampling import SamplingConfig
 from eagle_jax.sharding import DATA, FSDP, TENSOR, path_layout, path_name, path_sharding
@@ -127,22 +126,22 @@ def cycle(
     batch: int = 1,
     sampling: SamplingConfig = SamplingConfig(),
     tree: TreePolicy | None = TreeConfig(),
-    draft: Draft | None = None,
+    head: str = "eagle3",
 ) -> Program:
     """Returns one cycle with the state donated and no prompt pending; `tree` None: a step of plain decoding.
 
     Args:
-      draft: abstract; None: the EAGLE-3 head of the shape.
+      head: of HEADS.
     """
-    target, eagle3 = abstract_pair(shape)
-    head = None if tree is None else draft or eagle3
+    target, draft = abstract_pair(shape, head=head)
+    draft = None if tree is None else draft
     start = functools.partial(eagle_jax.prefill, max_new_tokens=capacity - 1, sampling=sampling)
-    state = jax.eval_shape(start, target, head, *_prompts(batch, 1), _key(sampling))
+    state = jax.eval_shape(start, target, draft, *_prompts(batch, 1), _key(sampling))
 
     def fn(target, draft, state):
         return decoding.step(target, draft, state, tree=tree or TreeConfig()).state
 
-    return Program(fn, (target, head, state), (by_path, by_path, by_sequence), donated=(2,))
+    return Program(fn, (target, draft, state), (by_path, by_path, by_sequence), donated=(2,))
 
 
 def generate(

@@ -27,8 +27,7 @@ from jax.sharding import AxisType, Mesh
 from bench import report
 from bench.aot import compilers, programs
 from bench.aot.programs import Program
-from bench.shapes import ROUTED, SHAPES, Shape, abstract_block_head
-from eagle_jax.drafts.registry import BLOCK_TREE
+from bench.shapes import ONE_PASS, ROUTED, SHAPES, Shape
 from eagle_jax.sharding import DATA, EXPERT, FSDP, TENSOR
 
 GIB = 2**30
@@ -37,12 +36,16 @@ CHIP = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
 CAPACITY, PROMPT = 8192, 512  # tokens a row of the decoder may hold, and of its prompt
 TRAIN_WIDTH = 2304  # tokens a row of training: no activation has the size of a weight, by which copies are found
 
+
+def one_pass(kind: str, shape: Shape, batch: int) -> Program:
+    """Returns a cycle of a head that drafts all depths in one pass, with its default tree."""
+    return programs.cycle(shape, CAPACITY, batch, tree=ONE_PASS[kind].tree, head=kind)
+
+
 PROGRAMS: dict[str, Callable[[Shape, int], Program]] = {
     "prefill": lambda shape, batch: programs.prefill(shape, CAPACITY, PROMPT, batch),
     "cycle": lambda shape, batch: programs.cycle(shape, CAPACITY, batch),
-    "block": lambda shape, batch: programs.cycle(
-        shape, CAPACITY, batch, tree=BLOCK_TREE, draft=abstract_block_head(shape)
-    ),
+    **{kind: functools.partial(one_pass, kind) for kind in ONE_PASS},
     "generate": lambda shape, batch: programs.generate(shape, CAPACITY, PROMPT, batch),
     "train": lambda shape, batch: programs.train_step(shape, batch, TRAIN_WIDTH),
 }

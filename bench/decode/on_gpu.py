@@ -1,6 +1,6 @@
 """All that a machine with a GPU can tell, in one command: parity tests, roofline, choices to make, transformers.
 
-    python -m bench.decode.on_gpu --out results/                        at most 27 minutes
+    python -m bench.decode.on_gpu --out results/                        at most 33 minutes
     python -m bench.decode.on_gpu --out results/ --steps tests roofline
     python -m bench.decode.on_gpu --out results/ --target DIR --draft DIR      real models against transformers
 
@@ -36,6 +36,12 @@ STEPS = {
     "roofline": Step(
         "bench.decode.roofline --shape 8b --batches 1 4 16 32 --contexts 1024 8192 32768 --repeats 3", 540
     ),
+    **{
+        f"roofline_{head}": Step(
+            f"bench.decode.roofline --shape 8b --head {head} --batches 1 8 --contexts 1024 --repeats 3", 120
+        )
+        for head in ("dflash", "dspark", "peagle")
+    },
     "choices": Step("bench.decode.choices --cases products attention --repeats 3", 120),
     "flags": Step("bench.decode.choices --cases flags --repeats 3", 420),
     "against_transformers": Step("bench.decode.against_transformers", 180),

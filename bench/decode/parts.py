@@ -12,18 +12,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eagle_jax import Eagle3Draft, Target, TreeConfig
+from eagle_jax import Draft, Target, TreeConfig
 from eagle_jax.decode.commit import newly_committed
 from eagle_jax.decode.cycle import propose, step, verify
 from eagle_jax.decode.state import DecodeState, context_of, empty_state
 from eagle_jax.measure.timing import seconds_of
+from eagle_jax.measure.tuning_blocks import in_one_pass
 from eagle_jax.models.cache import KVCache, take_tokens
+from eagle_jax.tree import TreePolicy
 from eagle_jax.tree.accept import argmax
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "context", "tree"))
-def filled_state(target: Target, draft: Eagle3Draft, *, batch: int, context: int, tree: TreeConfig) -> DecodeState:
-    """Makes a greedy state with `context` positions of every sequence in both caches, and room for one cycle."""
+def filled_state(target: Target, draft: Draft, *, batch: int, context: int, tree: TreePolicy) -> DecodeState:
+    """Makes a greedy state with `context` positions of every sequence in both caches, and room for one cycle.
+
+    Args:
+      draft: one whose memory is a cache, as DFlash's is, or holds one, as an EAGLE head's does.
+    """
     state = empty_state(target, draft, batch, context + 1 + tree.depth + 1, tree=tree)
     keys = jax.random.split(jax.random.key(0), 4)
     state = dataclasses.replace(
@@ -32,17 +38,17 @@ def filled_state(target: Target, draft: Eagle3Draft, *, batch: int, context: int
         limits=jnp.full(batch, state.capacity, jnp.int32),
         prompt_lengths=jnp.full(batch, context, jnp.int32),
         cache=_filled(state.cache, keys[1]),
-        memory=dataclasses.replace(
+        memory=_with(
             state.memory,
-            cache=_filled(state.memory.cache, keys[2]),
-            hidden=jax.random.normal(keys[3], state.memory.hidden.shape, draft.dtype),
+            _filled(_cache(state.memory), keys[2]),
+            jax.tree.map(lambda x: jax.random.normal(keys[3], x.shape, x.dtype), _hidden(state.memory)),
         ),
     )
     return _rewound(state, context)
 
 
 def measure_parts(
-    target: Target, draft: Eagle3Draft, state: DecodeState, context: int, tree: TreeConfig, repeats: int
+    target: Target, draft: Draft, state: DecodeState, context: int, tree: TreePolicy, repeats: int
 ) -> dict[str, float]:
     """Times a plain step, a cycle, and its parts.
 
@@ -57,18 +63,21 @@ def measure_parts(
         advance = functools.partial(_advance, context, tree)
         found[name], _, state = seconds_of(advance, (target, head), (), state, repeats)
 
-    fixed, hidden = (*models, state), state.memory.hidden
-    first = TreeConfig(depth=1, top_k=tree.top_k, num_nodes=min(tree.num_nodes, tree.top_k + 1))
-    found["propose"], nodes, _ = seconds_of(functools.partial(_grow, tree), fixed, hidden, (), repeats)
-    without_steps, *_ = seconds_of(functools.partial(_grow, first), fixed, hidden, (), repeats)
-    found["step"] = (found["propose"] - without_steps) / (tree.depth - 1)
+    fixed, reads = (*models, state), (state.tokens, _hidden(state.memory))
+    found["propose"], nodes, _ = seconds_of(functools.partial(_grow, tree), fixed, reads, (), repeats)
+    found["step"] = found["propose"]
+    if not in_one_pass(draft):  # a step a level
+        assert isinstance(tree, TreeConfig)
+        first = TreeConfig(depth=1, top_k=tree.top_k, num_nodes=min(tree.num_nodes, tree.top_k + 1))
+        without_steps, *_ = seconds_of(functools.partial(_grow, first), fixed, reads, (), repeats)
+        found["step"] = (found["propose"] - without_steps) / (tree.depth - 1)
     found["verify"], (_, out), _ = seconds_of(_check, (*fixed, nodes), nodes.tokens, (), repeats)
 
     # As in a cycle that accepts D tokens; times do not depend on which nodes they are.
     path = jnp.broadcast_to(jnp.arange(tree.depth + 1), (nodes.tokens.shape[0], tree.depth + 1))
     cache, memory, lengths = state.cache, state.memory, jnp.array(state.cache.length)
     before = dataclasses.replace(state, cache=KVCache([], [], lengths), memory=None)
-    del state, fixed, hidden  # these caches are donated from here on
+    del state, fixed, reads  # these caches are donated from here on
     found["extend"], *_ = seconds_of(_learn, (*models, before, nodes, path), out._replace(new_kv=()), memory, repeats)
     found["commit"], *_ = seconds_of(_commit, (out.new_kv, lengths), path, cache, repeats)
     return found
@@ -82,9 +91,9 @@ def _advance(context, tree, models, _, state):
     return (), _rewound(step(target, draft, state, tree=tree).state, context)
 
 
-def _grow(tree, fixed, hidden, kept):
-    target, draft, state = fixed
-    state = dataclasses.replace(state, memory=dataclasses.replace(state.memory, hidden=hidden))
+def _grow(tree, fixed, reads, kept):
+    (target, draft, state), (tokens, hidden) = fixed, reads
+    state = dataclasses.replace(state, tokens=tokens, memory=_with(state.memory, _cache(state.memory), hidden))
     return propose(target, draft, context_of(state, target.config.vocab_size), tree).tree, kept
 
 
@@ -100,13 +109,26 @@ def _learn(fixed, out, memory):
     # The hidden states stand for the logits, which a head does not read.
     committed = newly_committed(before, nodes, out, out.hidden, path, new, count)
     memory = draft.update(target, memory, committed)
-    return memory.hidden, memory
+    return _cache(memory).k[-1][0, 0, 0], memory
 
 
 def _commit(fixed, path, cache):
     new_kv, length = fixed
     cache = cache.write(take_tokens(new_kv, path), length)
     return cache.k[-1][0, 0, 0], cache
+
+
+def _cache(memory: Any) -> KVCache:
+    return memory if isinstance(memory, KVCache) else memory.cache
+
+
+def _hidden(memory: Any) -> Any:
+    """Returns the hidden states that a memory holds beside its cache; () if it is the cache alone."""
+    return () if isinstance(memory, KVCache) else memory.hidden
+
+
+def _with(memory: Any, cache: KVCache, hidden: Any) -> Any:
+    return cache if isinstance(memory, KVCache) else dataclasses.replace(memory, cache=cache, hidden=hidden)
 
 
 def _filled(cache: KVCache, key: jax.Array) -> KVCache:
@@ -121,12 +143,11 @@ def _filled(cache: KVCache, key: jax.Array) -> KVCache:
 def _rewound(state: DecodeState, context: int) -> DecodeState:
     """Sets every sequence of a state back to `context` cached positions and one pending token."""
     length = jnp.full_like(state.lengths, context)
-    memory: Any = dataclasses.replace(state.memory, cache=state.memory.cache.with_length(length))
     return dataclasses.replace(
         state,
         lengths=length + 1,
         done=jnp.zeros_like(state.done),
         failed=jnp.zeros_like(state.failed),
         cache=state.cache.with_length(length),
-        memory=memory,
+        memory=_with(state.memory, _cache(state.memory).with_length(length), _hidden(state.memory)),
     )

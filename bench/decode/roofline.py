@@ -2,6 +2,7 @@
 
     python -m bench.decode.roofline --shape 8b --json roofline.json
     python -m bench.decode.roofline --shape 70b --tensor 8 --batches 1 4 --contexts 1024
+    python -m bench.decode.roofline --head dflash --tree best:15,64
 
 A part's limit is the larger of its bytes at the speed of a copy and its FLOPs at that of a matrix product, divided by
 the number of devices; work.py has the formulae. A cycle's limit is the sum of its parts', which run one after the
@@ -28,11 +29,12 @@ from bench.decode.ceilings import Ceilings, measure_ceilings
 from bench.decode.parts import filled_state, measure_parts
 from bench.decode.work import Work, cycle_work, plain_work
 from bench.options import parse_tree, positive
-from bench.shapes import SHAPES, Shape, abstract_pair, random_pair
-from eagle_jax import Eagle3Draft, Llama, Target, TreeConfig
+from bench.shapes import HEADS, ONE_PASS, SHAPES, Shape, abstract_pair, random_pair
+from eagle_jax import Llama, Target, TreeConfig
 from eagle_jax.files.atomic import write_json
 from eagle_jax.measure.machine import describe_setting, setting
 from eagle_jax.sharding import DATA, TENSOR, path_name, path_sharding
+from eagle_jax.tree import TreePolicy
 from eagle_jax.tree.named import describe_tree
 
 PARTS = ("plain", "step", "propose", "verify", "commit", "extend", "cycle")
@@ -42,28 +44,33 @@ def main(arguments: list[str] | None = None) -> None:
     # Nearly all of a GPU's memory; JAX reads this at its first use of the device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     args = _parser().parse_args(arguments)
-    if not isinstance(args.tree, TreeConfig) or args.tree.depth < 2:
+    tree: Any = args.tree or HEADS[args.head].tree
+    if args.head == "eagle3" and (not isinstance(tree, TreeConfig) or tree.depth < 2):
         raise SystemExit("--tree: a dynamic tree of depth 2 or more, such as 8,10,60")
+    deepest = HEADS[args.head].tree.depth
+    if args.head in ONE_PASS and tree.depth > deepest:
+        raise SystemExit(f"--tree: a {args.head} head drafts {deepest} tokens at most, such as best:{deepest},16")
     shape, dtype = SHAPES[args.shape], jnp.dtype(args.dtype)
     ceilings = measure_ceilings(dtype, args.repeats)
-    target, draft = make_pair(shape, dtype, args.tensor)
+    target, draft = make_pair(shape, dtype, args.tensor, args.head)
     report: dict[str, Any] = {
         **setting(target),
         "shape": args.shape,
         "devices": args.tensor,
-        "tree": dataclasses.asdict(args.tree),
+        "head": args.head,
+        "tree": dataclasses.asdict(tree),
         "repeats": args.repeats,
         "copy_bytes_per_second": ceilings.bytes_per_second,
         "product_flops_per_second": ceilings.flops_per_second,
         "rows": [],
         "skipped": [],
     }
-    print(f"{args.shape} on {args.tensor} x {describe_setting(report)}; {describe_tree(args.tree)}")
+    print(f"{args.shape} on {args.tensor} x {describe_setting(report)}; {args.head}, {describe_tree(tree)}")
     print(f"copy {ceilings.bytes_per_second / 1e9:.4g} GB/s, product {ceilings.flops_per_second / 1e12:.4g} TFLOP/s\n")
     print("| batch | context | part | GB | GFLOP | limit ms | ms | ratio |\n|" + "---|" * 8)
     for batch in args.batches:
         for context in args.contexts:
-            found = _measured(shape, target, draft, batch, context, args.tree, ceilings, args.tensor, args.repeats)
+            found = _measured(shape, target, draft, batch, context, tree, ceilings, args.tensor, args.repeats)
             if isinstance(found, str):
                 report["skipped"].append({"batch": batch, "context": context, "why": found})
                 print(f"| {batch} | {context} | skipped: {found} |||||", flush=True)
@@ -72,21 +79,21 @@ def main(arguments: list[str] | None = None) -> None:
                 print("\n".join(part_lines(found)), flush=True)
             if args.json is not None:
                 write_json(Path(args.json), report)
-    print("\n" + "\n".join(rate_lines(report["rows"], args.tree.depth)))
+    print("\n" + "\n".join(rate_lines(report["rows"], tree.depth)))
 
 
-def make_pair(shape: Shape, dtype: Any, devices: int) -> tuple[Llama, Eagle3Draft]:
+def make_pair(shape: Shape, dtype: Any, devices: int, head: str) -> tuple[Llama, Any]:
     """Makes a pair with random weights, on one device or sharded over several by the library's rules."""
-    made = jax.jit(random_pair, static_argnums=(0, 2))
+    made = jax.jit(random_pair, static_argnums=(0, 2, 3))
     if devices > 1:
         mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), (DATA, TENSOR))
 
         def place(path, leaf):
             return path_sharding(path_name(path), leaf.shape, mesh)
 
-        shardings = jax.tree_util.tree_map_with_path(place, abstract_pair(shape, dtype))
-        made = jax.jit(random_pair, static_argnums=(0, 2), out_shardings=shardings)
-    return made(shape, jax.random.key(0), dtype)
+        shardings = jax.tree_util.tree_map_with_path(place, abstract_pair(shape, dtype, head))
+        made = jax.jit(random_pair, static_argnums=(0, 2, 3), out_shardings=shardings)
+    return made(shape, jax.random.key(0), dtype, head)
 
 
 def row_of(seconds: dict[str, float], work: dict[str, Work], limits: dict[str, float], batch: int) -> dict[str, Any]:
@@ -139,10 +146,10 @@ def rate_lines(rows: list[dict[str, Any]], depth: int) -> Iterator[str]:
 def _measured(
     shape: Shape,
     target: Target,
-    draft: Eagle3Draft,
+    draft: Any,
     batch: int,
     context: int,
-    tree: TreeConfig,
+    tree: TreePolicy,
     ceilings: Ceilings,
     devices: int,
     repeats: int,
@@ -161,7 +168,7 @@ def _measured(
             raise
         return "out of memory while it ran"
     itemsize = target.dtype.itemsize
-    cycle = cycle_work(shape.target, shape.head, tree, batch, context, itemsize)
+    cycle = cycle_work(shape.target, draft.config, tree, batch, context, itemsize)
     plain = plain_work(shape.target, batch, context, itemsize)
     work = {"plain": plain, "step": cycle.step, **cycle.parts, "cycle": cycle.total}
     limits = {
@@ -187,9 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--contexts", type=positive, nargs="+", default=[1024, 4096, 8192, 32768])
-    parser.add_argument(
-        "--tree", type=parse_tree, default=TreeConfig(), help="depth,top_k,num_nodes (default: 8,10,60)"
-    )
+    parser.add_argument("--head", choices=HEADS, default="eagle3", help="(default: %(default)s)")
+    parser.add_argument("--tree", type=parse_tree, help="such as 8,10,60 or best:15,64 (default: the head's)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--repeats", type=positive, default=5, help="timed programs a part (default: %(default)s)")
     parser.add_argument("--tensor", type=positive, default=1, metavar="N", help="split the models over N devices")

@@ -32,7 +32,10 @@ HELD = {"callback": "callback", "flash forward": "mha_forward", "flash backward"
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Bytes a chip; kernels that a GPU launches in a run; types of the copied weights and caches; names of HELD."""
+    """Bytes a chip; kernels that a GPU launches in a run; types of the copied weights and caches; names of HELD.
+
+    arrays: all types of two dimensions or more, such as "4,2048,32000". products: see `hlo.products`.
+    """
 
     arguments: int
     temporaries: int
@@ -41,7 +44,8 @@ class Facts:
     kernels: int
     copies: list[str]
     held: list[str]
-    arrays: list[str]  # all types of two dimensions or more, such as "4,2048,32000"
+    arrays: list[str]
+    products: dict[str, int]
 
 
 def facts(program: Program, device: Any) -> Facts:
@@ -61,6 +65,7 @@ def facts(program: Program, device: Any) -> Facts:
         program.copies(compiled, device),
         [name for name, part in HELD.items() if part in text],
         sorted({shape for _, shape, _ in hlo.ARRAY.findall(text) if "," in shape}),
+        hlo.products(text),
     )
     KEPT.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=KEPT, delete=False) as file:
@@ -101,5 +106,8 @@ def extended(few: float, more: float) -> float:
 def caches(program: Program) -> tuple[int, int]:
     """Bytes of the target's cache, and of both caches, of a program that takes or makes a DecodeState."""
     state = program.made or program.args[2]
-    target, draft = (sum(x.size * x.dtype.itemsize for x in c.k + c.v) for c in (state.cache, state.draft.cache))
-    return target, target + draft
+    target, both = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held) if x.ndim == 4)
+        for held in (state.cache, (state.cache, state.memory))
+    )
+    return target, both

@@ -10,8 +10,8 @@ import pytest
 
 from bench.decode import ceilings, roofline
 from bench.decode.work import cycle_work, plain_work
-from bench.shapes import SHAPES
-from eagle_jax import TreeConfig
+from bench.shapes import ONE_PASS, SHAPES, abstract_pair
+from eagle_jax import BestPrefixes, TreeConfig
 from eagle_jax.measure import timing
 
 SHAPE = SHAPES["tiny"].with_layers(1)
@@ -84,3 +84,22 @@ def test_what_does_not_fit_is_skipped_with_a_line(measured):
     lines, report = measured
     assert [(skip["batch"], skip["context"]) for skip in report["skipped"]] == [(2, 100000000)]
     assert any(line.startswith("| 2 | 100000000 | skipped: weights and caches are") for line in lines)
+
+
+@pytest.mark.slow  # the heads have four or five layers
+@pytest.mark.parametrize("head", ONE_PASS)
+def test_heads_of_one_draft_pass_have_a_roofline(head, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "MIN_SECONDS", 0.001)
+    monkeypatch.setattr(ceilings, "CPU", (2**16, 64))
+    monkeypatch.setitem(SHAPES, "tiny", SHAPE)
+    options = f"--shape tiny --head {head} --batches 1 --contexts 40 --tree best:3,6 --dtype float32 --repeats 1 --json"
+    roofline.main([*options.split(), str(tmp_path / "roofline.json")])
+    (row,) = json.loads((tmp_path / "roofline.json").read_text())["rows"]
+    _, draft = abstract_pair(SHAPE, head=head)
+    work = cycle_work(SHAPE.target, draft.config, BestPrefixes(3, 6), 1, 40, itemsize=4)
+    assert {name: row["parts"][name]["bytes"] for name in PARTS} == {
+        name: part.bytes for name, part in work.parts.items()
+    }
+    assert all(part["ms"] > 0 for part in row["parts"].values())
+    with pytest.raises(SystemExit, match="tokens at most, such as best:"):
+        roofline.main(["--shape", "tiny", "--head", head, "--tree", "best:99,100"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from bench.decode.work import Work, block_work, cycle_work, plain_work, verify_work
-from bench.shapes import SHAPES, abstract_block_head, abstract_pair
+from bench.decode.work import Cycle, Work, cycle_work, plain_work, verify_work
+from bench.shapes import SHAPES, abstract_pair
 from eagle_jax import BestPrefixes, TreeConfig
 from eagle_jax.decode.cycle import verify
 from eagle_jax.decode.state import empty_state
@@ -72,20 +75,61 @@ def test_weights_are_those_of_the_models():
         assert step.bytes == own + h.hidden_size + 2 * h.num_kv_heads * h.head_dim, name
 
 
+def weights_of(kind: str, *less: str) -> tuple[Any, int]:
+    """The config of a head for the 8B target, and the numbers in its weights but those of some paths."""
+    head = abstract_pair(SHAPES["8b"], head=kind)[1]
+    return head.config, sum(leaf.size for path, leaf in params.flatten(head).items() if path not in less)
+
+
+def chain_of_one(kind: str) -> Cycle:
+    config, _ = weights_of(kind)
+    return cycle_work(LLAMA_8B, config, BestPrefixes(depth=1, num_nodes=2), 1, 0)
+
+
 def test_a_cycle_of_a_block_of_8b_runs_its_head_once():
     """A chain of one: a block of two tokens, which reads all weights of the head but those of the features, once."""
-    shape = SHAPES["8b"]
-    config, leaves = shape.block_head, params.flatten(abstract_block_head(shape))
-    features = sum(leaves.pop(path).size for path in ("fc", "hidden_norm", "norm"))
-    weights, kv = sum(leaf.size for leaf in leaves.values()), 2 * 8 * 128 * 5
-    chain = block_work(shape.target, config, BestPrefixes(depth=1, num_nodes=2), 1, 0)
-    assert chain.propose.bytes == 2 * (weights + 128256 * 4096 + 2 * 4096 + 2 * kv)
+    features, kv = (5 * 4096 + 2) * 4096, 2 * 8 * 128 * 5  # fc and the norms before and after the layers
+    config, weights = weights_of("dflash")
+    chain = chain_of_one("dflash")
+    assert chain.propose.bytes == 2 * (weights - features + 128256 * 4096 + 2 * 4096 + 2 * kv)
     assert chain.extend.bytes == 2 * (features - 2 * 4096 + kv * 4096 + 2 * kv)
-    tree = block_work(shape.target, config, BestPrefixes(depth=15, num_nodes=64), 1, 0)
+    tree = cycle_work(LLAMA_8B, config, BestPrefixes(depth=15, num_nodes=64), 1, 0)
     assert tree.propose.bytes < 1.001 * chain.propose.bytes and tree.step == tree.propose
     assert tree.total.bytes == pytest.approx(18.5e9, rel=0.01)
-    eagle3 = cycle_work(shape.target, shape.head, TREE, 1, 0)
+    eagle3 = cycle_work(LLAMA_8B, HEAD_8B, TREE, 1, 0)
     assert tree.total.bytes < 0.92 * eagle3.total.bytes
+
+
+def test_a_cycle_of_dspark_reads_its_markov_head_once_a_depth():
+    """A chain of one has a block of one token. The confidence head is read where there is a threshold."""
+    features, kv, embedding = (5 * 4096 + 2) * 4096, 2 * 8 * 128 * 5, 128256 * 256
+    config, weights = weights_of("dspark", "confidence", "confidence_bias")
+    chain = chain_of_one("dspark")
+    assert chain.propose.bytes == 2 * (weights - features - embedding + 256 + 128256 * 4096 + 4096 + kv)
+    dflash, _ = weights_of("dflash")
+    more = [
+        cycle_work(LLAMA_8B, head, tree, 1, 0).propose
+        for tree in (BestPrefixes(7, 32), BestPrefixes(6, 32))
+        for head in (config, dflash)
+    ]
+    # W2 [V, 256] at 31 nodes, and their rows of W1; and the block's token and its row of logits less.
+    assert more[0].bytes - more[2].bytes == more[1].bytes - more[3].bytes + 2 * (embedding + 31 * 256)
+    assert more[0].flops - more[2].flops == pytest.approx(more[1].flops - more[3].flops + 2 * 31 * embedding, rel=1e-3)
+    sure = dataclasses.replace(config, confidence_threshold=0.5)
+    found = cycle_work(LLAMA_8B, sure, BestPrefixes(7, 32), 1, 0).propose
+    assert found.bytes - more[0].bytes == 7 * 2 * (4096 + 256)
+
+
+def test_a_cycle_of_p_eagle_reads_its_layers_once():
+    """Whatever the depth, its pass has a row for every depth, which follow the newly committed ones."""
+    config, weights = weights_of("peagle", "embed", "lm_head", "target_ids", "norm", "mask_hidden")
+    kv = 2 * 8 * 128 * 4
+    chain = chain_of_one("peagle")
+    assert chain.propose.bytes == 2 * 32000 * 4096
+    assert chain.extend.bytes == 2 * (weights + (2 + 7) * 4096 + 2 * kv)
+    tree = cycle_work(LLAMA_8B, config, BestPrefixes(8, 64), 1, 0)
+    assert tree.propose.bytes == chain.propose.bytes
+    assert tree.extend.bytes == chain.extend.bytes + 2 * 7 * (4096 + kv)
 
 
 def test_flops_are_those_that_the_compiler_counts():

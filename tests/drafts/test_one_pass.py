@@ -20,18 +20,12 @@ from tests.drafts.test_lossless import CONFIG, target_of
 WIDTH = 52  # of the head's MLPs, which nothing else has
 
 
-def products(program: hlo.Program, name: str) -> int:
-    """Counts products with a result WIDTH wide in one run of a computation; a loop's as often as the loop turns."""
-    count = 0
-    for instruction in program.computations[name]:
-        trips = hlo.TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
-        count += (int(trips[1]) if trips else 1) * sum(products(program, called) for called in instruction.called)
-        count += instruction.opcode == "dot" and re.search(rf"[\[,]{WIDTH}\]", instruction.array) is not None
-    return count
-
-
 @pytest.mark.parametrize(
-    ("kind", "passes"), [("p-eagle", lambda depth: 1), ("dflash", lambda depth: 1), ("eagle3", lambda depth: depth)]
+    ("kind", "passes"),
+    [
+        *((kind, lambda depth: 1) for kind in ("p-eagle", "dflash", "jetspec", "dspark")),
+        ("eagle3", lambda depth: depth),
+    ],
 )
 def test_products_of_a_cycle(kind, passes):
     """Two products a layer, gate and up. Of nine sequences, as a CPU multiplies up to eight rows one at a time."""
@@ -41,5 +35,5 @@ def test_products_of_a_cycle(kind, passes):
     for depth in (2, 4):
         cycle = functools.partial(step, tree=StaticTree.chain(depth))
         text = jax.jit(cycle).lower(target_of(0), draft, state).compile().as_text()
-        program = hlo.parse(text)
-        assert products(program, program.entry) == 2 * draft.config.num_layers * passes(depth)
+        found = sum(count for array, count in hlo.products(text).items() if re.search(rf"[\[,]{WIDTH}\]", array))
+        assert found == 2 * draft.config.num_layers * passes(depth)
