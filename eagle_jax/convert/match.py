@@ -32,6 +32,8 @@ FLOATS = (*PARAMETER_DTYPES, "float64")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
 
 LM_HEAD = names.LLAMA["lm_head"]
+# {parameter's path: field of a head's config.json that asks for it}, where the tensor has another name than the field.
+ASKED_BY = {"input_norm": "norm_before_fc", "layer.attention.o_bias": "attention_bias"}
 
 BLOCK = 1 << 22  # values per check or cast; bounds the temporaries
 
@@ -251,7 +253,11 @@ def _match(kind: str, table: dict[str, str], model: Any, checkpoint: Checkpoint,
         weights["embed"] = lm_head  # a file may keep either name of a tied tensor
     unread = dialect.unread(model, checkpoint)
 
-    _require(weights.values(), checkpoint, f"the files are incomplete, or {sized_by} belongs to another model")
+    cause = f"the files are incomplete, or {sized_by} belongs to another model"
+    for path, field in ASKED_BY.items():
+        if path in weights and weights[path] not in tensors:
+            cause += f" (its {field} asks for {weights[path]!r})"
+    _require(weights.values(), checkpoint, cause)
     for path, name in weights.items():
         _check(tensors[name], names.official_shape(path, leaves[path].shape), FLOATS, sized_by)
     for name in sorted(tensors.keys() - set(weights.values()) - unread):

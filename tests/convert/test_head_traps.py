@@ -137,7 +137,12 @@ TRAPS: dict[str, tuple[str, dict[str, Any], Arrays, str]] = {
         {"fc_norm.0.weight": np.ones(8, np.float32)},
         "fc_norm.0.weight' has no place",
     ),
-    "a norm that its tensors lack": ("eagle3", {"norm_before_fc": True}, {}, "'input_norm.weight' is missing"),
+    "a norm that its tensors lack": (
+        "eagle3",
+        {"eagle_config": {"norm_before_fc": True}},
+        {},
+        "'input_norm.weight' is missing .*norm_before_fc asks for",
+    ),
     "a vocabulary without its table": (
         "eagle3",
         {"draft_vocab_size": 4},
