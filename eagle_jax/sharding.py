@@ -100,13 +100,15 @@ def path_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShardin
     return NamedSharding(Mesh(mesh.devices, mesh.axis_names), partition_spec(path, shape, mesh))
 
 
-def path_layout(path: str) -> Layout | None:
-    """Returns the layout of the array at `path`: row-major for an embedding, None for the device's own choice.
+def path_layout(path: str, shape: tuple[int, ...]) -> Layout | None:
+    """Returns the layout of the array at `path`: row-major for some, None for the device's own choice.
 
-    A lookup reads rows. By itself a TPU stores a matrix in the order that pads less: by columns, if a row is no
-    multiple of 128 (2880 in gpt-oss). Every program would begin with a copy of such an embedding.
+    By itself a TPU stores a matrix in the order that pads less: by columns, if a row is no multiple of 128 (2880 in
+    gpt-oss). Lookups, and the grouped products of a prompt, then copy the matrix first.
     """
-    return Layout((0, 1)) if path.split(".")[-1] == "embed" else None
+    names = path.split(".")
+    row_major = names[-1] == "embed" or names[-2:] == ["experts", "down"]
+    return Layout(tuple(range(len(shape)))) if row_major else None
 
 
 def constrain(values: Values, like: Any) -> Values:

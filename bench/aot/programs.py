@@ -37,7 +37,7 @@ def by_path(model: Any, mesh: Mesh) -> Any:
 
     def place(path, leaf):
         name = path_name(path)
-        return Format(path_layout(name), path_sharding(name, leaf.shape, mesh))
+        return Format(path_layout(name, leaf.shape), path_sharding(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, model)
 

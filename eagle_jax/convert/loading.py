@@ -347,7 +347,7 @@ def _loaded(model: Any, arrays: Mapping[str, jax.Array]) -> Any:
     """Replaces the arrays of an abstract model; one that lies in another order than `path_layout` is copied."""
 
     def stored(path: str, array: jax.Array) -> jax.Array:
-        wanted, found = path_layout(path), array.format.layout  # type: ignore[attr-defined]
+        wanted, found = path_layout(path, array.shape), array.format.layout  # type: ignore[attr-defined]
         if wanted is None or found is None or wanted.major_to_minor == found.major_to_minor:
             return array
         return jax.device_put(array, Format(wanted, array.sharding))

@@ -97,8 +97,10 @@ def test_arrays_are_stored_in_the_layout_that_their_path_wants(pair: tuple[Path,
     """A CPU stores all by rows, and a TPU an embedding by columns; here columns are wanted, to see the difference."""
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     expected, out = params.flatten(from_pretrained(*pair)[0]), convert(*pair, tmp_path / "out")
-    assert path_layout("embed") == path_layout("target.embed") == Layout((0, 1)) and path_layout("norm") is None
-    monkeypatch.setattr(loading, "path_layout", lambda path: Layout((1, 0)) if path == "embed" else None)
+    assert path_layout("embed", (3, 4)) == path_layout("target.embed", (3, 4)) == Layout((0, 1))
+    assert path_layout("layers.1.mlp.experts.down", (2, 3, 4)) == Layout((0, 1, 2))
+    assert path_layout("layers.1.mlp.down", (3, 4)) is path_layout("norm", (3,)) is None
+    monkeypatch.setattr(loading, "path_layout", lambda path, shape: Layout((1, 0)) if path == "embed" else None)
     for target, _ in (load(out, mesh=mesh), load(out, dtype="float32"), from_pretrained(*pair, mesh=mesh)):
         for path, array in params.flatten(target).items():
             order = (1, 0) if path == "embed" else tuple(range(array.ndim))
@@ -196,7 +198,7 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from eagle_jax.convert import from_pretrained, load
 from eagle_jax.models import params
-from eagle_jax.sharding import path_layout, path_sharding
+from eagle_jax.sharding import path_sharding
 
 target, draft, out = sys.argv[1:]
 mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
