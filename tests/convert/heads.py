@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from eagle_jax import DraftConfig, Eagle1Draft, Eagle3Draft, Llama, LlamaConfig, PEagle, PEagleConfig
+from eagle_jax.drafts.dflash import DFlash, DFlashConfig
+from eagle_jax.drafts.dspark import DSpark, DSparkConfig
 from eagle_jax.models import params
 from eagle_jax.models.config import RopeConfig
 
@@ -22,6 +24,15 @@ SIZES = {
     "rope": RopeConfig(theta=500000.0),
     "max_position_embeddings": 64,
 }
+OF_BLOCKS = {
+    "num_layers": 2,
+    "qk_norm": True,
+    "model_type": "qwen3",
+    "block_size": 4,
+    "mask_token_id": 15,
+    "taps": (2, 5),
+}
+HEADS = {"markov_rank": 3, "confidence": True, "confidence_with_markov": True}
 LLAMA3 = RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 32)
 
 
@@ -59,3 +70,13 @@ def peagle(dtype: Any = jnp.float32, num_taps: int = 3, **changes: Any) -> PEagl
 def eagle1(dtype: Any = jnp.float32, **changes: Any) -> Eagle1Draft:
     config = DraftConfig(**SIZES | {"num_layers": 1, "draft_vocab_size": 16, "target_hidden_size": 8} | changes)
     return filled(params.abstract(lambda key: Eagle1Draft(config, key, dtype)))
+
+
+def dflash(**changes: Any) -> DFlash:
+    config = DFlashConfig(**SIZES | OF_BLOCKS | changes)
+    return filled(params.abstract(lambda key: DFlash(config, key)))
+
+
+def dspark(**changes: Any) -> DSpark:
+    config = DSparkConfig(**SIZES | OF_BLOCKS | HEADS | changes)
+    return filled(params.abstract(lambda key: DSpark(config, key)))

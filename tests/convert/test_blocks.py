@@ -13,16 +13,13 @@ from eagle_jax.convert import HeadChoices, convert, load, load_draft, to_officia
 from eagle_jax.convert.error import CheckpointError
 from eagle_jax.convert.heads.block_reading import block_dialect_of
 from eagle_jax.convert.heads.blocks import BLOCKS
-from eagle_jax.drafts.dflash import DFlash, DFlashConfig
-from eagle_jax.drafts.dspark import DSpark, DSparkConfig
+from eagle_jax.drafts.dspark import DSpark
 from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
 from tests.convert.folders import HEAD_CONFIG, Arrays, assert_same, eagle3_arrays, write_safetensors
-from tests.convert.heads import SIZES, filled, target
+from tests.convert.heads import dflash, dspark, target
 from tests.convert.reading import Change, parameters, read, renamed
 
-OWN = {"num_layers": 2, "qk_norm": True, "model_type": "qwen3", "block_size": 4, "mask_token_id": 15, "taps": (2, 5)}
-HEADS = {"markov_rank": 3, "confidence": True, "confidence_with_markov": True}
 # The layers of such a head as a config.json states them.
 LAYERS = {
     "model_type": "qwen3",
@@ -56,16 +53,6 @@ SPECULATORS = {
     "sliding_window_non_causal": False,
 }
 OF_DSPARK = SPECULATORS | MARKOV | CONFIDENCE | {"speculators_model_type": "dspark", "sample_from_anchor": True}
-
-
-def dflash(**changes: Any) -> DFlash:
-    config = DFlashConfig(**SIZES | OWN | changes)
-    return filled(params.abstract(lambda key: DFlash(config, key)))
-
-
-def dspark(**changes: Any) -> DSpark:
-    config = DSparkConfig(**SIZES | OWN | HEADS | changes)
-    return filled(params.abstract(lambda key: DSpark(config, key)))
 
 
 def zlab(**own: Any) -> dict[str, Any]:

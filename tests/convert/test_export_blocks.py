@@ -19,8 +19,8 @@ from eagle_jax.models import params
 from eagle_jax.models.config import ConfigError
 from eagle_jax.models.rope import RopeConfig
 from tests.convert.folders import assert_same, read_arrays
-from tests.convert.heads import eagle3, target
-from tests.convert.test_blocks import LITERAL_OWN, dflash, dspark
+from tests.convert.heads import dflash, dspark, eagle3, target
+from tests.convert.test_blocks import LITERAL_OWN
 
 EMBED, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 TARGET = target(real=True)

@@ -15,8 +15,7 @@ from eagle_jax.models.layers import normed
 from eagle_jax.train.config import DataSettings, TrainSettings
 from eagle_jax.train.run import assemble, evaluate
 from eagle_jax.tree.named import tree_named
-from tests.convert.heads import eagle1
-from tests.convert.test_blocks import dflash
+from tests.convert.heads import dflash, eagle1
 from tests.toy import random_eagle3
 from tests.train.models import CONFIG
 
