@@ -49,12 +49,12 @@ TRAPS: dict[str, tuple[str, dict[str, Any], Arrays, str]] = {
         {},
         "missing; .* speculators means false by that, vLLM true.*--norm-before-residual",
     ),
-    "P-EAGLE": ("eagle3", {}, MASK, r"mask_token_id \(pard_token, ptd_token_id\) must be a token id"),
+    "P-EAGLE": ("eagle3", {}, MASK, "num_depths is missing, .*--num-depths"),
     "P-EAGLE of NeMo": (
         "eagle3",
-        {},
+        {"num_depths": 4},
         {f"model.{name}": array for name, array in MASK.items()},
-        "mask_token_id .* must be",
+        "mask_token_id is missing.*--mask-token",
     ),
     "eh_proj": (
         "eagle3",
