@@ -10,7 +10,7 @@ from eagle_jax.decode.state import DecodeState, empty_state
 from eagle_jax.detokenizer import Detokenizer
 from eagle_jax.drafts.dflash import DFlash, DFlashConfig
 from eagle_jax.drafts.draft_model import DraftModel
-from eagle_jax.drafts.dspark import DSpark, DSparkConfig
+from eagle_jax.drafts.dspark import DSpark, DSparkConfig, with_confidence
 from eagle_jax.drafts.eagle.config import DraftConfig
 from eagle_jax.drafts.eagle.drafting import with_window
 from eagle_jax.drafts.eagle.eagle1 import Eagle1Draft
@@ -87,5 +87,6 @@ __all__ = [
     "sampling",
     "stream",
     "tokenizer",
+    "with_confidence",
     "with_window",
 ]

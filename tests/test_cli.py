@@ -354,8 +354,10 @@ def test_an_end_token_that_is_no_id_is_named(tmp_path, wrong):
 
 def test_a_draft_window_reaches_the_draft(folder):
     options = dict.fromkeys(("target", "draft", "dtype", "mesh", "revision", "draft_revision"))
-    window = SimpleNamespace(model=str(folder), draft_window=(4, 16), lookup=None, **options)
-    assert model_options.load_models(window).draft.config.window == (4, 16)
+    asked = dict(model=str(folder), draft_window=(4, 16), lookup=None, confidence=None, **options)
+    assert model_options.load_models(SimpleNamespace(**asked)).draft.config.window == (4, 16)
+    with pytest.raises(ValueError, match="--confidence is for DSpark heads, this draft is a Eagle3Draft"):
+        model_options.load_models(SimpleNamespace(**asked | {"confidence": 0.5}))
 
 
 def test_prompt_files(tmp_path):

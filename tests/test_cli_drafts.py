@@ -180,7 +180,8 @@ def test_trees_on_the_command_line(tmp_path):
 
 def decoding(**options) -> SimpleNamespace:
     """The options of decoding, as argparse has them where none is given but these."""
-    names = ("model", "target", "draft", "tree", "stop_below", "score_temperature", "draft_window", "lookup")
+    names = ("model", "target", "draft", "tree", "stop_below", "score_temperature", "draft_window", "confidence")
+    names += ("lookup",)
     return SimpleNamespace(**dict.fromkeys(names) | options)
 
 
@@ -451,7 +452,7 @@ def test_a_cpu_decodes_in_float32_unless_asked_otherwise_and_says_so(capsys, ask
     pair = samples.embedded_pair()
     arguments = ["--target", str(pair / "target"), "--draft", str(pair / "head_eagle1")]
     args = parser.parse_args(arguments + ([] if asked is None else ["--dtype", asked]))
-    args.draft_window = args.lookup = None
+    args.draft_window = args.confidence = args.lookup = None
     loaded = model_options.load_models(args)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((loaded.target, loaded.draft))} == {dtype}
     assert line in capsys.readouterr().err

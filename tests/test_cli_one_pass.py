@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import jax
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 
 from eagle_jax import DFlash, DFlashConfig, DSpark, DSparkConfig, PEagle, PEagleConfig
 from eagle_jax.cli import main, tune
+from eagle_jax.cli.options.model_options import with_head_options
 from eagle_jax.convert import to_official
 from eagle_jax.measure import tuning_blocks
 
@@ -27,7 +29,10 @@ QWEN3 = SIZES | {"model_type": "qwen3", "block_size": 4}
 READS = {"mask_token_id": 1, "target_layer_ids": [1, 4]}
 CONFIGS = {
     "dflash": QWEN3 | {"dflash_config": READS},
-    "dspark": QWEN3 | READS | {"markov_rank": 4, "markov_head_type": "gated", "enable_confidence_head": False},
+    "dspark": QWEN3
+    | READS
+    | {"markov_rank": 4, "markov_head_type": "gated", "enable_confidence_head": True}
+    | {"confidence_head_with_markov": True},
     "peagle": SIZES | {"draft_vocab_size": 256, "mask_token_id": 1, "num_depths": 4},
 }
 
@@ -51,6 +56,13 @@ def heads(tmp_path_factory):
     return root
 
 
+def test_the_options_of_a_head_reach_its_kind_alone():
+    asked = argparse.Namespace(draft_window=(4, 16), confidence=0.5)
+    dspark, peagle = (with_head_options(make(kind, CONFIGS[kind]), asked) for kind in ("dspark", "peagle"))
+    assert dspark.config.confidence_threshold == 0.5
+    assert peagle.config.window == (4, 16)
+
+
 def options(golden, heads) -> list[str]:
     models = ["--target", str(golden / "weights" / "t1_target"), "--dtype", "float32"]
     return [*models, "--prompts", str(heads / "prompts.jsonl"), "--max-new-tokens", "8", "--repeats", "1"]
@@ -59,7 +71,7 @@ def options(golden, heads) -> list[str]:
 @pytest.mark.slow
 def test_bench_compares_them(golden, heads, tmp_path):
     names = [f"{kind}={heads / kind}" for kind in CONFIGS]
-    drafts = ["--drafts", ",".join(["plain", *names]), "--draft-tree", "dspark=expand:3,2,6"]
+    drafts = ["--drafts", ",".join(["plain", *names]), "--draft-tree", "dspark=expand:3,2,6", "--confidence", "0.5"]
     assert main(["bench", *options(golden, heads), *drafts, "--json", str(tmp_path / "out.json")]) == 0
     found = {one["name"]: one for one in json.loads((tmp_path / "out.json").read_text())["drafts"]}
     assert list(found) == ["plain", *CONFIGS]

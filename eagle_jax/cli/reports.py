@@ -100,6 +100,7 @@ def asked_for(args: argparse.Namespace, source: str, rows: int) -> dict[str, Any
         "repeats": args.repeats,
         "max_new_tokens": args.max_new_tokens,
         "draft_window": args.draft_window,
+        "confidence": args.confidence,
         "lookup": args.lookup,
         "sampling": {name: getattr(args, name) for name in (*RANGES, "coupled", "seed")},
         "logit_bias": [f"{id}={value:g}" for id, value in args.logit_bias],

@@ -98,8 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
     """Returns the draft and tree to show, as a `Candidate`; raises ValueError if there is none with these options."""
-    from eagle_jax.cli.options import draft_options, tree_options
-    from eagle_jax.drafts.eagle.drafting import EagleDraft
+    from eagle_jax.cli.options import draft_options, model_options, tree_options
 
     if args.draft_name is not None:
         (one,) = draft_options.candidates(loaded, args.draft_name, args, embedded)
@@ -109,8 +108,7 @@ def _shown(loaded: Any, args: argparse.Namespace, embedded: bool) -> Any:
         raise ValueError("there is no draft here; name one: --draft-name, or --draft")
     if one.draft is None:
         raise ValueError("plain decoding has no tree to show")
-    if args.draft_window is not None and not isinstance(one.draft, EagleDraft):
-        raise ValueError(f"--draft-window is for EAGLE heads, this draft is a {type(one.draft).__name__}")
+    model_options.check_head_options(one.draft, args)
     # A named draft has a tree of its own, such as eagle1's, unless --tree names another.
     if args.draft_name is None or args.tree is not None or not jax.tree.leaves(one.draft):
         choice = tree_options.choose_tree(one.draft, args)

@@ -16,6 +16,7 @@ from eagle_jax.cli.options.model_options import (
     load_models,
     parse_window,
     positive,
+    probability,
 )
 from eagle_jax.cli.options.sampling_options import add_sampling_arguments, sampling_config, with_logit_bias
 from eagle_jax.cli.options.tree_options import BATCH, GROWTH, choose_tree_for_many, parse_tree
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja, in place of the tokenizer's own")
     parser.add_argument("--tree", type=parse_tree, metavar="TREE", help="the draft tree, as for `eagle-jax generate`")
     parser.add_argument("--draft-window", type=parse_window, metavar="FIRST,RECENT", help="as for `eagle-jax generate`")
+    parser.add_argument("--confidence", type=probability, metavar="P", help="as for `eagle-jax generate`")
     add_lookup(parser)
     parser.add_argument("--ignore-eos", action="store_true", help="decode on after an end-of-text token")
     parser.add_argument("--stop-token", type=int, action="append", default=[], metavar="ID", help="end after it, too")

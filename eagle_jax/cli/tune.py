@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = sampling_config(args)
     notes, console = Console(stderr=True, highlight=False), Console(highlight=False)
-    args.draft_window = args.lookup = None
+    args.draft_window = args.confidence = args.lookup = None
     folder = _folder(args)
     with progress.status(notes, "loading"):
         loaded = model_options.load_models(args)

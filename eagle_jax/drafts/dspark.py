@@ -16,6 +16,7 @@ A confidence head predicts how likely a drafted token is to be accepted if those
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -45,8 +46,7 @@ class DSparkConfig(DFlashConfig):
 
     markov_rank: 0 without a Markov head. markov_type: one of MARKOV_TYPES.
     confidence: whether there is a confidence head; confidence_with_markov: whether it reads W1[token], too.
-    confidence_threshold: a node that predicts less confidence for its children has none, and its tree's nodes go
-      elsewhere. 0: never. Not part of a checkpoint; a static tree keeps its shape.
+    confidence_threshold: see `with_confidence`. Not part of a checkpoint.
     """
 
     _: dataclasses.KW_ONLY
@@ -206,3 +206,22 @@ class DSpark(DFlash):
         state = jnp.broadcast_to(state, (batch, tree.width, self.config.markov_rank))
         grown, _ = tree.grow(root, first[:, 0], state, draft_fn, ids)
         return Proposal(grown)
+
+
+def with_confidence(draft: DSpark, threshold: float) -> DSpark:
+    """Drafts nothing after a node whose confidence head finds acceptance less likely than `threshold`.
+
+    The nodes that a tree saves there go elsewhere; a static tree keeps its shape. Changes no greedy text.
+
+    Args:
+      threshold: a probability; 0: drafts after every node.
+    Raises:
+      ConfigError: for a head without a confidence head, or a threshold that is no probability.
+    """
+    if not draft.config.confidence:
+        raise ConfigError("this DSpark head has no confidence head, which a confidence threshold needs")
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"a confidence threshold is a probability, 0 to 1, got {threshold!r}")
+    sure = copy.copy(draft)
+    sure.config = dataclasses.replace(draft.config, confidence_threshold=float(threshold))
+    return sure

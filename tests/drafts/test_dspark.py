@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 
@@ -14,7 +13,7 @@ from safetensors.numpy import save_file
 
 from eagle_jax import ConfigError, Context, Llama, LlamaConfig, StaticTree, TreeConfig, convert, generate, load_draft
 from eagle_jax.convert import to_official
-from eagle_jax.drafts.dspark import DSpark, DSparkConfig
+from eagle_jax.drafts.dspark import DSpark, DSparkConfig, with_confidence
 from eagle_jax.models import params
 from tests.drafts.kinds import KINDS, dspark
 from tests.drafts.test_dflash import hidden_by_hand, remember
@@ -94,7 +93,7 @@ def test_an_unconfident_node_has_no_children():
     target, draft = target_of(0), KINDS["dspark"].build(CONFIG, 1, 6.0)
     w, config = arrays(draft), draft.config
     shape = TreeConfig(depth=3, top_k=2, num_nodes=11)
-    draft.config = dataclasses.replace(config, confidence_threshold=0.5)
+    draft = with_confidence(draft, 0.5)
     taps, root, tree = propose(target, draft, tokens, lengths.astype(np.int32), shape)
     found = set()
     for row, length in enumerate(lengths):
@@ -110,6 +109,15 @@ def test_an_unconfident_node_has_no_children():
             assert np.isfinite(tree.scores[row, node]) == sure
             found.add(bool(sure))
     assert found == {False, True}
+
+
+def test_a_confidence_threshold_is_a_probability_of_a_head_that_has_one():
+    draft = KINDS["dspark"].build(CONFIG, 1, 6.0)
+    assert with_confidence(draft, 0).config.confidence_threshold == 0 < draft.config.confidence_threshold
+    with pytest.raises(ConfigError, match=r"a probability, 0 to 1, got 1\.5"):
+        with_confidence(draft, 1.5)
+    with pytest.raises(ConfigError, match="this DSpark head has no confidence head"):
+        with_confidence(dspark(CONFIG, 1, 6.0, confidence=False, confidence_with_markov=False), 0.5)
 
 
 def test_a_block_drafts_as_many_tokens_as_it_has():

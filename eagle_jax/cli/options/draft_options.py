@@ -7,11 +7,10 @@ import dataclasses
 from pathlib import Path
 
 from eagle_jax.cli import tuned
-from eagle_jax.cli.options.model_options import Models
+from eagle_jax.cli.options.model_options import Models, with_head_options
 from eagle_jax.cli.options.tree_options import choose_tree, default_tree, describe_proposal, grown, parse_tree
 from eagle_jax.convert import load_draft
 from eagle_jax.convert.hub import named_revision
-from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
 from eagle_jax.drafts.lookup_first import LookupFirst
 from eagle_jax.drafts.protocol import Draft
 from eagle_jax.drafts.registry import KINDS, Kind
@@ -97,7 +96,7 @@ def candidates(
 
     Args:
       args: --tree, --stop-below and --score-temperature, for dynamic trees; --draft-tree, for one draft by name;
-        --draft-window, for EAGLE heads that are loaded here; --batch, to choose among tuned trees.
+        --draft-window and --confidence, for heads that are loaded here; --batch, to choose among tuned trees.
       embedded: whether the target is the embedded pair's, which has heads of its own for some names.
     Raises:
       ValueError: for a draft with weights whose folder is not named. CheckpointError, ConfigError: as `load_draft`.
@@ -117,8 +116,7 @@ def candidates(
         if source not in loaded:
             path, revision = named_revision(source)
             draft = for_this_machine(load_draft(path, models.target, revision=revision))
-            window = args.draft_window if isinstance(draft, EagleDraft) else None
-            loaded[source] = draft if window is None else with_window(draft, *window)
+            loaded[source] = with_head_options(draft, args)
         if not isinstance(loaded[source], kind.draft):
             raise ValueError(f"{name}={source}: holds a {type(loaded[source]).__name__}, not a {kind.draft.__name__}")
         return loaded[source]

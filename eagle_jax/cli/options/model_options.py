@@ -21,6 +21,7 @@ from eagle_jax.convert.hub import Hub
 from eagle_jax.convert.match import PARAMETER_DTYPES
 from eagle_jax.convert.read import folder_of
 from eagle_jax.convert.tokenizing import tokenizer_of
+from eagle_jax.drafts.dspark import DSpark, with_confidence
 from eagle_jax.drafts.eagle.drafting import EagleDraft, with_window
 from eagle_jax.drafts.lookup_first import LookupFirst
 from eagle_jax.drafts.registry import WEIGHTLESS
@@ -98,7 +99,7 @@ def named_as_model(name: str) -> Iterator[None]:
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Adds --tree, --draft-window, --lookup, --max-new-tokens, what ends a text, and --raw."""
+    """Adds --tree, --draft-window, --confidence, --lookup, --max-new-tokens, what ends a text, and --raw."""
     default = TreeConfig()
     parser.add_argument(
         "--tree",
@@ -129,6 +130,13 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         metavar="FIRST,RECENT",
         help="let the draft see the text's FIRST positions and its RECENT ones only, such as 4,1024: for texts longer "
         "than those it was trained on; changes no text",
+    )
+    parser.add_argument(
+        "--confidence",
+        type=probability,
+        metavar="P",
+        help="of a DSpark head: draft nothing after a node whose confidence head finds acceptance less likely than P; "
+        "changes no greedy text",
     )
     add_lookup(parser)
     parser.add_argument(
@@ -223,7 +231,7 @@ def positive(text: str) -> int:
 
 
 def load_models(args: argparse.Namespace) -> Models:
-    """Loads the models of --model, or of --target and --draft, the draft as --draft-window and --lookup ask.
+    """Loads the models of --model, or of --target and --draft, the draft as --draft-window, --confidence, --lookup ask.
 
     Raises:
       ValueError: for options that do not go together; CheckpointError, ConfigError: as `load` and `from_pretrained`.
@@ -250,10 +258,9 @@ def load_models(args: argparse.Namespace) -> Models:
         folder = folder_of(args.target, Hub(args.revision))
     if weightless is not None:
         draft = weightless.draft(**weightless.settings)
-    if draft is not None and args.draft_window is not None:
-        if not isinstance(draft, EagleDraft):
-            raise ValueError(f"--draft-window is for EAGLE heads, this draft is a {type(draft).__name__}")
-        draft = with_window(draft, *args.draft_window)
+    if draft is not None:
+        check_head_options(draft, args)
+        draft = with_head_options(draft, args)
     if args.lookup is not None:
         if weightless is not None or draft is None:
             raise ValueError(
@@ -293,6 +300,23 @@ def chosen_draft(models: Models, args: argparse.Namespace) -> Any:
             + ", ".join(WEIGHTLESS)
         )
     return None if args.baseline else models.draft
+
+
+def check_head_options(draft: Any, args: argparse.Namespace) -> None:
+    """Raises ValueError for --draft-window or --confidence with a draft that has no such thing."""
+    if args.draft_window is not None and not isinstance(draft, EagleDraft):
+        raise ValueError(f"--draft-window is for EAGLE heads, this draft is a {type(draft).__name__}")
+    if args.confidence is not None and not isinstance(draft, DSpark):
+        raise ValueError(f"--confidence is for DSpark heads, this draft is a {type(draft).__name__}")
+
+
+def with_head_options(draft: Any, args: argparse.Namespace) -> Any:
+    """Returns the draft as --draft-window or --confidence asks, whichever is for its kind."""
+    if args.draft_window is not None and isinstance(draft, EagleDraft):
+        draft = with_window(draft, *args.draft_window)
+    if args.confidence is not None and isinstance(draft, DSpark):
+        draft = with_confidence(draft, args.confidence)
+    return draft
 
 
 def draft_identity(draft: Any) -> str | None:
