@@ -17,9 +17,10 @@ from eagle_jax.models.llama import Llama
 class Plan:
     """Holds the contents of an export.
 
-    kind: of the head. file: of the weights; tensors: by the engine's names; config: config.json but for the dtype.
-    expected: the config after reading back; added: {path: parameter} missing from the head itself; dropped: paths of
-      the head's copies of the target's weights, which are not written.
+    kind: of the head. file: the name of the file of weights. tensors: of this file, by the engine's names.
+    config: the fields of config.json, except the dtype. expected: the config after reading back.
+    added: {path: parameter} that the head itself lacks. dropped: paths of the head's copies of the target's weights,
+      which are not written.
     notes: sentences for the user.
     """
 
